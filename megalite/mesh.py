@@ -1,0 +1,182 @@
+"""A rank is a coordinate: the mesh of pipeline, data, context and tensor axes, and the groups of ranks along them.
+
+`tp` runs fastest and `pp` slowest, so that tensor-parallel peers, which talk most, are neighbours on one machine.
+A `Mesh` is a value that is built once and passed down; nothing in megalite looks up a process group that it was not
+given. `Group` is the only door to `torch.distributed`: everything above it names ranks and tensors, never a backend.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+AXES = ("pp", "dp", "cp", "tp")
+
+# Renamed in torch 2.13; both names are needed while older versions are supported.
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class Work(Protocol):
+    """A started communication. Its tensors may neither be read nor written before `wait` has returned."""
+
+    def wait(self) -> object: ...
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+DONE: Work = _Done()
+
+
+class Group:
+    """An ordered tuple of ranks that this rank belongs to, and the communications among them.
+
+    Every method starts its communication and returns a `Work`; nothing is complete before `wait()`.
+    A group of one rank needs no backend: its communications are local copies.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], rank: int, handle: dist.ProcessGroup | None) -> None:
+        self.ranks = ranks
+        self.index = ranks.index(rank)
+        self.handle = handle
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
+        """Reduce `tensor` over the group, in place. `op` is `sum` or `max`."""
+        if self.size == 1:
+            return DONE
+        return dist.all_reduce(tensor, op=_REDUCTIONS[op], group=self.handle, async_op=True)
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
+        """Concatenate every rank's `tensor` [n, ...] along the first dimension into `output` [size * n, ...]."""
+        if self.size == 1:
+            output.copy_(tensor)
+            return DONE
+        return _all_gather_single(output, tensor, group=self.handle, async_op=True)
+
+    def reduce_scatter(self, output: Tensor, tensor: Tensor) -> Work:
+        """Sum `tensor` [size * n, ...] over the group; `output` [n, ...] receives this rank's part of the sum."""
+        if self.size == 1:
+            output.copy_(tensor)
+            return DONE
+        return _reduce_scatter_single(output, tensor, group=self.handle, async_op=True)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Work:
+        """Overwrite `tensor` with that of the rank at index `source` of the group."""
+        if self.size == 1:
+            return DONE
+        return dist.broadcast(tensor, src=self.ranks[source], group=self.handle, async_op=True)
+
+    def send(self, tensor: Tensor, to: int) -> Work:
+        """Send `tensor` to the rank at index `to`; transfers between two ranks arrive in the order they were sent."""
+        work = dist.isend(tensor, self.ranks[to], group=self.handle)
+        assert work is not None
+        return work
+
+    def receive(self, tensor: Tensor, source: int) -> Work:
+        """Receive into `tensor` from the rank at index `source`."""
+        work = dist.irecv(tensor, self.ranks[source], group=self.handle)
+        assert work is not None
+        return work
+
+
+GroupFactory = Callable[[tuple[int, ...], int], Group]
+
+
+def create_group(ranks: tuple[int, ...], rank: int, timeout: timedelta | None = None) -> Group:
+    """Make the process group of `ranks`; every one of them must call this in the same order among its groups.
+
+    Ranks outside take no part, so that a rank of a 16,384-rank job makes the handful of groups that it belongs to.
+    """
+    if len(ranks) == 1:
+        return Group(ranks, rank, None)
+    if len(ranks) == dist.get_world_size():
+        return Group(ranks, rank, dist.group.WORLD)
+    handle = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+    return Group(ranks, rank, handle)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the four axes and this rank's place in them.
+
+    `make_group` builds a group from its ranks; tests pass a factory whose groups misbehave on purpose.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    rank: int = 0
+    device: torch.device = torch.device("cpu")
+    make_group: GroupFactory = create_group
+    _groups: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"rank {self.rank} is outside a mesh of {self.size} ranks")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.pp, self.dp, self.cp, self.tp)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def coordinate(self) -> dict[str, int]:
+        """This rank's index along every axis."""
+        index, remainder = {}, self.rank
+        for axis, size in reversed(list(zip(AXES, self.shape))):
+            remainder, index[axis] = divmod(remainder, size)
+        return index
+
+    def index(self, axis: str) -> int:
+        return self.coordinate[axis]
+
+    def rank_at(self, **indices: int) -> int:
+        """The rank that differs from this one only in the given axes: `mesh.rank_at(pp=0)`."""
+        coordinate, rank = self.coordinate | indices, 0
+        for axis, size in zip(AXES, self.shape):
+            rank = rank * size + coordinate[axis]
+        return rank
+
+    def ranks_along(self, *axes: str) -> tuple[int, ...]:
+        """The ranks that differ from this one only in `axes`, in rank order."""
+        spans = [range(size) if axis in axes else (self.index(axis),) for axis, size in zip(AXES, self.shape)]
+        return tuple(self.rank_at(**dict(zip(AXES, indices))) for indices in itertools.product(*spans))
+
+    def group(self, *axes: str) -> Group:
+        """The group along the product of `axes` through this rank; `mesh.group("dp", "cp")`.
+
+        Made on the first request, together with all its members: ask for groups while building, in a fixed order.
+        """
+        return self.subgroup(self.ranks_along(*axes))
+
+    def subgroup(self, ranks: Iterable[int]) -> Group:
+        """The group of exactly these ranks (this one among them)."""
+        key = tuple(sorted(ranks))
+        if key not in self._groups:
+            self._groups[key] = self.make_group(key, self.rank)
+        return self._groups[key]
+
+    @property
+    def world(self) -> Group:
+        return self.group(*AXES)

@@ -1,0 +1,161 @@
+"""A parameter knows its place in the global model.
+
+Every parameter carries one `Placement`: which boxes of which global tensors this rank holds, where they lie in the
+local tensor, and which ranks hold the same box. Initialisation, gradient reduction, the gradient norm, optimizer
+sharding, checkpoints, Hugging Face export and the parity tests read only this; a new layer that declares its placement
+gets all of them.
+
+Global names are those of Hugging Face's Llama checkpoints (`model.layers.3.self_attn.q_proj.weight`), so that fused
+local tensors (query/key/value, gate/up) are several boxes of plainly named global ones. Padded vocabulary rows belong
+to no box: they are zero and stay zero. Data-parallel replication is universal and therefore not recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_UINT64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Box:
+    """An axis-aligned piece of one global tensor inside one local parameter.
+
+    `replicas` are the ranks (this one among them; same data coordinate) that hold this same box, ascending. `partial`
+    says that each replica's gradient is one term of a sum; otherwise the replicas compute identical gradients.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    local_offset: tuple[int, ...]
+    replicas: tuple[int, ...]
+    partial: bool = False
+
+    def view(self, local: Tensor) -> Tensor:
+        """This box's part of a tensor that is shaped like the local parameter."""
+        for dim, (start, length) in enumerate(zip(self.local_offset, self.size)):
+            local = local.narrow(dim, start, length)
+        return local
+
+    def of(self, full: Tensor) -> Tensor:
+        """This box's part of the whole global tensor."""
+        for dim, (start, length) in enumerate(zip(self.offset, self.size)):
+            full = full.narrow(dim, start, length)
+        return full
+
+    @property
+    def owner(self) -> int:
+        """The one replica that counts the box in the gradient norm and writes it to checkpoints."""
+        return self.replicas[0]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The boxes of one local parameter and how its global tensors are initialised (`normal` with `std`, `ones`, `zeros`)."""
+
+    boxes: tuple[Box, ...]
+    init: str = "normal"
+    std: float = 0.02
+
+
+class PlacedParameter(nn.Parameter):
+    """A parameter with its placement.
+
+    `main_grad` (fp32, same shape) is where the parameter's gradient accumulates once gradient buckets have been built
+    over the model; `on_gradient` is called after each accumulation. While `main_grad` is None, gradients go to `.grad`.
+    `tied_to` names the parameter whose storage this one shares (a tied output layer in the same process).
+    """
+
+    placement: Placement
+    main_grad: Tensor | None
+    tied_to: PlacedParameter | None
+
+    def __new__(cls, data: Tensor, placement: Placement) -> PlacedParameter:
+        parameter = super().__new__(cls, data, requires_grad=True)
+        parameter.placement = placement
+        parameter.main_grad = None
+        parameter.tied_to = None
+        parameter._listeners = []
+        return parameter
+
+    @property
+    def decays(self) -> bool:
+        """Weight decay applies to matrices, not to norms and biases."""
+        return self.dim() > 1
+
+    def listen(self, listener: object) -> None:
+        """Call `listener()` after every accumulation into `main_grad`."""
+        self._listeners.append(listener)
+
+    def gradient_accumulated(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+
+def placed_parameters(module: nn.Module) -> Iterator[PlacedParameter]:
+    """The module's parameters in definition order, each once; all of megalite's parameters are placed."""
+    for parameter in module.parameters():
+        assert isinstance(parameter, PlacedParameter)
+        yield parameter
+
+
+def split_evenly(total: int, parts: int, index: int) -> tuple[int, int]:
+    """Start and length of part `index` when `total` is cut into `parts`, the first ones one longer where needed."""
+    base, longer = divmod(total, parts)
+    return index * base + min(index, longer), base + (index < longer)
+
+
+def row_box(
+    name: str,
+    shape: tuple[int, ...],
+    first_row: int,
+    rows: int,
+    local_row: int,
+    replicas: Iterable[int],
+    *,
+    partial: bool = False,
+) -> Box:
+    """A box of whole rows: rows [first_row, first_row + rows) of the global tensor, from `local_row` on locally."""
+    rest = shape[1:]
+    zeros = (0,) * len(rest)
+    return Box(name, shape, (first_row, *zeros), (rows, *rest), (local_row, *zeros), tuple(sorted(replicas)), partial)
+
+
+def _row_generator(seed: int, name: str, row: int) -> np.random.Generator:
+    """A stream that depends on (seed, name, row) alone: Philox, keyed by a hash of the first two, and the row."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    key = np.array([int.from_bytes(digest[:8], "little"), row & _UINT64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
+    """The initial fp32 values of a box; the same global tensor results from any cut into boxes.
+
+    A row is drawn whole and then cut, so that column-sharded weights agree as well.
+    """
+    if placement.init != "normal":
+        return torch.full(box.size, 1.0 if placement.init == "ones" else 0.0)
+    width = box.shape[1]
+    columns = slice(box.offset[1], box.offset[1] + box.size[1])
+    values = np.empty(box.size, dtype=np.float32)
+    for i in range(box.size[0]):
+        row = _row_generator(seed, box.name, box.offset[0] + i).standard_normal(width, dtype=np.float32)
+        values[i] = row[columns]
+    return torch.from_numpy(values).mul_(placement.std)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every parameter of `module` with the global initial values that its boxes name; padding becomes zero."""
+    for parameter in placed_parameters(module):
+        parameter.zero_()
+        for box in parameter.placement.boxes:
+            box.view(parameter).copy_(initial_values(box, parameter.placement, seed))
