@@ -1,0 +1,420 @@
+"""Token files in Megatron-LM's `.bin/.idx` format: streaming writer, memory-mapped reader and merge.
+
+`PREFIX.bin` holds the tokens of all sequences one after another, without a header. `PREFIX.idx` (little-endian) holds
+
+    offset      bytes  content
+    0           9      b"MMIDIDX\\x00\\x00"
+    9           8      uint64 version = 1
+    17          1      uint8 code of the token dtype (`DTYPE_CODES`)
+    18          8      uint64 sequences N
+    26          8      uint64 documents + 1 = D
+    34          4 N    int32 tokens of each sequence
+    34 + 4 N    8 N    int64 byte offset of each sequence in PREFIX.bin
+    34 + 12 N   8 D    int64 document boundaries: document i is the sequences [boundary[i], boundary[i + 1])
+
+(the format of `megatron/core/datasets/indexed_dataset.py`). `PREFIX.json`, which Megatron-LM ignores, holds counts,
+checksums and where the data came from. An empty document is a document without a sequence.
+
+This module must not import torch: the offline tools start in a fraction of a second without it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+import megalite
+from megalite.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+TOKEN_DTYPES = {code: dtype for code, dtype in DTYPE_CODES.items() if dtype.kind in "iu"}
+INT32, INT64 = np.dtype("<i4"), np.dtype("<i8")
+CHUNK = 1 << 20  # entries that are in memory at once wherever a whole file is walked
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 256, 4096
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron-LM stores token ids of this vocabulary in: uint16 below 65500 entries, else int32."""
+    return DTYPE_CODES[8] if vocab_size < 65500 else DTYPE_CODES[4]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses (disk full, no permission, no such folder) into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: disk full while writing; make room and run the same command again") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
+    """`PREFIX.bin`, `PREFIX.idx` and `PREFIX.json`."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx"), Path(f"{prefix}.json")
+
+
+class IndexedWriter:
+    """Writes one token file in bounded memory; nothing has its final name before everything is on the disk.
+
+    Args:
+        prefix: output path without `.bin`.
+        dtype: integer dtype the tokens are stored in (see `token_dtype`).
+
+    Used as a context manager it finishes on a clean exit and removes its temporary files after an exception.
+    Raises `UserError` for a token id that the dtype cannot hold, and where the disk refuses.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in TOKEN_DTYPES.items() if known == self.dtype]
+        if not codes:
+            raise UserError(
+                f"{prefix}: dtype {dtype} cannot be stored; use one of uint16, int32, int64, uint8, int8, int16"
+            )
+        self._code = codes[0]
+        self.sequences = self.documents = self.tokens = 0
+        self._bin, self._idx, self._json = file_paths(prefix)
+        self._temporary = {
+            part: Path(f"{prefix}.{part}.tmp") for part in ("bin", "idx", "lengths", "documents", "json")
+        }
+        self._hash = hashlib.sha256()
+        self._files: dict[str, BinaryIO] = {}
+        with writing(self._bin):
+            self._bin.parent.mkdir(parents=True, exist_ok=True)
+            for name in ("bin", "lengths", "documents"):
+                self._files[name] = open(self._temporary[name], "wb", buffering=1 << 20)  # noqa: SIM115
+        self._write("documents", np.zeros(1, INT64))
+
+    def add_document(self, tokens: Any) -> None:
+        """Append one document: token ids [tokens] of any integer dtype, or a list. Empty ones take no sequence."""
+        array = np.asarray(tokens)
+        self.add_documents(array, np.array([array.size], INT32))
+
+    def add_documents(self, tokens: Any, lengths: Any) -> None:
+        """Append many documents, one sequence each: all ids one after another, and the tokens of each document."""
+        token_array, length_array = np.asarray(tokens), np.asarray(lengths)
+        if int(length_array.sum(dtype=np.int64)) != token_array.size:
+            raise ValueError(f"lengths add up to {length_array.sum()}, but there are {token_array.size} tokens")
+        kept = length_array > 0
+        self._append(self._checked(token_array, length_array), length_array[kept], np.cumsum(kept, dtype=np.int64))
+
+    def add_dataset(self, dataset: "IndexedDataset") -> None:
+        """Append a whole token file of the same dtype, a piece at a time."""
+        if dataset.dtype != self.dtype:
+            raise UserError(
+                f"{dataset.prefix}.idx: token dtype {dataset.dtype} differs from {self.dtype} of {self.prefix};"
+                " tokenize both with the same vocabulary"
+            )
+        base = self.sequences
+        for start in range(0, dataset.tokens.size, 4 * CHUNK):
+            self._write("bin", dataset.tokens[start : start + 4 * CHUNK])
+        for start in range(0, len(dataset), CHUNK):
+            self._write("lengths", dataset.lengths[start : start + CHUNK])
+        for start in range(1, dataset.boundaries.size, CHUNK):
+            self._write("documents", dataset.boundaries[start : start + CHUNK] + base)
+        self.tokens += dataset.tokens.size
+        self.sequences += len(dataset)
+        self.documents += dataset.documents
+
+    def finish(self, provenance: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Put the three files under their final names (`.idx` last) and return what `PREFIX.json` holds.
+
+        `provenance` (JSON values) is stored beside the counts and checksums.
+        """
+        with writing(self._idx):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            self._write_index()
+            self._idx.unlink(missing_ok=True)  # a crash between the renames must not pair a new .bin with an old .idx
+            os.replace(self._temporary["bin"], self._bin)
+            os.replace(self._temporary["idx"], self._idx)
+            description = {**(provenance or {}), **self._describe()}
+            _write_synced(self._temporary["json"], json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+            os.replace(self._temporary["json"], self._json)
+            sync_folder(self._bin.parent)
+        self.abort()
+        return description
+
+    def abort(self) -> None:
+        """Close and remove every temporary file; what is finished stays."""
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError:  # a full disk refuses the last flush, too: the file goes anyway
+                continue
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None and not self._files["bin"].closed:
+            try:
+                self.finish()
+            finally:
+                self.abort()
+        else:
+            self.abort()
+
+    def _checked(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        if tokens.dtype == self.dtype or tokens.size == 0:
+            return tokens.astype(self.dtype, copy=False)
+        if tokens.dtype.kind not in "iu":
+            raise UserError(f"{self.prefix}: token ids must be integers, not {tokens.dtype}")
+        limits = np.iinfo(self.dtype)
+        if tokens.min() < limits.min or tokens.max() > limits.max:
+            where = int(np.flatnonzero((tokens < limits.min) | (tokens > limits.max))[0])
+            document = self.documents + int(np.searchsorted(np.cumsum(lengths), where, side="right"))
+            raise UserError(
+                f"{self.prefix}: document {document}: token id {tokens[where]} does not fit in {self.dtype};"
+                " the tokenizer has more entries than the dtype was chosen for"
+            )
+        return tokens.astype(self.dtype)
+
+    def _append(self, tokens: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> None:
+        if lengths.size and lengths.max() > np.iinfo(INT32).max:
+            raise UserError(f"{self.prefix}: a document of {lengths.max()} tokens; the format allows 2147483647")
+        self._write("bin", tokens)
+        self._write("lengths", lengths)
+        self._write("documents", ends + self.sequences)
+        self.tokens += tokens.size
+        self.sequences += lengths.size
+        self.documents += ends.size
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        dtype = {"bin": self.dtype, "lengths": INT32, "documents": INT64}[name]
+        payload = np.ascontiguousarray(array, dtype).data
+        with writing(self._temporary[name]):
+            self._files[name].write(payload)
+        if name == "bin":
+            self._hash.update(payload)
+
+    def _write_index(self) -> None:
+        with open(self._temporary["idx"], "wb", buffering=1 << 20) as idx:
+            idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+            for lengths in _pieces(self._temporary["lengths"], INT32):
+                idx.write(lengths.data)
+            offset = 0
+            for lengths in _pieces(self._temporary["lengths"], INT32):
+                ends = offset + np.cumsum(lengths, dtype=INT64) * self.dtype.itemsize
+                idx.write((ends - lengths.astype(INT64) * self.dtype.itemsize).data)
+                offset = int(ends[-1])
+            for boundaries in _pieces(self._temporary["documents"], INT64):
+                idx.write(boundaries.data)
+            idx.flush()
+            os.fsync(idx.fileno())
+
+    def _describe(self) -> dict[str, Any]:
+        dataset = IndexedDataset(self.prefix)
+        return {
+            "megalite_version": megalite.__version__,
+            "dtype": str(self.dtype),
+            "documents": self.documents,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "bin_sha256": self._hash.hexdigest(),
+            "idx_sha256": file_sha256(self._idx),
+            "fingerprint": dataset.fingerprint(),
+        }
+
+
+class IndexedDataset:
+    """Token file opened read-only and memory-mapped; its arrays are views that keep the mapping alive.
+
+    Attributes:
+        tokens: all token ids, [tokens], dtype `dtype`.
+        lengths: tokens of each sequence, int32 [sequences] (unaligned view).
+        offsets: byte offset of each sequence in `.bin`, int64 [sequences] (unaligned view).
+        boundaries: first sequence of each document and, last, the number of sequences, int64 [documents + 1].
+
+    Raises `UserError` naming the file where it is missing, no such file, of an unknown version or dtype, or where
+    the sizes of `.idx` and `.bin` do not agree. The contents are checked by
+    `megalite.data.verify`.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        bin_path, idx_path, _ = file_paths(prefix)
+        index = _map(idx_path)
+        if index.size < HEADER.size or index[: len(MAGIC)].tobytes() != MAGIC:
+            raise UserError(f"{idx_path}: not a token index ({index.size} bytes without Megatron's MMIDIDX header)")
+        _, version, code, sequences, boundaries = HEADER.unpack(index[: HEADER.size].tobytes())
+        if version != VERSION:
+            raise UserError(f"{idx_path}: version {version} of the format; only version {VERSION} is known")
+        if code not in TOKEN_DTYPES:
+            raise UserError(f"{idx_path}: dtype code {code} is no integer type; known are {sorted(TOKEN_DTYPES)}")
+        expected = HEADER.size + 12 * sequences + 8 * boundaries
+        if index.size == expected + sequences and sequences:
+            raise UserError(f"{idx_path}: holds multimodal modes; only text token files can be read")
+        if index.size != expected or boundaries < 1:
+            raise UserError(
+                f"{idx_path}: {index.size} bytes, but its header's {sequences} sequences make {expected};"
+                " the file is truncated or damaged: write it again"
+            )
+        self.dtype = TOKEN_DTYPES[code]
+        body = index[HEADER.size :]
+        self.lengths = body[: 4 * sequences].view(INT32)
+        self.offsets = body[4 * sequences : 12 * sequences].view(INT64)
+        self.boundaries = body[12 * sequences :].view(INT64)
+        data = _map(bin_path)
+        end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if data.size != end or end % self.dtype.itemsize:
+            raise UserError(
+                f"{bin_path}: {data.size} bytes, but its index ends at {end};"
+                " the file is truncated or belongs to another index: write both again"
+            )
+        if int(self.boundaries[0]) != 0 or int(self.boundaries[-1]) != sequences:
+            raise UserError(f"{idx_path}: its documents do not cover its {sequences} sequences; write the file again")
+        self.tokens = data.view(self.dtype)
+
+    def __len__(self) -> int:
+        """Number of sequences (what splits and sample indices count)."""
+        return self.lengths.size
+
+    @property
+    def documents(self) -> int:
+        return self.boundaries.size - 1
+
+    def __getitem__(self, sequence: int) -> np.ndarray:
+        """Token ids of one sequence, a view [length]."""
+        return self.slice(sequence, 0, int(self.lengths[sequence]))
+
+    def slice(self, sequence: int, start: int, stop: int) -> np.ndarray:
+        """Token ids `start` to `stop` of one sequence, a view."""
+        first = int(self.offsets[sequence]) // self.dtype.itemsize
+        return self.tokens[first + start : first + stop]
+
+    def document(self, number: int) -> np.ndarray:
+        """Token ids of one document (all its sequences), [length]."""
+        sequences = range(int(self.boundaries[number]), int(self.boundaries[number + 1]))
+        return np.concatenate([self[sequence] for sequence in sequences] or [self.tokens[:0]])
+
+    def document_of(self, sequence: int) -> int:
+        """Number of the document that holds this sequence."""
+        return int(np.searchsorted(self.boundaries, sequence, side="right")) - 1
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over dtype, counts, every length, and 256 blocks spread over the tokens; no path enters it.
+
+        Two files of equal fingerprint have equal sample indices; equality of all tokens is what `verify` checks
+        against the full checksums in `PREFIX.json`.
+        """
+        digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {self.documents} {self.tokens.size}".encode())
+        for start in range(0, len(self), 4 * CHUNK):
+            digest.update(np.ascontiguousarray(self.lengths[start : start + 4 * CHUNK]).data)
+        data = self.tokens.view(np.uint8)
+        last = max(data.size - FINGERPRINT_BLOCK_BYTES, 0)
+        for block in range(FINGERPRINT_BLOCKS):
+            start = last * block // (FINGERPRINT_BLOCKS - 1)
+            digest.update(data[start : start + FINGERPRINT_BLOCK_BYTES].data)
+        return digest.hexdigest()
+
+    def description(self) -> dict[str, Any]:
+        """What `PREFIX.json` holds; empty where there is none (files from Megatron-LM)."""
+        path = file_paths(self.prefix)[2]
+        try:
+            return json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); write the token file again or delete this one") from error
+
+    def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
+        return IndexedDataset, (self.prefix,)
+
+
+def merge(
+    prefixes: Sequence[str | Path], output: str | Path, provenance: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the documents of several token files, in the order given, as one; returns its description.
+
+    Memory stays bounded whatever the sizes. Raises `UserError` where an input is unusable, dtypes differ, or the
+    output is one of the inputs.
+    """
+    inputs = [IndexedDataset(prefix) for prefix in prefixes]
+    if not inputs:
+        raise UserError(f"{output}: nothing to merge; give at least one input prefix")
+    if Path(f"{output}.bin").resolve() in {Path(f"{prefix}.bin").resolve() for prefix in prefixes}:
+        raise UserError(f"{output}: the output is one of the inputs; choose another output prefix")
+    for dataset in inputs[1:]:
+        if dataset.dtype != inputs[0].dtype:
+            raise UserError(
+                f"{dataset.prefix}.idx: token dtype {dataset.dtype} differs from {inputs[0].dtype} of"
+                f" {inputs[0].prefix}.idx; tokenize both with the same vocabulary"
+            )
+    writer = IndexedWriter(output, inputs[0].dtype)
+    try:
+        for dataset in inputs:
+            writer.add_dataset(dataset)
+        return writer.finish(provenance)
+    finally:
+        writer.abort()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file, in bounded memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _map(path: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped, as a plain array [bytes] that keeps the mapping alive."""
+    try:
+        if path.stat().st_size == 0:
+            return np.empty(0, np.uint8)  # an empty file cannot be mapped
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; give the prefix of a .bin and .idx beside each other") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _pieces(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+    with open(path, "rb") as file:
+        while (piece := np.fromfile(file, dtype, CHUNK)).size:
+            yield piece
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

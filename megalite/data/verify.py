@@ -1,0 +1,60 @@
+"""Full verification of a token file: what opening it does not look at, because that costs a walk over all of it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from megalite.data.indexed import CHUNK, INT64, IndexedDataset, file_paths, file_sha256
+
+
+def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
+    """Walk the whole token file in bounded memory and return every problem found, one line each; empty means sound.
+
+    Checked: lengths are not negative, offsets are the running sum of the lengths, documents are in order, ids are below
+    `vocab_size` where given and never negative, and the checksums of `PREFIX.json` where there is one.
+    """
+    bin_path, idx_path, json_path = file_paths(dataset.prefix)
+    problems = _index_problems(dataset, idx_path)
+    if not problems and (bad := _first_bad_token(dataset, vocab_size)):
+        problems.append(f"{bin_path}: {bad}")
+    description = dataset.description()
+    for key, path in (("bin_sha256", bin_path), ("idx_sha256", idx_path)):
+        if key in description and description[key] != (found := file_sha256(path)):
+            problems.append(f"{path}: sha256 {found} differs from {key} {description[key]} in {json_path}")
+    if description.get("fingerprint", "") not in ("", dataset.fingerprint()):
+        problems.append(f"{json_path}: fingerprint {description['fingerprint']} is not that of the files beside it")
+    return problems
+
+
+def _index_problems(dataset: IndexedDataset, idx_path: Path) -> list[str]:
+    offset = 0
+    for start in range(0, len(dataset), CHUNK):
+        lengths = dataset.lengths[start : start + CHUNK].astype(INT64)
+        if lengths.min() < 0:
+            where = int(np.argmin(lengths))
+            return [f"{idx_path}: sequence {start + where} has length {lengths[where]}"]
+        ends = offset + np.cumsum(lengths) * dataset.dtype.itemsize
+        wrong = dataset.offsets[start : start + CHUNK] != ends - lengths * dataset.dtype.itemsize
+        if wrong.any():
+            where = start + int(np.argmax(wrong))
+            return [f"{idx_path}: sequence {where} does not begin where the one before it ends"]
+        offset = int(ends[-1])
+    for start in range(0, dataset.boundaries.size, CHUNK):
+        steps = np.diff(dataset.boundaries[start : start + CHUNK + 1])
+        if steps.size and steps.min() < 0:
+            return [f"{idx_path}: document {start + int(np.argmin(steps))} ends before it begins"]
+    return []
+
+
+def _first_bad_token(dataset: IndexedDataset, vocab_size: int | None) -> str:
+    limit = np.iinfo(dataset.dtype).max if vocab_size is None else vocab_size - 1
+    for start in range(0, dataset.tokens.size, 4 * CHUNK):
+        piece = dataset.tokens[start : start + 4 * CHUNK]
+        if piece.max() > limit or piece.min() < 0:
+            where = start + int(np.flatnonzero((piece > limit) | (piece < 0))[0])
+            sequence = int(np.searchsorted(dataset.offsets, where * dataset.dtype.itemsize, side="right")) - 1
+            return (
+                f"document {dataset.document_of(sequence)}: token id {dataset.tokens[where]}"
+                f" is outside the vocabulary of {limit + 1}"
+            )
+    return ""
