@@ -1,0 +1,223 @@
+"""Run a plan without a model: how long it takes, how idle the ranks are, what they hold, and that it cannot deadlock.
+
+Both walks advance each rank only when what it waits for has happened (ready queues, no rescans), so they take time
+proportional to the number of operations: plans for thousands of GPUs are checked in a second.
+"""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from megalite.parallel.pipeline.ops import (
+    COMPUTE,
+    Op,
+    Plan,
+    ScheduleError,
+    Value,
+    compute_ops,
+    counterpart,
+    inputs_of,
+    output_of,
+    stage_owners,
+)
+
+Cost = Mapping[str, float | Sequence[float]]
+"""Duration of each compute kind: one number, or one for each stage (uneven stages). Any unit."""
+
+UNIT_COST: Cost = MappingProxyType({"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0})
+"""A backward does two matrix products for each one of the forward."""
+
+
+class Event(NamedTuple):
+    """A compute operation in time, in the units of the cost."""
+
+    op: Op
+    rank: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a plan costs.
+
+    Attributes:
+        makespan: time from the first start to the last end.
+        bubble: share of the ranks' time in which they compute nothing, 0 to 1.
+        peak_live: for each rank, the most (stage, micro-batch) activations that it holds at once.
+        timeline: for each rank, its compute operations in order of time.
+    """
+
+    makespan: float
+    bubble: float
+    peak_live: tuple[int, ...]
+    timeline: tuple[tuple[Event, ...], ...]
+
+
+class DeadlockError(ScheduleError):
+    """A lowered plan stops; `stopped` maps every rank that is stuck to the operation at which it waits."""
+
+    def __init__(self, message: str, stopped: Mapping[int, Op]) -> None:
+        super().__init__(message)
+        self.stopped = stopped
+
+
+def simulate(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> Simulation:
+    """Time a plan: each rank runs its list in order, every operation as soon as its inputs are there.
+
+    Args:
+        plan: of compute operations; communication in it is passed over.
+        cost: duration of each kind, a number or one for each stage.
+        transfer: time that an activation or gradient takes to the next rank; transfers overlap with compute.
+    """
+    timeline: list[list[Event]] = [[] for _ in plan]
+    for event in completions(plan, cost, transfer):
+        timeline[event.rank].append(event)
+    makespan = max(events[-1].end for events in timeline if events)
+    busy = sum(event.end - event.start for events in timeline for event in events)
+    return Simulation(
+        makespan=makespan,
+        bubble=1.0 - busy / (makespan * len(plan)),
+        peak_live=tuple(_peak_live(ops) for ops in plan),
+        timeline=tuple(map(tuple, timeline)),
+    )
+
+
+def _peak_live(ops: Sequence[Op]) -> int:
+    """Activations are held from a stage's forward to the end of its backward, which is W where B is split."""
+    live = peak = 0
+    for op in ops:
+        live += {"F": 1, "B": -1, "W": -1}.get(op.kind, 0)
+        peak = max(peak, live)
+    return peak
+
+
+def completions(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> Iterator[Event]:
+    """The compute operations of a plan in the order in which they end (lower rank first where two end together).
+
+    Raises ScheduleError where the plan cannot go on because an input is never made, or only later on the same rank.
+    """
+    plan = compute_ops(plan)
+    owner = stage_owners(plan)
+    last_stage = len(owner) - 1
+    made: dict[Value, float] = {}
+    waiting: defaultdict[Value, list[int]] = defaultdict(list)
+    position = [0] * len(plan)
+    clock = [0.0] * len(plan)
+    running: list[tuple[float, int, float]] = []  # (end, rank, start)
+
+    def start_next(rank: int) -> None:
+        if position[rank] == len(plan[rank]):
+            return
+        op = plan[rank][position[rank]]
+        start = clock[rank]
+        for value in inputs_of(op, last_stage):
+            if value not in made:
+                waiting[value].append(rank)
+                return
+            start = max(start, made[value] + (transfer if owner[value.stage] != rank else 0.0))
+        duration = cost[op.kind]
+        heapq.heappush(
+            running, (start + (duration if isinstance(duration, float | int) else duration[op.stage]), rank, start)
+        )
+
+    for rank in range(len(plan)):
+        start_next(rank)
+    while running:
+        end, rank, start = heapq.heappop(running)
+        op = plan[rank][position[rank]]
+        position[rank] += 1
+        clock[rank] = end
+        yield Event(op, rank, start, end)
+        value = output_of(op)
+        if value is not None:
+            if value in made:
+                raise ScheduleError(f"rank {rank} runs {op} twice")
+            made[value] = end
+            for waiter in waiting.pop(value, ()):
+                start_next(waiter)
+        start_next(rank)
+    if waiting:
+        stops = (f"rank {rank} waits at {plan[rank][position[rank]]}" for ranks in waiting.values() for rank in ranks)
+        raise ScheduleError(f"the schedule cannot go on: {', '.join(sorted(stops))}")
+
+
+def check_deadlock(lowered: Plan) -> None:
+    """Prove that a lowered plan runs to its end under the strictest reading of its communication.
+
+    Every send blocks until the other rank has arrived at the matching receive as its very next operation, and T until
+    both ranks are at it. What passes here cannot hang with any buffering or overlap. R is among data-parallel replicas,
+    which run the same list, so each meets its peers in the same order and it never stops a plan.
+
+    Raises DeadlockError where ranks stop, and ScheduleError where a rank uses what it has not yet made or received.
+    """
+    owner = stage_owners(lowered)
+    last_stage = len(owner) - 1
+    position = [0] * len(lowered)
+    held: list[set[Value]] = [set() for _ in lowered]
+    ready = list(range(len(lowered)))
+    while ready:
+        rank = ready.pop()
+        while position[rank] < len(lowered[rank]):
+            op = lowered[rank][position[rank]]
+            if op.kind not in COMPUTE and op.kind != "R":
+                other, match = _meeting(op, owner)
+                if other != rank:
+                    if position[other] == len(lowered[other]) or lowered[other][position[other]] != match:
+                        break
+                    _step(other, match, last_stage, held)
+                    position[other] += 1
+                    ready.append(other)
+            _step(rank, op, last_stage, held)
+            position[rank] += 1
+    stopped = {rank: ops[at] for rank, (ops, at) in enumerate(zip(lowered, position, strict=True)) if at < len(ops)}
+    if stopped:
+        raise DeadlockError(_describe_stop(stopped, owner), stopped)
+
+
+def _step(rank: int, op: Op, last_stage: int, held: list[set[Value]]) -> None:
+    """Let `rank` run `op`: what it needs must be held by this rank, what it makes or receives is held from now on."""
+    if op.kind in COMPUTE:
+        needs, makes = tuple(inputs_of(op, last_stage)), output_of(op)
+    elif op.kind in ("SF", "SB"):
+        needs, makes = (Value("F" if op.kind == "SF" else "G", op.stage, op.micro),), None
+    elif op.kind in ("RF", "RB"):
+        needs, makes = (), Value("F", op.stage - 1, op.micro) if op.kind == "RF" else Value("G", op.stage + 1, op.micro)
+    else:
+        return
+    for value in needs:
+        if value not in held[rank]:
+            what = "activation" if value.kind == "F" else "gradient"
+            raise ScheduleError(
+                f"rank {rank} runs {op} before it has the {what} of stage {value.stage}, micro-batch {value.micro}"
+            )
+    if makes is not None:
+        held[rank].add(makes)
+
+
+def _meeting(op: Op, owner: tuple[int, ...]) -> tuple[int, Op]:
+    """The rank and the operation there that a blocking operation waits for."""
+    match = counterpart(op, len(owner) - 1)
+    if not 0 <= match.stage < len(owner):
+        raise ScheduleError(f"{op} has no other end: the stages are 0 to {len(owner) - 1}")
+    return owner[match.stage], match
+
+
+def _describe_stop(stopped: Mapping[int, Op], owner: tuple[int, ...]) -> str:
+    """Follow who waits for whom until the circle closes or ends at a rank that has finished; name that part only."""
+    chain: list[int] = []
+    rank = min(stopped)
+    while rank in stopped and rank not in chain:
+        chain.append(rank)
+        rank = _meeting(stopped[rank], owner)[0]
+    if rank in chain:
+        chain = chain[chain.index(rank) :]
+    waits = []
+    for rank in chain:
+        other, match = _meeting(stopped[rank], owner)
+        at = f"is at {stopped[other]}" if other in stopped else "has finished"
+        waits.append(f"rank {rank} at {stopped[rank]} waits for {match} of rank {other}, which {at}")
+    return f"deadlock: {'; '.join(waits)}"
