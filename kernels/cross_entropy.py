@@ -1,0 +1,267 @@
+"""Cross-entropy over a (shard of the) vocabulary, with the gradient written over the logits: the specification in
+PyTorch.
+
+The work is cut where a collective may go. Every tensor rank takes four numbers per token from its columns; merging the
+ranks' numbers (one all-gather) gives the numbers of the whole row, and from those both the loss and the gradient
+follow:
+
+    stats = (m = max z,  s = sum exp(z - m),  z_target,  sum z)                    cross_entropy_stats, merge_stats
+    nll = log s - (z_target - m)                                                   cross_entropy_loss
+    loss = (1 - e) nll + e (log s + m - sum z / V) + c (log s + m)^2               e label smoothing, c z-loss
+    dloss/dz_j = p_j (1 + 2 c (log s + m)) - (1 - e) [j = target] - e / V          cross_entropy_grad_
+
+nll is taken as written, not as logsumexp - z_target, which cancels when all logits share a large offset. Softmax
+merging: Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"; z-loss: Chowdhery et al. 2022, "PaLM",
+section 5. The Triton forms of `cross_entropy_stats` and `cross_entropy_grad_` are in `cross_entropy_triton.py`.
+
+Shapes: N tokens, V columns of this shard (the last V - valid are padding), H hidden, R tensor ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+PIECE_BYTES = 1 << 20  # rows are worked on in pieces whose fp32 form stays in the processor's cache
+
+
+def cross_entropy_stats(
+    logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int = 0, valid: int | None = None
+) -> Tensor:
+    """Per token, over the first `valid` columns of this shard: max, sum of exp(z - max), target logit, sum of logits.
+
+    logits_NV: any float dtype, last dimension contiguous; targets_N: int64 global token numbers; the shard's first
+    column is token `vocab_start`. A target outside the shard (or ignored) contributes 0. Returns fp32 [N, 4] (float64
+    for float64 logits). A shard without valid columns gives (-inf, 0, 0, 0), which `merge_stats` leaves out.
+    """
+    valid = logits_NV.shape[1] if valid is None else valid
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    stats_N4 = torch.zeros(logits_NV.shape[0], 4, dtype=wide, device=logits_NV.device)
+    if valid == 0:
+        stats_N4[:, 0] = -torch.inf
+        return stats_N4
+    local_N = targets_N - vocab_start
+    inside_N = (local_N >= 0) & (local_N < valid)
+    local_N = local_N.clamp(0, valid - 1)
+    for rows in _pieces(logits_NV):
+        z_NV = logits_NV[rows, :valid].to(wide)
+        max_N = z_NV.amax(-1)
+        stats_N4[rows, 0] = max_N
+        stats_N4[rows, 2] = z_NV.gather(1, local_N[rows, None]).squeeze(1).where(inside_N[rows], 0)
+        stats_N4[rows, 3] = z_NV.sum(-1)
+        stats_N4[rows, 1] = (z_NV - max_N[:, None]).exp_().sum(-1)
+    return stats_N4
+
+
+def merge_stats(stats_RN4: Tensor) -> Tensor:
+    """Merge the statistics of R shards [R, N, 4] into those of the whole vocabulary [N, 4]."""
+    max_N = stats_RN4[..., 0].amax(0)
+    scale_RN = (stats_RN4[..., 0] - max_N).exp()
+    return torch.stack([max_N, (stats_RN4[..., 1] * scale_RN).sum(0), *stats_RN4[..., 2:].sum(0).unbind(-1)], dim=-1)
+
+
+def cross_entropy_loss(
+    stats_N4: Tensor,
+    targets_N: Tensor,
+    *,
+    vocab_size: int,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Loss per token [N] in the statistics' dtype, from merged statistics; 0 where the target is `ignore_index`.
+
+    vocab_size: true columns of the whole vocabulary. A target outside [0, vocab_size) that is not `ignore_index` gives
+    NaN: a wrong label is then seen in the first loss without a device synchronisation to look for it.
+    """
+    max_N, sum_N, target_N, total_N = stats_N4.unbind(-1)
+    log_sum_N = sum_N.log()
+    loss_N = log_sum_N - (target_N - max_N)
+    if label_smoothing:
+        loss_N = (1 - label_smoothing) * loss_N + label_smoothing * (log_sum_N - (total_N / vocab_size - max_N))
+    if z_loss:
+        loss_N = loss_N + z_loss * (log_sum_N + max_N).square()
+    loss_N = loss_N.where((targets_N >= 0) & (targets_N < vocab_size), torch.nan)
+    return loss_N.where(targets_N != ignore_index, 0.0)
+
+
+def cross_entropy_grad_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    stats_N4: Tensor,
+    grad_N: Tensor,
+    *,
+    vocab_start: int = 0,
+    valid: int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int,
+) -> Tensor:
+    """Write grad_N * dloss/dlogits over `logits_NV` and return it.
+
+    stats_N4: merged over all shards; grad_N: fp32 scale per token (0 where ignored: such a row becomes exactly 0
+    whatever its logits were); padded columns become 0.
+    """
+    valid = logits_NV.shape[1] if valid is None else valid
+    wide = stats_N4.dtype
+    max_N, sum_N = stats_N4[:, 0], stats_N4[:, 1]
+    grad_N = grad_N.to(wide)
+    live_N = grad_N != 0
+    lse_N = sum_N.log() + max_N
+    scale_N = (grad_N * (1 + 2 * z_loss * lse_N) / sum_N).where(live_N, 0)
+    local_N = targets_N - vocab_start
+    hit_N = (grad_N * -(1 - label_smoothing)).where((local_N >= 0) & (local_N < valid), 0)
+    local_N = local_N.clamp(0, max(valid - 1, 0))
+    logits_NV[:, valid:] = 0
+    for rows in _pieces(logits_NV) if valid else ():
+        z_NV = (logits_NV[rows, :valid].to(wide) - max_N[rows, None]).exp_().mul_(scale_N[rows, None])
+        if label_smoothing:
+            z_NV -= (grad_N[rows, None]) * (label_smoothing / vocab_size)
+        z_NV.scatter_add_(1, local_N[rows, None], hit_N[rows, None])
+        logits_NV[rows, :valid] = z_NV.where(live_N[rows, None], 0)
+    return logits_NV
+
+
+def _pieces(logits_NV: Tensor) -> list[slice]:
+    rows, columns = logits_NV.shape
+    step = max(1, PIECE_BYTES // (4 * max(columns, 1))) if logits_NV.device.type == "cpu" else max(rows, 1)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, ops: Any, options: dict[str, Any]) -> Tensor:
+        valid = options["vocab_size"]
+        stats_N4 = ops.cross_entropy_stats(logits_NV, targets_N, valid=valid)
+        ctx.save_for_backward(logits_NV, targets_N, stats_N4)
+        ctx.ops, ctx.options = ops, options
+        loss_options = {name: value for name, value in options.items() if name != "overwrite_logits"}
+        return cross_entropy_loss(stats_N4, targets_N, **loss_options)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
+        logits_NV, targets_N, stats_N4 = ctx.saved_tensors
+        options = ctx.options
+        grad_N = grad_N.where(targets_N != options["ignore_index"], 0)
+        out_NV = logits_NV.detach() if options["overwrite_logits"] else logits_NV.detach().clone()
+        ctx.ops.cross_entropy_grad_(
+            out_NV,
+            targets_N,
+            stats_N4,
+            grad_N,
+            valid=options["vocab_size"],
+            z_loss=options["z_loss"],
+            label_smoothing=options["label_smoothing"],
+            vocab_size=options["vocab_size"],
+        )
+        return out_NV, None, None, None
+
+
+class ReferenceOps:
+    """The two kernels of this file as an object, the default of `ops` below (a `Kernels` value serves as well)."""
+
+    cross_entropy_stats = staticmethod(cross_entropy_stats)
+    cross_entropy_grad_ = staticmethod(cross_entropy_grad_)
+
+
+def cross_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    valid: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    overwrite_logits: bool = False,
+    ops: Any = ReferenceOps,
+) -> Tensor:
+    """Differentiable loss per token [N] in one process.
+
+    valid: true vocabulary size where the logits have padded columns. overwrite_logits: let the backward write the
+    gradient over the logits (no memory beyond them; the caller must not read them again, nor run backward twice).
+    """
+    options = {
+        "vocab_size": logits_NV.shape[1] if valid is None else valid,
+        "ignore_index": ignore_index,
+        "z_loss": z_loss,
+        "label_smoothing": label_smoothing,
+        "overwrite_logits": overwrite_logits,
+    }
+    loss_N: Tensor = _CrossEntropy.apply(logits_NV, targets_N, ops, options)
+    return loss_N
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, scale_N: Tensor, chunk: int, options: Any
+    ) -> Tensor:
+        ops, vocab_size, grad_options = options
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden_NH = torch.empty_like(hidden_NH) if want_hidden else None
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=scale_N.dtype) if want_weight else None
+        total = torch.zeros((), dtype=scale_N.dtype, device=hidden_NH.device)
+        for start in range(0, hidden_NH.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits_NV = hidden_NH[rows] @ weight_VH.t()
+            stats_N4 = ops.cross_entropy_stats(logits_NV, targets_N[rows], valid=vocab_size)
+            loss_N = cross_entropy_loss(stats_N4, targets_N[rows], vocab_size=vocab_size, **grad_options)
+            total += loss_N.mul(scale_N[rows]).where(scale_N[rows] != 0, 0).sum()
+            if not (want_hidden or want_weight):
+                continue
+            inner = {name: value for name, value in grad_options.items() if name != "ignore_index"}
+            ops.cross_entropy_grad_(
+                logits_NV, targets_N[rows], stats_N4, scale_N[rows], valid=vocab_size, vocab_size=vocab_size, **inner
+            )
+            if grad_hidden_NH is not None:
+                torch.mm(logits_NV, weight_VH, out=grad_hidden_NH[rows])
+            if grad_weight_VH is not None:
+                grad_weight_VH += logits_NV.t() @ hidden_NH[rows]
+        grads = [grad for grad in (grad_hidden_NH, grad_weight_VH) if grad is not None]
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [hidden_NH.dtype] * want_hidden + [weight_VH.dtype] * want_weight
+        ctx.want = (want_hidden, want_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = iter([(saved * grad).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes)])
+        grad_hidden, grad_weight = (next(scaled) if want else None for want in ctx.want)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def fused_linear_cross_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    token_weights_N: Tensor | None = None,
+    reduction: str = "mean",
+    valid: int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+    ops: Any = ReferenceOps,
+) -> Tensor:
+    """Loss of `hidden_NH @ weight_VH.T` against `targets_N`, a scalar, never holding more than `chunk` rows of logits.
+
+    The gradients are made in the forward, while a chunk's logits exist, so three matrix products are done (6 N H V
+    flop) and nothing is computed again; memory beyond the gradients is `chunk * V` logits. The weight's gradient is
+    summed in fp32. token_weights_N: a factor per token (loss masks); reduction: "sum", or "mean" over the sum of the
+    weights of the tokens that are not ignored (0 where there are none). valid: true vocabulary size where the weight
+    has padded rows.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}")
+    wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+    kept_N = (targets_N != ignore_index).to(wide)
+    scale_N = kept_N if token_weights_N is None else kept_N * token_weights_N.to(wide)
+    if reduction == "mean":
+        total = scale_N.sum()
+        scale_N = scale_N / total.where(total != 0, 1)
+    grad_options = {"ignore_index": ignore_index, "z_loss": z_loss, "label_smoothing": label_smoothing}
+    options = (ops, weight_VH.shape[0] if valid is None else valid, grad_options)
+    loss: Tensor = _FusedLinear.apply(hidden_NH, weight_VH, targets_N, scale_N.detach(), chunk, options)
+    return loss

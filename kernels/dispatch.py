@@ -1,0 +1,128 @@
+"""Which implementation of each operation a run uses: chosen once from the configuration, named in the start-up log.
+
+Triton is imported only when one of its kernels is chosen, so a machine without it runs the PyTorch forms.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from megalite.errors import UserError
+
+from . import adamw, cross_entropy, flash_attention, rms_norm, rope, swiglu
+
+OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "rms_norm": ("rms_norm", "add_rms_norm"),
+        "rope": ("rope",),
+        "attention": ("attention",),
+        "swiglu": ("swiglu",),
+        "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_"),
+        "adamw": ("adamw_", "square_sum"),
+    }
+)
+"""Operation as the configuration names it -> the functions of `Kernels` that it chooses."""
+
+_REFERENCES = {
+    "rms_norm": rms_norm,
+    "rope": rope,
+    "attention": flash_attention,
+    "swiglu": swiglu,
+    "cross_entropy": cross_entropy,
+    "adamw": adamw,
+}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One callable per operation, with the signatures of the plain PyTorch forms in the file of the operation's
+    name."""
+
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    rope: Callable[..., Any]
+    attention: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    cross_entropy_stats: Callable[..., Any]
+    cross_entropy_grad_: Callable[..., Any]
+    adamw_: Callable[..., Any]
+    square_sum: Callable[..., Any]
+    choices: Mapping[str, str]
+    """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
+
+    def describe(self) -> str:
+        """One line per operation for the start-up log."""
+        return "\n".join(f"kernels.{operation}: {choice}" for operation, choice in self.choices.items())
+
+
+def select_kernels(choices: Mapping[str, str], device: torch.device) -> Kernels:
+    """The kernels for `device`, from the configuration's section `kernels`.
+
+    choices: "default" (auto, triton, reference; auto where absent) and per operation (`OPERATIONS`), where "attention"
+    also takes sdpa. Raises UserError for an unknown name or value, and for triton where it cannot run.
+    """
+    _refuse_unknown(choices)
+    default = choices.get("default", "auto")
+    functions: dict[str, Callable[..., Any]] = {}
+    report: dict[str, str] = {}
+    for operation, names in OPERATIONS.items():
+        wanted = choices.get(operation, default)
+        field = operation if operation in choices else "default"
+        taken, why = _take(operation, wanted, device, field)
+        module = _module(operation, taken)
+        for name in names:
+            functions[name] = getattr(module, f"{name}_sdpa" if taken == "sdpa" else name)
+        report[operation] = f"{taken}{why}"
+    return Kernels(**functions, choices=MappingProxyType(report))
+
+
+def _values(operation: str) -> tuple[str, ...]:
+    return ("auto", "triton", "sdpa", "reference") if operation == "attention" else ("auto", "triton", "reference")
+
+
+def _refuse_unknown(choices: Mapping[str, str]) -> None:
+    names = ("default", *OPERATIONS)
+    for name, value in choices.items():
+        if name not in names:
+            raise UserError(f"kernels.{name}: no such operation; {_did_you_mean(name, names)}")
+        if value not in _values(name):
+            raise UserError(
+                f"kernels.{name} = {value!r}: no such implementation; {_did_you_mean(value, _values(name))}"
+            )
+
+
+def _did_you_mean(word: object, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(str(word), known, n=1)
+    return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}"
+
+
+def _take(operation: str, wanted: str, device: torch.device, field: str) -> tuple[str, str]:
+    """The implementation to use and, in brackets, why it was not simply named."""
+    obstacle = _triton_obstacle(device)
+    if wanted == "triton" and obstacle:
+        raise UserError(f"kernels.{field} = 'triton': {obstacle}; use auto or reference")
+    if wanted != "auto":
+        return wanted, ""
+    if obstacle is None:
+        return "triton", " (auto)"
+    return ("sdpa" if operation == "attention" else "reference"), f" (auto: {obstacle})"
+
+
+def _triton_obstacle(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"device {device.type} runs Triton only in its interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def _module(operation: str, taken: str) -> Any:
+    reference = _REFERENCES[operation]
+    return import_module(f"{reference.__name__}_triton") if taken == "triton" else reference

@@ -1,0 +1,176 @@
+"""Softmax attention for training: which keys a query sees, the explicit specification, and torch's fused operators.
+
+Query i of S queries, key j of T keys (aligned at the end, "bottom right": query i stands at key position i + T - S):
+
+    visible(i, j) = (j <= i + T - S  if causal) and (i + T - S - window < j  if window) and (documents equal)
+    out_i = sum_j softmax_j(softcap(scale q_i . k_j)) v_j         softcap(x) = c tanh(x / c), or x where there is none
+
+A query that sees no key gives 0, and log-sum-exp -inf. Query head h reads kv head h // (H / K). The Triton form with
+the same signature (Dao et al. 2022 and Dao 2023, "FlashAttention" 1 and 2) is in `flash_attention_triton.py`.
+
+Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim, G = H / K query heads of one kv head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EXPLICIT_LONGEST = 1024  # keys; above it the explicit bf16 form loses to the fused operator on a CPU
+
+
+def visible_keys(
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor | None:
+    """Boolean mask [S, T], or [B, 1, S, T] with documents; None where every query sees every key."""
+    if not causal and window is None and documents is None:
+        return None
+    i = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    j = torch.arange(keys, device=device)[None, :]
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        mask &= j <= i
+    if window is not None:
+        mask &= j > i - window
+    if documents is None:
+        return mask
+    of_BT = documents.t()
+    return (mask & (of_BT[:, keys - queries :, None] == of_BT[:, None, :]))[:, None]
+
+
+def attention_reference(
+    q_SBHD: Tensor,
+    k_SBKD: Tensor,
+    v_SBKD: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention written out, computed in fp32 (float64 for float64), O(S T) memory; see the top of the file.
+
+    q_SBHD [S, B, H, D]; k_SBKD and v_SBKD [T, B, K, D], H a multiple of K, any strides; window: keys visible to a
+    query, itself included; scale: D^-1/2 where not given; documents: int [T, B], the document of every key (needs S <=
+    T; the queries are the last S positions); softcap: bound of the scores before the mask. Returns out_SBHD in q's
+    dtype, and with `return_lse` also the natural log-sum-exp of the scores, fp32 [B, H, S]. Both are differentiable.
+    """
+    wide = torch.promote_types(q_SBHD.dtype, torch.float32)
+    q_BKGSD, k_BK1TD, v_BK1TD = (x.to(wide) for x in _grouped(q_SBHD, k_SBKD, v_SBKD))
+    scores_BKGST = q_BKGSD @ k_BK1TD.transpose(-1, -2) * _scale(scale, q_SBHD)
+    if softcap is not None:
+        scores_BKGST = softcap * torch.tanh(scores_BKGST / softcap)
+    mask = _mask(q_SBHD, k_SBKD, causal, window, documents)
+    if mask is not None:
+        mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+        scores_BKGST = scores_BKGST.masked_fill(~mask, -torch.inf)
+    max_BKGS1 = scores_BKGST.detach().amax(-1, keepdim=True)
+    max_BKGS1 = max_BKGS1.where(max_BKGS1 > -torch.inf, 0)
+    p_BKGST = (scores_BKGST - max_BKGS1).exp()
+    sum_BKGS1 = p_BKGST.sum(-1, keepdim=True)
+    seen = sum_BKGS1 > 0
+    sum_BKGS1 = sum_BKGS1.where(seen, 1)
+    out_SBHD = _merge_heads((p_BKGST @ v_BK1TD) / sum_BKGS1).to(q_SBHD.dtype)
+    if not return_lse:
+        return out_SBHD
+    lse_BKGS = (sum_BKGS1.log() + max_BKGS1).where(seen, -torch.inf).squeeze(-1)
+    return out_SBHD, lse_BKGS.flatten(1, 2)
+
+
+def attention_sdpa(
+    q_SBHD: Tensor,
+    k_SBKD: Tensor,
+    v_SBKD: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention_reference` through `torch.nn.functional.scaled_dot_product_attention`, or the fastest equal form on a
+    CPU.
+
+    Soft-capped scores, the log-sum-exp and queries that see no key (more causal queries than keys) are not among what
+    the fused operators do: the explicit form takes those calls.
+    """
+    queries, keys = q_SBHD.shape[0], k_SBKD.shape[0]
+    if softcap is not None or return_lse or (causal and queries > keys):
+        return attention_reference(
+            q_SBHD,
+            k_SBKD,
+            v_SBKD,
+            causal=causal,
+            window=window,
+            scale=scale,
+            documents=documents,
+            softcap=softcap,
+            return_lse=return_lse,
+        )
+    if _explicit_is_faster(q_SBHD, keys):
+        mask = _mask(q_SBHD, k_SBKD, causal, window, documents)
+        return _explicit_narrow(q_SBHD, k_SBKD, v_SBKD, mask, _scale(scale, q_SBHD))
+    plain = documents is None and (window is None or window >= keys) and (queries == keys or not causal)
+    mask = None if plain else _mask(q_SBHD, k_SBKD, causal, window, documents)
+    q_BHSD, k_BKTD, v_BKTD = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBKD, v_SBKD))
+    grouped = q_BHSD.shape[1] != k_BKTD.shape[1]
+    if grouped and q_SBHD.device.type == "cpu":
+        repeats = q_BHSD.shape[1] // k_BKTD.shape[1]
+        k_BKTD, v_BKTD = (x.repeat_interleave(repeats, dim=1) for x in (k_BKTD, v_BKTD))
+        grouped = False
+    out_BHSD = F.scaled_dot_product_attention(
+        q_BHSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal and plain, scale=scale, enable_gqa=grouped
+    )
+    return out_BHSD.permute(2, 0, 1, 3)
+
+
+def _explicit_is_faster(q_SBHD: Tensor, keys: int) -> bool:
+    """A CPU's matrix units make two plain bf16 products faster than the fused operator for wide heads and short
+    keys.""" narrow = q_SBHD.dtype == torch.bfloat16 and q_SBHD.device.type == "cpu" return narrow and q_SBHD.shape[-1]
+    >= 128 and keys <= EXPLICIT_LONGEST
+
+
+def _explicit_narrow(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Products in the inputs' dtype, softmax in fp32; every query must see a key."""
+    q_BKGSD, k_BK1TD, v_BK1TD = _grouped(q_SBHD * scale, k_SBKD, v_SBKD)
+    batch, kv_heads, group, queries, width = q_BKGSD.shape
+    # The G heads of a group are one tall product with their kv head: no copy of k or v is made.
+    q_BKXD = q_BKGSD.reshape(batch, kv_heads, group * queries, width)
+    scores_BKGST = (q_BKXD @ k_BK1TD.squeeze(2).transpose(-1, -2)).view(batch, kv_heads, group, queries, -1)
+    if mask is not None:
+        mask = mask.unsqueeze(2) if mask.dim() == 4 else mask
+        scores_BKGST = scores_BKGST.masked_fill(~mask, -torch.inf)
+    p_BKGST = scores_BKGST.softmax(-1)
+    out_BKXD = p_BKGST.view(batch, kv_heads, group * queries, -1) @ v_BK1TD.squeeze(2)
+    return _merge_heads(out_BKXD.view(batch, kv_heads, group, queries, width))
+
+
+def _scale(scale: float | None, q_SBHD: Tensor) -> float:
+    return float(q_SBHD.shape[-1] ** -0.5) if scale is None else scale
+
+
+def _mask(q_SBHD: Tensor, k_SBKD: Tensor, causal: bool, window: int | None, documents: Tensor | None) -> Tensor | None:
+    sizes = q_SBHD.shape[0], k_SBKD.shape[0]
+    return visible_keys(*sizes, causal=causal, window=window, documents=documents, device=q_SBHD.device)
+
+
+def _grouped(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kv_heads = k_SBKD.shape[2]
+    q_BKGSD = q_SBHD.unflatten(2, (kv_heads, -1)).permute(1, 2, 3, 0, 4)
+    k_BK1TD, v_BK1TD = (x.permute(1, 2, 0, 3).unsqueeze(2) for x in (k_SBKD, v_SBKD))
+    return q_BKGSD, k_BK1TD, v_BK1TD
+
+
+def _merge_heads(x_BKGSD: Tensor) -> Tensor:
+    return x_BKGSD.permute(3, 0, 1, 2, 4).flatten(2, 3)
+
+
+attention = attention_reference

@@ -1,0 +1,37 @@
+"""Rotary position embedding (Su et al. 2021, "RoFormer", section 3.2.2): the specification in plain PyTorch.
+
+Half-split layout (`rotate_half` of GPT-NeoX and Hugging Face Llama): element i of a head is paired with element
+i + D_rot / 2. Positions come in through cos and sin, so documents packed in one sequence restart theirs by their
+tables. The Triton form with the same signature is in `rope_triton.py`.
+
+Shapes: S sequence, B batch, H query heads, K kv heads, D head dim, R rotated part of the head dim (R <= D).
+"""
+
+import torch
+from torch import Tensor
+
+
+def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the first R elements of every head of q and k by the angles in `cos` and `sin`; the rest passes through.
+
+    cos, sin: fp32 [S, R] (one position per row) or [S, B, R] (positions per document), the two halves of R equal: only
+    the first is read. The rotation is computed in fp32 and rounded once to the dtype of the input. q and k may be
+    strided.
+    """
+    return _rotate(q_SBHD, cos, sin), _rotate(k_SBKD, cos, sin)
+
+
+def _rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = cos.shape[-1] // 2
+    wide = torch.promote_types(x_SBND.dtype, torch.float32)
+    cos, sin = (_per_head(table)[..., :half].to(wide) for table in (cos, sin))
+    first, second = x_SBND[..., :half].to(wide), x_SBND[..., half : 2 * half].to(wide)
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_SBND.dtype)
+    if 2 * half == x_SBND.shape[-1]:
+        return turned
+    return torch.cat([turned, x_SBND[..., 2 * half :]], dim=-1)
+
+
+def _per_head(table: Tensor) -> Tensor:
+    """[S, R] -> [S, 1, 1, R] and [S, B, R] -> [S, B, 1, R]."""
+    return table[:, None, None] if table.dim() == 2 else table[:, :, None]

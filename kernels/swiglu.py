@@ -1,0 +1,40 @@
+"""SwiGLU activation (Shazeer 2020, "GLU Variants Improve Transformer", section 2): the specification in plain PyTorch.
+
+    y = silu(gate) * up,  with gate and up the two halves of one fused projection
+
+silu(gate) is rounded to the input's dtype before the product, as in Hugging Face Llama. The backward is written by
+hand so that only the fused input is kept for it. The Triton form with the same signature is in `swiglu_triton.py`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2F] -> [..., F]: the gate is the first half, `silu(gate) * up`."""
+    result: Tensor = _SwiGLU.apply(gate_up)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        # d silu(g)/dg = sigmoid(g) * (1 + g * (1 - sigmoid(g))), which is what aten::silu_backward multiplies by.
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.mul(grad, F.silu(gate), out=grad_up)
+        return grad_gate_up
