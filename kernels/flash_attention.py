@@ -133,9 +133,9 @@ def attention_sdpa(
 
 
 def _explicit_is_faster(q_SBHD: Tensor, keys: int) -> bool:
-    """A CPU's matrix units make two plain bf16 products faster than the fused operator for wide heads and short
-    keys.""" narrow = q_SBHD.dtype == torch.bfloat16 and q_SBHD.device.type == "cpu" return narrow and q_SBHD.shape[-1]
-    >= 128 and keys <= EXPLICIT_LONGEST
+    """A CPU's matrix units make two bf16 products faster than the fused operator for wide heads and short keys."""
+    narrow = q_SBHD.dtype == torch.bfloat16 and q_SBHD.device.type == "cpu"
+    return narrow and q_SBHD.shape[-1] >= 128 and keys <= EXPLICIT_LONGEST
 
 
 def _explicit_narrow(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
