@@ -12,8 +12,10 @@ to no box: they are zero and stay zero. Data-parallel replication is universal a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +79,7 @@ class PlacedParameter(nn.Parameter):
     placement: Placement
     main_grad: Tensor | None
     tied_to: PlacedParameter | None
+    _listeners: list[Callable[[], None]]
 
     def __new__(cls, data: Tensor, placement: Placement) -> PlacedParameter:
         parameter = super().__new__(cls, data, requires_grad=True)
@@ -91,7 +94,7 @@ class PlacedParameter(nn.Parameter):
         """Weight decay applies to matrices, not to norms and biases."""
         return self.dim() > 1
 
-    def listen(self, listener: object) -> None:
+    def listen(self, listener: Callable[[], None]) -> None:
         """Call `listener()` after every accumulation into `main_grad`."""
         self._listeners.append(listener)
 
@@ -159,3 +162,53 @@ def initialise(module: nn.Module, seed: int) -> None:
         parameter.zero_()
         for box in parameter.placement.boxes:
             box.view(parameter).copy_(initial_values(box, parameter.placement, seed))
+
+
+def flat_ranges(box: Box, local_shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """The row-major element ranges [start, stop) that a box covers in its local parameter, as few as possible."""
+    inner, dim = 1, len(local_shape)
+    while dim > 0 and box.size[dim - 1] == local_shape[dim - 1]:
+        dim -= 1
+        inner *= local_shape[dim]
+    if dim == 0:
+        yield 0, inner
+        return
+    length = box.size[dim - 1] * inner
+    outer = [range(start, start + size) for start, size in zip(box.local_offset[: dim - 1], box.size[: dim - 1])]
+    for index in itertools.product(*outer):
+        position = 0
+        for coordinate, extent in zip((*index, box.local_offset[dim - 1]), local_shape[:dim]):
+            position = position * extent + coordinate
+        yield position * inner, position * inner + length
+
+
+def range_boxes(box: Box, local_shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Box, int]]:
+    """The parts of `box` inside the row-major range [start, stop) of its local parameter, as boxes.
+
+    Yields (box, flat position of its first element); every part is contiguous in the local parameter, so that a flat
+    optimizer shard can be described, saved and loaded like any other piece of the global tensor.
+    """
+    for first, last in flat_ranges(box, local_shape):
+        first, last = max(first, start), min(last, stop)
+        while first < last:
+            size, count = _largest_block(local_shape, box, first, last)
+            where = np.unravel_index(first, local_shape)
+            shift = tuple(int(i) - origin for i, origin in zip(where, box.local_offset))
+            offset = tuple(origin + s for origin, s in zip(box.offset, shift))
+            local_offset = tuple(int(i) for i in where)
+            yield dataclasses.replace(box, offset=offset, size=size, local_offset=local_offset), first
+            first += count
+
+
+def _largest_block(shape: tuple[int, ...], box: Box, first: int, last: int) -> tuple[tuple[int, ...], int]:
+    """Size and element count of the largest contiguous block of `box` that begins at `first` and ends by `last`."""
+    where = [int(i) for i in np.unravel_index(first, shape)]
+    size = [1] * len(shape)
+    inner = 1
+    for dim in reversed(range(len(shape))):
+        room = box.local_offset[dim] + box.size[dim] - where[dim]
+        size[dim] = min(room, (last - first) // inner)
+        if size[dim] < shape[dim] or where[dim] != 0:
+            return tuple(size), size[dim] * inner
+        inner *= shape[dim]
+    return tuple(size), inner

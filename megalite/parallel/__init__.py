@@ -1,1 +1,1 @@
-""""""
+"""Parallelism: collectives, tensor, pipeline, data."""

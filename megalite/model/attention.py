@@ -1,0 +1,146 @@
+"""Grouped-query attention, its heads split over the tensor ranks.
+
+S sequence, s its part outside tensor-parallel blocks, B micro-batch, H hidden, D head dim; Q query and K key/value
+heads of the model, q and k those of this rank. A rank holds the key/value heads that its query heads read. Where the
+tensor size does not divide K, neighbouring ranks hold copies of the heads they share, and the copies' gradients are
+summed once a step (`Box.partial`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalite.config import ModelConfig
+from megalite.kernels import Kernels
+from megalite.mesh import Mesh
+from megalite.model.norm import RMSNorm
+from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megalite.placement import Box, row_box
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a micro-batch stand: rotation tables [S, D] or [S, B, D], and document numbers [S, B] or None."""
+
+    cos: Tensor
+    sin: Tensor
+    documents_SB: Tensor | None = None
+
+
+class KeyValueCache(Protocol):
+    """What earlier tokens left behind: `extend` appends a layer's new keys and values and returns all of them."""
+
+    def extend(self, layer: int, k_SBKD: Tensor, v_SBKD: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class HeadSplit:
+    """Which heads one tensor rank holds; `kv_of_query` maps its query heads to its key/value heads, both local."""
+
+    first_query: int
+    queries: int
+    first_kv: int
+    kvs: int
+    kv_of_query: tuple[int, ...]
+
+    @property
+    def grouped(self) -> bool:
+        """Whether local query head h reads local kv head h // (queries / kvs), as attention kernels expect."""
+        return self.queries % self.kvs == 0 and all(
+            kv == head // (self.queries // self.kvs) for head, kv in enumerate(self.kv_of_query)
+        )
+
+
+def split_heads(heads: int, kv_heads: int, parts: int, index: int) -> HeadSplit:
+    """The heads of part `index` of `parts`; `parts` divides `heads`, `kv_heads` divides `heads`."""
+    queries, group = heads // parts, heads // kv_heads
+    first = index * queries
+    kvs = [head // group for head in range(first, first + queries)]
+    return HeadSplit(first, queries, kvs[0], kvs[-1] - kvs[0] + 1, tuple(kv - kvs[0] for kv in kvs))
+
+
+def _projection_boxes(prefix: str, split: HeadSplit, model: ModelConfig, mesh: Mesh, kind: str) -> tuple[Box, ...]:
+    """The boxes of the fused query/key/value weight (`kind` "weight") or bias: queries, then keys, then values."""
+    dim, rest = model.head_dim, (model.hidden_size,) if kind == "weight" else ()
+    shape = (model.heads * dim, *rest)
+    boxes = [
+        row_box(f"{prefix}.q_proj.{kind}", shape, split.first_query * dim, split.queries * dim, 0, (mesh.rank,))
+    ]
+    row = split.queries * dim
+    peers = [split_heads(model.heads, model.kv_heads, mesh.tp, index) for index in range(mesh.tp)]
+    for projection in ("k_proj", "v_proj"):
+        for kv in range(split.first_kv, split.first_kv + split.kvs):
+            holders = [mesh.rank_at(tp=i) for i, peer in enumerate(peers) if 0 <= kv - peer.first_kv < peer.kvs]
+            shape = (model.kv_heads * dim, *rest)
+            name = f"{prefix}.{projection}.{kind}"
+            boxes.append(row_box(name, shape, kv * dim, dim, row, holders, partial=len(holders) > 1))
+            row += dim
+    return tuple(boxes)
+
+
+class Attention(nn.Module):
+    """norm'd hidden [s, B, H] -> attention output [s, B, H]."""
+
+    def __init__(
+        self, model: ModelConfig, layer: int, mesh: Mesh, region: TensorRegion, kernels: Kernels, std: float, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        prefix, dim = f"model.layers.{layer}.self_attn", model.head_dim
+        self.layer, self.dim, self.kernels = layer, dim, kernels
+        self.window = model.sliding_window or None
+        self.heads = split_heads(model.heads, model.kv_heads, mesh.tp, mesh.index("tp"))
+        self.kv_index: Tensor | None
+        index = None if self.heads.grouped else torch.tensor(self.heads.kv_of_query, device=mesh.device)
+        self.register_buffer("kv_index", index, persistent=False)
+        bias = _projection_boxes(prefix, self.heads, model, mesh, "bias") if model.attention_bias else ()
+        self.qkv = ColumnParallelLinear(
+            model.hidden_size, _projection_boxes(prefix, self.heads, model, mesh, "weight"), bias, region, **kwargs
+        )
+        self.out = RowParallelLinear(
+            f"{prefix}.o_proj.weight",
+            (model.hidden_size, model.heads * dim),
+            (self.heads.first_query * dim, self.heads.queries * dim),
+            mesh.rank,
+            region,
+            std,
+            **kwargs,
+        )
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            # Each rank normalises its own heads with the shared weight, so the gradients are parts of a sum.
+            peers = mesh.ranks_along("tp")
+            self.q_norm = RMSNorm(f"{prefix}.q_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs)
+            self.k_norm = RMSNorm(f"{prefix}.k_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs)
+
+    def forward(
+        self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, recompute: bool = False
+    ) -> Tensor:
+        qkv_SBE = self.qkv(x_sBH)
+        if recompute:
+            mixed_SBE = checkpoint(self.mix, qkv_SBE, positions, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed_SBE = self.mix(qkv_SBE, positions, cache)
+        return self.out(mixed_SBE)
+
+    def mix(self, qkv_SBE: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+        """Everything between the two projections: norm of queries and keys, rotation, attention itself."""
+        q_SBqD, k_SBkD, v_SBkD = qkv_SBE.unflatten(-1, (-1, self.dim)).split(
+            (self.heads.queries, self.heads.kvs, self.heads.kvs), dim=2
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_SBqD, k_SBkD = self.q_norm(q_SBqD), self.k_norm(k_SBkD)
+        q_SBqD, k_SBkD = self.kernels.rope(q_SBqD, k_SBkD, positions.cos, positions.sin)
+        if cache is not None:
+            k_SBkD, v_SBkD = cache.extend(self.layer, k_SBkD, v_SBkD)
+        if self.kv_index is not None:
+            k_SBkD, v_SBkD = k_SBkD.index_select(2, self.kv_index), v_SBkD.index_select(2, self.kv_index)
+        mixed_SBqD = self.kernels.attention(
+            q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents_SB
+        )
+        return mixed_SBqD.flatten(2)

@@ -1,0 +1,76 @@
+"""Rotary position embedding: the table of angles, with the scalings that extend a model's context.
+
+Half-split layout (Hugging Face, GPT-NeoX): channel i turns together with channel i + D / 2. Sources: Su et al. 2021
+(RoPE), the Llama 3.1 release (`llama3` scaling), Peng et al. 2023 (YaRN, section 3.2 and equation 22).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """The D / 2 angular speeds in radians per position (fp32), and the factor on cosine and sine."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    speeds = 1.0 / theta**exponents
+    kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
+    if kind == "default":
+        return speeds, 1.0
+    if kind == "linear":
+        return speeds / scaling["factor"], 1.0
+    if kind == "llama3":
+        return _llama3(speeds, scaling), 1.0
+    if kind == "yarn":
+        return _yarn(speeds, head_dim, theta, scaling)
+    raise ValueError(f"unknown rope scaling {kind!r}")
+
+
+def _llama3(speeds: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+    """Slow channels are slowed further by `factor`, fast ones stay, those between are blended."""
+    factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
+    original = scaling["original_max_position_embeddings"]
+    turns = original * speeds / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    blended = (1 - blend) * speeds / factor + blend * speeds
+    wavelength = 2 * math.pi / speeds
+    slow, fast = wavelength > original / low, wavelength < original / high
+    return torch.where(slow, speeds / factor, torch.where(fast, speeds, blended))
+
+
+def _yarn(speeds: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """Channels that turn often within the original context stay, those that turn seldom are interpolated."""
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(scaling.get("beta_fast", 32.0)), channel(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    keep = 1 - ramp.clamp(0.0, 1.0)
+    magnitude = scaling.get("attention_factor")
+    if magnitude is None:
+        magnitude = _yarn_magnitude(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+    return speeds / factor * (1 - keep) + speeds * keep, float(magnitude)
+
+
+def _yarn_magnitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    def magnitude(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
+
+
+def rope_table(head_dim: int, positions: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [positions, D], fp32, each half of the channels a copy of the other."""
+    speeds, magnitude = inverse_frequencies(head_dim, theta, scaling)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), speeds)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * magnitude, angles.sin() * magnitude

@@ -1,0 +1,144 @@
+"""AdamW over this rank's flat shards, with fp32 master weights.
+
+A `Segment` is a run of a bucket's elements that one rank updates and that share the question of weight decay. In fp32
+its master weights *are* the bucket's parameters; in bf16 they are a separate fp32 copy that is rounded into the bucket
+after each step. The element-wise update itself is torch's fused AdamW, or `FusedAdam` where NVIDIA's apex imports.
+Source: Loshchilov and Hutter 2019 (decoupled weight decay).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalite.config import OptimizerConfig
+from megalite.parallel.data import Bucket, StageBuckets
+from megalite.placement import Box, range_boxes
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Elements `span` of a bucket: master weights, reduced gradients and both moments, fp32, 1-D, of one length."""
+
+    bucket: Bucket
+    span: slice
+    decays: bool
+    master: torch.nn.Parameter
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def separate_master(self) -> bool:
+        return self.bucket.parameters.dtype != torch.float32
+
+    def write_back(self) -> None:
+        """Round the master weights into the parameters, where they are a copy."""
+        if self.separate_master:
+            self.bucket.parameters[self.span].copy_(self.master.detach())
+
+    def pieces(self) -> Iterator[tuple[Box, slice]]:
+        """What this segment holds of the global tensors: (box, where its elements lie in the segment), row-major.
+
+        Boxes of which another replica is the owner are included: every holder needs them when loading.
+        """
+        for slot in self.bucket.slots:
+            start, stop = max(slot.start, self.span.start), min(slot.stop, self.span.stop)
+            if start >= stop:
+                continue
+            shape = tuple(slot.parameter.shape)
+            for box in slot.parameter.placement.boxes:
+                for part, first in range_boxes(box, shape, start - slot.start, stop - slot.start):
+                    begin = slot.start + first - self.span.start
+                    length = 1
+                    for extent in part.size:
+                        length *= extent
+                    yield part, slice(begin, begin + length)
+
+
+def _cut_by_decay(bucket: Bucket) -> Iterator[tuple[slice, bool]]:
+    span = bucket.updated
+    for start, stop, decays in ((0, bucket.decaying, True), (bucket.decaying, len(bucket.parameters), False)):
+        start, stop = max(start, span.start), min(stop, span.stop)
+        if start < stop:
+            yield slice(start, stop), decays
+
+
+def _segments(bucket: Bucket) -> Iterator[Segment]:
+    for span, decays in _cut_by_decay(bucket):
+        values = bucket.parameters[span]
+        master = torch.nn.Parameter(values if values.dtype == torch.float32 else values.float())
+        origin = bucket.updated.start
+        gradient = bucket.updated_gradients[span.start - origin : span.stop - origin]
+        zeros = torch.zeros_like(master.data)
+        yield Segment(bucket, span, decays, master, gradient, zeros, zeros.clone())
+
+
+def _fused_adam() -> type[torch.optim.Optimizer] | None:
+    """NVIDIA apex's FusedAdam, if that build is what imports (the package index's `apex` is another project)."""
+    try:
+        from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+    except Exception:  # a foreign or half-built apex fails in many ways, all of which mean the same here
+        return None
+    return FusedAdam
+
+
+class ShardedAdamW:
+    """The optimizer of all stages on this rank. `step_count` is the number of updates made."""
+
+    def __init__(self, stages: list[StageBuckets], config: OptimizerConfig) -> None:
+        self.stages = stages
+        self.segments = [segment for stage in stages for bucket in stage.buckets for segment in _segments(bucket)]
+        self.step_count = 0
+        groups = [
+            {"params": [s.master for s in self.segments if s.decays == decays], "weight_decay": weight_decay}
+            for decays, weight_decay in ((True, config.weight_decay), (False, 0.0))
+        ]
+        options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        apex = _fused_adam() if self.segments and self.segments[0].master.is_cuda else None
+        self._apex = apex is not None
+        self._optimizer: torch.optim.Optimizer
+        if apex is not None:
+            self._optimizer = apex(groups, adam_w_mode=True, **options)  # type: ignore[call-arg]
+        else:
+            self._optimizer = torch.optim.AdamW(groups, fused=True, **options)
+        self.name = "apex FusedAdam" if self._apex else "torch fused AdamW"
+        self.set_step_count(0)
+
+    def set_step_count(self, steps: int) -> None:
+        """Adopt the moments as they are now, as those after `steps` updates."""
+        self.step_count = steps
+        for segment in self.segments:
+            state = {"exp_avg": segment.exp_avg, "exp_avg_sq": segment.exp_avg_sq}
+            if not self._apex:
+                state["step"] = torch.tensor(float(steps), device=segment.master.device)
+            self._optimizer.state[segment.master] = state
+        if self._apex:
+            for group in self._optimizer.param_groups:
+                group["step"] = steps
+
+    @torch.no_grad()
+    def step(self, lr: float, gradient_scale: float) -> None:
+        """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for segment in self.segments:
+            if gradient_scale != 1.0:
+                segment.gradient.mul_(gradient_scale)
+            segment.master.grad = segment.gradient
+        self._optimizer.step()
+        self.step_count += 1
+        for segment in self.segments:
+            segment.write_back()
+        for stage in self.stages:
+            stage.gather_parameters()
+
+    def reload(self) -> None:
+        """After the parameters were overwritten (initialisation, weights-only start): take them as master weights."""
+        for segment in self.segments:
+            if segment.separate_master:
+                segment.master.data.copy_(segment.bucket.parameters[segment.span])
+

@@ -1,0 +1,47 @@
+"""The global gradient norm: every element of the model counted once, whatever the layout.
+
+Sums of squares are taken in float64 and rounded once at the end, so that layouts which have the same gradients clip by
+the same coefficient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalite.kernels.adamw import square_sum
+from megalite.parallel.data import Bucket, StageBuckets
+from megalite.placement import flat_ranges
+
+
+class GradientNorm:
+    """This rank's part of the squared norm, over the shards it reduces and the boxes it owns."""
+
+    def __init__(self, stages: list[StageBuckets], rank: int) -> None:
+        self._owned = [view for stage in stages for bucket in stage.buckets for view in _owned_gradients(bucket, rank)]
+        self._zero = torch.zeros((), dtype=torch.float64, device=stages[0].buckets[0].gradients.device)
+
+    def local_square_sum(self) -> Tensor:
+        """fp64 scalar; the sum over all ranks is the squared global norm."""
+        total = self._zero.clone()
+        for gradient in self._owned:
+            total += square_sum(gradient)
+        return total
+
+
+def _owned_gradients(bucket: Bucket, rank: int) -> list[Tensor]:
+    """Views of this rank's shard of the reduced gradients, without the boxes that another replica counts."""
+    ranges: list[tuple[int, int]] = []
+    for slot in bucket.slots:
+        for box in slot.parameter.placement.boxes:
+            if box.owner != rank:
+                continue
+            for start, stop in flat_ranges(box, tuple(slot.parameter.shape)):
+                start, stop = max(slot.start + start, bucket.shard.start), min(slot.start + stop, bucket.shard.stop)
+                if start >= stop:
+                    continue
+                if ranges and ranges[-1][1] == start:
+                    start = ranges.pop()[0]
+                ranges.append((start, stop))
+    origin = bucket.shard.start
+    return [bucket.shard_gradients[start - origin : stop - origin] for start, stop in ranges]

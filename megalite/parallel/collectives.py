@@ -1,0 +1,103 @@
+"""Collectives that autograd understands, as conjugate pairs at the two borders of a tensor-parallel region.
+
+A tensor-parallel block begins where its input is made whole on every rank (`enter`) and ends where the ranks' partial
+outputs are summed (`leave`). Forward of the one is backward of the other:
+
+    sequence parallel     enter: all-gather along the sequence       leave: reduce-scatter along the sequence
+    not sequence parallel enter: identity, gradient all-reduced      leave: all-reduce, gradient passed on
+
+Tensors are sequence first (S, ...), so that both run on contiguous memory without a copy. Every function returns a new
+tensor; none writes to its argument, except the partial sums that `sum_start` is handed and documents to consume.
+Sources: Shoeybi et al. 2019 (Megatron-LM, section 3), Korthikanti et al. 2022 (sequence parallelism, section 4.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from megalite.mesh import DONE, Group, Work
+
+
+@dataclass(frozen=True)
+class TensorRegion:
+    """How tensor-parallel layers talk: the group, and whether activations between blocks are split by sequence."""
+
+    group: Group
+    sequence: bool
+
+    @property
+    def split(self) -> int:
+        """Into how many parts the sequence dimension is cut outside the tensor-parallel blocks."""
+        return self.group.size if self.sequence else 1
+
+    def gather_start(self, tensor: Tensor) -> tuple[Tensor, Work]:
+        """Begin to make `tensor` whole along the sequence; the result is valid after the wait."""
+        if self.split == 1:
+            return tensor, DONE
+        tensor = tensor.contiguous()
+        whole = tensor.new_empty((tensor.shape[0] * self.split, *tensor.shape[1:]))
+        return whole, self.group.all_gather(whole, tensor)
+
+    def sum_start(self, partial: Tensor) -> tuple[Tensor, Work]:
+        """Begin to sum `partial` over the group (consumed); sequence parallel, each rank gets its part of the sum."""
+        if self.group.size == 1:
+            return partial, DONE
+        partial = partial.contiguous()
+        if not self.sequence:
+            return partial, self.group.all_reduce(partial)
+        part = partial.new_empty((partial.shape[0] // self.split, *partial.shape[1:]))
+        return part, self.group.reduce_scatter(part, partial)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        whole, work = self.gather_start(tensor)
+        work.wait()
+        return whole
+
+    def sum(self, partial: Tensor) -> Tensor:
+        total, work = self.sum_start(partial)
+        work.wait()
+        return total
+
+    def enter(self, tensor: Tensor) -> Tensor:
+        """The whole activation on every rank; the ranks' gradients are summed on the way back."""
+        return _Enter.apply(tensor, self) if self.group.size > 1 else tensor
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' partial activations; its gradient is made whole on the way back."""
+        return _Leave.apply(partial, self) if self.group.size > 1 else partial
+
+
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, region: TensorRegion) -> Tensor:
+        ctx.region = region
+        whole = region.gather(tensor)
+        return whole.view_as(whole) if whole is tensor else whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.region.sum(grads[0].clone() if not ctx.region.sequence else grads[0]), None
+
+
+class _Leave(Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, region: TensorRegion) -> Tensor:
+        ctx.region = region
+        return region.sum(partial.clone() if not region.sequence else partial)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.region.gather(grads[0]), None
+
+
+@torch.no_grad()
+def all_gather_stacked(tensor: Tensor, group: Group) -> Tensor:
+    """Every rank's `tensor`, stacked along a new first dimension: [size, *tensor.shape]."""
+    stacked = tensor.new_empty((group.size, *tensor.shape))
+    group.all_gather(stacked.view(-1), tensor.contiguous().view(-1)).wait()
+    return stacked

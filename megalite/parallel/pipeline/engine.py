@@ -1,0 +1,155 @@
+"""The one engine that runs every pipeline schedule: it walks a rank's list of lowered operations.
+
+It knows neither the model nor the loss: a stage's forward pass is a function that it is given. The activation of the
+last stage is the loss of a micro-batch (fp64 scalar), whose gradient is 1.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megalite.mesh import Mesh, Work
+from megalite.parallel.data import StageBuckets
+from megalite.parallel.pipeline.ops import Op
+
+StageForward = Callable[[int, int, Tensor | None], Tensor]
+"""(stage, micro-batch, input hidden or None on the first stage) -> output hidden, or the loss on the last stage."""
+
+_PENDING_GRADIENT_SENDS = 2
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The shape and dtype of what travels between stages: hidden [s, B, H], the same for every micro-batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+
+class PipelineEngine:
+    """Runs this rank's operations of one step; built once for a plan, used every step.
+
+    Stage s lives on pipeline rank s % ranks. An output is dropped as soon as it has been sent: backward needs only the
+    edge of the graph that it left behind.
+    """
+
+    def __init__(self, ops: tuple[Op, ...], stages: int, mesh: Mesh, activation: Activation) -> None:
+        self.ops, self.last_stage, self.mesh, self.activation = ops, stages - 1, mesh, activation
+        self._peers = {peer: mesh.subgroup((mesh.rank, mesh.rank_at(pp=peer))) for peer in self._neighbours()}
+        backwards = [index for index, op in enumerate(ops) if op.kind == "B"]
+        self._last_backward = {ops[index].stage: index for index in backwards}
+        self._inputs: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
+        self._gradients: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
+        self._outputs: dict[tuple[int, int], Tensor] = {}
+        self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+        self._forward_sends: dict[tuple[int, int], tuple[Tensor, Work]] = {}
+        self._backward_sends: deque[tuple[Tensor, Work]] = deque()
+
+    def _neighbours(self) -> list[int]:
+        """The pipeline ranks that this one exchanges activations with, in an order on which all ranks agree."""
+        here, ranks = self.mesh.index("pp"), self.mesh.pp
+        return sorted({(here - 1) % ranks, (here + 1) % ranks} - {here}) if self.last_stage else []
+
+    def run(self, forward: StageForward, buckets: Mapping[int, StageBuckets] | None = None) -> dict[int, Tensor]:
+        """One step: all forwards and backwards, gradients reduced. Returns the last stage's losses by micro-batch.
+
+        `buckets` are those of this rank's stages; a plan without backward operations needs none.
+        """
+        losses: dict[int, Tensor] = {}
+        for index, op in enumerate(self.ops):
+            if op.kind == "F":
+                self._forward(op, forward, losses)
+            elif op.kind == "B":
+                if buckets is not None and self._last_backward[op.stage] == index:
+                    buckets[op.stage].expect_last_backward()
+                self._backward(op)
+            elif op.kind in ("SF", "SB", "RF", "RB"):
+                self._communicate(op)
+            elif buckets is not None:
+                self._reduce(op, buckets)
+        self._drain()
+        return losses
+
+    def _reduce(self, op: Op, buckets: Mapping[int, StageBuckets]) -> None:
+        if op.kind == "T":
+            buckets[op.stage].sum_tied()
+        else:
+            buckets[op.stage].finish()
+
+    def _forward(self, op: Op, forward: StageForward, losses: dict[int, Tensor]) -> None:
+        key = (op.stage, op.micro)
+        hidden = None
+        if op.stage > 0:
+            hidden, work = self._inputs.pop(key)
+            if work is not None:
+                work.wait()
+            hidden.requires_grad_(torch.is_grad_enabled())
+        output = forward(op.stage, op.micro, hidden)
+        if output.requires_grad:
+            self._edges[key] = (hidden, get_gradient_edge(output))
+        if op.stage == self.last_stage:
+            losses[op.micro] = output.detach()
+        elif self._owner(op.stage + 1) == self.mesh.index("pp"):
+            self._inputs[op.stage + 1, op.micro] = (output.detach(), None)
+        else:
+            self._outputs[key] = output.detach().contiguous()
+
+    def _backward(self, op: Op) -> None:
+        key = (op.stage, op.micro)
+        hidden, edge = self._edges.pop(key)
+        if op.stage == self.last_stage:
+            gradient = torch.ones((), dtype=torch.float64, device=self.activation.device)
+        else:
+            gradient, work = self._gradients.pop(key)
+            if work is not None:
+                work.wait()
+            if key in self._forward_sends:  # the receiver has answered, so this wait is a formality
+                self._forward_sends.pop(key)[1].wait()
+        torch.autograd.backward(edge, gradient)
+        if hidden is None:
+            return
+        assert hidden.grad is not None
+        if self._owner(op.stage - 1) == self.mesh.index("pp"):
+            self._gradients[op.stage - 1, op.micro] = (hidden.grad, None)
+        else:
+            self._outputs[key] = hidden.grad.contiguous()
+
+    def _communicate(self, op: Op) -> None:
+        key = (op.stage, op.micro)
+        neighbour = self._owner(op.stage + (1 if op.kind in ("SF", "RB") else -1))
+        group = self._peers[neighbour]
+        index = group.ranks.index(self.mesh.rank_at(pp=neighbour))
+        if op.kind in ("RF", "RB"):
+            buffer = self.activation.empty()
+            arriving = self._inputs if op.kind == "RF" else self._gradients
+            arriving[key] = (buffer, group.receive(buffer, index))
+            return
+        tensor = self._outputs.pop(key)
+        if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
+            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
+        work = group.send(tensor, index)
+        if op.kind == "SF":
+            self._forward_sends[key] = (tensor, work)
+            return
+        self._backward_sends.append((tensor, work))
+        while len(self._backward_sends) > _PENDING_GRADIENT_SENDS:
+            self._backward_sends.popleft()[1].wait()
+
+    def _drain(self) -> None:
+        for _, work in (*self._forward_sends.values(), *self._backward_sends):
+            work.wait()
+        self._forward_sends.clear()
+        self._backward_sends.clear()
+
+    def _owner(self, stage: int) -> int:
+        return stage % self.mesh.pp

@@ -1,0 +1,191 @@
+"""One rank's share of the training step: its stages, its gradient buckets, its optimizer shard.
+
+`Trainer` owns everything that a step changes and nothing else: data come in as micro-batches, numbers go out as a
+`StepResult`; files, signals, logs and the order of the data are the loop's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.data.batches import Batch
+from megalite.kernels import Kernels
+from megalite.mesh import Mesh
+from megalite.model.decoder import Stage
+from megalite.optim.adamw import ShardedAdamW
+from megalite.optim.norm import GradientNorm
+from megalite.parallel.data import StageBuckets
+from megalite.parallel.loss import IGNORED
+from megalite.parallel.pipeline.engine import Activation, PipelineEngine, StageForward
+from megalite.parallel.pipeline.lowering import lower
+from megalite.parallel.pipeline.ops import Op, Plan
+from megalite.parallel.pipeline.schedules import build_schedule
+from megalite.placement import initialise
+
+Batches = Sequence[Batch | None]
+"""The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know after a step. `accepted` is False when loss or gradient norm was not finite: no update then.
+
+    `loss` is the mean over the step's valid tokens, `grad_norm` the global norm before clipping, `flags` the sum over
+    the ranks of what each put in (a request to stop, say).
+    """
+
+    loss: float
+    grad_norm: float
+    accepted: bool
+    flags: float
+
+
+def forward_plan(ranks: int, micro_batches: int, chunks: int) -> Plan:
+    """Forward passes only, for evaluation: each micro-batch through all stages, in order."""
+    return tuple(
+        tuple(Op("F", chunk * ranks + rank, micro) for micro in range(micro_batches) for chunk in range(chunks))
+        for rank in range(ranks)
+    )
+
+
+class Trainer:
+    """Model, buckets and optimizer of this rank. Parameters are uninitialised until `initialise` or a checkpoint."""
+
+    def __init__(self, config: Config, mesh: Mesh, kernels: Kernels) -> None:
+        self.config, self.mesh = config, mesh
+        self.chunks = config.parallel.virtual_stages
+        self.stage_count = mesh.pp * self.chunks
+        self.dtype = DTYPES[config.train.precision]
+        self.stages: dict[int, Stage] = {}
+        for chunk in range(self.chunks):
+            stage = chunk * mesh.pp + mesh.index("pp")
+            self.stages[stage] = Stage(
+                config.model,
+                mesh,
+                kernels,
+                stage=stage,
+                stages=self.stage_count,
+                sequence=bool(config.parallel.sequence),
+                dtype=self.dtype,
+                recompute=config.train.recompute,
+                z_loss=config.train.z_loss,
+            )
+        self.buckets = {
+            number: StageBuckets(stage, mesh, zero=config.parallel.zero) for number, stage in self.stages.items()
+        }
+        self.optimizer = ShardedAdamW(list(self.buckets.values()), config.optimizer)
+        self.norm = GradientNorm(list(self.buckets.values()), mesh.rank)
+        self._engines: dict[tuple[int, bool], PipelineEngine] = {}
+        self._data_group = mesh.group("dp", "cp")
+        self._world = mesh.world
+
+    @property
+    def last_stage(self) -> Stage | None:
+        return self.stages.get(self.stage_count - 1)
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether this rank reads tokens or labels; the ranks in the middle of the pipeline need neither."""
+        return 0 in self.stages or self.last_stage is not None
+
+    def initialise(self) -> None:
+        """Fill the model with the initial weights of `run.seed`: the same global tensors in every layout."""
+        for stage in self.stages.values():
+            initialise(stage, self.config.run.seed)
+        self.optimizer.reload()
+
+    def _engine(self, micro_batches: int, train: bool) -> PipelineEngine:
+        key = (micro_batches, train)
+        if key not in self._engines:
+            parallel, train_config, ranks = self.config.parallel, self.config.train, self.mesh.pp
+            if train:
+                plan = build_schedule(parallel.schedule, ranks, micro_batches, self.chunks)
+            else:
+                plan = forward_plan(ranks, micro_batches, self.chunks)
+            lowered = lower(plan, tied=self.config.model.tie_embeddings)
+            split = next(iter(self.stages.values())).region.split
+            shape = (train_config.seq_length // split, train_config.micro_batch_size, self.config.model.hidden_size)
+            activation = Activation(shape, self.dtype, self.mesh.device)
+            self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.stage_count, self.mesh, activation)
+        return self._engines[key]
+
+    def _forward(self, batches: Batches, scale: float) -> StageForward:
+        def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
+            stage, batch = self.stages[number], batches[micro]
+            own = (batch.positions_BS, batch.documents_BS) if batch is not None else (None, None)
+            positions = stage.positions(self.config.train.seq_length, 0, *own)
+            if hidden is None:
+                assert batch is not None
+                hidden = batch.tokens_BS
+            hidden = stage(hidden, positions)
+            if not stage.last:
+                return hidden
+            assert batch is not None
+            return stage.loss(hidden, batch.labels_BS, scale)
+
+        return forward
+
+    def _valid_tokens(self, batches: Batches) -> int:
+        """Labels that count, over the global batch; known on the last stage only, and 0 elsewhere."""
+        if self.last_stage is None:
+            return 0
+        count = sum(int((batch.labels_BS != IGNORED).sum()) for batch in batches if batch is not None)
+        total = torch.tensor(float(count), dtype=torch.float64, device=self.mesh.device)
+        self._data_group.all_reduce(total).wait()
+        return int(total.item())
+
+    def _agree(self, *numbers: Tensor | float) -> list[float]:
+        """Sum a few numbers over all ranks, in float64: the one message of a step that everyone waits for."""
+        device = self.mesh.device
+        packed = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+        self._world.all_reduce(packed).wait()
+        return packed.tolist()
+
+    def _loss_share(self, losses: dict[int, Tensor]) -> Tensor | float:
+        """This rank's part of the global loss: tensor ranks of the last stage hold the same, so one of them counts."""
+        if not losses or self.mesh.index("tp") != 0:
+            return 0.0
+        return torch.stack([losses[micro] for micro in sorted(losses)]).sum()
+
+    def accumulate(self, batches: Batches) -> Tensor | float:
+        """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the loss."""
+        valid = self._valid_tokens(batches)
+        for buckets in self.buckets.values():
+            buckets.begin()
+        engine = self._engine(len(batches), train=True)
+        return self._loss_share(engine.run(self._forward(batches, 1.0 / max(valid, 1)), self.buckets))
+
+    def step(self, batches: Batches, lr: float, flag: float = 0.0) -> StepResult:
+        """One optimizer step over this rank's micro-batches; every rank calls it with as many.
+
+        All ranks agree on loss, norm and `flag` before anything is updated, so that either all of them take the step
+        or none does.
+        """
+        share = self.accumulate(batches)
+        square, loss, flags = self._agree(self.norm.local_square_sum(), share, flag)
+        grad_norm = float(np.float32(math.sqrt(square))) if square >= 0 else math.nan
+        accepted = math.isfinite(loss) and math.isfinite(grad_norm)
+        if accepted:
+            limit = self.config.optimizer.clip_grad
+            scale = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
+            self.optimizer.step(lr, scale)
+        return StepResult(loss, grad_norm, accepted, flags)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches) -> tuple[float, int]:
+        """(sum of the token losses, count of valid tokens) over this call's micro-batches of all ranks."""
+        engine = self._engine(len(batches), train=False)
+        share = self._loss_share(engine.run(self._forward(batches, 1.0)))
+        valid = self._valid_tokens(batches)
+        counts_once = self.last_stage is not None and self.mesh.rank == self.mesh.rank_at(dp=0, cp=0, tp=0)
+        loss, count = self._agree(share, float(valid) if counts_once else 0.0)
+        return loss, int(count)
