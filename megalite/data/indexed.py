@@ -304,6 +304,7 @@ class IndexedDataset:
         if int(self.boundaries[0]) != 0 or int(self.boundaries[-1]) != sequences:
             raise UserError(f"{idx_path}: its documents do not cover its {sequences} sequences; write the file again")
         self.tokens = data.view(self.dtype)
+        self._fingerprint = ""
 
     def __len__(self) -> int:
         """Number of sequences (what splits and sample indices count)."""
@@ -337,6 +338,8 @@ class IndexedDataset:
         Two files of equal fingerprint have equal sample indices; equality of all tokens is what `verify` checks
         against the full checksums in `PREFIX.json`.
         """
+        if self._fingerprint:
+            return self._fingerprint
         digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {self.documents} {self.tokens.size}".encode())
         for start in range(0, len(self), 4 * CHUNK):
             digest.update(np.ascontiguousarray(self.lengths[start : start + 4 * CHUNK]).data)
@@ -345,7 +348,8 @@ class IndexedDataset:
         for block in range(FINGERPRINT_BLOCKS):
             start = last * block // (FINGERPRINT_BLOCKS - 1)
             digest.update(data[start : start + FINGERPRINT_BLOCK_BYTES].data)
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def description(self) -> dict[str, Any]:
         """What `PREFIX.json` holds; empty where there is none (files from Megatron-LM)."""

@@ -1,0 +1,377 @@
+"""Samples by global number: token files, their splits, several epochs and blends behind one endless sequence.
+
+`TokenDataset` answers "what are the tokens of sample k of this run": a pure function of the files' contents, seed,
+sequence length and the planned number of samples, equal to what Megatron-LM feeds for the same (`sample_index.py`,
+`blend.py`). What lies beyond the plan (samples skipped by a recovery) comes from continuation indices: one more epoch
+after the other, each shuffled with its own seed, so that the planned order never changes.
+
+Nothing here imports torch.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from megalite.data import _index
+from megalite.data.blend import MAX_DATASETS, SURPLUS, build_blend, build_exhaustive_blend, normalized, planned_sizes
+from megalite.data.cache import Arrays, content_key, load_or_build
+from megalite.data.indexed import IndexedDataset
+from megalite.data.sample_index import Cut, build_indices, parse_split, plan_cut, split_spans
+from megalite.errors import UserError
+
+PADDING = -1  # where a last, partial sample has no token
+NO_ROW = np.empty(0, np.int64)
+INDEX_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
+
+
+class DataConfig(Protocol):
+    """The fields of the recipe's `data` section that are read here."""
+
+    @property
+    def train(self) -> Sequence[Any]: ...
+    @property
+    def valid(self) -> Sequence[Any]: ...
+    @property
+    def split(self) -> str: ...
+
+
+class SampledFile:
+    """One token file, or one split of it, cut into shuffled samples.
+
+    Args:
+        file: the open token file.
+        span: the sequences of it that are used.
+        seq_length: tokens of a sample; one more is read, for the labels.
+        seed: seed of the shuffles.
+        samples: planned number of samples; None is one epoch.
+        cache_dir: where the index is kept; None builds it in memory.
+        drop_last: False keeps a last sample of fewer tokens, padded with `PADDING`.
+    """
+
+    def __init__(
+        self,
+        file: IndexedDataset,
+        span: range,
+        seq_length: int,
+        seed: int,
+        samples: int | None,
+        cache_dir: str | Path | None = None,
+        drop_last: bool = True,
+    ) -> None:
+        self.file, self.span, self.seq_length, self.seed = file, span, seq_length, seed
+        self._cache_dir = cache_dir
+        tokens = int(file.lengths[span.start : span.stop].sum(dtype=np.int64))
+        if tokens < 2:
+            raise UserError(
+                f"{file.prefix}: {len(span)} of its {len(file)} documents with {tokens} tokens fall to this split;"
+                " that makes no sample: use more text or another data.split"
+            )
+        self.cut = plan_cut(tokens, seq_length, samples, drop_last)
+        self._continued_cut = plan_cut(tokens, seq_length, max(1, (tokens - 1) // seq_length))
+        self._views = (file.tokens.view(np.uint8), file.dtype.char, file.dtype.itemsize)
+        self._index_views = (file.offsets.view(np.uint8), file.lengths.view(np.uint8))
+        self._continuations: dict[int, Arrays] = {}
+        self._lock = threading.Lock()
+        self.indices = self._load(self.seed, self.cut)
+
+    def __len__(self) -> int:
+        """Samples of the planned epochs; at least as many as were asked for."""
+        return self.cut.samples
+
+    def read(self, number: int, tokens: np.ndarray, positions: np.ndarray, documents: np.ndarray) -> tuple[int, int]:
+        """Read sample `number` into int64 [seq_length + 1] rows (the last two may be `NO_ROW`).
+
+        Returns how many tokens there were and the largest id, negative ids counting as larger than any.
+        """
+        order, position, offset = self._locate(number)
+        try:
+            return _index.gather(
+                *self._views, *self._index_views, order, position, offset, tokens, positions, documents
+            )
+        except IndexError as error:
+            raise UserError(f"{self.file.prefix}.idx: {error}; the file is damaged: write it again") from error
+
+    def find(self, number: int, limit: int) -> tuple[int, int]:
+        """Document number and id of the first token of sample `number` that is negative or not below `limit`."""
+        order, position, offset = self._locate(number)
+        while True:
+            sequence = int(order[position])
+            part = self.file.slice(sequence, offset, int(self.file.lengths[sequence]))
+            bad = np.flatnonzero((part < 0) | (part >= limit))
+            if bad.size:
+                return self.file.document_of(sequence), int(part[bad[0]])
+            position, offset = position + 1, 0
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the order of the samples, as JSON values without any path."""
+        return {
+            "file": self.file.fingerprint(),
+            "span": [self.span.start, self.span.stop],
+            "seq_length": self.seq_length,
+            "seed": self.seed,
+            "epochs": self.cut.epochs,
+            "separate_final_epoch": self.cut.separate_final_epoch,
+            "samples": self.cut.samples,
+        }
+
+    def _locate(self, number: int) -> tuple[np.ndarray, int, int]:
+        """The document order, and where in it sample `number` begins."""
+        arrays, row = self.indices, number
+        if number >= self.cut.samples:
+            generation, row = divmod(number - self.cut.samples, self._continued_cut.samples)
+            arrays = self._continuation(generation + 1)
+        position, offset = arrays["sample_index"][arrays["shuffle_index"][row]].tolist()
+        return arrays["document_index"], position, offset
+
+    def _continuation(self, generation: int) -> Arrays:
+        with self._lock:
+            if generation not in self._continuations:
+                digest = hashlib.sha256(f"{self.seed} continued {generation}".encode()).digest()
+                seed = int.from_bytes(digest[:4], "little")
+                self._continuations[generation] = self._load(seed, self._continued_cut)
+            return self._continuations[generation]
+
+    def _load(self, seed: int, cut: Cut) -> Arrays:
+        def build() -> Arrays:
+            return build_indices(self.file, self.span, self.seq_length, seed, cut)
+
+        if self._cache_dir is None:
+            return build()
+        key = content_key(
+            kind="samples",
+            format=INDEX_FORMAT,
+            file=self.file.fingerprint(),
+            span=[self.span.start, self.span.stop],
+            seq_length=self.seq_length,
+            seed=seed,
+            cut=[cut.epochs, cut.separate_final_epoch, cut.samples],
+        )
+        return load_or_build(self._cache_dir, key, build)
+
+
+class TokenDataset:
+    """The samples of a run by global number: `dataset[k]` is int64 [seq_length + 1].
+
+    Attributes:
+        sources: the files drawn from.
+        weights: normalised share of each, or None for one unblended file.
+        vocab_size: ids from here on are refused when read; None does not check.
+
+    Any number from 0 on can be read; `len(dataset)` is the planned number of samples.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[SampledFile],
+        weights: Sequence[float] | None,
+        samples: int | None,
+        vocab_size: int | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.sources, self.vocab_size = list(sources), vocab_size
+        self.weights = None if weights is None else list(weights)
+        self.seq_length = self.sources[0].seq_length
+        if samples is not None and samples < 1:
+            raise ValueError(f"a dataset of {samples} samples")
+        self._lock = threading.Lock()
+        self._blends: list[Arrays] = []
+        self._samples = len(self.sources[0]) if samples is None else samples
+        if self.weights is not None:
+            sizes = [len(source) for source in self.sources]
+            self._samples = sum(sizes) if samples is None else samples
+            self._blends.append(self._load_blend(sizes if samples is None else None, cache_dir))
+            counted = np.bincount(self._blends[0]["dataset_index"], minlength=len(sizes))
+            self._counts = counted.astype(np.int64)
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Token ids of sample `number`, int64 [seq_length + 1]; `PADDING` where a last, partial sample has none."""
+        if number < 0:
+            raise IndexError(f"sample numbers begin at 0, not {number}")
+        tokens = np.empty(self.seq_length + 1, np.int64)
+        self.read(number, tokens)
+        return tokens
+
+    def read(
+        self, number: int, tokens: np.ndarray, positions: np.ndarray = NO_ROW, documents: np.ndarray = NO_ROW
+    ) -> None:
+        """Read sample `number` into int64 [seq_length + 1] rows: ids, place in the document, number of the document.
+
+        Raises `UserError` naming file, document and id for an id outside the vocabulary.
+        """
+        source, inner = self.source_of(number)
+        filled, largest = source.read(inner, tokens, positions, documents)
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            document, token = source.find(inner, self.vocab_size)
+            raise UserError(
+                f"{source.file.prefix}.bin: document {document}: token id {token} is outside the vocabulary of"
+                f" {self.vocab_size} (model.vocab_size); tokenize with the tokenizer of this model or raise the field"
+            )
+        tokens[filled:] = PADDING
+        if positions.size:
+            positions[filled:] = 0
+            documents[filled:] = documents[filled - 1] + 1  # padding attends to padding alone
+
+    def source_of(self, number: int) -> tuple[SampledFile, int]:
+        """The file that sample `number` comes from, and the number of the sample there."""
+        if self.weights is None:
+            return self.sources[0], number
+        segment, row = divmod(number, self._samples)
+        if segment >= len(self._blends):
+            self._continue_blend(segment)
+        blend = self._blends[segment]
+        return self.sources[int(blend["dataset_index"][row])], int(blend["dataset_sample_index"][row])
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the order of the samples: equal on two machines if and only if the order is equal."""
+        return {"sources": [source.identity() for source in self.sources], "weights": self.weights}
+
+    def fingerprint(self) -> str:
+        """Short name of `identity()`, for checkpoints; neither paths nor the layout have a part in it."""
+        return content_key(**self.identity())
+
+    def blend(self) -> Arrays:
+        """The planned blend's arrays; empty where there is only one file."""
+        return self._blends[0] if self._blends else {}
+
+    def _load_blend(self, sizes: list[int] | None, cache_dir: str | Path | None) -> Arrays:
+        assert self.weights is not None
+        weights = self.weights
+
+        def build() -> Arrays:
+            return build_blend(weights, self._samples) if sizes is None else build_exhaustive_blend(sizes)
+
+        exact = [weight.hex() for weight in weights]
+        key = content_key(kind="blend", format=INDEX_FORMAT, weights=exact, samples=self._samples, sizes=sizes)
+        return load_or_build(cache_dir, key, build)
+
+    def _continue_blend(self, segment: int) -> None:
+        assert self.weights is not None
+        with self._lock:
+            while len(self._blends) <= segment:
+                self._blends.append(build_blend(self.weights, self._samples, self._counts))
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Prefixes and, where the user gave them, their weights."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+def parse_blend(entries: Sequence[Any], field: str) -> Blend:
+    """Read prefixes, [weight, prefix] pairs, or weights and prefixes in turn as Megatron-LM takes them.
+
+    Raises `UserError` naming `field` for a mixture of these or a weight that is not positive.
+    """
+    flat: list[Any] = []
+    for entry in entries:
+        flat.extend(entry if isinstance(entry, (list, tuple)) else [entry])
+    numbers = [_as_number(entry) for entry in flat]
+    if not flat:
+        raise UserError(f"{field}: no token file given; give prefixes of .bin/.idx files")
+    if all(number is None for number in numbers):
+        blend = Blend(tuple(str(entry) for entry in flat), None)
+    elif len(flat) % 2 == 0 and all((number is None) == bool(i % 2) for i, number in enumerate(numbers)):
+        weights = tuple(float(number) for number in numbers[::2] if number is not None)
+        blend = Blend(tuple(str(entry) for entry in flat[1::2]), weights)
+        if bad := [weight for weight in weights if not 0 < weight < float("inf")]:
+            raise UserError(f"{field}: weight {bad[0]} is not a positive number")
+    else:
+        raise UserError(f"{field}: {list(entries)} mixes forms; give only prefixes, or a weight before every prefix")
+    if len(blend.prefixes) > MAX_DATASETS:
+        raise UserError(f"{field}: {len(blend.prefixes)} files; at most {MAX_DATASETS} can be blended: merge some")
+    return blend
+
+
+def build_datasets(
+    data_config: DataConfig,
+    *,
+    seq_length: int,
+    seed: int,
+    train_samples: int,
+    valid_samples: int | None,
+    vocab_size: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[TokenDataset, TokenDataset | None]:
+    """Open the files of a recipe's `data` section as training and validation samples.
+
+    Args:
+        data_config: `train`, `valid`: prefixes, [weight, prefix] pairs or weights and prefixes in turn; `split`: shares
+            like "99,1,0" by which the files of `train` are divided. `valid` and `split` exclude each other.
+        seq_length, seed: of the samples and their shuffles.
+        train_samples: planned number, steps x global batch size.
+        valid_samples: planned number of validation samples; 0 wants none, None all of them once.
+        vocab_size: refuse token ids from here on.
+        cache_dir: where indices are kept and shared by the processes of a node; None keeps them in memory.
+
+    Returns:
+        The training samples, and those for validation where there are any.
+    """
+    if data_config.valid and data_config.split:
+        raise UserError(
+            f'data.split: "{data_config.split}" cannot be combined with data.valid; leave one of the two empty'
+        )
+    sampling = Sampling(seq_length, seed, vocab_size, cache_dir)
+    train = parse_blend(data_config.train, "data.train")
+    if not data_config.split:
+        training = sampling.dataset(train, train_samples)
+        if not data_config.valid or valid_samples == 0:
+            return training, None
+        return training, sampling.dataset(parse_blend(data_config.valid, "data.valid"), valid_samples)
+    training = sampling.dataset(train, train_samples, data_config.split, 0)
+    if parse_split(data_config.split)[1] == 0 or valid_samples == 0:
+        return training, None
+    return training, sampling.dataset(train, valid_samples, data_config.split, 1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How files become samples; the arguments of `build_datasets` that training and validation share."""
+
+    seq_length: int
+    seed: int
+    vocab_size: int | None = None
+    cache_dir: str | Path | None = None
+
+    def dataset(self, blend: Blend, samples: int | None, split: str = "", part: int = 0) -> TokenDataset:
+        """Open a blend, or one part of its split, by Megatron-LM's rules.
+
+        A single file is not blended, unless it has a weight and is split. With weights each file gets its share of the
+        samples and 0.5 % more to draw from; without, one epoch of each is mixed in proportion to their sizes. `samples`
+        None takes every sample of one epoch once, whatever the weights.
+        """
+        files = [IndexedDataset(prefix) for prefix in blend.prefixes]
+        spans = [split_spans(split, len(file))[part] if split else range(len(file)) for file in files]
+        weights = None if blend.weights is None or samples is None else normalized(blend.weights)
+        unblended = len(files) == 1 and (weights is None or not split)
+        built: Sequence[int | None] = [samples if unblended else None] * len(files)
+        target = samples
+        if weights is not None and samples is not None and not unblended:
+            built, target = planned_sizes(weights, samples, SURPLUS), sum(planned_sizes(weights, samples))
+        with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as pool:
+            sources = list(pool.map(self._sampled, files, spans, built))
+        if unblended:
+            return TokenDataset(sources, None, samples, self.vocab_size, self.cache_dir)
+        shares = normalized([len(source) for source in sources] if weights is None else weights)
+        return TokenDataset(sources, shares, target, self.vocab_size, self.cache_dir)
+
+    def _sampled(self, file: IndexedDataset, span: range, samples: int | None) -> SampledFile:
+        return SampledFile(file, span, self.seq_length, self.seed, samples, self.cache_dir)
+
+
+def _as_number(entry: Any) -> float | None:
+    try:
+        return float(entry)
+    except (TypeError, ValueError):
+        return None
