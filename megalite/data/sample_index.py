@@ -4,7 +4,7 @@ For the same lengths, seed, sequence length and number of samples, the three arr
 `megatron/core/datasets/gpt_dataset.py`, value for value and dtype for dtype, so that a run can move over and keep its
 data order. The algorithm: as many epochs of the documents as the samples need are shuffled as one list (the last epoch
 apart from the others where less than 80 % of it is needed), cut into samples of `seq_length` tokens that share one
-token with their neighbour, and the samples are shuffled. One `numpy.random.RandomState` serves all shuffles, in that order.
+token with their neighbour, and the samples are shuffled. One `numpy.random.RandomState` serves all shuffles in turn.
 
 The one difference: where the last, partial sample is kept (`drop_last=False`), Megatron-LM's `helpers.cpp` rounds the
 number of tokens to a 32-bit float before it divides. Above 2^24 tokens that can lose the last sample or invent one
