@@ -1,0 +1,201 @@
+"""The rules of cleaning as typed values, read from `rules.toml` (the defaults) and from the user's file over it."""
+
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import UserError
+
+Shares = list[list[float]]  # pairs of n and the largest share allowed
+
+
+@dataclass(frozen=True)
+class GopherRepetition:
+    max_duplicate_lines: float
+    max_duplicate_paragraphs: float
+    max_duplicate_line_characters: float
+    max_duplicate_paragraph_characters: float
+    max_top_ngram_characters: Shares
+    max_duplicate_ngram_characters: Shares
+
+
+@dataclass(frozen=True)
+class GopherQuality:
+    min_words: int
+    max_words: int
+    min_mean_word_length: float
+    max_mean_word_length: float
+    max_hash_ratio: float
+    max_ellipsis_ratio: float
+    max_bullet_lines: float
+    max_ellipsis_lines: float
+    min_alphabetic_words: float
+    min_stop_words: int
+    stop_words: list[str]
+
+
+@dataclass(frozen=True)
+class C4:
+    require_terminal_punctuation: bool
+    min_line_words: int
+    max_word_length: int
+    drop_javascript_lines: bool
+    drop_policy_lines: bool
+    remove_citations: bool
+    reject_lorem_ipsum: bool
+    reject_curly_bracket: bool
+    min_sentences: int
+    bad_words_file: str
+
+
+@dataclass(frozen=True)
+class C4Paragraphs:
+    min_long_lines: int
+    min_line_characters: int
+
+
+@dataclass(frozen=True)
+class FineWeb:
+    min_punctuated_lines: float
+    max_short_lines: float
+    short_line_characters: int
+    max_duplicate_line_characters: float
+    max_newlines_per_word: float
+
+
+@dataclass(frozen=True)
+class Language:
+    model: str
+    languages: list[str]
+    min_score: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    model: str
+    label: str
+    min_score: float
+
+
+@dataclass(frozen=True)
+class Privacy:
+    mask_emails: bool
+    mask_ips: bool
+    email: str
+    ipv4: str
+    ipv6: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """All rules; `rules` names the groups that are applied, in order."""
+
+    rules: list[str]
+    gopher_repetition: GopherRepetition
+    gopher_quality: GopherQuality
+    c4: C4
+    c4_paragraphs: C4Paragraphs
+    fineweb: FineWeb
+    language: Language
+    quality: Quality
+    privacy: Privacy
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plain values, in the shape of the TOML file."""
+        return asdict(self)
+
+
+GROUPS = {field.name: field.type for field in fields(Rules) if field.name != "rules"}
+
+
+@cache
+def _default_text() -> str:
+    return files("megalite.text.clean").joinpath("rules.toml").read_text(encoding="utf-8")
+
+
+def load_rules(path: Path | None = None) -> Rules:
+    """The default rules with those of a TOML file over them.
+
+    Raises:
+        UserError: the file cannot be read, or names an unknown rule or field, or gives a value of the wrong kind.
+    """
+    values = tomllib.loads(_default_text())
+    if path is not None:
+        _merge(values, _read(path), path)
+    groups = {name: kind(**values[name]) for name, kind in GROUPS.items()}  # type: ignore[operator]
+    return Rules(rules=values["rules"], **groups)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): give a TOML file of rules") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid TOML: {error}") from None
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any], path: Path) -> None:
+    """Lay the user's values over the defaults, each checked by name and kind."""
+    for name, change in changes.items():
+        if name == "rules":
+            _check_value(values["rules"], change, "rules", path)
+            for group in change:
+                _check_name(group, list(GROUPS), "rules names", path)
+            values["rules"] = change
+            continue
+        _check_name(name, ["rules", *GROUPS], "section", path)
+        if not isinstance(change, dict):
+            raise UserError(f"{path}: {name} = {change!r} must be a section: write [{name}] and its fields below it")
+        for field, value in change.items():
+            _check_name(field, list(values[name]), f"field [{name}]", path)
+            values[name][field] = _check_value(values[name][field], value, f"{name}.{field}", path)
+
+
+def _check_name(name: str, known: list[str], what: str, path: Path) -> None:
+    if name in known:
+        return
+    nearest = get_close_matches(name, known, 1, cutoff=0.4)
+    remedy = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+    raise UserError(f"{path}: {what} {name!r} is unknown: {remedy}")
+
+
+def _check_value(default: Any, value: Any, name: str, path: Path) -> Any:
+    """The value in the kind of its default; numbers are not negative, whole ones may stand for fractions."""
+
+    def refuse(right: str) -> UserError:
+        return UserError(f"{path}: {name} = {value!r} must be {right}")
+
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+    elif isinstance(default, int | float):
+        whole = isinstance(default, int)
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= 0:
+            raise refuse(f"a {'whole ' if whole else ''}number of at least 0")
+        return value if whole else float(value)
+    elif isinstance(default, str):
+        if not isinstance(value, str):
+            raise refuse("a string")
+    elif default and isinstance(default[0], list):
+        if not (isinstance(value, list) and all(_is_share(pair) for pair in value)):
+            raise refuse("a list of [n, share] pairs, n a whole number from 1 on, share a number of at least 0")
+    elif not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        raise refuse("a list of strings")
+    return value
+
+
+def _is_share(pair: Any) -> bool:
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and pair[0] >= 1
+        and type(pair[1]) in (int, float)
+        and pair[1] >= 0
+    )

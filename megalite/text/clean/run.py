@@ -1,0 +1,212 @@
+"""Cleaning a corpus: each unit of the input becomes a shard of kept documents, and their counts become the report."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import tomli_w
+
+from megalite.errors import UserError
+from megalite.text.clean import classifiers, filters
+from megalite.text.clean.filters import Page, Rejection
+from megalite.text.clean.privacy import mask
+from megalite.text.clean.rules import Rules
+from megalite.text.readers import Document
+from megalite.text.shards import (
+    ShardWriter,
+    Unit,
+    Unusable,
+    fingerprint,
+    map_tasks,
+    note_path,
+    open_output,
+    plan_units,
+    read_note,
+    read_unit,
+    write_atomically,
+)
+from megalite.text.words import WordNumbers
+
+REJECTED_DIRECTORY = "rejected"
+BINS_PER_OCTAVE = 4  # of the histograms of sizes
+BINS_PER_CHARACTER = 4  # of the histogram of mean word lengths
+MAX_BIN = 160
+
+
+@dataclass
+class Counts:
+    """What happened to the documents of a unit, or of all of them. Histograms: name -> bin -> documents."""
+
+    documents: int = 0
+    kept: int = 0
+    characters: int = 0
+    kept_characters: int = 0
+    rejected: dict[str, int] = field(default_factory=dict)
+    rejected_characters: dict[str, int] = field(default_factory=dict)
+    removed_lines: dict[str, int] = field(default_factory=dict)
+    masked: dict[str, int] = field(default_factory=dict)
+    histograms: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def include(self, other: dict[str, Any]) -> None:
+        """Add the counts of another unit, given as `asdict` made them."""
+        for name, value in other.items():
+            if isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+            elif name == "histograms":
+                for histogram, bins in value.items():
+                    _add(self.histograms.setdefault(histogram, {}), bins)
+            else:
+                _add(getattr(self, name), value)
+
+    def observe(self, page: Page, kept: bool) -> None:
+        """Add a page as it was read to the histograms."""
+        verdict = "kept" if kept else "rejected"
+        for name, value in (
+            ("characters", int(math.log2(len(page.text) + 1) * BINS_PER_OCTAVE)),
+            ("words", int(math.log2(len(page.words) + 1) * BINS_PER_OCTAVE)),
+            ("mean_word_length", int(page.mean_word_length * BINS_PER_CHARACTER)),
+        ):
+            _add(self.histograms.setdefault(f"{name}/{verdict}", {}), {str(min(value, MAX_BIN)): 1})
+
+
+def _add(total: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        total[name] = total.get(name, 0) + count
+
+
+class Cleaner:
+    """The rule groups in the user's order, ready to be applied to one text after another."""
+
+    def __init__(self, rules: Rules) -> None:
+        """Raises UserError where a model or word file that a group needs is missing."""
+        self.rules = rules
+        self.numbers = WordNumbers()
+        self.bad_words = _bad_words(rules.c4.bad_words_file) if "c4" in rules.rules else None
+        for group in ("language", "quality"):
+            if group in rules.rules:
+                classifiers.load_classifier(getattr(rules, group).model, group)
+
+    def apply(self, page: Page, counts: Counts) -> Page | Rejection:
+        """The cleaned page, or the first rule it breaks. Counts removed lines and masked addresses of kept pages."""
+        removed_lines: dict[str, int] = {}
+        masked: dict[str, int] = {}
+        for group in self.rules.rules:
+            values = getattr(self.rules, group)
+            outcome: Page | Rejection | None
+            if group == "c4":
+                outcome = filters.c4(page, values, self.bad_words, removed_lines)
+            elif group == "privacy":
+                outcome = Page(mask(page.text, values, masked), self.numbers)
+            else:
+                outcome = getattr(classifiers if group in ("language", "quality") else filters, group)(page, values)
+            if isinstance(outcome, Rejection):
+                return outcome
+            page = outcome or page
+        _add(counts.removed_lines, removed_lines)
+        _add(counts.masked, masked)
+        return page
+
+
+def _bad_words(path: str) -> re.Pattern[str] | None:
+    if not path:
+        return None
+    try:
+        words = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"[c4] bad_words_file = {path!r} cannot be read ({error}): give a UTF-8 file") from None
+    alternatives = "|".join(re.escape(word) for word in sorted(filter(None, words), key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE) if alternatives else None
+
+
+@dataclass(frozen=True)
+class CleanTask:
+    """All that a worker needs for one unit."""
+
+    unit: Unit
+    output: Path
+    key: str
+    rules: Rules
+    keep_rejected: bool
+
+
+def clean_unit(task: CleanTask) -> dict[str, Any]:
+    """Clean one unit into its shard; what an earlier run has finished is only read back.
+
+    Returns:
+        `counts` and `unusable`, as plain values.
+    """
+    note = note_path(task.output, "clean", task.unit.number)
+    if (known := read_note(note)) is not None:
+        return known
+    cleaner, counts, unusable = Cleaner(task.rules), Counts(), Unusable()
+    name = task.unit.shard_name
+    with ExitStack() as stack:
+        shard = stack.enter_context(ShardWriter(task.output / name))
+        rejected = (
+            stack.enter_context(ShardWriter(task.output / REJECTED_DIRECTORY / name)) if task.keep_rejected else None
+        )
+        for document, outcome in _outcomes(task, cleaner, counts, unusable):
+            if isinstance(outcome, Page):
+                shard.write({**document.extra, task.key: outcome.text})
+            elif rejected is not None:
+                reason = {"rejected_by": outcome.rule, "rejected_value": outcome.value}
+                rejected.write({**document.extra, task.key: document.text, **reason})
+    result = {"counts": asdict(counts), "unusable": asdict(unusable)}
+    write_atomically(note, orjson.dumps(result))
+    return result
+
+
+def _outcomes(
+    task: CleanTask, cleaner: Cleaner, counts: Counts, unusable: Unusable
+) -> Iterator[tuple[Document, Page | Rejection]]:
+    """Every document of the unit with its cleaned page or its rejection, counted."""
+    for _, document in read_unit(task.unit, task.key, unusable):
+        page = Page(document.text, cleaner.numbers)
+        outcome = cleaner.apply(page, counts)
+        counts.documents += 1
+        counts.characters += len(document.text)
+        if isinstance(outcome, Page):
+            counts.kept += 1
+            counts.kept_characters += len(outcome.text)
+        else:
+            _add(counts.rejected, {outcome.rule: 1})
+            _add(counts.rejected_characters, {outcome.rule: len(document.text)})
+        counts.observe(page, isinstance(outcome, Page))
+        yield document, outcome
+
+
+def clean_corpus(
+    paths: list[Path],
+    output: Path,
+    rules: Rules,
+    key: str = "text",
+    workers: int = 1,
+    keep_rejected: bool = False,
+    max_bad_ratio: float = 0.01,
+    allow_damaged: bool = False,
+) -> tuple[Counts, Unusable]:
+    """Clean files into `output`: a `.jsonl.zst` shard a unit, `rules.toml` and, if wanted, `rejected/`.
+
+    A run that was interrupted goes on where it stopped when it is called again with the same input and rules.
+
+    Raises:
+        UserError: unusable input (see `Unusable.check`), models or output directory.
+    """
+    Cleaner(rules)
+    units = plan_units(paths)
+    open_output(output, fingerprint(units, [rules.as_dict(), key, keep_rejected]))
+    if keep_rejected:
+        (output / REJECTED_DIRECTORY).mkdir(exist_ok=True)
+    write_atomically(output / "rules.toml", tomli_w.dumps(rules.as_dict()).encode())
+    tasks = [CleanTask(unit, output, key, rules, keep_rejected) for unit in units]
+    counts, unusable = Counts(), Unusable()
+    for result in map_tasks(clean_unit, tasks, workers, "cleaning", [unit.bytes for unit in units]):
+        counts.include(result["counts"])
+        unusable.include(result["unusable"])
+    unusable.check(counts.documents, max_bad_ratio, allow_damaged)
+    return counts, unusable
