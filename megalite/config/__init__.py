@@ -1,0 +1,37 @@
+"""Typed, frozen configuration: the schema, reading it from TOML and the command line, and refusing what cannot work."""
+
+from megalite.config.check import check
+from megalite.config.load import CommandLine, build_config, load_config, parse_command_line, to_toml
+from megalite.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecoveryConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "CommandLine",
+    "Config",
+    "DataConfig",
+    "KernelsConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RecoveryConfig",
+    "RunConfig",
+    "TrainConfig",
+    "build_config",
+    "check",
+    "load_config",
+    "parse_command_line",
+    "to_toml",
+]

@@ -1,0 +1,209 @@
+"""From recipes and command lines to a `Config`, and back to TOML.
+
+Values of a recipe and values of `--section.field value` take the same way: a plain TOML value is fitted to the type
+that the schema declares, or refused with the field, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from megalite.config.schema import Config
+from megalite.errors import UserError
+
+Tables = dict[str, dict[str, Any]]
+
+_SECTIONS: dict[str, type] = get_type_hints(Config)
+_FIELDS: dict[str, dict[str, Any]] = {name: get_type_hints(section) for name, section in _SECTIONS.items()}
+
+
+class CommandLine(NamedTuple):
+    """What `python -m megalite.train` was asked for."""
+
+    config: Config
+    check_only: bool
+
+
+def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.train") -> CommandLine:
+    """Read `[RECIPE.toml] [--check] [--section.field value ...]`; `--help` prints every field and leaves."""
+    if "--help" in argv or "-h" in argv:
+        print_help(program)
+        raise SystemExit(0)
+    arguments = [argument for argument in argv if argument != "--check"]
+    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    return CommandLine(load_config(recipe, arguments), "--check" in argv)
+
+
+def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe (None: the defaults) with `--section.field value` overrides laid over it."""
+    tables = read_recipe(recipe) if recipe is not None else {}
+    for (section, name), value in parse_overrides(overrides).items():
+        tables.setdefault(section, {})[name] = value
+    return build_config(tables)
+
+
+def read_recipe(path: str | Path) -> Tables:
+    """The tables of a TOML file, unchecked but for their form."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"recipe {path} does not exist; give the path of a TOML file, see launch/recipes") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    for section, table in tables.items():
+        _known(section, _SECTIONS, f"section [{section}] of {path}", "")
+        if not isinstance(table, dict):
+            raise UserError(f"{section} = {table!r} in {path} stands outside a section; write it under [{section}]")
+    return tables
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], Any]:
+    """`--section.field value` or `--section.field=value`, any number of times; the last of a field counts."""
+    values: dict[tuple[str, str], Any] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        key, equals, text = option.removeprefix("--").partition("=")
+        section, dot, name = key.replace("-", "_").partition(".")
+        if not option.startswith("--") or not dot:
+            raise UserError(f"{option!r} is not understood; overrides are written --section.field value")
+        expected = _field_type(section, name, option.partition("=")[0])
+        if not equals:
+            if not rest or (rest[0].startswith("--") and "." in rest[0]):
+                raise UserError(f"{option} has no value; write {option} followed by {_describe(expected)}")
+            text = rest.pop(0)
+        values[section, name] = _from_text(text, expected)
+    return values
+
+
+def build_config(tables: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Fit plain values to the schema's types; unknown sections and fields are refused with the nearest known one."""
+    sections = {}
+    for section, table in tables.items():
+        _known(section, _SECTIONS, f"section [{section}]", "")
+        fields = {}
+        for name, value in table.items():
+            expected = _field_type(section, name, f"{section}.{name}")
+            fields[name] = _fit(value, expected, f"{section}.{name}")
+        sections[section] = _SECTIONS[section](**fields)
+    return Config(**sections)
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as a recipe; `load_config` of it gives an equal configuration."""
+    return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def print_help(program: str) -> None:
+    """Every section and field with its type, default and meaning, on standard output."""
+    import tyro  # here, because it costs a third of a second
+
+    program = f"{program} [RECIPE.toml] [--check]"
+    with contextlib.suppress(SystemExit):
+        tyro.cli(Config, default=Config(), args=["--help"], prog=program, use_underscores=True)
+
+
+def _known(name: str, known: Iterable[str], what: str, prefix: str) -> None:
+    """Refuse a name that is not among the known ones, telling the nearest."""
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + item for item in known)}"
+    raise UserError(f"{what} is unknown; {remedy}")
+
+
+def _field_type(section: str, name: str, what: str) -> Any:
+    """The declared type of section.name; an unknown one is refused with the nearest of all fields."""
+    if section in _FIELDS and name in _FIELDS[section]:
+        return _FIELDS[section][name]
+    everywhere = [f"{other}.{field}" for other, fields in _FIELDS.items() for field in fields]
+    same_name = [path for path in everywhere if path.endswith(f".{name}")]
+    same_section = [path for path in everywhere if path.startswith(f"{section}.")]
+    near = same_name or difflib.get_close_matches(f"{section}.{name}", same_section, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(f"{section}.{name}", everywhere, n=1, cutoff=0.5)
+    if near:
+        raise UserError(f"{what} is unknown; did you mean {near[0]}?")
+    if same_section:
+        raise UserError(f"{what} is unknown; [{section}] has {', '.join(_FIELDS[section])}")
+    raise UserError(f"{what} is unknown; sections are {', '.join(_SECTIONS)}")
+
+
+def _from_text(text: str, expected: Any) -> Any:
+    """The plain value of a command-line word: strings as they stand, everything else in TOML's notation."""
+    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    if (expected is str or get_origin(expected) is Literal) and not quoted:
+        return text
+    if text in ("True", "False"):
+        text = text.lower()
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word: fits where one prefix may stand for a list, and is refused by name elsewhere
+
+
+def _fit(value: Any, expected: Any, path: str) -> Any:
+    """`value` as the declared type, without loss."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if expected is bool and isinstance(value, bool):
+        return value
+    if expected is int and number and math.isfinite(value) and value == int(value):
+        return int(value)
+    if expected is float and number and math.isfinite(value):
+        return float(value)
+    if expected is str and isinstance(value, str):
+        return value
+    if get_origin(expected) is Literal and isinstance(value, str):
+        if value in get_args(expected):
+            return value
+        near = difflib.get_close_matches(value.lower(), get_args(expected), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{path} = {value!r} is not one of {', '.join(get_args(expected))}{hint}")
+    if get_origin(expected) is dict and isinstance(value, dict):
+        return value
+    if get_origin(expected) is tuple:
+        return _fit_list(value, get_args(expected)[0], path)
+    raise UserError(f"{path} = {value!r} is not {_describe(expected)}")
+
+
+def _fit_list(value: Any, item: Any, path: str) -> tuple[Any, ...]:
+    """A tuple of items; one bare string is a list of one, and of numbers if these stand there with commas."""
+    if isinstance(value, str):
+        value = [value] if item is Any else [_from_text(part.strip(), item) for part in value.split(",")]
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{path} = {value!r} is not {_describe(tuple[item, ...])}")
+    if item is Any:
+        return tuple(_source(entry, path) for entry in value)
+    return tuple(_fit(entry, item, f"{path}[{index}]") for index, entry in enumerate(value))
+
+
+def _source(entry: Any, path: str) -> Any:
+    """A prefix, or a (weight, prefix) pair."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], str):
+        return (_fit(entry[0], float, f"{path}, weight of {entry[1]!r},"), entry[1])
+    raise UserError(f'{path} has {entry!r}; its entries are prefixes "a" or weights and prefixes [0.7, "a"]')
+
+
+def _describe(expected: Any) -> str:
+    """What a value of this type looks like, for a message."""
+    if get_origin(expected) is Literal:
+        return f"one of {', '.join(get_args(expected))}"
+    if get_origin(expected) is tuple:
+        kinds = {int: "whole numbers, as [1, 2]", float: "numbers, as [0.9, 0.1]", Any: 'prefixes, as ["a", "b"]'}
+        return f"a list of {kinds[get_args(expected)[0]]}"
+    if get_origin(expected) is dict:
+        return 'a table, as {type = "llama3", factor = 8.0}'
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}[expected]
