@@ -28,6 +28,7 @@ from megalite.errors import UserError
 
 PADDING = -1  # where a last, partial sample has no token
 NO_ROW = np.empty(0, np.int64)
+NO_LIMIT = 1 << 63  # the unsigned form of the smallest negative id
 INDEX_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
 
 
@@ -39,7 +40,7 @@ class DataConfig(Protocol):
     @property
     def valid(self) -> Sequence[Any]: ...
     @property
-    def split(self) -> str: ...
+    def split(self) -> str | Sequence[float]: ...
 
 
 class SampledFile:
@@ -162,7 +163,7 @@ class TokenDataset:
     Attributes:
         sources: the files drawn from.
         weights: normalised share of each, or None for one unblended file.
-        vocab_size: ids from here on are refused when read; None does not check.
+        vocab_size: ids from here on are refused when read, negative ones always.
 
     Any number from 0 on can be read; `len(dataset)` is the planned number of samples.
     """
@@ -210,11 +211,12 @@ class TokenDataset:
         """
         source, inner = self.source_of(number)
         filled, largest = source.read(inner, tokens, positions, documents)
-        if self.vocab_size is not None and largest >= self.vocab_size:
-            document, token = source.find(inner, self.vocab_size)
+        limit = NO_LIMIT if self.vocab_size is None else self.vocab_size
+        if largest >= limit:
+            document, token = source.find(inner, limit)
             raise UserError(
-                f"{source.file.prefix}.bin: document {document}: token id {token} is outside the vocabulary of"
-                f" {self.vocab_size} (model.vocab_size); tokenize with the tokenizer of this model or raise the field"
+                f"{source.file.prefix}.bin: document {document}: token id {token} is outside the vocabulary of {limit}"
+                " (model.vocab_size); tokenize with the tokenizer of this model"
             )
         tokens[filled:] = PADDING
         if positions.size:
@@ -307,8 +309,9 @@ def build_datasets(
     """Open the files of a recipe's `data` section as training and validation samples.
 
     Args:
-        data_config: `train`, `valid`: prefixes, [weight, prefix] pairs or weights and prefixes in turn; `split`: shares
-            like "99,1,0" by which the files of `train` are divided. `valid` and `split` exclude each other.
+        data_config: `train`, `valid`: prefixes, [weight, prefix] pairs or weights and prefixes in turn; `split`:
+            shares like "99,1,0" or [99, 1, 0] by which the files of `train` are divided. `valid` and `split` exclude
+            each other.
         seq_length, seed: of the samples and their shuffles.
         train_samples: planned number, steps x global batch size.
         valid_samples: planned number of validation samples; 0 wants none, None all of them once.
@@ -320,7 +323,7 @@ def build_datasets(
     """
     if data_config.valid and data_config.split:
         raise UserError(
-            f'data.split: "{data_config.split}" cannot be combined with data.valid; leave one of the two empty'
+            f"data.split: {data_config.split} cannot be combined with data.valid; leave one of the two empty"
         )
     sampling = Sampling(seq_length, seed, vocab_size, cache_dir)
     train = parse_blend(data_config.train, "data.train")
@@ -344,7 +347,9 @@ class Sampling:
     vocab_size: int | None = None
     cache_dir: str | Path | None = None
 
-    def dataset(self, blend: Blend, samples: int | None, split: str = "", part: int = 0) -> TokenDataset:
+    def dataset(
+        self, blend: Blend, samples: int | None, split: str | Sequence[float] = "", part: int = 0
+    ) -> TokenDataset:
         """Open a blend, or one part of its split, by Megatron-LM's rules.
 
         A single file is not blended, unless it has a weight and is split. With weights each file gets its share of the

@@ -13,6 +13,7 @@ number of tokens to a 32-bit float before it divides. Above 2^24 tokens that can
 Nothing here imports torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -99,21 +100,20 @@ def build_indices(dataset: IndexedDataset, span: range, seq_length: int, seed: i
     return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
 
 
-def parse_split(split: str) -> tuple[float, ...]:
-    """Normalised shares of training, validation and test of a split like "99,1,0". Raises `UserError`."""
+def parse_split(split: str | Sequence[float]) -> tuple[float, ...]:
+    """Normalised shares of training, validation and test of "99,1,0" or [99, 1, 0]. Raises `UserError`."""
     try:
-        shares = np.array([float(part) for part in split.split(",")], np.float64)
+        parts = split.split(",") if isinstance(split, str) else split
+        shares = np.array([float(part) for part in parts], np.float64)
     except ValueError:
         shares = np.array([-1.0])
     if not 1 <= shares.size <= 3 or not np.all(np.isfinite(shares)) or shares.min() < 0 or shares.sum() <= 0:
-        raise UserError(
-            f'data.split: "{split}" is not a split; give shares of training, validation, test like "99,1,0"'
-        )
+        raise UserError(f"data.split: {split} is not a split; give shares of training, validation, test like 99,1,0")
     shares = np.concatenate((shares, np.zeros(3 - shares.size)))
     return tuple((shares / shares.sum()).tolist())
 
 
-def split_spans(split: str, sequences: int) -> list[range]:
+def split_spans(split: str | Sequence[float], sequences: int) -> list[range]:
     """The sequences of training, validation and test: bounds are the rounded running sums of the shares."""
     bounds, end = [0], 0.0
     for share in parse_split(split):

@@ -1,8 +1,8 @@
 """The order of the data equals Megatron-LM's.
 
 The hashes below were made by running Megatron-LM's own `GPTDataset`, `BlendedDataset` and `IndexedDatasetBuilder`
-(commit d98e8a64ddf3, with its compiled helpers) over the documents of `documents()`: the first 16 hex digits of the sha256
-of each array's bytes, and of the tokens of the first 60 samples.
+(commit d98e8a64ddf3, its compiled helpers) over the documents of `documents()`: the first 16 hex digits of the
+sha256 of each array's bytes, and of the tokens of the first 60 samples.
 """
 
 import hashlib

@@ -1,0 +1,158 @@
+"""Micro-batches by global sample number, read ahead in the background.
+
+The global batch that begins at sample n is the samples n, n + 1, ... whatever the layout: of micro-batch m, which is
+`micro_batch_size * dp_size` consecutive samples, data-parallel rank r takes the r-th slice (Megatron-LM's sampler, so
+that its data order carries over). So the position in the data is one integer, and a run can go on with other ranks.
+
+Shapes: B samples of a micro-batch, S tokens of a sequence.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalite.data.dataset import NO_ROW, TokenDataset
+from megalite.parallel.loss import IGNORED
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, int64 [B, S].
+
+    Attributes:
+        tokens_BS: input ids; 0 where there is none.
+        labels_BS: the next token of each; `IGNORED` (-100) where the loss leaves it out.
+        positions_BS: place of each token in its document, with document masks only.
+        documents_BS: number of its document within the sequence, from 0, with document masks only.
+    """
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    positions_BS: Tensor | None = None
+    documents_BS: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; from pinned memory the copy runs beside the computation."""
+        parts = (self.tokens_BS, self.labels_BS, self.positions_BS, self.documents_BS)
+        return Batch(*[None if part is None else part.to(device, non_blocking=True) for part in parts])  # type: ignore[arg-type]
+
+    def cu_seqlens(self) -> Tensor:
+        """Where the documents begin in the B * S tokens one after another, and B * S at last: int32 [documents + 1].
+
+        What packed (variable length) attention kernels take. Without document masks every sequence is one document.
+        """
+        batch, length = self.tokens_BS.shape
+        starts_BS = torch.zeros((batch, length), dtype=torch.bool, device=self.tokens_BS.device)
+        starts_BS[:, 0] = True
+        if self.documents_BS is not None:
+            starts_BS[:, 1:] = self.documents_BS[:, 1:] != self.documents_BS[:, :-1]
+        starts = starts_BS.flatten().nonzero().flatten()
+        return torch.cat((starts, starts.new_tensor([batch * length]))).to(torch.int32)
+
+
+class Batches:
+    """Reads this rank's micro-batches of any global batch, and the following ones ahead of time.
+
+    Args:
+        dataset: the samples.
+        micro_batch_size: samples of one micro-batch on one rank.
+        dp_rank, dp_size: this rank's place among those that share the global batch.
+        device: where the batches go; for CUDA they are read into pinned memory first.
+        document_mask: fill `positions_BS` and `documents_BS`.
+        end_of_document: leave the label that follows this token (the next document's first) out of the loss.
+        ahead: steps that are read ahead.
+
+    One thread reads. What goes wrong there is raised by the `next_batch` that asks for that batch. Close it, or use it
+    as a context manager.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        micro_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        device: torch.device | str = "cpu",
+        document_mask: bool = False,
+        end_of_document: int | None = None,
+        ahead: int = 2,
+    ) -> None:
+        self.dataset, self.micro_batch_size = dataset, micro_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.device = torch.device(device)
+        self._document_mask, self._end_of_document = document_mask, end_of_document
+        self._ahead = ahead
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._pending: dict[tuple[int, int], Future[list[Batch]]] = {}
+
+    def next_batch(
+        self, first_sample: int, samples: int, upcoming: Sequence[tuple[int, int]] | None = None
+    ) -> list[Batch]:
+        """This rank's micro-batches of the global batch of `samples` samples from number `first_sample` on.
+
+        Where `samples` is no multiple of a global micro-batch, the last one is filled up with rows without labels.
+        `upcoming` names the (first sample, samples) that will be asked for next; by default as many samples as now, up
+        to the end of the plan. A wrong guess costs time only.
+        """
+        key = (first_sample, samples)
+        wanted = [key, *(self._guess(*key) if upcoming is None else upcoming)]
+        for stale in [known for known in self._pending if known not in wanted]:
+            self._pending.pop(stale).cancel()
+        for request in wanted:
+            if request not in self._pending:
+                self._pending[request] = self._pool.submit(self._read, *request)
+        batches = self._pending.pop(key).result()
+        return batches if self.device.type == "cpu" else [batch.to(self.device) for batch in batches]
+
+    def close(self) -> None:
+        """Stop reading; returns when the thread has ended."""
+        self._pending.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _guess(self, first: int, samples: int) -> list[tuple[int, int]]:
+        guesses = [(first + step * samples, samples) for step in range(1, self._ahead + 1)]
+        # what lies beyond the plan needs an index of its own: it is not built for a guess
+        return [guess for guess in guesses if sum(guess) <= len(self.dataset) or first >= len(self.dataset)]
+
+    def _read(self, first_sample: int, samples: int) -> list[Batch]:
+        block = self.micro_batch_size * self.dp_size
+        starts = range(first_sample + self.dp_rank * self.micro_batch_size, first_sample + samples, block)
+        count = -(-samples // block)
+        end = first_sample + samples
+        batches = [self._micro_batch(range(start, min(start + self.micro_batch_size, end))) for start in starts]
+        return batches + [self._micro_batch(range(0)) for _ in range(count - len(batches))]
+
+    def _micro_batch(self, numbers: range) -> Batch:
+        shape = (self.micro_batch_size, self.dataset.seq_length)
+        pinned = self.device.type == "cuda"
+        kinds = 4 if self._document_mask else 2
+        tensors = [torch.zeros(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(kinds)]
+        tokens_BS, labels_BS, *places = [tensor.numpy() for tensor in tensors]
+        labels_BS[len(numbers) :] = IGNORED
+        row = np.empty(shape[1] + 1, np.int64)
+        positions, documents = (np.empty_like(row), np.empty_like(row)) if places else (NO_ROW, NO_ROW)
+        for index, number in enumerate(numbers):
+            self.dataset.read(number, row, positions, documents)
+            tokens_BS[index], labels_BS[index] = row[:-1], row[1:]
+            for target, source in zip(places, (positions, documents)):
+                target[index] = source[:-1]
+        labels_BS[labels_BS < 0] = IGNORED
+        tokens_BS[tokens_BS < 0] = 0
+        if self._end_of_document is not None:
+            labels_BS[: len(numbers)][tokens_BS[: len(numbers)] == self._end_of_document] = IGNORED
+        return Batch(*tensors)
