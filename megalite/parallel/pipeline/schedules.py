@@ -51,27 +51,34 @@ def interleaved(ranks: int, micro_batches: int, chunks: int) -> Plan:
     if micro_batches % ranks:
         raise ValueError(f"interleaved: micro_batches = {micro_batches} is not a multiple of ranks = {ranks}")
 
-    def stages_and_micros(rank: int) -> list[tuple[int, int]]:
-        return [
-            (chunk * ranks + rank, group + micro)
-            for group in range(0, micro_batches, ranks)
-            for chunk in range(chunks)
-            for micro in range(ranks)
-        ]
+    way = _grouped(ranks, micro_batches, chunks)
 
     def operations(rank: int) -> tuple[Op, ...]:
-        forwards = [Op("F", stage, micro) for stage, micro in stages_and_micros(rank)]
-        top = (chunks - 1) * ranks + 2 * rank  # a backward takes the same way with its chunks in reverse
-        backwards = [Op("B", top - stage, micro) for stage, micro in stages_and_micros(rank)]
-        warm = min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), len(forwards))
+        forwards = [Op("F", chunk * ranks + rank, micro) for chunk, micro in way]
+        backwards = [Op("B", (chunks - 1 - chunk) * ranks + rank, micro) for chunk, micro in way]
+        warm = min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), len(way))
         return _warm_steady_cool(warm, forwards, backwards)
 
     return tuple(operations(rank) for rank in range(ranks))
 
 
-def forward_only(plan: Plan) -> Plan:
-    """The forwards of a schedule in its own order: what validation and scoring run."""
-    return tuple(tuple(op for op in ops if op.kind == "F") for ops in plan)
+def forward_only(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
+    """Forwards alone, for validation and scoring: any number of micro-batches and chunks."""
+    way = _grouped(ranks, micro_batches, chunks)
+    return tuple(tuple(Op("F", chunk * ranks + rank, micro) for chunk, micro in way) for rank in range(ranks))
+
+
+def _grouped(ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
+    """(chunk, micro-batch) in the order in which a rank meets them: `ranks` micro-batches at a time through all chunks.
+
+    When a group's last micro-batch has left the rank, its first comes back from the other ranks for the next chunk.
+    """
+    return [
+        (chunk, micro)
+        for group in range(0, micro_batches, ranks)
+        for chunk in range(chunks)
+        for micro in range(group, min(group + ranks, micro_batches))
+    ]
 
 
 def _warm_steady_cool(warm: int, forwards: list[Op], backwards: list[Op]) -> tuple[Op, ...]:
