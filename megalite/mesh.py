@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
@@ -95,14 +95,40 @@ class Group:
         assert work is not None
         return work
 
+    def sum_among(self, tensor: Tensor, members: tuple[int, ...]) -> None:
+        """Sum `tensor` in place over some of the group's ranks (indices, ascending, this one among them); complete on return.
+
+        A part of the group exchanges tensors pair by pair and adds them in index order, so all get the same bits; the
+        lower of two ranks sends first, so that it works where a send waits for its receive. For small sets.
+        """
+        if len(members) == self.size:
+            self.all_reduce(tensor).wait()
+            return
+        terms = {self.index: tensor.clone()}
+        for other in members:
+            if other == self.index:
+                continue
+            terms[other] = torch.empty_like(tensor)
+            if self.index < other:
+                self.send(terms[self.index], other).wait()
+                self.receive(terms[other], other).wait()
+            else:
+                self.receive(terms[other], other).wait()
+                self.send(terms[self.index], other).wait()
+        tensor.copy_(terms[members[0]])
+        for other in members[1:]:
+            tensor.add_(terms[other])
+
 
 GroupFactory = Callable[[tuple[int, ...], int], Group]
 
 
 def create_group(ranks: tuple[int, ...], rank: int, timeout: timedelta | None = None) -> Group:
-    """Make the process group of `ranks`; every one of them must call this in the same order among its groups.
+    """Make the process group of `ranks`.
 
-    Ranks outside take no part, so that a rank of a 16,384-rank job makes the handful of groups that it belongs to.
+    Ranks outside take no part, so that a rank of a 16,384-rank job makes only the handful of groups that it belongs to.
+    torch names such a group after its ranks and the count of groups made so far, so every rank of the job must make
+    equally many groups in the same order: one along each axis, never one for a few ranks alone.
     """
     if len(ranks) == 1:
         return Group(ranks, rank, None)
@@ -126,7 +152,7 @@ class Mesh:
     rank: int = 0
     device: torch.device = torch.device("cpu")
     make_group: GroupFactory = create_group
-    _groups: dict[tuple[int, ...], Group] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[tuple[str, ...], Group] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -166,16 +192,11 @@ class Mesh:
     def group(self, *axes: str) -> Group:
         """The group along the product of `axes` through this rank; `mesh.group("dp", "cp")`.
 
-        Made on the first request, together with all its members: ask for groups while building, in a fixed order.
+        Made on the first request, by all ranks together: ask for groups while building, everywhere in the same order.
         """
-        return self.subgroup(self.ranks_along(*axes))
-
-    def subgroup(self, ranks: Iterable[int]) -> Group:
-        """The group of exactly these ranks (this one among them)."""
-        key = tuple(sorted(ranks))
-        if key not in self._groups:
-            self._groups[key] = self.make_group(key, self.rank)
-        return self._groups[key]
+        if axes not in self._groups:
+            self._groups[axes] = self.make_group(self.ranks_along(*axes), self.rank)
+        return self._groups[axes]
 
     @property
     def world(self) -> Group:

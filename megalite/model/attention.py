@@ -69,9 +69,7 @@ def _projection_boxes(prefix: str, split: HeadSplit, model: ModelConfig, mesh: M
     """The boxes of the fused query/key/value weight (`kind` "weight") or bias: queries, then keys, then values."""
     dim, rest = model.head_dim, (model.hidden_size,) if kind == "weight" else ()
     shape = (model.heads * dim, *rest)
-    boxes = [
-        row_box(f"{prefix}.q_proj.{kind}", shape, split.first_query * dim, split.queries * dim, 0, (mesh.rank,))
-    ]
+    boxes = [row_box(f"{prefix}.q_proj.{kind}", shape, split.first_query * dim, split.queries * dim, 0, (mesh.rank,))]
     row = split.queries * dim
     peers = [split_heads(model.heads, model.kv_heads, mesh.tp, index) for index in range(mesh.tp)]
     for projection in ("k_proj", "v_proj"):
@@ -88,7 +86,14 @@ class Attention(nn.Module):
     """norm'd hidden [s, B, H] -> attention output [s, B, H]."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, mesh: Mesh, region: TensorRegion, kernels: Kernels, std: float, **kwargs: Any
+        self,
+        model: ModelConfig,
+        layer: int,
+        mesh: Mesh,
+        region: TensorRegion,
+        kernels: Kernels,
+        std: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         prefix, dim = f"model.layers.{layer}.self_attn", model.head_dim
@@ -115,8 +120,12 @@ class Attention(nn.Module):
         if model.qk_norm:
             # Each rank normalises its own heads with the shared weight, so the gradients are parts of a sum.
             peers = mesh.ranks_along("tp")
-            self.q_norm = RMSNorm(f"{prefix}.q_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs)
-            self.k_norm = RMSNorm(f"{prefix}.k_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs)
+            self.q_norm = RMSNorm(
+                f"{prefix}.q_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs
+            )
+            self.k_norm = RMSNorm(
+                f"{prefix}.k_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs
+            )
 
     def forward(
         self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, recompute: bool = False

@@ -32,7 +32,14 @@ class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product."""
 
     def __init__(
-        self, model: ModelConfig, layer: int, mesh: Mesh, region: TensorRegion, kernels: Kernels, std: float, **kwargs: Any
+        self,
+        model: ModelConfig,
+        layer: int,
+        mesh: Mesh,
+        region: TensorRegion,
+        kernels: Kernels,
+        std: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         prefix, hidden, ffn = f"model.layers.{layer}.mlp", model.hidden_size, model.ffn_hidden_size

@@ -18,7 +18,15 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(
-        self, name: str, size: int, eps: float, replicas: tuple[int, ...], kernels: Kernels, *, partial: bool, **kwargs: Any
+        self,
+        name: str,
+        size: int,
+        eps: float,
+        replicas: tuple[int, ...],
+        kernels: Kernels,
+        *,
+        partial: bool,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         box = row_box(name, (size,), 0, size, 0, replicas, partial=partial and len(replicas) > 1)

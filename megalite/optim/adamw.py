@@ -141,4 +141,3 @@ class ShardedAdamW:
         for segment in self.segments:
             if segment.separate_master:
                 segment.master.data.copy_(segment.bucket.parameters[segment.span])
-

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from megalite.mesh import Group, Mesh, Work
 from megalite.placement import Box, PlacedParameter, placed_parameters
 
+Pairs = list[tuple[PlacedParameter, Box]]
+
 _ALIGNMENT = 64
 """Elements; keeps every shard's start on a cache line."""
 
@@ -145,16 +147,17 @@ class StageBuckets:
             for slot in bucket.slots:
                 slot.parameter.listen(functools.partial(self._arrived, index))
                 slot.parameter.register_post_accumulate_grad_hook(_move_gradient)
-        own_stage, across = self._partial_boxes(own)
-        self._replicated = _by_replicas(own_stage, mesh)
-        self._tied = _by_replicas(across, mesh)
+        within, across = self._partial_boxes(own)
+        self._replicated = _by_replicas(within, mesh.group("tp"))
+        self._tied = _by_replicas(across, mesh.group("pp"))
 
     def _deferred(self, parameter: PlacedParameter) -> bool:
         return _tensor_replicas(parameter) or any(alias.tied_to is parameter for alias in self.aliases)
 
-    def _partial_boxes(self, parameters: Iterable[PlacedParameter]) -> tuple[list, list]:
+    def _partial_boxes(self, parameters: Iterable[PlacedParameter]) -> tuple[Pairs, Pairs]:
         """(parameter, box) pairs to be summed over replicas, within this stage and across stages."""
-        within, across = [], []
+        within: Pairs = []
+        across: Pairs = []
         stage_ranks = set(self.mesh.ranks_along("tp"))
         for parameter in parameters:
             for box in parameter.placement.boxes:
@@ -191,12 +194,14 @@ class StageBuckets:
         for alias in self.aliases:
             assert alias.tied_to is not None and alias.tied_to.main_grad is not None and alias.main_grad is not None
             alias.tied_to.main_grad.add_(alias.main_grad)
-        _sum_replicas(self._tied)
+        for shared in self._tied:
+            shared.sum_gradients()
 
     def finish(self) -> None:
         """Sum what replicas within the stage share, reduce the remaining buckets, wait for all."""
         self._listening = False
-        _sum_replicas(self._replicated)
+        for shared in self._replicated:
+            shared.sum_gradients()
         for bucket in self.buckets[self._launched :]:
             bucket.launch()
         self._launched = len(self.buckets)
@@ -231,27 +236,35 @@ def _cut(parameters: list[PlacedParameter], limit: int) -> Iterator[list[PlacedP
         yield part
 
 
-def _by_replicas(
-    pairs: list[tuple[PlacedParameter, Box]], mesh: Mesh
-) -> list[tuple[Group, list[tuple[PlacedParameter, Box]]]]:
-    """Boxes by the ranks that share them, both in an order on which those ranks agree."""
+@dataclass(frozen=True)
+class SharedBoxes:
+    """Boxes that the same ranks share (`members` of `group`), in an order on which those ranks agree."""
+
+    group: Group
+    members: tuple[int, ...]
+    boxes: tuple[tuple[PlacedParameter, Box], ...]
+
+    def sum_gradients(self) -> None:
+        """Every member gets the sum of the members' gradients: one message."""
+        views = []
+        for parameter, box in self.boxes:
+            assert parameter.main_grad is not None
+            views.append(box.view(parameter.main_grad))
+        packed = torch.cat([view.reshape(-1) for view in views])
+        self.group.sum_among(packed, self.members)
+        for view, total in zip(views, packed.split([view.numel() for view in views])):
+            view.copy_(total.view(view.shape))
+
+
+def _by_replicas(pairs: Pairs, group: Group) -> list[SharedBoxes]:
     shared: dict[tuple[int, ...], list[tuple[PlacedParameter, Box]]] = {}
     for parameter, box in pairs:
         shared.setdefault(box.replicas, []).append((parameter, box))
     return [
-        (mesh.subgroup(replicas), sorted(shared[replicas], key=lambda pair: (pair[1].name, pair[1].offset)))
+        SharedBoxes(
+            group,
+            tuple(group.ranks.index(rank) for rank in replicas),
+            tuple(sorted(shared[replicas], key=lambda pair: (pair[1].name, pair[1].offset))),
+        )
         for replicas in sorted(shared)
     ]
-
-
-def _sum_replicas(shared: list[tuple[Group, list[tuple[PlacedParameter, Box]]]]) -> None:
-    """Sum the gradients of shared boxes over their replicas: one all-reduce for each set of ranks."""
-    for group, pairs in shared:
-        views = []
-        for parameter, box in pairs:
-            assert parameter.main_grad is not None
-            views.append(box.view(parameter.main_grad))
-        packed = torch.cat([view.reshape(-1) for view in views])
-        group.all_reduce(packed).wait()
-        for view, total in zip(views, packed.split([view.numel() for view in views])):
-            view.copy_(total.view(view.shape))

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from megalite.kernels import Kernels
-from megalite.kernels.cross_entropy import merge_stats
+from megalite.kernels.cross_entropy import cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.tensor import accumulate_product, vocabulary_box
 from megalite.placement import PlacedParameter, Placement
@@ -112,7 +112,7 @@ class VocabParallelHead(nn.Module):
         stats = self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=self.first, valid=self.valid)
         if self.region.group.size > 1:
             stats = merge_stats(all_gather_stacked(stats, self.region.group))
-        loss_n = self.kernels.cross_entropy_loss(stats, labels_n, z_loss=self.z_loss)
+        loss_n = cross_entropy_loss(stats, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
         if grad_nH is not None and total_vH is not None:
             scale_n = torch.where(labels_n == IGNORED, 0.0, scale).to(torch.float32)
             grad_nv = self.kernels.cross_entropy_grad_(

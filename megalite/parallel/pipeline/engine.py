@@ -45,7 +45,7 @@ class PipelineEngine:
 
     def __init__(self, ops: tuple[Op, ...], stages: int, mesh: Mesh, activation: Activation) -> None:
         self.ops, self.last_stage, self.mesh, self.activation = ops, stages - 1, mesh, activation
-        self._peers = {peer: mesh.subgroup((mesh.rank, mesh.rank_at(pp=peer))) for peer in self._neighbours()}
+        self._group = mesh.group("pp")
         backwards = [index for index, op in enumerate(ops) if op.kind == "B"]
         self._last_backward = {ops[index].stage: index for index in backwards}
         self._inputs: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
@@ -54,11 +54,6 @@ class PipelineEngine:
         self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._forward_sends: dict[tuple[int, int], tuple[Tensor, Work]] = {}
         self._backward_sends: deque[tuple[Tensor, Work]] = deque()
-
-    def _neighbours(self) -> list[int]:
-        """The pipeline ranks that this one exchanges activations with, in an order on which all ranks agree."""
-        here, ranks = self.mesh.index("pp"), self.mesh.pp
-        return sorted({(here - 1) % ranks, (here + 1) % ranks} - {here}) if self.last_stage else []
 
     def run(self, forward: StageForward, buckets: Mapping[int, StageBuckets] | None = None) -> dict[int, Tensor]:
         """One step: all forwards and backwards, gradients reduced. Returns the last stage's losses by micro-batch.
@@ -127,17 +122,15 @@ class PipelineEngine:
     def _communicate(self, op: Op) -> None:
         key = (op.stage, op.micro)
         neighbour = self._owner(op.stage + (1 if op.kind in ("SF", "RB") else -1))
-        group = self._peers[neighbour]
-        index = group.ranks.index(self.mesh.rank_at(pp=neighbour))
         if op.kind in ("RF", "RB"):
             buffer = self.activation.empty()
             arriving = self._inputs if op.kind == "RF" else self._gradients
-            arriving[key] = (buffer, group.receive(buffer, index))
+            arriving[key] = (buffer, self._group.receive(buffer, neighbour))
             return
         tensor = self._outputs.pop(key)
         if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
             raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
-        work = group.send(tensor, index)
+        work = self._group.send(tensor, neighbour)
         if op.kind == "SF":
             self._forward_sends[key] = (tensor, work)
             return
