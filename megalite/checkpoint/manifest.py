@@ -1,0 +1,233 @@
+"""The manifest of a checkpoint: everything that is not a tensor, and where every piece of every tensor lies.
+
+A checkpoint directory holds safetensors files of *pieces*, boxes of global tensors under keys such as
+`weight/model.norm.weight/0`, and one `manifest.json`, written last: step, model, the loop's state, the files with
+their sizes, and for each kind of tensor (`weight`, the fp32 master weights; `exp_avg` and `exp_avg_sq`, the optimizer's
+moments) the global shape and the pieces with their CRC-32. The manifest carries a checksum of itself.
+
+`Manifest.from_file` believes nothing: names stay inside the directory, and the pieces of every tensor must tile it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalite.checkpoint.files import DTYPES, DamagedFile, is_extents, parse_json
+from megalite.errors import UserError
+
+MANIFEST = "manifest.json"
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+KINDS = (WEIGHT, *MOMENTS)
+
+_FORMAT, _VERSION = "megalite checkpoint", 1
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_PREFIX = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "checkpoint": ')
+_SUFFIX = b"}\n"
+_MAX_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor: `file` is the name of the file inside the checkpoint that holds it."""
+
+    file: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    crc32: int
+
+
+@dataclass
+class Entry:
+    """One global tensor of one kind: `dtype` as safetensors names it, and the pieces that tile it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: list[Piece] = field(default_factory=list)
+
+
+Index = dict[str, dict[str, Entry]]
+"""By kind, by global name."""
+
+
+def piece_key(kind: str, name: str, offset: Sequence[int]) -> str:
+    """The key of a piece inside its safetensors file."""
+    return f"{kind}/{name}/{','.join(str(start) for start in offset)}"
+
+
+def add_piece(index: Index, kind: str, name: str, shape: Sequence[int], dtype: str, piece: Piece) -> None:
+    """Enter a piece; raises ValueError where the same tensor was entered with another shape or dtype."""
+    entry = index.setdefault(kind, {}).setdefault(name, Entry(tuple(shape), dtype))
+    if entry.shape != tuple(shape) or entry.dtype != dtype:
+        raise ValueError(f"{kind} {name}: pieces of {entry.shape} {entry.dtype} and of {tuple(shape)} {dtype}")
+    entry.pieces.append(piece)
+
+
+def tiling_fault(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
+    """None where the pieces cover every element of the tensor exactly once, else what is wrong."""
+    for piece in pieces:
+        if len(piece.offset) != len(shape) or len(piece.size) != len(shape):
+            return f"a piece has {len(piece.offset)} dimensions, the tensor {len(shape)}"
+        if any(start + length > extent for start, length, extent in zip(piece.offset, piece.size, shape)):
+            return f"the piece at {list(piece.offset)} of size {list(piece.size)} reaches beyond shape {list(shape)}"
+    held, needed = sum(math.prod(piece.size) for piece in pieces), math.prod(shape)
+    if len(pieces) > 1 and shape:
+        starts = np.array([piece.offset for piece in pieces], dtype=np.int64)
+        stops = starts + np.array([piece.size for piece in pieces], dtype=np.int64)
+        for i in range(len(pieces) - 1):
+            shared = (np.maximum(starts[i], starts[i + 1 :]) < np.minimum(stops[i], stops[i + 1 :])).all(axis=1)
+            if shared.any():
+                return f"the pieces at {starts[i].tolist()} and {starts[i + 1 + int(shared.argmax())].tolist()} overlap"
+    if held != needed:
+        return f"pieces hold {held} of its {needed} elements"
+    return None
+
+
+@dataclass
+class Manifest:
+    """What a checkpoint says of itself. `extras` are further files (config.toml, a tokenizer) with (bytes, CRC-32)."""
+
+    step: int
+    state: dict[str, Any]
+    model: dict[str, Any]
+    files: dict[str, int]
+    extras: dict[str, tuple[int, int]]
+    index: Index
+
+    def shapes(self, kind: str = WEIGHT) -> Mapping[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self.index.get(kind, {}).items()}
+
+    def check_tiling(self, path: Path) -> None:
+        """Raise `DamagedFile` where a tensor has holes or overlaps, or a moment has no weight."""
+        for kind, entries in self.index.items():
+            for name, entry in entries.items():
+                fault = tiling_fault(entry.shape, entry.pieces)
+                if fault:
+                    raise DamagedFile(f"{path}: {kind} of {name}: {fault}")
+        weights = self.shapes()
+        for kind in self.index:
+            if self.shapes(kind) != weights:
+                odd = sorted(set(self.shapes(kind).items()) ^ set(weights.items()))[0][0]
+                raise DamagedFile(f"{path}: {kind} and {WEIGHT} describe different tensors, {odd} among them")
+
+    def to_bytes(self) -> bytes:
+        """The file's content. Raises ValueError where the state holds something that JSON cannot (NaN, infinities)."""
+        body = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "step": self.step,
+            "state": self.state,
+            "model": self.model,
+            "files": self.files,
+            "extras": {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in self.extras.items()},
+            "tensors": {
+                kind: {
+                    name: {"shape": entry.shape, "dtype": entry.dtype, "pieces": [_piece_json(p) for p in entry.pieces]}
+                    for name, entry in entries.items()
+                }
+                for kind, entries in self.index.items()
+            },
+        }
+        text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode()
+        return b'{"crc32": "%08x", "checkpoint": ' % zlib.crc32(text) + text + _SUFFIX
+
+    @classmethod
+    def from_file(cls, path: Path) -> Manifest:
+        """Read and check a manifest; raises `DamagedFile`."""
+        try:
+            size = path.stat().st_size
+            if size > _MAX_BYTES:
+                raise DamagedFile(f"{path} has {size} bytes, at most {_MAX_BYTES} are allowed: not a manifest")
+            data = path.read_bytes()
+        except OSError as error:
+            raise DamagedFile(f"{path}: {error.strerror}: the checkpoint is incomplete") from None
+        prefix = _PREFIX.match(data)
+        if prefix is None or not data.endswith(_SUFFIX):
+            raise DamagedFile(f"{path} does not begin and end like a manifest: truncated or damaged")
+        text = data[prefix.end() : -len(_SUFFIX)]
+        if zlib.crc32(text) != int(prefix[1], 16):
+            raise DamagedFile(f"{path} does not match its own checksum: damaged")
+        return _Parser(path).manifest(parse_json(text, path))
+
+
+def _piece_json(piece: Piece) -> dict[str, Any]:
+    return {"file": piece.file, "offset": piece.offset, "size": piece.size, "crc32": f"{piece.crc32:08x}"}
+
+
+class _Parser:
+    """From JSON to a `Manifest`, one check for every field."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def require(self, condition: bool, fault: str) -> None:
+        if not condition:
+            raise DamagedFile(f"{self.path}: {fault}")
+
+    def object(self, parent: Any, key: str) -> dict[str, Any]:
+        value = parent.get(key)
+        self.require(isinstance(value, dict), f"{key!r} is missing or not an object")
+        return value
+
+    def count(self, value: Any, what: str) -> int:
+        self.require(type(value) is int and 0 <= value < 1 << 62, f"{what} is {str(value)[:40]!r}, not a count")
+        return value
+
+    def crc32(self, value: Any, what: str) -> int:
+        self.require(isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None, f"{what}: no checksum")
+        return int(value, 16)
+
+    def file_name(self, name: str) -> str:
+        plain = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
+        self.require(plain, f"file name {name[:80]!r} is not a plain name inside the checkpoint")
+        return name
+
+    def manifest(self, body: Any) -> Manifest:
+        self.require(isinstance(body, dict), "not an object")
+        self.require(body.get("format") == _FORMAT, f"format is {str(body.get('format'))[:40]!r}, not {_FORMAT!r}")
+        version = body.get("version")
+        if version != _VERSION:
+            raise UserError(
+                f"{self.path} has version {str(version)[:20]}, this megalite reads {_VERSION}: use the one it came from"
+            )
+        files = {self.file_name(name): self.count(size, name) for name, size in self.object(body, "files").items()}
+        extras = {
+            self.file_name(name): (
+                self.count(self.object({name: entry}, name).get("bytes"), name),
+                self.crc32(entry.get("crc32"), name),
+            )
+            for name, entry in self.object(body, "extras").items()
+        }
+        tensors = self.object(body, "tensors")
+        self.require(WEIGHT in tensors and set(tensors) <= set(KINDS), f"kinds of tensors are {sorted(tensors)[:5]}")
+        index = {
+            kind: {name: self.entry(name, value, files) for name, value in self.object(tensors, kind).items()}
+            for kind in tensors
+        }
+        step = self.count(body.get("step"), "step")
+        result = Manifest(step, self.object(body, "state"), self.object(body, "model"), files, extras, index)
+        result.check_tiling(self.path)
+        return result
+
+    def entry(self, name: str, value: Any, files: Mapping[str, int]) -> Entry:
+        self.require(isinstance(value, dict), f"{name}: not an object")
+        shape, dtype, pieces = value.get("shape"), value.get("dtype"), value.get("pieces")
+        self.require(is_extents(shape) and math.prod(shape) < 1 << 50, f"{name}: impossible shape")
+        self.require(isinstance(dtype, str) and dtype in DTYPES, f"{name}: dtype {str(dtype)[:20]!r} is not known")
+        self.require(isinstance(pieces, list), f"{name}: no pieces")
+        return Entry(tuple(shape), dtype, [self.piece(name, piece, files) for piece in pieces])
+
+    def piece(self, name: str, value: Any, files: Mapping[str, int]) -> Piece:
+        self.require(isinstance(value, dict), f"{name}: a piece is not an object")
+        file, offset, size = value.get("file"), value.get("offset"), value.get("size")
+        self.require(isinstance(file, str) and file in files, f"{name}: piece in unlisted file {str(file)[:80]!r}")
+        self.require(is_extents(offset) and is_extents(size) and 0 not in size, f"{name}: impossible offset or size")
+        return Piece(file, tuple(offset), tuple(size), self.crc32(value.get("crc32"), name))

@@ -1,0 +1,251 @@
+"""Where weights come from: any box of any global tensor, whatever pieces a file cuts it in.
+
+`TensorSource` is what loading needs to know of a checkpoint; `CheckpointReader` is megalite's own kind. A source is
+global: it knows nothing of layouts. `load_weights` fills the boxes that a model's placements name from it.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megalite.checkpoint.directory import find_checkpoint
+from megalite.checkpoint.files import DTYPES, DamagedFile, TensorFile, tensor_bytes
+from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest, Piece, piece_key
+from megalite.errors import UserError
+from megalite.placement import PlacedParameter, placed_parameters
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class TensorSource(Protocol):
+    """Global tensors by name. Reading what does not exist or is damaged raises `UserError`."""
+
+    def shapes(self) -> Shapes:
+        """The global shape of every tensor."""
+        ...
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        """The box of `size` at `offset`, contiguous on the CPU, in the dtype it is stored in (fp32, bf16 or fp16)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A box of a global tensor and the tensor of the same size, on any device and of any dtype, that shall hold it."""
+
+    name: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    destination: Tensor
+
+
+class CheckpointReader:
+    """One complete megalite checkpoint, opened by its own directory or by its run directory (the newest is taken).
+
+    Every piece is compared with its checksum before any of it is used. `manifest` holds what is not a tensor.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self.directory = find_checkpoint(Path(directory))
+        self.manifest = Manifest.from_file(self.directory / MANIFEST)
+        self._files: dict[str, TensorFile] = {}
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer file that the checkpoint carries, if it does."""
+        for name in ("tokenizer.model", "tokenizer.json"):
+            if name in self.manifest.extras:
+                return self.directory / name
+        return None
+
+    def shapes(self) -> Shapes:
+        return self.manifest.shapes()
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        return self.read_kind(WEIGHT, name, offset, size)
+
+    def read_kind(self, kind: str, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A box of a tensor of the given kind (`weight`, `exp_avg`, `exp_avg_sq`)."""
+        entries = self.manifest.index.get(kind, {})
+        if name not in entries:
+            raise UserError(f"{self.directory} holds no {kind} of {name}")
+        box = torch.empty(tuple(size), dtype=DTYPES[entries[name].dtype])
+        self.read_into(kind, [Target(name, tuple(offset), tuple(size), box)])
+        return box
+
+    def read_into(self, kind: str, targets: Iterable[Target]) -> None:
+        """Fill many boxes; every piece is read and verified once, in the order in which it lies in its file."""
+        by_name: dict[str, list[Target]] = {}
+        for target in targets:
+            by_name.setdefault(target.name, []).append(target)
+        jobs: list[tuple[str, int, str, Piece, list[Target]]] = []
+        for name, wanted in by_name.items():
+            entry = self.manifest.index.get(kind, {}).get(name)
+            if entry is None:
+                raise UserError(f"{self.directory} holds no {kind} of {name}")
+            _check_bounds(wanted, entry.shape, self.directory)
+            for piece in entry.pieces:
+                touched = [target for target in wanted if _overlap(piece, target) is not None]
+                if touched:
+                    stored = self._file(piece.file).entry(piece_key(kind, name, piece.offset))
+                    jobs.append((piece.file, stored.begin, name, piece, touched))
+        for _, _, name, piece, touched in sorted(jobs, key=lambda job: job[:2]):
+            content = self._verified(kind, name, piece)
+            for target in touched:
+                _copy_overlap(content, piece, target)
+
+    def verify(self) -> list[str]:
+        """Read everything; what is wrong with it, one line each."""
+        faults: list[str] = []
+        for kind, entries in self.manifest.index.items():
+            for name, entry in entries.items():
+                for piece in entry.pieces:
+                    _collect(faults, functools.partial(self._verified, kind, name, piece))
+        for name in self.manifest.extras:
+            _collect(faults, functools.partial(self.extra, name))
+        return list(dict.fromkeys(faults))
+
+    def extra(self, name: str) -> bytes:
+        """A further file of the checkpoint (config.toml, tokenizer files), verified."""
+        size, crc32 = self.manifest.extras[name]
+        path = self.directory / name
+        try:
+            data = path.read_bytes() if path.stat().st_size == size else b""
+        except OSError as error:
+            raise DamagedFile(f"{path}: {error.strerror}") from None
+        if len(data) != size or zlib.crc32(data) != crc32:
+            raise DamagedFile(f"{path} does not match the checksum in {MANIFEST}: damaged")
+        return data
+
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            file = TensorFile(self.directory / name)
+            if file.size != self.manifest.files[name]:
+                raise DamagedFile(
+                    f"{file.path} has {file.size} bytes, {self.manifest.files[name]} were written: damaged"
+                )
+            self._files[name] = file
+        return self._files[name]
+
+    def _verified(self, kind: str, name: str, piece: Piece) -> Tensor:
+        file, key = self._file(piece.file), piece_key(kind, name, piece.offset)
+        stored, dtype = file.entry(key), DTYPES[self.manifest.index[kind][name].dtype]
+        if stored.shape != piece.size or stored.dtype != dtype:
+            raise DamagedFile(
+                f"{file.path}: {key} is {stored.dtype} {list(stored.shape)}, the manifest says {dtype} "
+                f"{list(piece.size)}: damaged"
+            )
+        content = file.read(key)
+        if zlib.crc32(tensor_bytes(content)) != piece.crc32:
+            raise DamagedFile(f"{file.path}: {key} does not match its checksum: damaged")
+        return content
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _collect(faults: list[str], check: Callable[[], object]) -> None:
+    try:
+        check()
+    except UserError as error:
+        faults.append(str(error))
+
+
+def _check_bounds(targets: Iterable[Target], shape: tuple[int, ...], where: Path) -> None:
+    for target in targets:
+        inside = len(target.offset) == len(target.size) == len(shape) and all(
+            start >= 0 and start + length <= extent for start, length, extent in zip(target.offset, target.size, shape)
+        )
+        if not inside:
+            raise UserError(
+                f"{where}: {target.name} has shape {list(shape)}, which has no box of size {list(target.size)} at "
+                f"{list(target.offset)}"
+            )
+
+
+def _overlap(piece: Piece, target: Target) -> list[tuple[int, int]] | None:
+    """Start and stop of the shared box along every dimension, in global coordinates."""
+    spans = []
+    for start, length, first, count in zip(piece.offset, piece.size, target.offset, target.size):
+        low, high = max(start, first), min(start + length, first + count)
+        if low >= high:
+            return None
+        spans.append((low, high))
+    return spans
+
+
+def _copy_overlap(content: Tensor, piece: Piece, target: Target) -> None:
+    source, destination = content, target.destination
+    for dim, (low, high) in enumerate(_overlap(piece, target) or ()):
+        source = source.narrow(dim, low - piece.offset[dim], high - low)
+        destination = destination.narrow(dim, low - target.offset[dim], high - low)
+    destination.copy_(source)
+
+
+def compare_shapes(expected: Shapes, found: Shapes, where: str) -> None:
+    """Raise a `UserError` that names how the tensors in `where` differ from what the model needs."""
+    differences = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
+    differences += [f"{name} is not part of the model" for name in sorted(found.keys() - expected.keys())]
+    differences += [
+        f"{name} has shape {list(found[name])}, the model needs {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    if differences:
+        more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
+        raise UserError(f"{where} does not fit the model: {'; '.join(differences[:3])}{more}")
+
+
+def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Names and global shapes of the tensors of which these stages hold boxes."""
+    return {
+        box.name: box.shape
+        for stage in stages
+        for parameter in placed_parameters(stage)
+        for box in parameter.placement.boxes
+    }
+
+
+@torch.no_grad()
+def load_weights(stages: Iterable[nn.Module], source: TensorSource, whole_model: Shapes | None = None) -> None:
+    """Fill every parameter of the stages from a source; padding becomes zero.
+
+    `whole_model` are the shapes of the whole model (`model_shapes`); without it, tensors of the source that these
+    stages do not hold are taken to belong to other ranks. Raises `UserError` for missing and foreign tensors and for
+    other shapes.
+    """
+    stages = list(stages)
+    here, found = local_shapes(stages), source.shapes()
+    if whole_model is None:
+        found = {name: shape for name, shape in found.items() if name in here}
+    compare_shapes(whole_model or here, found, _describe(source))
+    for stage in stages:
+        for parameter in placed_parameters(stage):
+            if parameter.tied_to is None:
+                _load_parameter(parameter, source)
+
+
+def _load_parameter(parameter: PlacedParameter, source: TensorSource) -> None:
+    parameter.zero_()
+    for box in parameter.placement.boxes:
+        box.view(parameter).copy_(source.read(box.name, box.offset, box.size))
+
+
+def _describe(source: TensorSource) -> str:
+    return str(getattr(source, "directory", type(source).__name__))
