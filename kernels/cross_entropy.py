@@ -123,6 +123,31 @@ def cross_entropy_grad_(
     return logits_NV
 
 
+def cross_entropy_stats_grad_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    grad_N: Tensor,
+    *,
+    valid: int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Both of the above where one rank holds the whole vocabulary: returns the statistics, writes the gradient."""
+    stats_N4 = cross_entropy_stats(logits_NV, targets_N, valid=valid)
+    size = logits_NV.shape[1] if valid is None else valid
+    cross_entropy_grad_(
+        logits_NV,
+        targets_N,
+        stats_N4,
+        grad_N,
+        valid=valid,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+        vocab_size=size,
+    )
+    return stats_N4
+
+
 def _pieces(logits_NV: Tensor) -> list[slice]:
     rows, columns = logits_NV.shape
     step = max(1, PIECE_BYTES // (4 * max(columns, 1))) if logits_NV.device.type == "cpu" else max(rows, 1)
@@ -159,10 +184,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class ReferenceOps:
-    """The two kernels of this file as an object, the default of `ops` below (a `Kernels` value serves as well)."""
+    """The kernels of this file as an object, the default of `ops` below (a `Kernels` value serves as well)."""
 
     cross_entropy_stats = staticmethod(cross_entropy_stats)
     cross_entropy_grad_ = staticmethod(cross_entropy_grad_)
+    cross_entropy_stats_grad_ = staticmethod(cross_entropy_stats_grad_)
 
 
 def cross_entropy(
@@ -197,7 +223,7 @@ class _FusedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor, scale_N: Tensor, chunk: int, options: Any
     ) -> Tensor:
-        ops, vocab_size, grad_options = options
+        ops, vocab_size, loss_options = options
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden_NH = torch.empty_like(hidden_NH) if want_hidden else None
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=scale_N.dtype) if want_weight else None
@@ -205,15 +231,15 @@ class _FusedLinear(torch.autograd.Function):
         for start in range(0, hidden_NH.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits_NV = hidden_NH[rows] @ weight_VH.t()
-            stats_N4 = ops.cross_entropy_stats(logits_NV, targets_N[rows], valid=vocab_size)
-            loss_N = cross_entropy_loss(stats_N4, targets_N[rows], vocab_size=vocab_size, **grad_options)
+            inner = {name: value for name, value in loss_options.items() if name != "ignore_index"}
+            if want_hidden or want_weight:
+                stats_N4 = ops.cross_entropy_stats_grad_(
+                    logits_NV, targets_N[rows], scale_N[rows], valid=vocab_size, **inner
+                )
+            else:
+                stats_N4 = ops.cross_entropy_stats(logits_NV, targets_N[rows], valid=vocab_size)
+            loss_N = cross_entropy_loss(stats_N4, targets_N[rows], vocab_size=vocab_size, **loss_options)
             total += loss_N.mul(scale_N[rows]).where(scale_N[rows] != 0, 0).sum()
-            if not (want_hidden or want_weight):
-                continue
-            inner = {name: value for name, value in grad_options.items() if name != "ignore_index"}
-            ops.cross_entropy_grad_(
-                logits_NV, targets_N[rows], stats_N4, scale_N[rows], valid=vocab_size, vocab_size=vocab_size, **inner
-            )
             if grad_hidden_NH is not None:
                 torch.mm(logits_NV, weight_VH, out=grad_hidden_NH[rows])
             if grad_weight_VH is not None:
@@ -261,7 +287,7 @@ def fused_linear_cross_entropy(
     if reduction == "mean":
         total = scale_N.sum()
         scale_N = scale_N / total.where(total != 0, 1)
-    grad_options = {"ignore_index": ignore_index, "z_loss": z_loss, "label_smoothing": label_smoothing}
-    options = (ops, weight_VH.shape[0] if valid is None else valid, grad_options)
+    loss_options = {"ignore_index": ignore_index, "z_loss": z_loss, "label_smoothing": label_smoothing}
+    options = (ops, weight_VH.shape[0] if valid is None else valid, loss_options)
     loss: Tensor = _FusedLinear.apply(hidden_NH, weight_VH, targets_N, scale_N.detach(), chunk, options)
     return loss

@@ -24,7 +24,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rope": ("rope",),
         "attention": ("attention",),
         "swiglu": ("swiglu",),
-        "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_"),
+        "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_", "cross_entropy_stats_grad_"),
         "adamw": ("adamw_", "square_sum"),
     }
 )
@@ -52,6 +52,7 @@ class Kernels:
     swiglu: Callable[..., Any]
     cross_entropy_stats: Callable[..., Any]
     cross_entropy_grad_: Callable[..., Any]
+    cross_entropy_stats_grad_: Callable[..., Any]
     adamw_: Callable[..., Any]
     square_sum: Callable[..., Any]
     choices: Mapping[str, str]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXPLICIT_LONGEST = 1024  # keys; above it the explicit bf16 form loses to the fused operator on a CPU
+EXPLICIT_LONGEST = 512  # keys; above it the explicit bf16 form loses to the fused operator on a CPU
 
 
 def visible_keys(
@@ -39,7 +39,9 @@ def visible_keys(
         mask &= j > i - window
     if documents is None:
         return mask
-    of_BT = documents.t()
+    starts_TB = torch.ones_like(documents, dtype=torch.bool)
+    starts_TB[1:] = documents[1:] != documents[:-1]
+    of_BT = starts_TB.cumsum(0).t()
     return (mask & (of_BT[:, keys - queries :, None] == of_BT[:, None, :]))[:, None]
 
 
@@ -122,10 +124,6 @@ def attention_sdpa(
     mask = None if plain else _mask(q_SBHD, k_SBKD, causal, window, documents)
     q_BHSD, k_BKTD, v_BKTD = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBKD, v_SBKD))
     grouped = q_BHSD.shape[1] != k_BKTD.shape[1]
-    if grouped and q_SBHD.device.type == "cpu":
-        repeats = q_BHSD.shape[1] // k_BKTD.shape[1]
-        k_BKTD, v_BKTD = (x.repeat_interleave(repeats, dim=1) for x in (k_BKTD, v_BKTD))
-        grouped = False
     out_BHSD = F.scaled_dot_product_attention(
         q_BHSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal and plain, scale=scale, enable_gqa=grouped
     )

@@ -1,0 +1,115 @@
+"""Rotary position embedding in Triton: q and k in one launch, forward and backward. Specification: `rope.py`.
+
+The backward of a rotation is the rotation by the opposite angle: the same kernel with sin negated, nothing saved but
+the tables. Bound by memory: 2 (H + K) D b bytes a token for b bytes an element, and the tables once for all heads.
+
+Shapes: S sequence, B batch, H query heads, K kv heads, D head dim, R rotated part of the head dim.
+"""
+
+# mypy: allow-incomplete-defs, allow-untyped-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .layout import next_power_of_two, warps_for
+
+TILE = 2048  # elements of the first half that a program turns
+
+
+@triton.jit
+def _turn(
+    in_ptr, out_ptr, cos, sin, s, b, batch, heads, stride_s, stride_b, stride_h, first_head, half, width,
+    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    head = first_head + tl.arange(0, HEADS)[:, None]
+    source = in_ptr + s * stride_s + b * stride_b + head.to(tl.int64) * stride_h
+    target = out_ptr + ((s * batch + b) * heads + head) * width
+    pair = tl.arange(0, HALF)[None, :]
+    mask = (head < heads) & (pair < half)
+    first = tl.load(source + pair, mask=mask, other=0.0)
+    second = tl.load(source + half + pair, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + pair, (first.to(tl.float32) * cos - second * sin).to(first.dtype), mask=mask)
+    tl.store(target + half + pair, (second * cos + first.to(tl.float32) * sin).to(first.dtype), mask=mask)
+    if REST:  # partial rotary: the rest of the head passes through
+        column = 2 * half + tl.arange(0, REST)[None, :]
+        mask = (head < heads) & (column < width)
+        tl.store(target + column, tl.load(source + column, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def rope_kernel(
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, batch, q_heads, k_heads,
+    q_stride_s, q_stride_b, q_stride_h, k_stride_s, k_stride_b, k_stride_h, table_stride_s, table_stride_b, half, width,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    s, b = token // batch, token % batch
+    pair = tl.arange(0, HALF)[None, :]
+    at = s * table_stride_s + b * table_stride_b + pair
+    cos = tl.load(cos_ptr + at, mask=pair < half, other=0.0)
+    sin = tl.load(sin_ptr + at, mask=pair < half, other=0.0)
+    if INVERSE:
+        sin = -sin
+    block = tl.program_id(1)
+    q_blocks = tl.cdiv(q_heads, HEADS)
+    if block < q_blocks:
+        _turn(q_ptr, q_out_ptr, cos, sin, s, b, batch, q_heads, q_stride_s, q_stride_b, q_stride_h, block * HEADS,
+              half, width, HEADS, HALF, REST)  # fmt: skip
+    else:
+        _turn(k_ptr, k_out_ptr, cos, sin, s, b, batch, k_heads, k_stride_s, k_stride_b, k_stride_h,
+              (block - q_blocks) * HEADS, half, width, HEADS, HALF, REST)  # fmt: skip
+
+
+@torch.library.custom_op("megalite::rope", mutates_args=())
+def _rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    q_SBHD, k_SBKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_SBHD, k_SBKD))
+    sequence, batch, q_heads, width = q_SBHD.shape
+    k_heads, half = k_SBKD.shape[2], cos.shape[-1] // 2
+    q_out, k_out = _rope_fake(q_SBHD, k_SBKD, cos, sin, inverse)
+    cos, sin = cos.contiguous().float(), sin.contiguous().float()
+    table_strides = (cos.stride(0), 0 if cos.dim() == 2 else cos.stride(1))
+    block = next_power_of_two(half)
+    heads = min(next_power_of_two(max(q_heads, k_heads)), max(1, TILE // block))
+    rest = width - 2 * half
+    rope_kernel[(sequence * batch, triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))](
+        q_SBHD, k_SBKD, q_out, k_out, cos, sin, batch, q_heads, k_heads,
+        *q_SBHD.stride()[:3], *k_SBKD.stride()[:3], *table_strides, half, width,
+        INVERSE=inverse, HEADS=heads, HALF=block, REST=next_power_of_two(rest) if rest else 0,
+        num_warps=warps_for(2 * heads * block),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+@_rope.register_fake
+def _rope_fake(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return q_SBHD.new_empty(q_SBHD.shape), k_SBKD.new_empty(k_SBKD.shape)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q_out, k_out = _rope(q_SBHD, k_SBKD, cos, sin, False)
+        return q_out, k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_SBHD: Tensor, dk_SBKD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dq, dk = _rope(dq_SBHD, dk_SBKD, *ctx.saved_tensors, True)
+        return dq, dk, None, None
+
+
+def unsupported(q_SBHD: Tensor, *rest: Any) -> str | None:
+    """Why these arguments cannot take the Triton path, or None."""
+    return None if q_SBHD.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {q_SBHD.dtype}"
+
+
+def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rope.rope`: q and k may be views into one fused projection; the results are contiguous."""
+    pair: tuple[Tensor, Tensor] = _Rope.apply(q_SBHD, k_SBKD, cos, sin)
+    return pair
