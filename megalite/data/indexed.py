@@ -393,6 +393,29 @@ def merge(
         writer.abort()
 
 
+def merged_provenance(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+    """What to note beside a merged file: what all inputs' descriptions agree on, and the inputs.
+
+    Raises `UserError` where they were made with different tokenizers: their ids mean different things.
+    """
+    described = [dataset.description() for dataset in datasets]
+    for dataset, description in zip(datasets, described, strict=True):
+        ours, theirs = described[0].get("tokenizer_sha256"), description.get("tokenizer_sha256")
+        if ours and theirs and ours != theirs:
+            raise UserError(
+                f"{dataset.prefix}.json: made with another tokenizer than {datasets[0].prefix}"
+                f" (tokenizer_sha256 {theirs[:12]} and {ours[:12]}); tokenize both with the same one"
+            )
+    shared = dict(described[0].items()) if described else {}
+    for description in described[1:]:
+        shared = {key: value for key, value in shared.items() if description.get(key) == value}
+    inputs = [
+        {"name": Path(dataset.prefix).name, "tokens": dataset.tokens.size, "fingerprint": dataset.fingerprint()}
+        for dataset in datasets
+    ]
+    return {**shared, "merged_from": inputs}
+
+
 def file_sha256(path: Path) -> str:
     """sha256 (hex) of a file, in bounded memory."""
     with open(path, "rb") as file:

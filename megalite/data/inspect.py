@@ -1,0 +1,108 @@
+"""What a user wants to know about a token file: statistics, a histogram of lengths, and the order of its samples."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megalite.data.dataset import Blend, Sampling
+from megalite.data.indexed import CHUNK, IndexedDataset
+from megalite.errors import UserError
+
+SAMPLED_LENGTHS = 1 << 24  # lengths from which percentiles are taken; more are thinned out evenly
+PERCENTILES = (0, 10, 50, 90, 99, 100)
+INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts of a token file.
+
+    Attributes:
+        documents, empty_documents, sequences, tokens: counts.
+        percentiles: tokens of a sequence at each of `PERCENTILES` (from an even selection above 2^24 sequences).
+        histogram: number of sequences of 2^i to 2^(i+1) - 1 tokens, [bins].
+    """
+
+    documents: int
+    empty_documents: int
+    sequences: int
+    tokens: int
+    percentiles: tuple[int, ...]
+    histogram: tuple[int, ...]
+
+
+def statistics(dataset: IndexedDataset) -> Statistics:
+    """Walk the index (not the tokens) in bounded memory."""
+    bins = np.zeros(33, np.int64)
+    for start in range(0, len(dataset), CHUNK):
+        # frexp gives the number of binary digits exactly, where a logarithm would round
+        digits = np.frexp(dataset.lengths[start : start + CHUNK].astype(np.float64))[1]
+        bins += np.bincount(np.maximum(digits - 1, 0), minlength=bins.size)
+    empty = 0
+    for start in range(0, dataset.documents, CHUNK):
+        empty += int((np.diff(dataset.boundaries[start : start + CHUNK + 1]) == 0).sum())
+    step = -(-len(dataset) // SAMPLED_LENGTHS) or 1
+    selection = dataset.lengths[::step]
+    percentiles: tuple[int, ...] = ()
+    if selection.size:
+        percentiles = tuple(int(value) for value in np.percentile(selection, PERCENTILES, method="nearest"))
+    used = int(np.flatnonzero(bins)[-1]) + 1 if bins.any() else 0
+    return Statistics(
+        dataset.documents, empty, len(dataset), dataset.tokens.size, percentiles, tuple(bins[:used].tolist())
+    )
+
+
+def histogram_lines(histogram: Sequence[int], width: int = 50) -> list[str]:
+    """The histogram as text: one line a bin, bars in proportion to the fullest."""
+    if not histogram:
+        return []
+    top = max(histogram)
+    lines = []
+    for power, count in enumerate(histogram):
+        bar = "█" * round(width * count / top) or ("▏" if count else "")
+        lines.append(f"{1 << power:>11,} – {(2 << power) - 1:<11,} {count:>13,} {bar}")
+    return lines
+
+
+def order(
+    prefixes: Sequence[str], *, seq_length: int, samples: int, seed: int, weights: Sequence[float] = ()
+) -> dict[str, Any]:
+    """The order in which `samples` training samples are read from whole token files, as checksums.
+
+    Returns:
+        `document_index`, `sample_index`, `shuffle_index`: sha256 (hex) of the arrays as Megatron-LM's `GPTDataset` has
+        them; of several files, of their arrays one after another. `blend`, for several files: sha256 of
+        `BlendedDataset`'s dataset_index (int16) followed by its dataset_sample_index (int64). `files`: the first three
+        of each file. `tokens` and `labels`: the ids of the first sample, seq_length each.
+    """
+    if weights and len(weights) != len(prefixes):
+        raise UserError(f"--weights: {len(weights)} weights for {len(prefixes)} prefixes; give one each, or none")
+    if any(not 0 < weight < float("inf") for weight in weights):
+        raise UserError(f"--weights: {list(weights)} must all be positive numbers")
+    for name, value in (("--seq-length", seq_length), ("--samples", samples)):
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"--seed {seed}: must be from 0 to {(1 << 32) - 1}")
+    dataset = Sampling(seq_length, seed).dataset(Blend(tuple(prefixes), tuple(weights) or None), samples)
+    result: dict[str, Any] = {
+        name: _sha256(*[source.indices[name] for source in dataset.sources]) for name in INDEX_NAMES
+    }
+    if blend := dataset.blend():
+        result["blend"] = _sha256(blend["dataset_index"], blend["dataset_sample_index"])
+        result["files"] = [
+            {"prefix": source.file.prefix, **{name: _sha256(source.indices[name]) for name in INDEX_NAMES}}
+            for source in dataset.sources
+        ]
+    first = dataset[0].tolist()
+    return {**result, "tokens": first[:-1], "labels": first[1:]}
+
+
+def _sha256(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""Look into token files: statistics, decoded documents, a full check, or the order in which training reads them.
+
+python tools/inspect_data.py corpus_text_document --tokenizer-model T.model --documents 3 --verify
+python tools/inspect_data.py a b --order --seq-length 1024 --samples 1000 --seed 1234 --weights 0.7 0.3
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from megalite.data.indexed import IndexedDataset
+from megalite.data.inspect import PERCENTILES, histogram_lines, order, statistics
+from megalite.data.verify import verify
+from megalite.errors import UserError, exit_on_user_error
+from megalite.text.tokenizers import Tokenizer, load_tokenizer
+
+SHOWN_TOKENS = 400
+
+
+@dataclass(frozen=True)
+class Options:
+    """Statistics, decoded documents and verification of token files, or the order of their samples."""
+
+    prefix: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Token files, without .bin and .idx."""
+    tokenizer_model: str = ""
+    """Decode with this sentencepiece .model or tokenizer.json (or `byte`); without it ids are shown."""
+    documents: int = 0
+    """Show the beginning of this many documents."""
+    first_document: int = 0
+    """Number of the first one shown."""
+    verify: bool = False
+    """Read everything: offsets, ids within the vocabulary, checksums."""
+    vocab_size: int | None = None
+    """Vocabulary for --verify; by default the tokenizer's, or the one noted beside the file."""
+    json: bool = False
+    """Print the statistics as one JSON line for each prefix."""
+    order: bool = False
+    """Print one JSON line: sha256 of the document, sample and shuffle index (and blend), and the first sample."""
+    seq_length: int | None = None
+    """--order: tokens of a sample."""
+    samples: int | None = None
+    """--order: number of samples."""
+    seed: int = 1234
+    """--order: seed of the shuffles."""
+    weights: tuple[float, ...] = ()
+    """--order: weight of each prefix; by default files are mixed in proportion to their sizes."""
+
+
+def show_statistics(dataset: IndexedDataset, as_json: bool) -> None:
+    numbers = statistics(dataset)
+    named = dict(zip([f"p{percentile}" for percentile in PERCENTILES], numbers.percentiles, strict=False))
+    if as_json:
+        counts = {name: getattr(numbers, name) for name in ("documents", "empty_documents", "sequences", "tokens")}
+        facts = {"dtype": str(dataset.dtype), "fingerprint": dataset.fingerprint(), "lengths": named}
+        print(json.dumps({"prefix": dataset.prefix, **counts, **facts, "histogram": list(numbers.histogram)}))
+        return
+    print(dataset.prefix)
+    print(f"  documents    {numbers.documents:,} ({numbers.empty_documents:,} empty), {numbers.sequences:,} sequences")
+    size = dataset.tokens.nbytes / 1e6
+    print(f"  tokens       {numbers.tokens:,} of {dataset.dtype}, {size:,.1f} MB")
+    if named:
+        mean = numbers.tokens / numbers.sequences
+        points = "  ".join(f"{name} {value:,}" for name, value in named.items())
+        print(f"  length       mean {mean:,.1f}  {points}")
+    print(f"  fingerprint  {dataset.fingerprint()}")
+    for key, value in dataset.description().items():
+        if isinstance(value, (str, int, float)) and key not in ("documents", "tokens", "sequences", "fingerprint"):
+            print(f"  {key:<12} {value}")
+    for line in histogram_lines(numbers.histogram):
+        print(line)
+
+
+def show_documents(dataset: IndexedDataset, tokenizer: Tokenizer | None, first: int, count: int) -> None:
+    for number in range(first, min(first + count, dataset.documents)):
+        ids = dataset.document(number)
+        shown = ids[:SHOWN_TOKENS]
+        text = tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown.tolist()))
+        more = f" … {ids.size - SHOWN_TOKENS:,} more tokens" if ids.size > SHOWN_TOKENS else ""
+        print(f"--- document {number}, {ids.size:,} tokens\n{text}{more}")
+
+
+def check(dataset: IndexedDataset, vocab_size: int | None) -> None:
+    if vocab_size is None:
+        vocab_size = dataset.description().get("vocab_size")
+    problems = verify(dataset, vocab_size)
+    for problem in problems[1:]:
+        print(f"problem: {problem}")
+    if problems:
+        raise UserError(f"{problems[0]} ({len(problems)} problem{'s' * (len(problems) > 1)} in all)")
+    within = f"ids below {vocab_size}" if vocab_size is not None else "ids not negative (vocabulary unknown)"
+    noted = "checksums agree" if "bin_sha256" in dataset.description() else "no checksums beside the file"
+    print(f"verified: offsets and documents in order, {within}, {noted}")
+
+
+@exit_on_user_error
+def main() -> None:
+    options = tyro.cli(Options)
+    if not options.prefix:
+        raise UserError("PREFIX is missing; give at least one token file without .bin or .idx")
+    if options.order:
+        if options.seq_length is None or options.samples is None:
+            raise UserError("--order needs --seq-length and --samples")
+        sizes = {"seq_length": options.seq_length, "samples": options.samples, "seed": options.seed}
+        print(json.dumps(order(options.prefix, weights=options.weights, **sizes)))
+        return
+    tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
+    vocab_size = options.vocab_size or (tokenizer.vocab_size if tokenizer else None)
+    for prefix in options.prefix:
+        dataset = IndexedDataset(prefix)
+        show_statistics(dataset, options.json)
+        if not 0 <= options.first_document <= dataset.documents:
+            raise UserError(f"--first-document {options.first_document}: {prefix} has {dataset.documents} documents")
+        show_documents(dataset, tokenizer, options.first_document, options.documents)
+        if options.verify:
+            check(dataset, vocab_size)
+
+
+if __name__ == "__main__":
+    main()
