@@ -19,7 +19,6 @@ def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter) -> Iterator[Docum
         UserError: the optional libraries are missing.
     """
     try:
-        from fastwarc.stream_io import FastWARCError
         from fastwarc.warc import ArchiveIterator, WarcRecordType
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import bytes_to_str, detect_encoding
@@ -36,7 +35,7 @@ def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter) -> Iterator[Docum
                 if kind not in TEXT_TYPES:
                     continue
                 body = record.reader.read()
-                charset = record.http_charset or detect_encoding(body)
+                charset = record.http_charset or detect_encoding(body) or "utf-8"
                 try:
                     page = bytes_to_str(body, charset)
                     text = page if kind == "text/plain" else extract_plain_text(page, main_content=True)
@@ -50,5 +49,5 @@ def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter) -> Iterator[Docum
                     "id": record.record_id,
                 }
                 yield Document(text, counter.lines, extra)
-        except (FastWARCError, OSError) as error:
+        except (OSError, ValueError) as error:
             on_bad(BadRecord(path, counter.lines + 1, DAMAGED, f"not readable as a web archive ({error})"))

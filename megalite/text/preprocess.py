@@ -1,0 +1,262 @@
+"""From files of text to one token file: shards by parallel workers, joined in order, resumable at any moment.
+
+The output's bytes follow from the input, the tokenizer and the options alone: not from the number of workers, nor from
+how often the work was interrupted. While a job runs its finished shards lie in `OUTPUT.parts/`; they stay there when
+the job fails, and the same command goes on from them. Nothing has its final name before all of it is on the disk.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+import megalite
+from megalite.data.indexed import IndexedDataset, IndexedWriter, sync_folder, token_dtype, writing
+from megalite.errors import UserError
+from megalite.text.preprocess_shard import EncodeOptions, Piece, plan_shards, read_manifest
+from megalite.text.preprocess_workers import ProgressBar, run_workers
+from megalite.text.readers import DAMAGED, expand_inputs
+from megalite.text.tokenizers import Tokenizer, load_tokenizer, tokenizer_hash
+
+LOCK_SECONDS = 30  # workers of a killed run need a moment to notice and stop
+SHOWN_BAD_RECORDS = 3
+FORMAT = 1  # of the parts; another number makes parts of older versions void
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """See `tools/preprocess_data.py` for each field."""
+
+    input: Sequence[str]
+    output_prefix: str
+    tokenizer_model: str | None = None
+    tokenizer_type: str | None = None
+    json_keys: Sequence[str] = ("text",)
+    append_eod: bool = False
+    workers: int = 1
+    max_bad_ratio: float = 0.05
+    allow_damaged: bool = False
+    keep_empty: bool = False
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One token file: its prefix and what its `.json` holds, and how many shards an earlier run had already made."""
+
+    prefix: str
+    description: dict[str, Any]
+    resumed_shards: int
+    shards: int
+
+
+def preprocess(options: PreprocessOptions, show_progress: bool = True) -> list[Summary]:
+    """Write `OUTPUT_PREFIX_{key}_document.bin`, `.idx` and `.json` for each of `json_keys`.
+
+    Raises:
+        UserError: unusable input, tokenizer or output; more bad records than allowed; damaged files; a full disk.
+    """
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: must be at least 1")
+    if not 0 <= options.max_bad_ratio <= 1:
+        raise UserError(f"--max-bad-ratio {options.max_bad_ratio}: must be between 0 and 1")
+    if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:
+        raise UserError(f"--json-keys {' '.join(options.json_keys)}: give each field once, at least one")
+    if options.tokenizer_model is None and options.tokenizer_type != "byte":
+        raise UserError("--tokenizer-model is missing: give a .model or tokenizer.json, or --tokenizer-type byte")
+    tokenizer = load_tokenizer(options.tokenizer_model or "byte", options.tokenizer_type)
+    if options.append_eod and tokenizer.eod is None:
+        raise UserError(f"--append-eod: tokenizer {options.tokenizer_model} has no end-of-document token; leave it out")
+    paths = expand_inputs(options.input)
+    return [_Job(options, key, tokenizer, paths).run(show_progress) for key in options.json_keys]
+
+
+class _Job:
+    """The work for one key: one output prefix."""
+
+    def __init__(self, options: PreprocessOptions, key: str, tokenizer: Tokenizer, paths: Sequence[Path]) -> None:
+        self.prefix = f"{options.output_prefix}_{key}_document"
+        self._options = options
+        self._tokenizer = tokenizer
+        self._encoding = EncodeOptions(key, options.append_eod, options.keep_empty)
+        self._paths = paths
+        self._parts = Path(f"{self.prefix}.parts")
+        self._shards = plan_shards(paths)
+
+    def run(self, show_progress: bool) -> Summary:
+        with writing(self._parts):
+            self._parts.mkdir(parents=True, exist_ok=True)
+        with _locked(self._parts / "lock", self.prefix):
+            self._adopt_or_clear()
+            done = [read_manifest(self._shard_prefix(number)) is not None for number in range(len(self._shards))]
+            description = self._write(done, show_progress)
+            shutil.rmtree(self._parts)
+        return Summary(self.prefix, description, sum(done), len(done))
+
+    def _shard_prefix(self, number: int) -> Path:
+        return self._parts / f"{number:06d}"
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything the shards' bytes follow from."""
+        status = [(str(path.absolute()), path.stat()) for path in self._paths]
+        plan = orjson.dumps([[asdict(piece) for piece in shard] for shard in self._shards])
+        return {
+            "format": FORMAT,
+            "version": megalite.__version__,
+            "tokenizer": tokenizer_hash(self._tokenizer),
+            "options": asdict(self._encoding),
+            "inputs": hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, s in status]).encode()).hexdigest(),
+            "plan": hashlib.sha256(plan).hexdigest(),
+        }
+
+    def _adopt_or_clear(self) -> None:
+        """Keep an interrupted run's shards if they are of this very job; else start afresh."""
+        marker = self._parts / "job.json"
+        identity = orjson.dumps(self._identity(), option=orjson.OPT_INDENT_2)
+        kept = marker.is_file() and marker.read_bytes() == identity
+        for path in self._parts.iterdir():
+            if path.name != "lock" and (not kept or path.suffix == ".tmp"):
+                path.unlink()
+        if not kept:
+            with writing(marker):
+                _write_synced(marker, identity)
+
+    def _write(self, done: list[bool], show_progress: bool) -> dict[str, Any]:
+        """Make the missing shards and join all in order while later ones are still being made."""
+        todo = [number for number, finished in enumerate(done) if not finished]
+        sizes = [sum(piece.size for piece in shard) for shard in self._shards]
+        writer = IndexedWriter(self.prefix, token_dtype(self._tokenizer.vocab_size))
+        tally = _Tally(self._shards)
+        try:
+            with ProgressBar(sum(sizes), self.prefix, show_progress) as bar:
+                bar.skip(sum(sizes) - sum(sizes[number] for number in todo))
+                ready = set(range(len(done))) - set(todo)
+                self._join(writer, tally, ready)
+                jobs = [(self._shard_prefix(number), self._shards[number]) for number in todo]
+                for position in run_workers(jobs, self._tokenizer, self._encoding, self._options.workers, bar):
+                    ready.add(todo[position])
+                    self._join(writer, tally, ready)
+                    self._refuse_hopeless(tally)
+            self._judge(tally)
+            return writer.finish(self._provenance(tally))
+        finally:
+            writer.abort()
+
+    def _join(self, writer: IndexedWriter, tally: "_Tally", ready: set[int]) -> None:
+        while tally.shards < len(self._shards) and tally.shards in ready:
+            prefix = self._shard_prefix(tally.shards)
+            manifest = read_manifest(prefix)
+            if manifest is None:
+                raise UserError(f"{prefix}.json: vanished while the job ran; run the same command again")
+            writer.add_dataset(IndexedDataset(prefix))
+            tally.add(manifest)
+
+    def _refuse_hopeless(self, tally: "_Tally") -> None:
+        """Stop early where not one record of many could be used: a wrong key costs a shard, not the whole corpus."""
+        if len(tally.bad) == tally.records >= 1000:
+            self._judge(tally)
+
+    def _judge(self, tally: "_Tally") -> None:
+        quarantine = Path(f"{self.prefix}.bad.jsonl")
+        quarantine.unlink(missing_ok=True)
+        if tally.bad:
+            with writing(quarantine):
+                _write_synced(quarantine, b"".join(orjson.dumps(row) + b"\n" for row in tally.bad))
+        examples = "; ".join(
+            f"{row['file']}:{row['line']}: {row['reason']}: {row['detail']}" for row in tally.bad[:SHOWN_BAD_RECORDS]
+        )
+        damaged = [row for row in tally.bad if row["reason"] == DAMAGED]
+        if damaged and not self._options.allow_damaged:
+            row = damaged[0]
+            raise UserError(
+                f"{row['file']}:{row['line']}: {DAMAGED}: {row['detail']} ({len(damaged)} such files); get the file"
+                " again, or pass --allow-damaged to use what could be read"
+            )
+        if len(tally.bad) > self._options.max_bad_ratio * tally.records:
+            raise UserError(
+                f"{len(tally.bad)} of {tally.records} records cannot be used, more than --max-bad-ratio"
+                f" {self._options.max_bad_ratio:g} allows; all are in {quarantine}; first of them: {examples}"
+            )
+        if tally.records == tally.empty + len(tally.bad) and not self._options.keep_empty:
+            raise UserError(f"--input: no document with text in {len(self._paths)} files ({tally.records} records)")
+
+    def _provenance(self, tally: "_Tally") -> dict[str, Any]:
+        return {
+            "inputs": [{"file": str(path), "bytes": path.stat().st_size} for path in self._paths],
+            "key": self._encoding.key,
+            "tokenizer": {
+                "kind": self._tokenizer.kind,
+                "files": [path.name for path in self._tokenizer.files],
+                "sha256": tokenizer_hash(self._tokenizer),
+                "vocab_size": self._tokenizer.vocab_size,
+                "eod": self._tokenizer.eod,
+            },
+            "append_eod": self._encoding.append_eod,
+            "keep_empty": self._encoding.keep_empty,
+            "records": tally.records,
+            "text_bytes": tally.text_bytes,
+            "skipped_empty": tally.empty,
+            "bad_records": dict(sorted(Counter(row["reason"] for row in tally.bad).items())),
+        }
+
+
+class _Tally:
+    """Counts of the shards so far, and their bad records with line numbers of the whole file."""
+
+    def __init__(self, shards: Sequence[Sequence[Piece]]) -> None:
+        self._plan = shards
+        self._lines: Counter[str] = Counter()
+        self.shards = self.records = self.empty = self.text_bytes = 0
+        self.bad: list[dict[str, Any]] = []
+
+    def add(self, manifest: dict[str, Any]) -> None:
+        pieces = self._plan[self.shards]
+        before = []
+        for piece, lines in zip(pieces, manifest["lines"], strict=True):
+            before.append(self._lines[piece.path])
+            self._lines[piece.path] += lines
+        for row in manifest["bad"]:
+            number = row.pop("piece")
+            self.bad.append({"file": pieces[number].path, **row, "line": row["line"] + before[number]})
+        self.shards += 1
+        self.records += manifest["records"]
+        self.empty += manifest["empty"]
+        self.text_bytes += manifest["text_bytes"]
+
+
+@contextlib.contextmanager
+def _locked(path: Path, output: str) -> Iterator[None]:
+    """Keep a second run away from the same output. Workers inherit the lock, so it lasts until the last has stopped."""
+    with writing(path), open(path, "w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(file):
+            if time.monotonic() > deadline:
+                raise UserError(f"--output-prefix: {output} is being written by another run; wait for it or stop it")
+            time.sleep(0.1)
+        yield
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
