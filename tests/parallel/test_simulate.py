@@ -92,15 +92,15 @@ def swap(plan, rank, first, second):
 
 
 def test_a_circle_of_waiting_ranks_is_named_alone():
-    """Ranks 0 and 1 disagree about the order of two transfers; 2 and 3 only wait for them and are no cause."""
-    broken = parse_plan("0F0,0F1,0SF1,0SF0\n1RF0,1RF1,1F0,1F1,1SF0,1SF1\n2RF0,2F0,2RF1,2F1,2SF0\n3RF0,3F0")
+    """Ranks 1 and 2 disagree about the order of two transfers; 0 and 3 only wait for them and are no cause."""
+    broken = parse_plan("0F0,0SF0,0F1,0SF1,0RB0,0B0\n1RF0,1RF1,1F0,1F1,1SF1,1SF0\n2RF0,2RF1,2F0,2F1,2SF0\n3RF0,3F0,3B0")
     with pytest.raises(DeadlockError) as caught:
         check_deadlock(broken)
     assert str(caught.value) == (
-        "deadlock: rank 0 at 0SF1 waits for 1RF1 of rank 1, which is at 1RF0; "
-        "rank 1 at 1RF0 waits for 0SF0 of rank 0, which is at 0SF1"
+        "deadlock: rank 1 at 1SF1 waits for 2RF1 of rank 2, which is at 2RF0; "
+        "rank 2 at 2RF0 waits for 1SF0 of rank 1, which is at 1SF1"
     )
-    assert {rank: str(op) for rank, op in caught.value.stopped.items()} == {0: "0SF1", 1: "1RF0", 2: "2RF0", 3: "3RF0"}
+    assert {rank: str(op) for rank, op in caught.value.stopped.items()} == {0: "0RB0", 1: "1SF1", 2: "2RF0", 3: "3RF0"}
 
 
 @pytest.mark.parametrize("rank", [1, 2])
