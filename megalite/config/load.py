@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,12 +107,28 @@ def to_toml(config: Config) -> str:
 
 
 def print_help(program: str) -> None:
-    """Every section and field with its type, default and meaning, on standard output."""
+    """Every section and field with its kind of value, default and meaning, on standard output."""
     import tyro  # here, because it costs a third of a second
 
-    program = f"{program} [RECIPE.toml] [--check]"
-    with contextlib.suppress(SystemExit):
-        tyro.cli(Config, default=Config(), args=["--help"], prog=program, use_underscores=True)
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _toml(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        """Values that are written in TOML, each one word to the shell."""
+        kind = {bool: "true|false", tuple: "TOML-LIST", dict: "TOML-TABLE"}.get(info.type_origin or info.type)
+        if kind is None:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind,
+            instance_from_str=lambda words: words[0],
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    program, flags = f"{program} [RECIPE.toml] [--check]", (tyro.conf.FlagConversionOff,)
+    with contextlib.suppress(SystemExit), registry:
+        tyro.cli(Config, default=Config(), args=["--help"], prog=program, use_underscores=True, config=flags)
 
 
 def _known(name: str, known: Iterable[str], what: str, prefix: str) -> None:

@@ -1,0 +1,30 @@
+"""Fixtures of the whole suite."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.support.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Four gloo workers: `pool.run(function, world_size, *args)` calls `function(rank, *args)` on each rank."""
+    workers = Pool(4)
+    yield workers
+    workers.close()
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(1)  # the same in every process: sums must not depend on how they were threaded
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say so in the summary where there is none."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device; torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(no_gpu)

@@ -1,0 +1,194 @@
+"""Impossible combinations are refused by field, value and remedy; possible ones are not."""
+
+import itertools
+import os
+
+import pytest
+
+from megalite.config import check, load_config
+from megalite.config.check import check_layout, check_machine
+from megalite.errors import UserError
+
+pytestmark = pytest.mark.fast
+
+
+def layout(*overrides, world_size=1):
+    base = ["--model.vocab_size", "101", "--train.global_batch_size", "12", "--train.seq_length", "96"]
+    check_layout(load_config(None, [*base, *" ".join(overrides).split()]), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (6, "--parallel.tensor 4", "6 processes are not divisible by parallel.tensor = 4"),
+        (
+            3,
+            "--parallel.tensor 3",
+            "model.heads = 8 is not divisible by parallel.tensor = 3; use a parallel.tensor out",
+        ),
+        (4, "--parallel.tensor 4 --model.ffn_hidden_size 502", "model.ffn_hidden_size = 502 is not divisible by"),
+        (1, "--model.kv_heads 3", "model.kv_heads = 3 does not divide model.heads = 8; use one of 1, 2, 4, 8"),
+        (1, "--model.heads 7", "model.hidden_size = 512 is not divisible by model.heads = 7; give model.head_dim"),
+        (1, "--model.head_dim 33", "model.head_dim = 33 does not split into the pairs"),
+        (4, "--parallel.pipeline 4 --model.layers 3", "model.layers = 3 is fewer than the 4 stages"),
+        (
+            2,
+            "--parallel.pipeline 2 --parallel.schedule interleaved --parallel.virtual_stages 5",
+            "model.layers = 8 is fewer than the 10 stages of parallel.pipeline = 2 times parallel.virtual_stages = 5",
+        ),
+        (2, "--parallel.pipeline 2 --parallel.virtual_stages 2", "virtual_stages = 2 does not fit parallel.schedule"),
+        (2, "--parallel.pipeline 2 --parallel.schedule interleaved", "virtual_stages = 1 is too small for"),
+        (
+            1,
+            "--parallel.schedule interleaved --parallel.virtual_stages 2",  # noqa: E501
+            "parallel.pipeline = 1 is too small for parallel.schedule = interleaved",
+        ),
+        (
+            2,
+            "--train.micro_batch_size 4 --parallel.pipeline 2 --parallel.schedule interleaved --parallel.virtual_stages 2",  # noqa: E501
+            "train.global_batch_size = 12 makes 3 micro-batches, not divisible by parallel.pipeline = 2",
+        ),
+        (
+            2,
+            "--parallel.tensor 2 --train.seq_length 95",
+            "train.seq_length = 95 is not divisible by parallel.tensor = 2",
+        ),
+        (5, "", "train.global_batch_size = 12 is not divisible by train.micro_batch_size = 1 * 5 copies of the model"),
+        (1, "--train.micro_batch_size 5", "use 10 or 15"),
+        (1, "--train.seq_length 8192", "train.seq_length = 8192 exceeds model.max_positions = 4096"),
+        (1, "--train.batch_ramp [4,4]", "train.batch_ramp = [4, 4] is not a ramp"),
+        (1, "--train.batch_ramp [4,5,100]", "does not reach train.global_batch_size = 12 in whole increments"),
+        (1, "--train.batch_ramp [16,4,100]", "does not reach train.global_batch_size = 12"),
+        (2, "--train.batch_ramp [2,5,100]", "train.batch_ramp = [2, 5, 100] goes through 7, which is not divisible"),
+        (1, "--train.stop_after 2000", "train.stop_after = 2000 exceeds train.steps = 1000"),
+        (1, "--optimizer.warmup_steps 1001", "optimizer.warmup_steps = 1001 exceeds train.steps = 1000"),
+        (1, "--optimizer.min_lr 1", "optimizer.min_lr = 1.0 exceeds optimizer.lr = 0.0003"),
+        (1, "--optimizer.lr 0", "optimizer.lr = 0.0 is too small; it must be above 0"),
+        (1, "--optimizer.beta1 1", "optimizer.beta1 = 1.0 is out of range"),
+        (1, "--optimizer.beta2 -0.1", "optimizer.beta2 = -0.1 is out of range"),
+        (
+            1,
+            "--optimizer.schedule wsd --optimizer.decay_steps 900 --optimizer.warmup_steps 101",
+            "decay_steps = 900 and",
+        ),
+        (1, "--model.layers 0", "model.layers = 0 is too small; it must be at least 1"),
+        (1, "--model.heads 0", "model.heads = 0 is too small"),
+        (1, "--train.eval_interval -1", "train.eval_interval = -1 is too small; it must be at least 0"),
+        (1, "--run.seed 4294967296", "run.seed = 4294967296 is too large"),
+        (1, "--parallel.zero 4", "parallel.zero = 4 is out of range"),
+        (1, "--parallel.zero 3", "parallel.zero = 3 is not built yet; use 1"),
+        (2, "--parallel.context 2", "parallel.context = 2 is not built yet"),
+        (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
+        (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),
+        (1, "--data.split [0,1]", "data.split = [0.0, 1.0] is out of range"),
+        (1, '--data.train [[-1,"a"]]', "has a negative weight"),
+        (1, '--data.train ["b",[1,"a"]]', "mixes weighted and plain prefixes"),
+        (
+            1,
+            '--model.rope_scaling {type="ntk"}',
+            "model.rope_scaling.type = 'ntk' is unknown; known are linear, llama3",
+        ),
+        (1, '--model.rope_scaling {type="yarn",factor=2}', "lacks original_max_position_embeddings; yarn needs it"),
+        (1, '--model.rope_scaling {type="linear",factor=2,beta=1}', "model.rope_scaling has unknown beta"),
+        (1, '--model.rope_scaling {type="linear",factor="x"}', "model.rope_scaling.factor = 'x' is not a number"),
+    ],
+)
+def test_refused(world_size, overrides, message):
+    with pytest.raises(UserError) as refusal:
+        layout(overrides, world_size=world_size)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (2, "--model.heads 6 --model.head_dim 64 --model.kv_heads 3 --parallel.tensor 2"),  # 3 kv heads on 2 ranks
+        (8, "--model.kv_heads 1 --parallel.tensor 8"),
+        (2, "--model.layers 3 --parallel.pipeline 2"),
+        (2, "--parallel.tensor 2 --train.seq_length 95 --parallel.sequence false"),
+        (4, "--parallel.pipeline 2 --parallel.schedule interleaved --parallel.virtual_stages 4"),
+        (8, "--parallel.pipeline 8"),  # a copy with fewer micro-batches than stages is slow, not wrong
+        (3, "--train.batch_ramp [3,3,0] --parallel.zero 0"),
+        (1, "--optimizer.schedule constant --optimizer.warmup_steps 1000 --train.stop_after 1000"),
+    ],
+)
+def test_accepted(world_size, overrides):
+    layout(overrides, world_size=world_size)
+
+
+def test_every_remedy_for_the_batch_size_works():
+    for world_size, micro in itertools.product((2, 3, 4), (1, 2, 5)):
+        try:
+            layout(f"--train.global_batch_size 71 --train.micro_batch_size {micro}", world_size=world_size)
+        except UserError as refusal:
+            for size in str(refusal).rpartition("use ")[2].split(" or "):
+                layout(f"--train.global_batch_size {size} --train.micro_batch_size {micro}", world_size=world_size)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    for name in ("corpus.bin", "corpus.idx", "half.bin", "t.model"):
+        (tmp_path / name).write_bytes(b"x")
+
+    def run(overrides=""):
+        words = [word.replace("@", f"{tmp_path}/") for word in overrides.split()]
+        config = load_config(None, ["--run.dir", f"{tmp_path}/run", "--data.tokenizer", f"{tmp_path}/t.model", *words])
+        check_machine(config)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("", "data.train is empty; name token files"),
+        ("--data.train @nothing", "nothing.bin does not exist; make it with tools/preprocess_data.py"),
+        ("--data.train @half", "half.idx does not exist"),
+        ("--data.train @corpus.bin", "give the prefix without .bin"),
+        ("--data.train @corpus --data.valid @gone", "data.valid names"),
+        ("--data.train @corpus --data.tokenizer @gone.model", "gone.model does not exist; name a sentencepiece .model"),
+        ("--data.train @corpus --data.tokenizer=''", "model.vocab_size = 0 is unknown; give it, or data.tokenizer"),
+        ("--data.train @corpus --checkpoint.load @gone", "gone does not exist; name a checkpoint"),
+        (
+            "--data.train @corpus --train.eval_interval 5",
+            "train.eval_interval = 5 needs validation data; give data.valid",
+        ),
+        ("--data.train @corpus --train.eval_interval 5 --data.split [1]", "needs validation data"),
+        ("--data.train @corpus --run.dir @t.model/run", "t.model is a file; choose another directory"),
+    ],
+)
+def test_machine_refuses(machine, overrides, message):
+    with pytest.raises(UserError) as refusal:
+        machine(overrides)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_machine_accepts(machine):
+    machine("--data.train @corpus")
+    machine("--data.train @corpus --train.eval_interval 5 --data.split [99,1]")
+    machine('--data.train [[1,"@corpus"]] --train.eval_interval 5 --data.valid @corpus --data.tokenizer byte')
+
+
+def test_packages_and_devices_that_are_missing(machine, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"log\.wandb = true needs a package; pip install wandb, or set it to false"):
+        machine("--data.train @corpus --log.wandb true --log.tensorboard false")
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match=r"run\.device = cuda but torch sees no GPU here"):
+        machine("--data.train @corpus --run.device cuda --log.tensorboard false")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_place(machine, tmp_path):
+    (tmp_path / "fixed").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="read-only"):
+        machine("--data.train @corpus --run.dir @fixed/run")
+
+
+def test_check_does_both(tmp_path):
+    config = load_config(None, ["--model.vocab_size", "9", "--parallel.tensor", "2"])
+    with pytest.raises(UserError, match="3 processes"):
+        check(config, 3)
+    with pytest.raises(UserError, match=r"data\.train is empty"):
+        check(config, 2)
