@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -261,7 +262,7 @@ def map_tasks(
                 advance(weights[index])
             return results  # type: ignore[return-value]
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_ignore_interrupts)
+        pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_follow_parent)
         try:
             futures = {pool.submit(function, task): index for index, task in enumerate(tasks)}
             for future in as_completed(futures):
@@ -282,9 +283,17 @@ def map_tasks(
     return results  # type: ignore[return-value]
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent alone answers it, and ends the workers."""
+def _follow_parent() -> None:
+    """Leave Ctrl-C, which reaches the whole process group, to the parent; end when the parent ends, even by a kill."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

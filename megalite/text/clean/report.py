@@ -60,8 +60,9 @@ def draw(path: Path, counts: Counts) -> None:
     """Histograms of size and word length, kept against rejected, and documents rejected by rule, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    size, words, length, rejections = figure.subplots(2, 2).flat
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = figure.subplot_mosaic([["size", "words", "length"], ["rejections"] * 3])
+    size, words, length = panels["size"], panels["words"], panels["length"]
     _draw_sizes(size, counts, "characters")
     _draw_sizes(words, counts, "words")
     _draw_bins(length, counts, "mean_word_length", lambda bins: bins / BINS_PER_CHARACTER)
@@ -69,7 +70,7 @@ def draw(path: Path, counts: Counts) -> None:
     for axes in (size, words, length):
         axes.set_ylabel("documents")
         axes.legend()
-    _draw_rejections(rejections, counts.rejected)
+    _draw_rejections(panels["rejections"], counts.rejected)
     share = counts.kept / max(1, counts.documents)
     figure.suptitle(f"kept {counts.kept:,} of {counts.documents:,} documents ({share:.1%})")
     figure.savefig(path, dpi=110, format="png")
