@@ -1,1 +1,1 @@
-""""""
+"""The training loop and the process around it."""

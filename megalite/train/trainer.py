@@ -25,8 +25,7 @@ from megalite.parallel.data import StageBuckets
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.pipeline.engine import Activation, PipelineEngine, StageForward
 from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.ops import Op, Plan
-from megalite.parallel.pipeline.schedules import build_schedule
+from megalite.parallel.pipeline.schedules import build_schedule, forward_only
 from megalite.placement import initialise
 
 Batches = Sequence[Batch | None]
@@ -47,14 +46,6 @@ class StepResult:
     grad_norm: float
     accepted: bool
     flags: float
-
-
-def forward_plan(ranks: int, micro_batches: int, chunks: int) -> Plan:
-    """Forward passes only, for evaluation: each micro-batch through all stages, in order."""
-    return tuple(
-        tuple(Op("F", chunk * ranks + rank, micro) for micro in range(micro_batches) for chunk in range(chunks))
-        for rank in range(ranks)
-    )
 
 
 class Trainer:
@@ -110,7 +101,7 @@ class Trainer:
             if train:
                 plan = build_schedule(parallel.schedule, ranks, micro_batches, self.chunks)
             else:
-                plan = forward_plan(ranks, micro_batches, self.chunks)
+                plan = forward_only(ranks, micro_batches, self.chunks)
             lowered = lower(plan, tied=self.config.model.tie_embeddings)
             split = next(iter(self.stages.values())).region.split
             shape = (train_config.seq_length // split, train_config.micro_batch_size, self.config.model.hidden_size)

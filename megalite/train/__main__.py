@@ -1,0 +1,141 @@
+"""`python -m megalite.train RECIPE.toml [--check] [--section.field value ...]`: one rank of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalite.config import Config, check, parse_command_line, to_toml
+from megalite.errors import UserError
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.text.tokenizers import load_tokenizer
+from megalite.train.flops import FORMULA, parameter_count
+from megalite.train.loop import Diverged, TrainingRun, open_data
+from megalite.train.runtime import (
+    FAULT,
+    FINISHED,
+    INTERRUPTED,
+    UNUSABLE,
+    StopRequest,
+    World,
+    choose_device,
+    connect,
+    explain_fault,
+    leave,
+    open_log,
+)
+from megalite.train.trainer import Trainer
+
+log = logging.getLogger("megalite")
+
+
+def resolve_tokenizer(config: Config) -> tuple[Config, int | None]:
+    """The configuration with `model.vocab_size` known, and the tokenizer's end-of-document id where there is one."""
+    if not config.data.tokenizer:
+        return config, None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size == 0:
+        model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=model)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size}: data.tokenizer has {tokenizer.vocab_size} tokens; "
+            f"set it to {tokenizer.vocab_size} or more, or to 0"
+        )
+    return config, tokenizer.eod
+
+
+def write_config(config: Config) -> None:
+    path = Path(config.run.dir) / "config.toml"
+    partial = path.with_suffix(".partial")
+    partial.write_text(to_toml(config), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None:
+    """The start-up log: what is trained, how it is laid out, what computes it."""
+    log.info("%s parameters, %s tokens a step", f"{parameter_count(config.model):,}", f"{config.tokens_per_step:,}")
+    log.info(
+        "%d ranks on %s: tensor %d%s x pipeline %d (%s) x data %d (zero %d), %s, recompute %s",
+        mesh.size,
+        mesh.device,
+        mesh.tp,
+        " with sequence" if config.parallel.sequence else "",
+        mesh.pp,
+        config.parallel.schedule,
+        mesh.dp,
+        config.parallel.zero,
+        config.train.precision,
+        config.train.recompute,
+    )
+    log.info("optimizer: %s; FLOPs: %s", trainer.optimizer.name, FORMULA)
+    for line in kernels.splitlines():
+        log.info("%s", line)
+
+
+def train(config: Config, world: World, stop: StopRequest) -> int:
+    """Everything after the command line has been read and checked; returns the exit code."""
+    config, eod = resolve_tokenizer(config)
+    device = choose_device(config, world)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    open_log(config, world)
+    mesh = connect(config, world, device)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device)
+    trainer = Trainer(config, mesh, kernels)
+    if world.rank == 0:
+        write_config(config)
+        announce(config, mesh, trainer, kernels.describe())
+    with stop.listening():
+        code = TrainingRun(config, mesh, trainer, stop, eod).run()
+    if world.size > 1:
+        mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
+        dist.destroy_process_group()
+    return code
+
+
+def main(argv: list[str]) -> int:
+    world, stop = World(), StopRequest()
+    try:
+        world = World.from_environment()
+        config, check_only = parse_command_line(argv)
+        check(config, world.size)
+        if check_only:
+            config, _ = resolve_tokenizer(config)
+            if world.rank == 0:
+                samples, _ = open_data(config)
+                print(f"ok: {parameter_count(config.model):,} parameters, {len(samples):,} samples, {world.size} ranks")
+            return FINISHED
+        return train(config, world, stop)
+    except UserError as error:
+        # Mistakes in the configuration are the same on every rank: one voice is enough. Later on, whoever found one
+        # speaks, the lower ranks first; the launcher ends the others before they say the same.
+        if dist.is_initialized():
+            time.sleep(min(3.0, 0.5 * world.rank))
+        if world.rank == 0 or dist.is_initialized():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return UNUSABLE
+    except KeyboardInterrupt:
+        if world.rank == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except Diverged as error:
+        if world.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return FAULT
+    except Exception as error:
+        explain_fault(error, world, stop)
+        return FAULT
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]), World.from_environment())

@@ -1,0 +1,150 @@
+"""What a run tells: one JSON object a step in metrics.jsonl, TensorBoard and Weights & Biases, and the loss curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite.config import Config
+from megalite.train.flops import peak_flops, training_flops_per_token
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Times in seconds; `tokens`, `skipped_samples` and `rollbacks` count from the start.
+
+    `memory_gib` is the peak of rank 0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the
+    device's dense bf16 peak by the formula in `megalite.train.flops`.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    tflops_per_device: float
+    mfu: float | None
+    memory_gib: float
+    validation_loss: float | None
+    save_stall_seconds: float
+    skipped_samples: int
+    rollbacks: int
+
+    def to_json(self) -> str:
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+        return json.dumps(finite, allow_nan=False)
+
+
+class SpeedMeter:
+    """Turns the seconds of a step into tokens per second, TFLOP/s per device and MFU."""
+
+    def __init__(self, config: Config, world_size: int, device: torch.device) -> None:
+        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_length)
+        self.world_size, self.device = world_size, device
+        self.peak = peak_flops(device)
+
+    def rates(self, tokens: int, seconds: float) -> dict[str, Any]:
+        per_device = tokens / seconds * self.flops_per_token / self.world_size
+        return {
+            "tokens_per_second": tokens / seconds,
+            "tflops_per_device": per_device / 1e12,
+            "mfu": per_device / self.peak if self.peak else None,
+        }
+
+    def memory_gib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class MetricsLog:
+    """Appends step metrics to every configured place. Only rank 0 has one.
+
+    Resuming at step n drops the lines after n: those steps are about to be run again.
+    """
+
+    def __init__(self, config: Config, resumed_step: int) -> None:
+        run = Path(config.run.dir)
+        self.path = run / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
+        if config.log.wandb:
+            import wandb  # type: ignore[import-not-found]
+
+            self._wandb = wandb.init(project="megalite", dir=str(run), config=asdict(config), resume="allow")
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._file.write(metrics.to_json() + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in asdict(metrics).items() if value is not None and key != "step"}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, metrics.step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=metrics.step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def draw_loss(metrics: Path, picture: Path) -> None:
+    """The loss curve of a metrics file as a PNG, with validation losses where there are any."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in read_metrics(metrics) if row["loss"] is not None]
+    if not rows:
+        return
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.2, label="training")
+    checked = [row for row in rows if row["validation_loss"] is not None]
+    if checked:
+        axes.plot(
+            [row["step"] for row in checked], [row["validation_loss"] for row in checked], "o-", label="validation"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(f"{rows[-1]['tokens'] / 1e6:,.2f} M tokens, final loss {rows[-1]['loss']:.3f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = picture.with_name(picture.name + ".partial")
+    figure.savefig(partial, format="png")
+    os.replace(partial, picture)
