@@ -40,7 +40,7 @@ def layout(*overrides, world_size=1):
         (2, "--parallel.pipeline 2 --parallel.schedule interleaved", "virtual_stages = 1 is too small for"),
         (
             1,
-            "--parallel.schedule interleaved --parallel.virtual_stages 2",  # noqa: E501
+            "--parallel.schedule interleaved --parallel.virtual_stages 2",
             "parallel.pipeline = 1 is too small for parallel.schedule = interleaved",
         ),
         (
