@@ -93,9 +93,14 @@ def tiling_fault(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
 
 @dataclass
 class Manifest:
-    """What a checkpoint says of itself. `extras` are further files (config.toml, a tokenizer) with (bytes, CRC-32)."""
+    """What a checkpoint says of itself.
+
+    `updates` counts the optimizer's updates, which the moments have seen; `model` are the fields of `ModelConfig`;
+    `state` is the loop's own. `extras` are further files (config.toml, a tokenizer) with (bytes, CRC-32).
+    """
 
     step: int
+    updates: int
     state: dict[str, Any]
     model: dict[str, Any]
     files: dict[str, int]
@@ -124,6 +129,7 @@ class Manifest:
             "format": _FORMAT,
             "version": _VERSION,
             "step": self.step,
+            "updates": self.updates,
             "state": self.state,
             "model": self.model,
             "files": self.files,
@@ -212,8 +218,8 @@ class _Parser:
             kind: {name: self.entry(name, value, files) for name, value in self.object(tensors, kind).items()}
             for kind in tensors
         }
-        step = self.count(body.get("step"), "step")
-        result = Manifest(step, self.object(body, "state"), self.object(body, "model"), files, extras, index)
+        step, updates = (self.count(body.get(name), name) for name in ("step", "updates"))
+        result = Manifest(step, updates, self.object(body, "state"), self.object(body, "model"), files, extras, index)
         result.check_tiling(self.path)
         return result
 

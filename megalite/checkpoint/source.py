@@ -6,6 +6,7 @@ global: it knows nothing of layouts. `load_weights` fills the boxes that a model
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,11 @@ from torch import Tensor, nn
 from megalite.checkpoint.directory import find_checkpoint
 from megalite.checkpoint.files import DTYPES, DamagedFile, TensorFile, tensor_bytes
 from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest, Piece, piece_key
+from megalite.config import ModelConfig
 from megalite.errors import UserError
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.model.decoder import Stage
 from megalite.placement import PlacedParameter, placed_parameters
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -220,6 +225,13 @@ def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
         for parameter in placed_parameters(stage)
         for box in parameter.placement.boxes
     }
+
+
+def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and global shapes of all tensors of a model; nothing is allocated."""
+    short = dataclasses.replace(model, max_positions=1)  # the table of rotations is no parameter
+    kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
+    return local_shapes([Stage(short, Mesh(device=torch.device("meta")), kernels)])
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class CheckpointWriter:
             raise UserError(f"{self.directory} exists already; give a new directory, or remove it first")
         self._shard_bytes = shard_bytes
         self._index: Index = {}
-        self._manifest = Manifest(step, dict(state), dict(model), {}, {}, self._index)
+        self._manifest = Manifest(step, 0, dict(state), dict(model), {}, {}, self._index)
         self._waiting: list[tuple[str, str, tuple[int, ...], tuple[int, ...], Tensor]] = []
         self._partial = prepare(self.directory)
 

@@ -1,0 +1,345 @@
+"""Checkpoints of a run: saved by all ranks together, in the foreground or behind the training, found again and pruned.
+
+The protocol of a save, in which every arrow is an agreement of all ranks:
+
+    rank 0 makes step_N.partial  ->  every rank writes and syncs its file  ->  rank 0 checks that the pieces tile every
+    tensor, writes the manifest, syncs, renames to step_N, prunes  ->  all know the outcome
+
+so that a checkpoint under its final name is complete, and a fault anywhere leaves the older ones as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint import directory
+from megalite.checkpoint.files import DamagedFile, write_durably, write_tensor_file
+from megalite.checkpoint.huggingface import HuggingFaceSource, is_huggingface
+from megalite.checkpoint.lock import RunLock
+from megalite.checkpoint.manifest import Index, Manifest, Piece, add_piece
+from megalite.checkpoint.peers import Peers
+from megalite.checkpoint.restore import (
+    ADAPTABLE,
+    compare_fingerprint,
+    compare_model,
+    finish_load,
+    model_fields,
+    position,
+    read_state,
+)
+from megalite.checkpoint.shards import Staging
+from megalite.checkpoint.source import CheckpointReader
+from megalite.config import Config, to_toml
+from megalite.errors import UserError
+from megalite.mesh import Mesh
+from megalite.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """All that a save needs, independent of the trainer's next steps."""
+
+    final: Path
+    tensors: list[dict[str, Tensor]]
+    manifest: Manifest
+
+
+def _attempt(action: Callable[[], Any]) -> str | None:
+    """Run `action`; what the file system or the data refused, as one line, or None."""
+    try:
+        action()
+    except (OSError, UserError, ValueError) as error:
+        return str(error)
+    return None
+
+
+class CheckpointManager:
+    """The checkpoints under `run_dir`; made, used and closed by all ranks together.
+
+    Holds the lock of the run directory until `close`; construction raises `UserError` where another run holds it.
+    `failures` counts saves that failed: each is reported, cleaned up, and does not stop the run.
+    """
+
+    def __init__(self, run_dir: Path | str, config: Config, mesh: Mesh) -> None:
+        self.config, self.failures = config, 0
+        self.folder = Path(run_dir) / directory.CHECKPOINTS
+        self._peers = Peers(mesh)
+        self._lock: RunLock | None = None
+        self._staging: Staging | None = None
+        self._writer: threading.Thread | None = None
+        self._crash: BaseException | None = None
+        self._succeeded = True
+        refusal = _attempt(self._begin) if mesh.rank == 0 else None
+        if refusal := self._peers.first(refusal):
+            raise UserError(refusal)
+
+    def _begin(self) -> None:
+        self._lock = RunLock(self.folder.parent)
+        self.folder.mkdir(exist_ok=True)
+        for path in directory.sweep(self.folder):
+            log.warning("removed %s, left by an interrupted run", path)
+
+    # Saving
+
+    def save(self, trainer: Trainer, state: Mapping[str, Any]) -> float:
+        """Save the trainer and the loop's `state` (JSON values; `step` among them) as `step_<step>`.
+
+        Returns the seconds for which training stood still: until the state is copied to host memory if
+        `checkpoint.async_save`, else until the checkpoint is on the disk. A save still under way is waited for first.
+        """
+        began = time.perf_counter()
+        self.wait()
+        background = self.config.checkpoint.async_save
+        if self._staging is None or self._staging.trainer is not trainer:
+            self._staging = Staging(trainer)
+        manifest = Manifest(
+            position(state), trainer.optimizer.step_count, dict(state), model_fields(self.config.model), {}, {}, {}
+        )
+        tensors = self._staging.snapshot(copy=background)
+        snapshot = _Snapshot(self.folder / directory.step_name(manifest.step), tensors, manifest)
+        if background:
+            self._writer = threading.Thread(target=self._write_behind, args=(snapshot,), name="checkpoint", daemon=True)
+            self._writer.start()
+        else:
+            self._succeeded = self._write(snapshot)
+        return time.perf_counter() - began
+
+    def wait(self) -> bool:
+        """Wait for a save under way; whether the last save succeeded. Raises what killed it where a peer has died."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._crash is not None:
+            crash, self._crash = self._crash, None
+            raise crash
+        return self._succeeded
+
+    def _write_behind(self, snapshot: _Snapshot) -> None:
+        try:
+            self._succeeded = self._write(snapshot)
+        except BaseException as crash:  # handed to the main thread by `wait`
+            self._succeeded, self._crash = False, crash
+
+    def _write(self, snapshot: _Snapshot) -> bool:
+        """The protocol above; True on every rank if the checkpoint is complete."""
+        partial, first = directory.partial_path(snapshot.final), self._peers.rank == 0
+        fault = _attempt(lambda: directory.prepare(snapshot.final)) if first else None
+        if fault := self._peers.first(fault):
+            return self._failed(snapshot, fault)
+        report: dict[str, Any] = {}
+        fault = _attempt(lambda: report.update(self._write_own(partial, snapshot)))
+        reports = self._peers.exchange({"fault": fault, **report})
+        faults = [f"rank {rank}: {report['fault']}" for rank, report in enumerate(reports) if report["fault"]]
+        fault = "; ".join(faults)
+        if first and not fault:
+            fault = _attempt(lambda: self._commit(partial, snapshot, reports))
+        if first and fault:
+            shutil.rmtree(partial, ignore_errors=True)
+        if fault := self._peers.first(fault):
+            return self._failed(snapshot, fault)
+        if first:
+            self._prune()
+        return True
+
+    def _failed(self, snapshot: _Snapshot, fault: str) -> bool:
+        self.failures += 1
+        log.error(
+            "checkpoint %s could not be saved (failure %d of this run, training goes on): %s",
+            snapshot.final,
+            self.failures,
+            fault,
+        )
+        return False
+
+    def _write_own(self, partial: Path, snapshot: _Snapshot) -> dict[str, Any]:
+        """Write this rank's file; its name, its size and its pieces as JSON values."""
+        assert self._staging is not None
+        pieces = list(self._staging.tensors(snapshot.tensors))
+        if not pieces:
+            return {"pieces": []}
+        if not partial.is_dir():
+            raise FileNotFoundError(
+                f"{partial} is not visible here; run.dir must be on a file system that all ranks share"
+            )
+        for kind, box, _, values in pieces:
+            low, high = torch.aminmax(values)
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise ValueError(f"{kind} of {box.name} is not finite")
+        path = partial / f"rank_{self._peers.rank:05d}.safetensors"
+        metadata = {"format": "pt", "step": str(snapshot.manifest.step)}
+        checksums = write_tensor_file(path, [(key, values) for _, _, key, values in pieces], metadata)
+        entries = [
+            (kind, box.name, box.shape, box.offset, box.size, crc32)
+            for (kind, box, _, _), crc32 in zip(pieces, checksums)
+        ]
+        return {"file": path.name, "bytes": path.stat().st_size, "pieces": entries}
+
+    def _commit(self, partial: Path, snapshot: _Snapshot, reports: list[dict[str, Any]]) -> None:
+        manifest, index = snapshot.manifest, Index()
+        for report in reports:
+            for kind, name, shape, offset, size, crc32 in report["pieces"]:
+                piece = Piece(report["file"], tuple(offset), tuple(size), crc32)
+                add_piece(index, kind, name, shape, "F32", piece)
+                manifest.files[piece.file] = report["bytes"]
+        manifest.index = index
+        manifest.check_tiling(partial)
+        for name, content in self._extras():
+            write_durably(partial / name, content)
+            manifest.extras[name] = (len(content), zlib.crc32(content))
+        directory.commit(partial, snapshot.final, manifest)
+
+    def _extras(self) -> list[tuple[str, bytes]]:
+        extras = [("config.toml", to_toml(self.config).encode())]
+        tokenizer = Path(self.config.data.tokenizer)
+        if tokenizer.is_file():
+            extras.append((f"tokenizer{tokenizer.suffix}", tokenizer.read_bytes()))
+        return extras
+
+    def _prune(self) -> None:
+        """Delete all but the newest `keep`, those of `keep_every`, and an imported `step_00000000`."""
+        keep, every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
+        passing = [
+            path
+            for step, path in directory.complete_checkpoints(self.folder)
+            if step > 0 and not (every and step % every == 0)
+        ]
+        for path in passing[:-keep] if keep else []:
+            if fault := _attempt(functools.partial(directory.retire, path)):
+                log.warning("%s could not be deleted: %s", path, fault)
+
+    # Loading
+
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending, the same on all ranks."""
+        found = [step for step, _ in directory.complete_checkpoints(self.folder)] if self._peers.rank == 0 else []
+        return self._peers.first(found)
+
+    def load_latest(
+        self, trainer: Trainer, *, fingerprint: Any = None, at_most: int | None = None
+    ) -> dict[str, Any] | None:
+        """Load the newest intact checkpoint (of a step of `at_most`) into the trainer; its state, or None without any.
+
+        A damaged checkpoint is reported and set aside, and the one before it is used. `fingerprint` identifies the
+        training data; it is compared with `state["fingerprint"]` unless `checkpoint.allow_data_change`. Raises
+        `UserError` where all checkpoints are damaged, or where the newest is of another model or of other data.
+        """
+        self.wait()
+        steps = [step for step in self.steps() if at_most is None or step <= at_most]
+        if not steps:
+            return None
+        damaged: list[Path] = []
+        for step in reversed(steps):
+            path = self.folder / directory.step_name(step)
+            try:
+                state = self._load_checkpoint(trainer, path, optimizer=True, fingerprint=fingerprint, resume=True)
+            except DamagedFile as error:
+                log.error("checkpoint %s is unusable, trying the one before: %s", path, error)
+                damaged.append(path)
+                continue
+            if self._peers.rank == 0:
+                for path in damaged:
+                    log.error("the damaged checkpoint was set aside as %s", directory.set_aside(path))
+            self._peers.first(None)
+            return state
+        raise UserError(
+            f"all checkpoints in {self.folder} are damaged; restore one, or remove the directory to start afresh"
+        )
+
+    def load(self, trainer: Trainer, path: Path | str, *, optimizer: bool = True) -> dict[str, Any]:
+        """Start from another run's checkpoint, run directory, or Hugging Face directory; the state it carries.
+
+        The state is empty for weights alone: a Hugging Face directory, or `optimizer` False. Raises `UserError`.
+        """
+        self.wait()
+        if not self._peers.first(is_huggingface(Path(path))):
+            found: list[str] = []
+            fault = _attempt(lambda: found.append(str(directory.find_checkpoint(Path(path)))))
+            if fault := self._peers.first(fault):
+                raise UserError(fault)
+            target = Path(self._peers.first(found[0] if found else None))
+            return self._load_checkpoint(trainer, target, optimizer=optimizer, fingerprint=None, resume=False)
+
+        def read() -> None:
+            with HuggingFaceSource(Path(path)) as source:
+                compare_model(model_fields(source.model), Path(path), self.config.model, ADAPTABLE)
+                read_state(trainer, source, optimizer=False)
+
+        self._together(read)
+        finish_load(trainer, 0)
+        return {}
+
+    def _load_checkpoint(
+        self, trainer: Trainer, path: Path, *, optimizer: bool, fingerprint: Any, resume: bool
+    ) -> dict[str, Any]:
+        manifests: list[Manifest] = []
+
+        def read() -> None:
+            with CheckpointReader(path) as reader:
+                manifests.append(reader.manifest)
+                compare_model(reader.manifest.model, path, self.config.model, () if resume else ADAPTABLE)
+                if fingerprint is not None and not self.config.checkpoint.allow_data_change:
+                    compare_fingerprint(reader, fingerprint)
+                read_state(trainer, reader, optimizer=optimizer)
+                if self._peers.rank == 0:
+                    for name in reader.manifest.extras:
+                        reader.extra(name)
+
+        self._together(read)
+        finish_load(trainer, manifests[0].updates if optimizer else 0)
+        return manifests[0].state if optimizer else {}
+
+    def _together(self, read: Callable[[], None]) -> None:
+        """Run `read` on every rank; if it fails on any, raise that error on all. Refusals go before damage."""
+        outcome: dict[str, Any] = {}
+        try:
+            read()
+        except UserError as error:
+            outcome = {"damaged": isinstance(error, DamagedFile), "fault": str(error)}
+        faults = [entry for entry in self._peers.exchange(outcome) if entry]
+        for kind, damaged in ((UserError, False), (DamagedFile, True)):
+            for entry in faults:
+                if entry["damaged"] == damaged:
+                    raise kind(entry["fault"])
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: after a rollback they belong to a course that was given up."""
+        self.wait()
+        if self._peers.rank == 0:
+            for found, path in directory.complete_checkpoints(self.folder):
+                if found > step:
+                    directory.retire(path)
+        self._peers.first(None)
+
+    # The end
+
+    def close(self) -> None:
+        """Wait for a save under way and give the run directory free."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,43 @@
+"""Agreement among all ranks about files, on a process group of its own.
+
+Saving runs in a thread while the main thread trains; collectives of the two may only meet in different groups. The
+group is gloo's, whatever the training uses: what is exchanged are short JSON values in host memory.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.mesh import Group, Mesh
+
+
+class Peers:
+    """All ranks of a mesh. Every rank makes it and calls `exchange` in the same order; one call at a time."""
+
+    def __init__(self, mesh: Mesh, timeout: timedelta = timedelta(hours=1)) -> None:
+        self.rank, self.size = mesh.rank, mesh.size
+        handle = dist.new_group(backend="gloo", timeout=timeout) if mesh.size > 1 else None
+        self._group = Group(tuple(range(mesh.size)), mesh.rank, handle)
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order; raises RuntimeError where a peer has died."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = torch.empty(self.size, dtype=torch.int64)
+        self._group.all_gather(lengths, torch.tensor([len(text)])).wait()
+        width = int(lengths.max())
+        padded, everything = torch.zeros(width, dtype=torch.uint8), torch.empty(self.size * width, dtype=torch.uint8)
+        padded[: len(text)] = text
+        self._group.all_gather(everything, padded).wait()
+        rows = everything.view(self.size, width)
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist())]
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return self.exchange(value if self.rank == 0 else None)[0]

@@ -1,0 +1,116 @@
+"""Filling a trainer from a checkpoint, whatever layout wrote it.
+
+Each rank reads the boxes that its optimizer shard holds, rounds them into the parameters and shares those as after a
+step of training; so the loaded state is bitwise the saved one in every layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.manifest import MOMENTS, WEIGHT
+from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes, model_shapes
+from megalite.config import ModelConfig
+from megalite.errors import UserError
+from megalite.train.trainer import Trainer
+
+ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
+"""Model fields that may differ from those of a checkpoint that a new run starts from: no weight depends on them."""
+
+
+def model_fields(model: ModelConfig) -> dict[str, Any]:
+    """The model's configuration as a manifest keeps it."""
+    return json.loads(json.dumps(dataclasses.asdict(model)))
+
+
+def compare_model(stored: Mapping[str, Any], where: Path, model: ModelConfig, adaptable: Sequence[str] = ()) -> None:
+    """Raise a `UserError` that names the model fields in which a checkpoint differs from the configuration."""
+    own = model_fields(model)
+    differing = [
+        f"model.{name} is {stored[name]!r} in the checkpoint and {own.get(name)!r} in the configuration"
+        for name in sorted(stored)
+        if name not in adaptable and stored[name] != own.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{where} is of another model: {'; '.join(differing)}; use its configuration, or another checkpoint"
+        )
+
+
+def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
+    """Raise a `UserError` that says how the training data differs from those of the checkpoint."""
+    stored, own = reader.manifest.state.get("fingerprint"), json.loads(json.dumps(fingerprint))
+    if stored is None or stored == own:
+        return
+    if isinstance(stored, dict) and isinstance(own, dict):
+        names = sorted(name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name))
+        what = ", ".join(f"{name} was {stored.get(name)!r} and is {own.get(name)!r}" for name in names)
+    else:
+        what = f"its fingerprint was {stored!r} and is {own!r}"
+    raise UserError(
+        f"the training data is not that of {reader.directory}: {what}; restore the data, or go on with "
+        "checkpoint.allow_data_change = true"
+    )
+
+
+def _targets(trainer: Trainer, kind: str) -> Iterator[Target]:
+    for segment in trainer.optimizer.segments:
+        values: Tensor = segment.master.detach() if kind == WEIGHT else getattr(segment, kind)
+        values.zero_()
+        for box, where in segment.pieces():
+            yield Target(box.name, box.offset, box.size, values[where].view(box.size))
+
+
+def read_state(trainer: Trainer, source: TensorSource, *, optimizer: bool) -> None:
+    """Read weights, and the moments if `optimizer`, into this rank's optimizer shard; no communication.
+
+    `finish_load` must follow on all ranks. Raises `DamagedFile` or another `UserError`; the trainer's state is then
+    partly overwritten.
+    """
+    compare_shapes(model_shapes(trainer.config.model), source.shapes(), str(getattr(source, "directory", "the source")))
+    if isinstance(source, CheckpointReader):
+        source.read_into(WEIGHT, _targets(trainer, WEIGHT))
+    else:
+        for target in _targets(trainer, WEIGHT):
+            target.destination.copy_(source.read(target.name, target.offset, target.size))
+    for kind in MOMENTS:
+        targets = list(_targets(trainer, kind))
+        if optimizer and _has_moments(source):
+            assert isinstance(source, CheckpointReader)
+            source.read_into(kind, targets)
+
+
+def _has_moments(source: TensorSource) -> bool:
+    """Whether there are moments to load; before the first update they are zero and need not be stored."""
+    if not isinstance(source, CheckpointReader):
+        return False
+    if set(MOMENTS) <= source.manifest.index.keys():
+        return True
+    if source.manifest.updates > 0:
+        raise UserError(f"{source.directory} holds no optimizer state; set checkpoint.load_optimizer = false")
+    return False
+
+
+def finish_load(trainer: Trainer, updates: int) -> None:
+    """Round the master weights into the parameters, share them, take the moments as those after `updates` updates."""
+    with torch.no_grad():
+        for segment in trainer.optimizer.segments:
+            segment.write_back()
+        for stage in trainer.optimizer.stages:
+            stage.gather_parameters()
+    trainer.optimizer.set_step_count(updates)
+
+
+def position(state: Mapping[str, Any]) -> int:
+    """The step of a loop's state."""
+    step = state["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"state['step'] = {step!r} is not a count of steps")
+    return step

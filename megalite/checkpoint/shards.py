@@ -1,0 +1,112 @@
+"""What one rank writes: its part of the master weights and moments as pieces of global tensors, staged in host memory.
+
+Every element of every global tensor is written by exactly one rank: the owner of its box among the replicas within the
+model, and among the data-parallel ranks the one whose ZeRO shard it lies in (also without ZeRO, so that all write).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.manifest import MOMENTS, WEIGHT, piece_key
+from megalite.optim.adamw import Segment
+from megalite.placement import Box, range_boxes
+from megalite.train.trainer import Trainer
+
+_PIECE_BYTES = 64 << 20
+"""Larger pieces are cut by rows: whoever loads a part of one verifies, and so reads, all of it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of a segment's elements that this rank writes: `window` in the segment, and `pieces` of the global tensors
+    with where their elements lie in the window."""
+
+    segment: Segment
+    window: slice
+    pieces: tuple[tuple[Box, slice], ...]
+
+    def tensor(self, kind: str) -> Tensor:
+        """The elements [window] of the master weights or of a moment; fp32, on the training device."""
+        whole = self.segment.master.detach() if kind == WEIGHT else getattr(self.segment, kind)
+        return whole[self.window]
+
+
+def _cut(piece: Box, position: int, start: int, stop: int) -> Iterator[tuple[Box, slice]]:
+    """Elements [start, stop) of a contiguous piece that lies at `position`, as boxes with their places."""
+    alone = dataclasses.replace(piece, local_offset=(0,) * len(piece.size))
+    for part, begin in range_boxes(alone, piece.size, start, stop):
+        yield part, slice(position + begin, position + begin + math.prod(part.size))
+
+
+def _cut_rows(piece: Box, where: slice) -> Iterator[tuple[Box, slice]]:
+    """The piece in blocks of whole rows of at most `_PIECE_BYTES` (or one row)."""
+    count = math.prod(piece.size)
+    row = count // piece.size[0]
+    rows = max(1, _PIECE_BYTES // (4 * row))
+    for first in range(0, piece.size[0], rows):
+        yield from _cut(piece, where.start, first * row, min(count, (first + rows) * row))
+
+
+def rank_parts(trainer: Trainer) -> list[Part]:
+    """What this rank writes of the trainer's state."""
+    parts = []
+    for segment in trainer.optimizer.segments:
+        shard, span = segment.bucket.shard, segment.span
+        window = slice(max(shard.start, span.start) - span.start, min(shard.stop, span.stop) - span.start)
+        if window.start >= window.stop:
+            continue
+        pieces = []
+        for box, where in segment.pieces():
+            if box.owner == trainer.mesh.rank:
+                pieces += list(_within(box, where, window))
+        if pieces:
+            parts.append(Part(segment, window, tuple(pieces)))
+    return parts
+
+
+def _within(box: Box, where: slice, window: slice) -> Iterator[tuple[Box, slice]]:
+    """What of a piece lies in the window, at its place in the window."""
+    start, stop = max(where.start, window.start), min(where.stop, window.stop)
+    if start < stop:
+        for part, place in _cut(box, where.start - window.start, start - where.start, stop - where.start):
+            yield from _cut_rows(part, place)
+
+
+class Staging:
+    """Host memory for one rank's part of a checkpoint, allocated once and used for every save."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.parts = trainer, rank_parts(trainer)
+        self._cuda = trainer.mesh.device.type == "cuda"
+        self._buffers: list[dict[str, Tensor]] = []
+
+    def snapshot(self, *, copy: bool) -> list[dict[str, Tensor]]:
+        """For each part the tensors by kind, on the host. Without `copy`, CPU tensors are the trainer's own."""
+        kinds = (WEIGHT, *MOMENTS)
+        if not copy and not self._cuda:
+            return [{kind: part.tensor(kind) for kind in kinds} for part in self.parts]
+        if not self._buffers:
+            self._buffers = [
+                {kind: torch.empty(part.tensor(kind).shape, pin_memory=self._cuda) for kind in kinds}
+                for part in self.parts
+            ]
+        for part, buffers in zip(self.parts, self._buffers):
+            for kind, buffer in buffers.items():
+                buffer.copy_(part.tensor(kind), non_blocking=True)
+        if self._cuda:
+            torch.cuda.synchronize()
+        return self._buffers
+
+    def tensors(self, snapshot: list[dict[str, Tensor]]) -> Iterator[tuple[str, Box, str, Tensor]]:
+        """(kind, box, key, values) of every piece, in the order in which they lie in memory."""
+        for part, by_kind in zip(self.parts, snapshot):
+            for kind, values in by_kind.items():
+                for box, where in part.pieces:
+                    yield kind, box, piece_key(kind, box.name, box.offset), values[where].view(box.size)

@@ -1,0 +1,164 @@
+"""What the checkpoint tests share: tiny trainers in any layout, and their state as global tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.manager import CheckpointManager
+from megalite.config import Config, build_config
+from megalite.data.batches import Batch
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.train.trainer import Trainer
+
+Tables = dict[str, dict[str, Any]]
+Pieces = dict[tuple[str, str], list[tuple[tuple[int, ...], tuple[int, ...], Tensor]]]
+
+SEQUENCE, VOCABULARY = 6, 37
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How many ranks hold the model in which way."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    zero: int = 1
+    sequence: bool = False
+    virtual_stages: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def tables(self) -> Tables:
+        """As a recipe says it."""
+        return {
+            "parallel": {
+                "tensor": self.tensor,
+                "pipeline": self.pipeline,
+                "zero": self.zero,
+                "sequence": self.sequence,
+                "virtual_stages": self.virtual_stages,
+                "schedule": "interleaved" if self.virtual_stages > 1 else "1f1b",
+            }
+        }
+
+
+def make_config(layout: Layout = Layout(), **sections: dict[str, Any]) -> Config:
+    """An odd little model: 3 layers, 6 query and 3 key/value heads, a vocabulary that no tensor size divides."""
+    tables: Tables = {
+        "model": {
+            "layers": 3,
+            "hidden_size": 12,
+            "ffn_hidden_size": 24,
+            "heads": 6,
+            "kv_heads": 3,
+            "head_dim": 2,
+            "vocab_size": VOCABULARY,
+            "max_positions": 16,
+        },
+        "train": {"seq_length": SEQUENCE, "micro_batch_size": 1, "precision": "fp32", "global_batch_size": 4},
+        "optimizer": {"eps": 1e-5},
+        "checkpoint": {"keep": 0},
+        **layout.tables,
+    }
+    for section, fields in sections.items():
+        tables[section] = tables.get(section, {}) | fields
+    return build_config(tables)
+
+
+def make_trainer(config: Config, layout: Layout, rank: int) -> Trainer:
+    mesh = Mesh(pp=layout.pipeline, dp=layout.data, tp=layout.tensor, rank=rank)
+    trainer = Trainer(config, mesh, select_kernels({"default": "reference"}, mesh.device))
+    trainer.initialise()
+    return trainer
+
+
+def train(trainer: Trainer, steps: int, seed: int) -> list[float]:
+    """A few steps on random tokens, the same global batches in every layout; the losses."""
+    losses = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(1000 * seed + step)
+        tokens = torch.randint(0, VOCABULARY, (4, SEQUENCE + 1), generator=generator)
+        own = range(trainer.mesh.index("dp"), 4, trainer.mesh.dp)
+        batches = [Batch(tokens[i : i + 1, :-1], tokens[i : i + 1, 1:]) for i in own]
+        losses.append(trainer.step(batches, 1e-2).loss)
+    return losses
+
+
+def held(trainer: Trainer) -> Pieces:
+    """Everything that this rank holds of global tensors: parameters, master weights and moments."""
+    pieces: Pieces = {}
+
+    def enter(kind: str, box: Any, values: Tensor) -> None:
+        pieces.setdefault((kind, box.name), []).append((box.shape, box.offset, values.detach().clone()))
+
+    for stage in trainer.stages.values():
+        for parameter in stage.parameters():
+            for box in parameter.placement.boxes:
+                enter("parameter", box, box.view(parameter))
+    for segment in trainer.optimizer.segments:
+        for box, where in segment.pieces():
+            for kind, values in (
+                ("weight", segment.master),
+                ("exp_avg", segment.exp_avg),
+                ("exp_avg_sq", segment.exp_avg_sq),
+            ):
+                enter(kind, box, values[where].view(box.size))
+    return pieces
+
+
+def assemble(ranks: list[Pieces]) -> dict[tuple[str, str], Tensor]:
+    """The global tensors; every element must be held, and replicas must agree bitwise."""
+    whole: dict[tuple[str, str], Tensor] = {}
+    known: dict[tuple[str, str], Tensor] = {}
+    for pieces in ranks:
+        for key, entries in pieces.items():
+            for shape, offset, values in entries:
+                full = whole.setdefault(key, torch.zeros(shape, dtype=values.dtype))
+                seen = known.setdefault(key, torch.zeros(shape, dtype=torch.bool))
+                place = tuple(slice(start, start + length) for start, length in zip(offset, values.shape))
+                assert torch.equal(full[place][seen[place]], values[seen[place]]), f"replicas of {key} differ"
+                full[place], seen[place] = values, True
+    for key, seen in known.items():
+        assert bool(seen.all()), f"{key} is not held completely"
+    return whole
+
+
+def save_trained(rank: int, layout: Layout, sections: Tables, run_dir: str, seed: int) -> Pieces:
+    """Train two steps, save as step 2; what this rank then holds."""
+    config = make_config(layout, **sections)
+    trainer = make_trainer(config, layout, rank)
+    train(trainer, 2, seed)
+    with CheckpointManager(run_dir, config, trainer.mesh) as manager:
+        manager.save(trainer, {"step": 2, "seed": seed})
+        assert manager.wait(), "the checkpoint could not be saved"
+    return held(trainer)
+
+
+def load_all(
+    rank: int, layout: Layout, sections: Tables, run_dirs: list[str]
+) -> list[tuple[dict[str, Any], int, Pieces]]:
+    """Load every run directory's checkpoint: (state, updates, what this rank then holds) of each."""
+    config = make_config(layout, **sections)
+    trainer = make_trainer(config, layout, rank)
+    results = []
+    for run_dir in run_dirs:
+        for segment in trainer.optimizer.segments:
+            segment.bucket.parameters.fill_(torch.nan)
+            for values in (segment.master.data, segment.exp_avg, segment.exp_avg_sq):
+                values.fill_(torch.nan)
+        with CheckpointManager(run_dir, config, trainer.mesh) as manager:
+            state = manager.load_latest(trainer)
+        assert state is not None
+        for bucket in (bucket for stage in trainer.buckets.values() for bucket in stage.buckets):
+            assert bucket.parameters.isfinite().all(), "padding was not cleared"
+        results.append((state, trainer.optimizer.step_count, held(trainer)))
+    return results
