@@ -9,7 +9,6 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["megalite", "megalite.*"]) + ["megalite.kernels"],
     package_dir={"megalite.kernels": "kernels"},
-    package_data={"megalite.text.clean": ["rules.toml"]},
     package_data={"": ["*.pyi", "*.toml"]},
     ext_modules=[Pybind11Extension("megalite.data._index", ["megalite/data/_index.cpp"], cxx_std=17)],
     cmdclass={"build_ext": build_ext},
