@@ -45,14 +45,14 @@ def _row_grad(
     row_ptr, target, largest, exponentials, grad, columns, valid, z_loss, label_smoothing, uniform, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Write the gradient over one row. uniform: label_smoothing over the vocabulary's size."""
-    live = grad != 0
+    valid = tl.where(grad == 0.0, 0, valid)  # an ignored row is not read, and becomes 0 whatever it held
     scale = grad * (1 + 2 * z_loss * (tl.log(exponentials) + largest)) / exponentials
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         stored = tl.load(row_ptr + column, mask=column < valid, other=0.0)
         dz = tl.exp(stored.to(tl.float32) - largest) * scale - grad * uniform
         dz -= tl.where(column == target, grad * (1 - label_smoothing), 0.0)
-        dz = tl.where((column < valid) & live, dz, 0.0)
+        dz = tl.where(column < valid, dz, 0.0)
         tl.store(row_ptr + column, dz.to(stored.dtype), mask=column < columns)
 
 
