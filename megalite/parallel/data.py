@@ -53,10 +53,14 @@ class Bucket:
         self.group, self.zero, self.deferred = group, zero, deferred
         self.slots: list[Slot] = []
         for parameter in ordered:
-            self.slots.append(Slot(parameter, self.slots[-1].stop if self.slots else 0))
-        self.decaying = sum(parameter.numel() for parameter in ordered if parameter.decays)
+            start = self.slots[-1].stop if self.slots else 0
+            if self.slots and self.slots[-1].parameter.decays != parameter.decays:
+                # Vectorised updates round the last few elements of a range differently: those are to be padding.
+                start = -(-start // _ALIGNMENT) * _ALIGNMENT
+            self.slots.append(Slot(parameter, start))
         unit = _ALIGNMENT * group.size
         length = -(-self.slots[-1].stop // unit) * unit
+        self.decaying = next((slot.start for slot in self.slots if not slot.parameter.decays), length)
         first = ordered[0]
         self.parameters = torch.zeros(length, dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros(length, dtype=torch.float32, device=first.device)
