@@ -30,7 +30,7 @@ def good_text(seed: int) -> str:
     sentences = []
     for _ in range(12):
         words = ["".join(source.choices("abcdefghijklmnop", k=source.randint(4, 8))) for _ in range(9)]
-        sentences.append("So the " + " ".join(words) + " and more.")
+        sentences.append(" ".join([words[0].capitalize(), "the", *words[1:5], "and", *words[5:]]) + ".")
     return " ".join(sentences)
 
 
