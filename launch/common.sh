@@ -95,3 +95,17 @@ prepare_environment() {
     install_megalite "$extra" "$lent"
     printf '%s\n' "$stamp" > "$state"
 }
+
+# Sets PYTHON to the one that has megalite: the active environment's, or .venv's, which is made if there is neither.
+find_python() {
+    local candidate
+    for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" python3; do
+        [ -n "$candidate" ] || continue
+        if (cd / && "$candidate" -c 'import importlib.metadata as m; m.version("megalite"), m.version("torch")') \
+            2> /dev/null; then
+            PYTHON=$candidate
+            return
+        fi
+    done
+    prepare_environment
+}
