@@ -15,7 +15,6 @@ from megalite.errors import UserError
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
     ("parallel.zero", lambda level: level in (2, 3), "use 1"),
-    ("recovery.spike_threshold", lambda threshold: threshold > 0, "use 0"),
 )
 
 # Least values, section by section.

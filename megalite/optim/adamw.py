@@ -136,8 +136,11 @@ class ShardedAdamW:
         for stage in self.stages:
             stage.gather_parameters()
 
-    def reload(self) -> None:
-        """After the parameters were overwritten (initialisation, weights-only start): take them as master weights."""
+    def restart(self) -> None:
+        """Begin with the parameters as they are: they become the master weights, the moments zero."""
         for segment in self.segments:
             if segment.separate_master:
                 segment.master.data.copy_(segment.bucket.parameters[segment.span])
+            segment.exp_avg.zero_()
+            segment.exp_avg_sq.zero_()
+        self.set_step_count(0)

@@ -33,6 +33,7 @@ from megalite.train.runtime import (
     open_log,
 )
 from megalite.train.trainer import Trainer
+from megalite.train.watch import Watch
 
 log = logging.getLogger("megalite")
 
@@ -95,8 +96,13 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     if world.rank == 0:
         write_config(config)
         announce(config, mesh, trainer, kernels.describe())
-    with stop.listening():
-        code = TrainingRun(config, mesh, trainer, stop, eod).run()
+    with stop.listening(), Watch(mesh, config.run.dir, config.train.timeout_seconds).listening() as watch:
+        try:
+            code = TrainingRun(config, mesh, trainer, stop, watch, eod).run()
+        except RuntimeError:
+            if missing := watch.roll_call():
+                log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
+            raise
     if world.size > 1:
         mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
         dist.destroy_process_group()
@@ -117,10 +123,9 @@ def main(argv: list[str]) -> int:
             return FINISHED
         return train(config, world, stop)
     except UserError as error:
-        # Mistakes in the configuration are the same on every rank: one voice is enough. Later on, whoever found one
-        # speaks, the lower ranks first; the launcher ends the others before they say the same.
-        if dist.is_initialized():
-            time.sleep(min(3.0, 0.5 * world.rank))
+        # A mistake in the configuration is the same on every rank, and one found later often is on several: rank 0
+        # speaks at once, the others only if the launcher has not ended them by then.
+        time.sleep(min(5.0, 1.0 * world.rank))
         if world.rank == 0 or dist.is_initialized():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return UNUSABLE

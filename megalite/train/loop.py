@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ import torch
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
-from megalite.data.batches import Batch, Batches
-from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.mesh import Mesh
 from megalite.optim.schedule import learning_rate
 from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics, draw_loss
 from megalite.train.progress import ProgressDisplay, describe
+from megalite.train.reader import Reader, open_data
+from megalite.train.recovery import SpikeDetector, next_sample, skip_range
 from megalite.train.runtime import FINISHED, STOPPED, StopRequest
 from megalite.train.trainer import StepResult, Trainer
+from megalite.train.watch import Watch
 
 MAX_REFUSED_STEPS = 5
 """So many steps in a row with a loss or gradient that is not finite end the run."""
@@ -39,6 +40,7 @@ class Position:
     """Where a run stands; saved with every checkpoint. All of it is the same on every rank.
 
     `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` those trained on.
+    `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window.
     """
 
     step: int = 0
@@ -47,75 +49,33 @@ class Position:
     skipped_samples: int = 0
     rollbacks: int = 0
     fingerprint: str = ""
+    skips: list[tuple[int, int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
-def index_folder(config: Config) -> Path:
-    """Where sample indices are kept: `data.cache_dir`, else beside the first token file, else in the run directory."""
-    if config.data.cache_dir:
-        return Path(config.data.cache_dir)
-    first = next(entry for entry in config.data.train if not isinstance(entry, int | float))
-    prefix = Path(first if isinstance(first, str) else first[-1])
-    beside = prefix.parent / "megalite_cache"
-    with contextlib.suppress(OSError):
-        beside.mkdir(exist_ok=True)
-        probe = beside / ".writable"
-        probe.touch()
-        probe.unlink()
-        return beside
-    return Path(config.run.dir) / "cache"
+@dataclass
+class Outcome:
+    """A step that was tried: its result, the global batch it took, and what is wrong with it, if anything."""
 
-
-def open_data(config: Config) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training and validation samples of a run."""
-    return build_datasets(
-        config.data,
-        seq_length=config.train.seq_length,
-        seed=config.run.seed,
-        train_samples=config.samples_after(config.train.steps),
-        valid_samples=config.train.eval_samples if config.train.eval_interval else 0,
-        vocab_size=config.model.vocab_size,
-        cache_dir=index_folder(config),
-    )
-
-
-class Reader:
-    """This rank's micro-batches; ranks in the middle of the pipeline read nothing and get None for each."""
-
-    def __init__(
-        self, config: Config, mesh: Mesh, trainer: Trainer, dataset: TokenDataset | None, eod: int | None
-    ) -> None:
-        self.config = config
-        self.per_step = config.train.micro_batch_size * mesh.dp
-        self._batches: Batches | None = None
-        if dataset is not None and (trainer.needs_batches or config.data.document_mask):
-            self._batches = Batches(
-                dataset,
-                micro_batch_size=config.train.micro_batch_size,
-                dp_rank=mesh.index("dp"),
-                dp_size=mesh.dp,
-                device=mesh.device,
-                document_mask=config.data.document_mask,
-                end_of_document=eod if config.data.mask_end_of_document else None,
-            )
-
-    def read(self, first: int, samples: int) -> list[Batch] | list[None]:
-        if self._batches is None:
-            return [None] * -(-samples // self.per_step)
-        return self._batches.next_batch(first, samples)
-
-    def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
+    result: StepResult
+    first: int
+    samples: int
+    lr: float
+    trouble: str = ""
 
 
 class TrainingRun:
     """One call of `python -m megalite.train`, on one rank: from where the run directory stands to a reason to end."""
 
-    def __init__(self, config: Config, mesh: Mesh, trainer: Trainer, stop: StopRequest, eod: int | None) -> None:
-        self.config, self.mesh, self.trainer, self.stop = config, mesh, trainer, stop
+    def __init__(
+        self, config: Config, mesh: Mesh, trainer: Trainer, stop: StopRequest, watch: Watch, eod: int | None
+    ) -> None:
+        self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
         train, valid = open_data(config)
-        self.position = Position(fingerprint=train.fingerprint())
+        self.fingerprint = train.fingerprint()
+        self.position = Position()
+        self.detector = SpikeDetector(config.recovery.spike_threshold)
         self.train_data = Reader(config, mesh, trainer, train, eod)
         self.valid_data = Reader(config, mesh, trainer, valid, eod)
         self.checkpoints = CheckpointManager(config.run.dir, config, mesh)
@@ -136,87 +96,135 @@ class TrainingRun:
             self._close()
 
     def _start(self) -> None:
-        """Take up the newest checkpoint, or `checkpoint.load`, or begin with initial weights."""
-        state = self.checkpoints.load_latest(self.trainer, fingerprint=self.position.fingerprint)
-        source = self.config.checkpoint.load
+        """Take up the newest checkpoint, or begin."""
+        state = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint)
         if state is not None:
             self._take_up(state)
             log.info("resumed at step %d", self.position.step)
-        elif source:
-            state = self.checkpoints.load(self.trainer, Path(source), optimizer=self.config.checkpoint.load_optimizer)
-            if state:
-                self._take_up(state)
-            log.info("started from %s at step %d", source, self.position.step)
         else:
-            self.trainer.initialise()
-            log.info("initial weights from seed %d", self.config.run.seed)
+            self._begin()
         if self.mesh.rank == 0:
             self.metrics = MetricsLog(self.config, self.position.step)
             self.display = ProgressDisplay(self.position.step, self.last_step, self.config.log.interval)
 
+    def _begin(self) -> None:
+        """Start from `checkpoint.load`, or with initial weights."""
+        source = self.config.checkpoint.load
+        self._take_up({})
+        if not source:
+            self.trainer.initialise()
+            log.info("initial weights from seed %d", self.config.run.seed)
+            return
+        state = self.checkpoints.load(self.trainer, Path(source), optimizer=self.config.checkpoint.load_optimizer)
+        self._take_up(state)
+        log.info("started from %s at step %d", source, self.position.step)
+
     def _take_up(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was made; its data were compared with this run's when it was loaded."""
-        self.position = Position(**state | {"fingerprint": self.position.fingerprint})
+        """Stand where `state` was saved; its data were compared with this run's when it was loaded."""
+        self.position = Position(**state | {"fingerprint": self.fingerprint})
+        self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.position.losses)
 
     def _train(self) -> int:
-        for step in range(self.position.step + 1, self.last_step + 1):
+        while self.position.step < self.last_step:
+            step = self.position.step + 1
+            self.watch.beat(step)
             with self._profiled(step):
                 started = time.perf_counter()
-                result, samples, lr = self._step(step)
+                outcome = self._step(step)
                 seconds = time.perf_counter() - started
-            stopping = result.flags > 0
-            evaluate = self.config.train.eval_interval and (
-                step % self.config.train.eval_interval == 0 or step == self.last_step
-            )
-            validation = self._validate() if evaluate and not stopping else None
-            last = step == self.last_step or stopping
+            if outcome.trouble:
+                self._roll_back(outcome)
+                continue
+            stopping = outcome.result.flags > 0
+            every = self.config.train.eval_interval
+            evaluate = every and (step % every == 0 or step == self.last_step) and not stopping
+            validation = self._validate() if evaluate else None
             interval = self.config.checkpoint.interval
-            stall = 0.0
-            if last or (interval and step % interval == 0):
-                stall = self.checkpoints.save(self.trainer, asdict(self.position))
-            self._report(result, samples, lr, seconds, validation, stall)
+            due = step == self.last_step or stopping or (interval and step % interval == 0)
+            stall = self.checkpoints.save(self.trainer, asdict(self.position)) if due else 0.0
+            self._report(outcome, seconds, validation, stall)
             if stopping and step < self.last_step:
-                self.checkpoints.wait()
-                log.info("stopped on request at step %d, with a checkpoint", step)
-                return STOPPED
-        self.checkpoints.wait()
-        log.info("finished at step %d", self.last_step)
-        return FINISHED
+                return self._saved(STOPPED, f"stopped on request at step {step}, with a checkpoint")
+        return self._saved(FINISHED, f"finished at step {self.last_step}")
 
-    def _step(self, step: int) -> tuple[StepResult, int, float]:
-        """One step of the plan; returns its result, samples and learning rate."""
-        samples = self.config.batch_size_at(self.position.samples)
+    def _saved(self, code: int, message: str) -> int:
+        """End with `code` once the last checkpoint is safe; a fault if it could not be written."""
+        if not self.checkpoints.wait():
+            raise Diverged(f"the last checkpoint could not be written; the run directory is {self.config.run.dir}")
+        log.info("%s", message)
+        return code
+
+    def _step(self, step: int) -> Outcome:
+        """One step of the plan, and whether something is wrong with it."""
+        position = self.position
+        first = next_sample(position.samples, position.skips)
+        position.skipped_samples += first - position.samples
+        samples = self.config.batch_size_at(first)
         lr = learning_rate(step, self.config)
-        batches = self.train_data.read(self.position.samples, samples)
+        batches = self.train_data.read(first, samples)
         result = self.trainer.step(batches, lr, flag=float(self.stop.signal is not None))
-        self.position.step = step
-        self.position.samples += samples
-        if result.accepted:
-            self._refused = 0
-            self.position.tokens += samples * self.config.train.seq_length
-            return result, samples, lr
-        self._refused += 1
-        self.position.skipped_samples += samples
-        log.warning("step %d refused: loss %s, gradient norm %s", step, result.loss, result.grad_norm)
-        if self._refused >= MAX_REFUSED_STEPS:
-            raise Diverged(f"loss or gradient was not finite in {self._refused} steps in a row, up to step {step}")
-        return result, samples, lr
+        position.step, position.samples = step, first + samples
+        outcome = Outcome(result, first, samples, lr)
+        if not result.accepted:
+            self._refused += 1
+            position.skipped_samples += samples
+            log.warning("step %d refused: loss %s, gradient norm %s", step, result.loss, result.grad_norm)
+            if self._refused >= MAX_REFUSED_STEPS:
+                outcome.trouble = f"loss or gradient was not finite in {self._refused} steps in a row"
+            return outcome
+        self._refused = 0
+        position.tokens += samples * self.config.train.seq_length
+        if self.detector.is_spike(result.loss):
+            outcome.trouble = f"loss {result.loss:.4f} stands out of the recent {len(self.detector.losses)}"
+        position.losses = self.detector.losses
+        return outcome
+
+    def _roll_back(self, outcome: Outcome) -> None:
+        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest), and leave out the data around this step."""
+        recovery, step = self.config.recovery, self.position.step
+        rollbacks = self.position.rollbacks + 1
+        if rollbacks > recovery.max_rollbacks:
+            tried = f" after {rollbacks - 1} rollbacks (recovery.max_rollbacks)" if rollbacks > 1 else ""
+            raise Diverged(f"step {step}: {outcome.trouble}{tried}")
+        skips = self.position.skips
+        saved = self.checkpoints.steps()
+        early_enough = [other for other in saved if other <= step - recovery.rollback_steps]
+        target = max(early_enough, default=min(saved, default=0))
+        state = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint, at_most=target)
+        if state is not None:
+            self._take_up(state)
+        else:
+            self._begin()
+        self.checkpoints.discard_after(self.position.step)
+        skip = skip_range(outcome.first, outcome.samples, recovery.skip_steps, self.position.samples)
+        self.position.skips = [*skips, skip]
+        self.position.rollbacks, self._refused = rollbacks, 0
+        log.warning(
+            "step %d: %s; back to step %d, leaving out samples %d to %d (rollback %d of %d)",
+            step,
+            outcome.trouble,
+            self.position.step,
+            skip[0],
+            skip[1] - 1,
+            rollbacks,
+            recovery.max_rollbacks,
+        )
+        if self.metrics is not None:
+            self.metrics.rewind(self.position.step)
 
     def _validate(self) -> float:
         """Mean loss over the first `train.eval_samples` validation samples."""
         loss, tokens = self.trainer.evaluate(self.valid_data.read(0, self.config.train.eval_samples))
         return loss / tokens if tokens else math.nan
 
-    def _report(
-        self, result: StepResult, samples: int, lr: float, seconds: float, validation: float | None, stall: float
-    ) -> None:
+    def _report(self, outcome: Outcome, seconds: float, validation: float | None, stall: float) -> None:
         if self.metrics is None or self.display is None:
             return
         row = StepMetrics(
             step=self.position.step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            lr=lr,
+            loss=outcome.result.loss,
+            grad_norm=outcome.result.grad_norm,
+            lr=outcome.lr,
             tokens=self.position.tokens,
             step_seconds=seconds,
             memory_gib=self.meter.memory_gib(),
@@ -224,7 +232,7 @@ class TrainingRun:
             save_stall_seconds=stall,
             skipped_samples=self.position.skipped_samples,
             rollbacks=self.position.rollbacks,
-            **self.meter.rates(samples * self.config.train.seq_length, seconds),
+            **self.meter.rates(outcome.samples * self.config.train.seq_length, seconds),
         )
         self.metrics.write(row)
         self.display.show(row)

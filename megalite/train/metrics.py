@@ -89,11 +89,7 @@ class MetricsLog:
     def __init__(self, config: Config, resumed_step: int) -> None:
         run = Path(config.run.dir)
         self.path = run / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resumed_step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.rewind(resumed_step)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
@@ -104,6 +100,14 @@ class MetricsLog:
             import wandb  # type: ignore[import-not-found]
 
             self._wandb = wandb.init(project="megalite", dir=str(run), config=asdict(config), resume="allow")
+
+    def rewind(self, step: int) -> None:
+        """Keep the lines up to `step` and go on after them."""
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
         self._file.write(metrics.to_json() + "\n")

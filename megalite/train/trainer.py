@@ -92,7 +92,7 @@ class Trainer:
         """Fill the model with the initial weights of `run.seed`: the same global tensors in every layout."""
         for stage in self.stages.values():
             initialise(stage, self.config.run.seed)
-        self.optimizer.reload()
+        self.optimizer.restart()
 
     def _engine(self, micro_batches: int, train: bool) -> PipelineEngine:
         key = (micro_batches, train)
