@@ -73,7 +73,7 @@ class HuggingFaceSource:
     """The weights of a Hugging Face directory, with the interface of `megalite.checkpoint.source.TensorSource`.
 
     `model` is what `config.json` describes. Tensors are stored in fp32, bf16 or fp16. Raises UserError, naming the
-    file, for a missing shard, a truncated or oversized header, an index that points outside the directory, another dtype.
+    file, for a missing shard, a truncated or oversized header, an index that points outside, another dtype.
     """
 
     def __init__(self, directory: Path | str) -> None:

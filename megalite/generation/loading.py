@@ -1,0 +1,210 @@
+"""A trained model, ready to generate or to be scored: from a run, a checkpoint or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tokenizers
+import torch
+import torch.distributed as dist
+
+from megalite.checkpoint.huggingface import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
+from megalite.checkpoint.source import CheckpointReader, TensorSource, load_weights
+from megalite.config import Config, build_config
+from megalite.config.check import check_layout
+from megalite.config.load import parse_overrides
+from megalite.errors import EXIT_UNUSABLE, UserError
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.model.decoder import Stage
+from megalite.text.tokenizers import Tokenizer, load_tokenizer
+from megalite.train.runtime import World, choose_device, connect
+from megalite.train.trainer import DTYPES
+
+Result = TypeVar("Result")
+
+_OVERRIDES = ("parallel.tensor", "parallel.pipeline", "train.precision", "run.device", "kernels.")
+_RECIPE = "config.toml"
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes on the command line are one line, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:
+    """Decorate a program that runs on many ranks: what all of them find wrong is said once.
+
+    Before the ranks have met, rank 0 speaks. Later whoever found a mistake does, the lower ranks first: the launcher
+    ends the others before they say the same.
+    """
+
+    @functools.wraps(main)
+    def guarded() -> Result:
+        try:
+            return main()
+        except UserError:
+            rank = World.from_environment().rank
+            if rank and not dist.is_initialized():
+                raise SystemExit(EXIT_UNUSABLE) from None
+            time.sleep(min(3.0, 0.5 * rank))
+            raise
+
+    return guarded
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of either kind: its weights, and what is known of its model, precision and tokenizer."""
+
+    source: TensorSource
+    directory: Path
+    model: dict[str, Any]
+    precision: str
+    tokenizer: Tokenizer | None
+    bos: tuple[int, ...]
+    """What the tokenizer of a Hugging Face model puts before every text."""
+    eos: tuple[int, ...]
+    """Tokens that end a text."""
+    document_mask: bool = False
+    """Whether attention was trained to see the token's own document only."""
+
+    def require_tokenizer(self, remedy: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UserError(f"{self.directory} carries no tokenizer; {remedy}")
+        return self.tokenizer
+
+
+@contextmanager
+def open_checkpoint(path: str | Path, tokenizer: str = "") -> Iterator[Opened]:
+    """Open a run directory (its newest complete checkpoint), a checkpoint, or a Hugging Face directory.
+
+    `tokenizer` replaces the one that the checkpoint carries. Raises UserError.
+    """
+    if is_huggingface(Path(path)):
+        with HuggingFaceSource(path) as source:
+            yield _opened_huggingface(source, tokenizer)
+        return
+    with CheckpointReader(path) as reader:
+        yield _opened_run(reader, tokenizer)
+
+
+def _opened_huggingface(source: HuggingFaceSource, name: str) -> Opened:
+    chosen = Path(name) if name else _first_existing(source.directory, TOKENIZER_FILES[:2])
+    loaded = load_tokenizer(chosen) if chosen is not None else None
+    eos = source.special_ids().get("eos_token_id", loaded.eod if loaded else None)
+    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    precision = "fp32" if source.dtype("model.norm.weight") == torch.float32 else "bf16"
+    model = dataclasses.asdict(source.model)
+    return Opened(source, source.directory, model, precision, loaded, leading_ids(loaded), tuple(map(int, stops)))
+
+
+def _opened_run(reader: CheckpointReader, name: str) -> Opened:
+    recipe = _recipe_of(reader)
+    chosen = name or reader.tokenizer or recipe.get("data", {}).get("tokenizer", "")
+    loaded = load_tokenizer(chosen) if chosen else None
+    eos = () if loaded is None or loaded.eod is None else (loaded.eod,)
+    precision = recipe.get("train", {}).get("precision", "fp32")
+    masked = bool(recipe.get("data", {}).get("document_mask", False))
+    model = dict(reader.manifest.model)
+    return Opened(reader, reader.directory, model, precision, loaded, leading_ids(loaded), eos, masked)
+
+
+def _recipe_of(reader: CheckpointReader) -> dict[str, Any]:
+    """The recipe that the checkpoint carries, or nothing."""
+    if _RECIPE not in reader.manifest.extras:
+        return {}
+    return tomllib.loads(reader.extra(_RECIPE).decode("utf-8"))
+
+
+def _first_existing(directory: Path, names: Sequence[str]) -> Path | None:
+    return next((directory / name for name in names if (directory / name).is_file()), None)
+
+
+def leading_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """What a Hugging Face tokenizer puts before a text: its own processing, or `add_bos_token` of its settings."""
+    if tokenizer is None or tokenizer.bos is None or not tokenizer.files:
+        return ()
+    path = tokenizer.files[0]
+    settings = path.with_name("tokenizer_config.json")
+    if settings.is_file():
+        wanted = json.loads(settings.read_bytes()).get("add_bos_token")
+        if wanted is not None:
+            return (tokenizer.bos,) if wanted else ()
+    if tokenizer.kind != "huggingface":
+        return ()
+    ids = tokenizers.Tokenizer.from_file(str(path)).encode("").ids
+    return (tokenizer.bos,) if ids[:1] == [tokenizer.bos] else ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """This rank's stage with its weights, and where it stands."""
+
+    config: Config
+    mesh: Mesh
+    stage: Stage
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the rank that prints."""
+        return self.mesh.rank == 0
+
+
+@contextmanager
+def load_model(
+    opened: Opened, overrides: Sequence[str], *, seq_length: int = 1, data_parallel: bool = False
+) -> Iterator[Loaded]:
+    """Join the other ranks, build this rank's stage and fill it. Raises UserError, the same on every rank.
+
+    `overrides` are `--parallel.tensor`, `--parallel.pipeline`, `--train.precision`, `--run.device`, `--kernels.…`, as
+    for the trainer. Only with `data_parallel` may there be more ranks than one copy of the model takes.
+    """
+    world = World.from_environment()
+    config = _inference_config(opened, overrides, seq_length, world.size)
+    if not data_parallel and config.model_parallel != world.size:
+        raise UserError(
+            f"{world.size} processes, but parallel.tensor * parallel.pipeline = {config.model_parallel}; "
+            "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
+        )
+    check_layout(config, world.size)
+    device = choose_device(config, world)
+    mesh = connect(config, world, device)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device)
+    dtype = DTYPES[config.train.precision]
+    stage = Stage(config.model, mesh, kernels, stage=mesh.index("pp"), stages=mesh.pp, dtype=dtype)
+    load_weights([stage], opened.source)
+    yield Loaded(config, mesh, stage)
+    mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _inference_config(opened: Opened, overrides: Sequence[str], seq_length: int, world_size: int) -> Config:
+    values = parse_overrides(overrides)
+    for section, name in values:
+        if not f"{section}.{name}".startswith(_OVERRIDES):
+            raise UserError(f"--{section}.{name} has no effect here; known are {', '.join(_OVERRIDES)}…")
+    tables: dict[str, dict[str, Any]] = {
+        "model": opened.model,
+        "parallel": {"sequence": False, "zero": 0},
+        "train": {"precision": opened.precision, "seq_length": seq_length, "global_batch_size": world_size},
+    }
+    for (section, name), value in values.items():
+        tables.setdefault(section, {})[name] = value
+    config = build_config(tables)
+    size = config.model_parallel
+    batch = dataclasses.replace(config.train, global_batch_size=max(1, world_size // size))
+    return dataclasses.replace(config, train=batch)
