@@ -32,7 +32,7 @@ class SpikeDetector:
         self.losses = list(losses)[-WINDOW:]
 
     def is_spike(self, loss: float) -> bool:
-        """Whether `loss` is more than `threshold` robust standard deviations above the recent ones; if not, accept it."""
+        """Whether `loss` is more than `threshold` robust deviations above the recent ones; if not, it is accepted."""
         if self.threshold > 0 and len(self.losses) >= MINIMUM:
             centre = statistics.median(self.losses)
             spread = _NORMAL_MAD * statistics.median(abs(other - centre) for other in self.losses)

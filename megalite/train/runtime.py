@@ -79,13 +79,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
     timeout = timedelta(seconds=config.train.timeout_seconds)
     if world.size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            rank=world.rank,
-            world_size=world.size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline,
