@@ -13,6 +13,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 // The blend must round as Megatron-LM's does on x86-64: a product and a subtraction, never one fused instruction.
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
@@ -85,6 +89,97 @@ void build_sample_index(const Bytes& lengths, const Array<std::int32_t>& documen
   }
 }
 
+// A blend in progress. In `weight` and `taken` (float64, as the comparison has them) the datasets are padded to whole
+// blocks; one that is spent, or padding, has taken infinitely much.
+constexpr std::int64_t kBlock = 4;
+constexpr std::int64_t kWideFrom = 13;  // datasets from which on looking at four at a time was measured to be faster
+
+struct Blend {
+  std::vector<double> weight, taken;
+  const std::int64_t* limit;
+  std::int64_t* count;
+  std::int64_t first, open;  // number of the first sample; datasets that are not spent
+  std::int16_t* out_dataset;
+  std::int64_t* out_sample;
+
+  double position(std::int64_t k) const {
+    require(open > 0, "the blend asks for more samples than its datasets hold");
+    return static_cast<double>(std::max<std::int64_t>(first + k, 1));
+  }
+
+  // Sample k comes from dataset `chosen`; returns whether that is spent now.
+  bool take(std::int64_t k, std::int64_t chosen) {
+    out_dataset[k] = static_cast<std::int16_t>(chosen);
+    out_sample[k] = count[chosen]++;
+    return count[chosen] >= limit[chosen];
+  }
+
+  void close(std::int64_t chosen) {
+    taken[chosen] = std::numeric_limits<double>::infinity();
+    --open;
+  }
+};
+
+void run_blend(Blend& blend, std::int64_t datasets, std::int64_t samples) {
+  const double* weight = blend.weight.data();
+  double* taken = blend.taken.data();
+  for (std::int64_t k = 0; k < samples; ++k) {
+    const double position = blend.position(k);
+    std::int64_t chosen = 0;
+    double behind = weight[0] * position - taken[0];
+    for (std::int64_t i = 1; i < datasets; ++i) {
+      const double error = weight[i] * position - taken[i];
+      chosen = error > behind ? i : chosen;
+      behind = error > behind ? error : behind;
+    }
+    taken[chosen] += 1.0;
+    if (blend.take(k, chosen)) blend.close(chosen);
+  }
+}
+
+#if defined(__x86_64__)
+#define MEGALITE_WIDE_BLEND
+
+// The same with four datasets at a time: first the largest error, then the first dataset that has it. Multiplication and
+// subtraction stay apart (AVX2 without FMA), so that every error is that of `run_blend`, bit for bit.
+__attribute__((target("avx2"))) void run_blend_wide(Blend& blend, std::int64_t samples) {
+  alignas(32) static constexpr double kOneMore[kBlock][kBlock] = {
+      {1, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 1, 0}, {0, 0, 0, 1}};
+  const double* weight = blend.weight.data();
+  double* taken = blend.taken.data();
+  const std::int64_t padded = static_cast<std::int64_t>(blend.weight.size());
+  std::vector<double> errors(padded);
+  double* error = errors.data();
+  for (std::int64_t k = 0; k < samples; ++k) {
+    const __m256d position = _mm256_set1_pd(blend.position(k));
+    __m256d most = _mm256_set1_pd(-std::numeric_limits<double>::infinity());
+    for (std::int64_t i = 0; i < padded; i += kBlock) {
+      const __m256d share = _mm256_mul_pd(_mm256_loadu_pd(weight + i), position);
+      const __m256d behind = _mm256_sub_pd(share, _mm256_loadu_pd(taken + i));
+      _mm256_storeu_pd(error + i, behind);
+      most = _mm256_max_pd(most, behind);
+    }
+    most = _mm256_max_pd(most, _mm256_permute2f128_pd(most, most, 1));
+    most = _mm256_max_pd(most, _mm256_permute_pd(most, 5));
+    std::uint64_t found = 0;
+    std::int64_t begin = -64;
+    while (found == 0) {  // 64 datasets at a time, so that a usual blend needs no branch that depends on the data
+      begin += 64;
+      const std::int64_t end = std::min<std::int64_t>(64, padded - begin);
+      for (std::int64_t i = 0; i < end; i += kBlock) {
+        const __m256d equal = _mm256_cmp_pd(_mm256_loadu_pd(error + begin + i), most, _CMP_EQ_OQ);
+        found |= static_cast<std::uint64_t>(_mm256_movemask_pd(equal)) << i;
+      }
+    }
+    const std::int64_t chosen = begin + __builtin_ctzll(found);
+    // the whole block is written, so that reading it for the next sample need not wait for the write
+    double* block = taken + chosen / kBlock * kBlock;
+    _mm256_storeu_pd(block, _mm256_add_pd(_mm256_loadu_pd(block), _mm256_load_pd(kOneMore[chosen % kBlock])));
+    if (blend.take(k, chosen)) blend.close(chosen);
+  }
+}
+#endif
+
 // Which dataset each sample first, first + 1, ... of a blend comes from, and which of its samples it is: always the dataset
 // that is furthest behind weight * samples so far, the first of equals; one that has given `limits` samples is left out.
 // `counts` (samples already taken from each) is brought up to date, so that a blend can be continued.
@@ -93,37 +188,22 @@ void build_blend(const Array<double>& weights, const Array<std::int64_t>& limits
   const std::int64_t datasets = weights.size(), samples = dataset_index.size();
   require(datasets > 0 && datasets < 32767, "a blend has between 1 and 32766 datasets");
   require(limits.size() == datasets && counts.size() == datasets && sample_index.size() == samples, "sizes differ");
-  std::vector<double> weight(weights.data(), weights.data() + datasets), taken(datasets);
-  const std::int64_t* limit = limits.data();
-  std::int64_t* count = counts.mutable_data();
-  std::int16_t* out_dataset = dataset_index.mutable_data();
-  std::int64_t* out_sample = sample_index.mutable_data();
+  const std::size_t padded = (datasets + kBlock - 1) / kBlock * kBlock;
+  Blend blend{std::vector<double>(weights.data(), weights.data() + datasets), std::vector<double>(datasets),
+              limits.data(), counts.mutable_data(), first, 0, dataset_index.mutable_data(), sample_index.mutable_data()};
+  blend.weight.resize(padded, 0.0);
+  blend.taken.resize(padded, std::numeric_limits<double>::infinity());
+  for (std::int64_t i = 0; i < datasets; ++i) {
+    ++blend.open;
+    blend.taken[i] = static_cast<double>(blend.count[i]);
+    if (blend.count[i] >= blend.limit[i]) blend.close(i);
+  }
 
   py::gil_scoped_release release;
-  constexpr double kSpent = std::numeric_limits<double>::infinity();
-  std::int64_t open = 0;
-  for (std::int64_t i = 0; i < datasets; ++i) {
-    taken[i] = count[i] < limit[i] ? static_cast<double>(count[i]) : kSpent;
-    open += count[i] < limit[i];
-  }
-  for (std::int64_t k = 0; k < samples; ++k) {
-    require(open > 0, "the blend asks for more samples than its datasets hold");
-    const double position = static_cast<double>(std::max<std::int64_t>(first + k, 1));
-    std::int64_t chosen = 0;
-    double behind = weight[0] * position - taken[0];
-    for (std::int64_t i = 1; i < datasets; ++i) {
-      const double error = weight[i] * position - taken[i];
-      chosen = error > behind ? i : chosen;
-      behind = error > behind ? error : behind;
-    }
-    out_dataset[k] = static_cast<std::int16_t>(chosen);
-    out_sample[k] = count[chosen]++;
-    taken[chosen] += 1.0;
-    if (count[chosen] >= limit[chosen]) {
-      taken[chosen] = kSpent;
-      --open;
-    }
-  }
+#ifdef MEGALITE_WIDE_BLEND
+  if (datasets >= kWideFrom && __builtin_cpu_supports("avx2")) return run_blend_wide(blend, samples);
+#endif
+  run_blend(blend, datasets, samples);
 }
 
 // One open token file, its arrays kept alive by Python.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,14 @@ def test_order_of_a_blend(folder):
         (["a", "--verify", "--vocab-size", "200"], "is outside the vocabulary of 200"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(folder, arguments, message):
-    done = run(folder, "inspect_data.py", *arguments)
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_mistakes_are_one_line_and_exit_code_2(folder, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["inspect_data.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(TOOLS / "inspect_data.py"), run_name="__main__")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_documents_are_decoded_and_verified(tmp_path):
