@@ -81,6 +81,8 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int, file_size
 class TensorFile:
     """A safetensors file opened for reading; `tensors` are its entries, `metadata` its free strings.
 
+    `size` is that of the file in bytes, `header_crc32` the checksum of its header.
+
     Every method raises `DamagedFile` where the file is missing, truncated or inconsistent. Safe to read from several
     threads. Use as a context manager or call `close`.
     """
@@ -107,7 +109,9 @@ class TensorFile:
                 f"{self.path}: the header claims {length} bytes in a file of {self.size} (at most {_MAX_HEADER} are "
                 "allowed): truncated, or not a safetensors file"
             )
-        header = parse_json(bytes(tensor_bytes(self._read(8, length))), self.path)
+        text = bytes(tensor_bytes(self._read(8, length)))
+        self.header_crc32 = zlib.crc32(text)
+        header = parse_json(text, self.path)
         if not isinstance(header, dict):
             raise DamagedFile(f"{self.path}: the header is not a JSON object: the file is damaged")
         metadata = header.pop("__metadata__", {})
@@ -201,10 +205,19 @@ def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> list[int]:
-    """Write contiguous CPU tensors as a new safetensors file, on the disk when this returns; CRC-32 of each tensor.
+@dataclass(frozen=True)
+class WrittenFile:
+    """Size in bytes, CRC-32 of the JSON header, and of each tensor's bytes."""
 
-    The checksum is taken from memory before the bytes are handed over. Raises OSError (disk full, no permission).
+    size: int
+    header_crc32: int
+    tensor_crc32: list[int]
+
+
+def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> WrittenFile:
+    """Write contiguous CPU tensors as a new safetensors file, on the disk when this returns.
+
+    Each checksum is taken from memory before the bytes are handed over. Raises OSError (disk full, no permission).
     """
     header = safetensors_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors], metadata)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -217,7 +230,8 @@ def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return checksums
+    size = len(header) + sum(tensor.nbytes for _, tensor in tensors)
+    return WrittenFile(size, zlib.crc32(header[8:]), checksums)
 
 
 def write_durably(path: Path, data: bytes) -> None:

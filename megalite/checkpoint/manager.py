@@ -182,12 +182,12 @@ class CheckpointManager:
                 raise ValueError(f"{kind} of {box.name} is not finite")
         path = partial / f"rank_{self._peers.rank:05d}.safetensors"
         metadata = {"format": "pt", "step": str(snapshot.manifest.step)}
-        checksums = write_tensor_file(path, [(key, values) for _, _, key, values in pieces], metadata)
+        written = write_tensor_file(path, [(key, values) for _, _, key, values in pieces], metadata)
         entries = [
             (kind, box.name, box.shape, box.offset, box.size, crc32)
-            for (kind, box, _, _), crc32 in zip(pieces, checksums)
+            for (kind, box, _, _), crc32 in zip(pieces, written.tensor_crc32)
         ]
-        return {"file": path.name, "bytes": path.stat().st_size, "pieces": entries}
+        return {"file": path.name, "bytes": written.size, "header": written.header_crc32, "pieces": entries}
 
     def _commit(self, partial: Path, snapshot: _Snapshot, reports: list[dict[str, Any]]) -> None:
         manifest, index = snapshot.manifest, Index()
@@ -195,7 +195,7 @@ class CheckpointManager:
             for kind, name, shape, offset, size, crc32 in report["pieces"]:
                 piece = Piece(report["file"], tuple(offset), tuple(size), crc32)
                 add_piece(index, kind, name, shape, "F32", piece)
-                manifest.files[piece.file] = report["bytes"]
+                manifest.files[piece.file] = (report["bytes"], report["header"])
         manifest.index = index
         manifest.check_tiling(partial)
         for name, content in self._extras():

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,15 @@ class Manifest:
     """What a checkpoint says of itself.
 
     `updates` counts the optimizer's updates, which the moments have seen; `model` are the fields of `ModelConfig`;
-    `state` is the loop's own. `extras` are further files (config.toml, a tokenizer) with (bytes, CRC-32).
+    `state` is the loop's own. `files` are those of the tensors, with (bytes, CRC-32 of the header), `extras` further
+    files (config.toml, a tokenizer) with (bytes, CRC-32).
     """
 
     step: int
     updates: int
     state: dict[str, Any]
     model: dict[str, Any]
-    files: dict[str, int]
+    files: dict[str, tuple[int, int]]
     extras: dict[str, tuple[int, int]]
     index: Index
 
@@ -132,8 +133,8 @@ class Manifest:
             "updates": self.updates,
             "state": self.state,
             "model": self.model,
-            "files": self.files,
-            "extras": {name: {"bytes": size, "crc32": f"{crc:08x}"} for name, (size, crc) in self.extras.items()},
+            "files": _files_json(self.files, "header_crc32"),
+            "extras": _files_json(self.extras, "crc32"),
             "tensors": {
                 kind: {
                     name: {"shape": entry.shape, "dtype": entry.dtype, "pieces": [_piece_json(p) for p in entry.pieces]}
@@ -162,6 +163,10 @@ class Manifest:
         if zlib.crc32(text) != int(prefix[1], 16):
             raise DamagedFile(f"{path} does not match its own checksum: damaged")
         return _Parser(path).manifest(parse_json(text, path))
+
+
+def _files_json(files: Mapping[str, tuple[int, int]], checksum: str) -> dict[str, Any]:
+    return {name: {"bytes": size, checksum: f"{crc32:08x}"} for name, (size, crc32) in files.items()}
 
 
 def _piece_json(piece: Piece) -> dict[str, Any]:
@@ -204,14 +209,7 @@ class _Parser:
             raise UserError(
                 f"{self.path} has version {str(version)[:20]}, this megalite reads {_VERSION}: use the one it came from"
             )
-        files = {self.file_name(name): self.count(size, name) for name, size in self.object(body, "files").items()}
-        extras = {
-            self.file_name(name): (
-                self.count(self.object({name: entry}, name).get("bytes"), name),
-                self.crc32(entry.get("crc32"), name),
-            )
-            for name, entry in self.object(body, "extras").items()
-        }
+        files, extras = self.files(body, "files", "header_crc32"), self.files(body, "extras", "crc32")
         tensors = self.object(body, "tensors")
         self.require(WEIGHT in tensors and set(tensors) <= set(KINDS), f"kinds of tensors are {sorted(tensors)[:5]}")
         index = {
@@ -223,7 +221,15 @@ class _Parser:
         result.check_tiling(self.path)
         return result
 
-    def entry(self, name: str, value: Any, files: Mapping[str, int]) -> Entry:
+    def files(self, body: Any, key: str, checksum: str) -> dict[str, tuple[int, int]]:
+        result = {}
+        for name, value in self.object(body, key).items():
+            self.require(isinstance(value, dict), f"{name[:80]!r} in {key!r} is not an object")
+            size, crc32 = self.count(value.get("bytes"), name), self.crc32(value.get(checksum), name)
+            result[self.file_name(name)] = (size, crc32)
+        return result
+
+    def entry(self, name: str, value: Any, files: Container[str]) -> Entry:
         self.require(isinstance(value, dict), f"{name}: not an object")
         shape, dtype, pieces = value.get("shape"), value.get("dtype"), value.get("pieces")
         self.require(is_extents(shape) and math.prod(shape) < 1 << 50, f"{name}: impossible shape")
@@ -231,7 +237,7 @@ class _Parser:
         self.require(isinstance(pieces, list), f"{name}: no pieces")
         return Entry(tuple(shape), dtype, [self.piece(name, piece, files) for piece in pieces])
 
-    def piece(self, name: str, value: Any, files: Mapping[str, int]) -> Piece:
+    def piece(self, name: str, value: Any, files: Container[str]) -> Piece:
         self.require(isinstance(value, dict), f"{name}: a piece is not an object")
         file, offset, size = value.get("file"), value.get("offset"), value.get("size")
         self.require(isinstance(file, str) and file in files, f"{name}: piece in unlisted file {str(file)[:80]!r}")

@@ -133,10 +133,11 @@ class CheckpointReader:
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:
             file = TensorFile(self.directory / name)
-            if file.size != self.manifest.files[name]:
-                raise DamagedFile(
-                    f"{file.path} has {file.size} bytes, {self.manifest.files[name]} were written: damaged"
-                )
+            size, header_crc32 = self.manifest.files[name]
+            if file.header_crc32 != header_crc32:
+                raise DamagedFile(f"{file.path}: the header does not match its checksum: damaged")
+            if file.size != size:
+                raise DamagedFile(f"{file.path} has {file.size} bytes, {size} were written: damaged")
             self._files[name] = file
         return self._files[name]
 

@@ -69,11 +69,11 @@ class CheckpointWriter:
             return
         path = self._partial / f"part_{len(self._manifest.files):05d}.safetensors"
         tensors = [(piece_key(kind, name, start), tensor) for kind, name, _, start, tensor in self._waiting]
-        checksums = write_tensor_file(path, tensors, {"format": "pt"})
-        for (kind, name, whole, start, tensor), crc32 in zip(self._waiting, checksums):
+        written = write_tensor_file(path, tensors, {"format": "pt"})
+        for (kind, name, whole, start, tensor), crc32 in zip(self._waiting, written.tensor_crc32):
             piece = Piece(path.name, start, tuple(tensor.shape), crc32)
             add_piece(self._index, kind, name, whole, DTYPE_NAMES[tensor.dtype], piece)
-        self._manifest.files[path.name] = path.stat().st_size
+        self._manifest.files[path.name] = (written.size, written.header_crc32)
         self._waiting.clear()
 
     def __enter__(self) -> CheckpointWriter:
