@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 AXES = ("pp", "dp", "cp", "tp")
 
 # Renamed in torch 2.13; both names are needed while older versions are supported.
@@ -96,7 +98,7 @@ class Group:
         return work
 
     def sum_among(self, tensor: Tensor, members: tuple[int, ...]) -> None:
-        """Sum `tensor` in place over some of the group's ranks (indices, ascending, this one among them); complete on return.
+        """Sum `tensor` in place over some of the group's ranks (indices, ascending, with its own); complete on return.
 
         A part of the group exchanges tensors pair by pair and adds them in index order, so all get the same bits; the
         lower of two ranks sends first, so that it works where a send waits for its receive. For small sets.
@@ -150,7 +152,7 @@ class Mesh:
     cp: int = 1
     tp: int = 1
     rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     make_group: GroupFactory = create_group
     _groups: dict[tuple[str, ...], Group] = field(default_factory=dict, repr=False, compare=False)
 

@@ -61,7 +61,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Placement:
-    """The boxes of one local parameter and how its global tensors are initialised (`normal` with `std`, `ones`, `zeros`)."""
+    """The boxes of one local parameter, and how its global tensors begin (`normal` with `std`, `ones`, `zeros`)."""
 
     boxes: tuple[Box, ...]
     init: str = "normal"

@@ -26,7 +26,7 @@ from megalite.placement import Box, row_box
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a micro-batch stand: rotation tables [S, D] or [S, B, D], and document numbers [S, B] or None."""
+    """Places of a micro-batch's tokens: rotation tables [S, D] or [S, B, D], and document numbers [S, B] or None."""
 
     cos: Tensor
     sin: Tensor

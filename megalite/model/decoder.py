@@ -115,7 +115,8 @@ class Stage(nn.Module):
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
         self.recompute = recompute
         self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1)
-        region, kwargs = self.region, {"dtype": dtype, "device": mesh.device}
+        region = self.region
+        kwargs: dict[str, Any] = {"dtype": dtype, "device": mesh.device}
         vocabulary = (model.vocab_size, model.hidden_size)
         tied = model.tie_embeddings and stages > 1
         ends = tuple(sorted({mesh.rank_at(pp=0), mesh.rank_at(pp=mesh.pp - 1)})) if tied else (mesh.rank,)
@@ -149,7 +150,7 @@ class Stage(nn.Module):
     def positions(
         self, length: int, start: int = 0, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
     ) -> Positions:
-        """Rotation tables for positions start … start + length - 1, or for each token its own (restarting documents)."""
+        """Rotation tables for `length` positions from `start` on, or for each token its own (restarting documents)."""
         if positions_BS is None:
             window = slice(start, start + length)
             return Positions(self.cos[window], self.sin[window])
@@ -158,7 +159,7 @@ class Stage(nn.Module):
         return Positions(self.cos[index_SB], self.sin[index_SB], documents_SB)
 
     def forward(self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
-        """Token ids [B, S] on the first stage, hidden [s, B, H] on the others -> hidden [s, B, H] before the final norm."""
+        """Token ids [B, S] (first stage) or hidden [s, B, H] -> hidden [s, B, H], on the last stage before its norm."""
         hidden_sBH = self.embedding(x) if self.embedding is not None else x
         for block in self.layers:
             if self.recompute == "full" and torch.is_grad_enabled():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class ShardedAdamW:
             {"params": [s.master for s in self.segments if s.decays == decays], "weight_decay": weight_decay}
             for decays, weight_decay in ((True, config.weight_decay), (False, 0.0))
         ]
-        options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+        options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
         apex = _fused_adam() if self.segments and self.segments[0].master.is_cuda else None
         self._apex = apex is not None
         self._optimizer: torch.optim.Optimizer

@@ -229,7 +229,7 @@ def _move_gradient(parameter: Tensor) -> None:
 
 
 def _cut(parameters: list[PlacedParameter], limit: int) -> Iterator[list[PlacedParameter]]:
-    """Runs of at most `limit` elements (a larger parameter alone), so that a bucket fills while others are still in work."""
+    """Runs of at most `limit` elements (a larger parameter alone): small enough to fill while backward goes on."""
     part: list[PlacedParameter] = []
     for parameter in parameters:
         if part and sum(other.numel() for other in part) + parameter.numel() > limit:

@@ -108,7 +108,7 @@ class _RowLinear(Function):
 
 
 class _Embed(Function):
-    """ids_SB -> hidden_sBH. Each rank looks up the ids that it holds, adds zeros for the others, and the ranks are summed."""
+    """ids_SB -> hidden_sBH. Each rank looks up the ids that it holds, zeros elsewhere, and the ranks are summed."""
 
     @staticmethod
     def forward(ctx: Any, weight: PlacedParameter, ids_SB: Tensor, first: int, region: TensorRegion) -> Tensor:
@@ -182,7 +182,7 @@ class RowParallelLinear(nn.Module):
         self.weight = PlacedParameter(torch.empty(out_features, length, **kwargs), Placement((box,), std=std))
 
     def forward(self, *inputs: Tensor, prologue: Prologue | None = None) -> Tensor:
-        """`prologue(*inputs)` is the layer's input [S, B, i] and is recomputed in backward; without it, `inputs[0]` is."""
+        """The layer's input [S, B, i] is `inputs[0]`, or `prologue(*inputs)`, which is then recomputed in backward."""
         return _RowLinear.apply(self.weight, self.region, prologue, *inputs)
 
 

@@ -180,7 +180,7 @@ class TrainingRun:
         return outcome
 
     def _roll_back(self, outcome: Outcome) -> None:
-        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around this step."""
+        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around here."""
         recovery, step = self.config.recovery, self.position.step
         rollbacks = self.position.rollbacks + 1
         if rollbacks > recovery.max_rollbacks:

@@ -22,7 +22,7 @@ _LEAST_DEVIATION = 0.005
 
 
 class SpikeDetector:
-    """Compares a loss with the recent accepted ones, by median and median absolute deviation: outliers cannot move them.
+    """Compares a loss with the recent accepted ones, by median and median absolute deviation (robust to outliers).
 
     `losses` (newest last) is its whole state and travels with checkpoints.
     """
