@@ -87,7 +87,7 @@ def _square_sum_fake(flat: Tensor) -> Tensor:
     return flat.new_empty((), dtype=torch.float64)
 
 
-def unsupported(flat: Tensor, *rest: object) -> str | None:
+def unsupported(flat: Tensor, *rest: object, **options: object) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     return None if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {flat.dtype}"
 

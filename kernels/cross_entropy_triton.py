@@ -163,7 +163,7 @@ def _stats_grad_fake(
     return logits_NV.new_empty(logits_NV.shape[0], 4, dtype=torch.float32)
 
 
-def unsupported(logits_NV: Tensor, *rest: object) -> str | None:
+def unsupported(logits_NV: Tensor, *rest: object, **options: object) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     return None if logits_NV.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {logits_NV.dtype}"
 

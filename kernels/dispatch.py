@@ -4,6 +4,8 @@ Triton is imported only when one of its kernels is chosen, so a machine without 
 """
 
 import difflib
+import functools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,6 +40,9 @@ _REFERENCES = {
     "cross_entropy": cross_entropy,
     "adamw": adamw,
 }
+
+
+logger = logging.getLogger("megalite.kernels")
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,11 @@ def select_kernels(choices: Mapping[str, str], device: torch.device) -> Kernels:
         taken, why = _take(operation, wanted, device, field)
         module = _module(operation, taken)
         for name in names:
-            functions[name] = getattr(module, f"{name}_sdpa" if taken == "sdpa" else name)
+            function = getattr(module, f"{name}_sdpa" if taken == "sdpa" else name)
+            if taken == "triton":
+                plain = getattr(_REFERENCES[operation], "attention_sdpa" if name == "attention" else name)
+                function = _with_fallback(name, function, module.unsupported, plain)
+            functions[name] = function
         report[operation] = f"{taken}{why}"
     return Kernels(**functions, choices=MappingProxyType(report))
 
@@ -122,6 +131,28 @@ def _triton_obstacle(device: torch.device) -> str | None:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"device {device.type} runs Triton only in its interpreter (TRITON_INTERPRET=1)"
     return None
+
+
+def _with_fallback(
+    name: str,
+    kernel: Callable[..., Any],
+    unsupported: Callable[..., str | None],
+    plain: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`kernel`, but `plain` for arguments that it does not take; every reason is logged once."""
+    told: set[str] = set()
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **options: Any) -> Any:
+        reason = unsupported(*args, **options)
+        if reason is None:
+            return kernel(*args, **options)
+        if reason not in told:
+            told.add(reason)
+            logger.warning("kernels.%s: PyTorch instead of Triton for this call: %s", name, reason)
+        return plain(*args, **options)
+
+    return call
 
 
 def _module(operation: str, taken: str) -> Any:

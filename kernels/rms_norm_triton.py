@@ -171,7 +171,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1]), dweight, None
 
 
-def unsupported(x: Tensor, *rest: Any) -> str | None:
+def unsupported(x: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     if x.shape[-1] > WIDEST:
         return f"rows of {x.shape[-1]} elements are wider than {WIDEST}"

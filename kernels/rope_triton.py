@@ -104,7 +104,7 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None
 
 
-def unsupported(q_SBHD: Tensor, *rest: Any) -> str | None:
+def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     return None if q_SBHD.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {q_SBHD.dtype}"
 

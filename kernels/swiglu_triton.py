@@ -104,7 +104,7 @@ class _SwiGLU(torch.autograd.Function):
         return _backward(dy, *ctx.saved_tensors)
 
 
-def unsupported(gate_up: Tensor) -> str | None:
+def unsupported(gate_up: Tensor, **options: Any) -> str | None:
     """Why this argument cannot take the Triton path, or None."""
     return None if gate_up.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {gate_up.dtype}"
 

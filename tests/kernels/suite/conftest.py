@@ -1,7 +1,7 @@
 """The kernels' own tests, the same for both ways to run a kernel.
 
 In a process with TRITON_INTERPRET=1 (which `tests/kernels/test_interpreter.py` starts) they run on the CPU; on a
-machine with a CUDA device `pytest -m gpu` runs them natively. In any other process they are skipped as tests that need a GPU.
+machine with a CUDA device `pytest -m gpu` runs them natively. In any other process they are skipped.
 """
 
 import os

@@ -1,0 +1,284 @@
+"""Flash attention in Triton: masks as intervals, tile sizes, launches, autograd. Specification: `flash_attention.py`.
+
+Dao et al. 2022, "FlashAttention", algorithms 1 and 4; Dao 2023, "FlashAttention-2". Flop for S queries and T keys:
+forward 4 B H S T D, backward counted as 10 B H S T D (14 are done, see `flash_attention_kernels.py`), half of each
+when causal. Memory beyond inputs and output is the log-sum-exp and, in the backward, delta: 8 bytes a query and head.
+
+Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .flash_attention_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
+from .layout import next_power_of_two
+
+WIDEST = 256
+
+Tiles = tuple[int, int, int, int]
+"""(queries, keys, warps, stages)"""
+
+# Chosen from the compiled report (registers, no stack, shared memory): by block of head dim, Hopper and later / Ampere.
+FORWARD: dict[int, tuple[Tiles, Tiles]] = {
+    16: ((128, 128, 4, 3), (128, 64, 4, 3)),
+    32: ((128, 128, 4, 3), (128, 64, 4, 3)),
+    64: ((128, 128, 4, 3), (128, 64, 4, 3)),
+    128: ((128, 128, 8, 2), (128, 64, 8, 3)),
+    256: ((128, 64, 8, 2), (64, 32, 4, 2)),
+}
+DKDV: dict[int, tuple[Tiles, Tiles]] = {
+    16: ((64, 128, 4, 3), (64, 64, 4, 2)),
+    32: ((64, 128, 4, 3), (64, 64, 4, 2)),
+    64: ((64, 128, 8, 3), (64, 64, 4, 2)),
+    128: ((64, 128, 8, 2), (64, 64, 8, 2)),
+    256: ((32, 64, 8, 2), (32, 32, 8, 1)),
+}
+DQ: dict[int, tuple[Tiles, Tiles]] = {
+    16: ((128, 64, 4, 3), (64, 64, 4, 2)),
+    32: ((128, 64, 4, 3), (64, 64, 4, 2)),
+    64: ((128, 64, 8, 3), (64, 64, 4, 2)),
+    128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+    256: ((64, 32, 8, 2), (32, 32, 8, 1)),
+}
+FP32_TILES: Tiles = (64, 64, 4, 1)
+FP32_WIDE_TILES: Tiles = (32, 32, 4, 1)
+
+
+def tiles(table: dict[int, tuple[Tiles, Tiles]], width: int, itemsize: int, hopper: bool) -> Tiles:
+    """Tile sizes for heads of `width` elements; fp32 products are for tests and small models, they are not tuned."""
+    if itemsize == 4:
+        return FP32_TILES if width <= 64 else FP32_WIDE_TILES
+    return table[head_block(width)][0 if hopper else 1]
+
+
+def head_block(width: int) -> int:
+    return max(16, next_power_of_two(width))
+
+
+def descriptors_fit(*tensors: Tensor) -> bool:
+    """Whether Hopper's tensor memory accelerator can read these: 16-byte aligned starts and strides."""
+    if tensors[0].device.type != "cuda" or torch.cuda.get_device_capability(tensors[0].device) < (9, 0):
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def document_intervals(documents: Tensor, queries: int, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """(seen keys int32 [2, B, S], seeing queries int32 [2, B, T]) for documents int [T, B] (runs of equal numbers)."""
+    keys, batch = documents.shape
+    position = torch.arange(keys, device=documents.device)[:, None].expand(keys, batch)
+    starts = torch.ones(keys + 1, batch, dtype=torch.bool, device=documents.device)
+    starts[1:-1] = documents[1:] != documents[:-1]
+    begin = position.where(starts[:-1], 0).cummax(0).values
+    end = (position + 1).where(starts[1:], keys).flip(0).cummin(0).values.flip(0)
+    here = position[keys - queries :].t()
+    return _intervals(here, begin[keys - queries :].t(), end[keys - queries :].t(), keys, causal, window)
+
+
+def packed_intervals(
+    cu_q: Tensor, cu_k: Tensor, queries: int, keys: int, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """As `document_intervals` with B = 1, for documents cut at cu_q in the queries and at cu_k in the keys."""
+    cu_q, cu_k = cu_q.long(), cu_k.long()
+    i = torch.arange(queries, device=cu_q.device)
+    document = torch.searchsorted(cu_q, i, right=True) - 1
+    ends_k = torch.cat([cu_k[1:], cu_k[-1:]])  # rows after the last document belong to an empty one
+    ends_q = torch.cat([cu_q[1:], cu_q[-1:] * 0 + queries])
+    begin, end = cu_k[document], ends_k[document]
+    here = i - ends_q[document] + end
+    return _intervals(here[None], begin[None], end[None], keys, causal, window)
+
+
+def _intervals(
+    here: Tensor, begin: Tensor, end: Tensor, keys: int, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Bounds per query [B, S] from its key position and its document's bounds; then, both bounds being sorted, per
+    key."""
+    hi = torch.minimum(torch.maximum(here + 1, begin), end) if causal else end
+    lo = begin if window is None else torch.minimum(torch.maximum(here - window + 1, begin), end)
+    j = torch.arange(keys, device=here.device).expand(here.shape[0], keys).contiguous()
+    first = torch.searchsorted(hi.contiguous(), j, right=True)
+    last = torch.searchsorted(lo.contiguous(), j, right=True)
+    return torch.stack([lo, hi]).int(), torch.stack([first, last]).int()
+
+
+def _source(x_SBHD: Tensor, rows: int, use_descriptors: bool) -> Any:
+    """What a kernel reads tiles of `rows` from: the tensor, or a descriptor of it as [B, H, S, D]."""
+    if not use_descriptors:
+        return x_SBHD
+    view = x_SBHD.permute(1, 2, 0, 3)
+    block = [1, 1, rows, head_block(x_SBHD.shape[-1])]
+    return TensorDescriptor(x_SBHD, list(view.shape), list(view.stride()), block)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _constants(q: Tensor, causal: bool, window: int, softcap: float, table: Tensor | None, use: bool) -> dict[str, Any]:
+    exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return {
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "TABLE": table is not None,
+        "SOFTCAP": softcap > 0,
+        "DESCRIPTORS": use,
+        "PRECISION": "ieee" if exact else "tf32",
+        "WIDTH": q.shape[-1],
+        "BLOCK_D": head_block(q.shape[-1]),
+    }
+
+
+def _hopper(x: Tensor) -> bool:
+    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@torch.library.custom_op("megalite::flash_attention_forward", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, window: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_fake(q, k, v, seen, causal, window, scale, softcap)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    queries, batch, heads, width = q.shape
+    keys, kv_heads = k.shape[0], k.shape[2]
+    use = keys > 0 and descriptors_fit(q, k, v)
+    block_m, block_n, warps, stages = tiles(FORWARD, width, q.element_size(), _hopper(q))
+    forward_kernel[(triton.cdiv(queries, block_m), heads, batch)](
+        _source(q, block_m, use), _source(k, block_n, use), _source(v, block_n, use), out, lse, seen,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        queries, keys, heads, heads // kv_heads, window, scale, softcap,
+        **_constants(q, causal, window, softcap, seen, use), BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, window: int, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    queries, batch, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@torch.library.custom_op("megalite::flash_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor | None,
+    seeing: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if dq.numel() == 0 or dk.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
+    queries, batch, heads, width = q.shape
+    keys, kv_heads = k.shape[0], k.shape[2]
+    delta = torch.empty_like(lse)
+    delta_kernel[(triton.cdiv(queries, 64), heads, batch)](
+        out, dout, dlse, delta, *dout.stride()[:3], queries, heads,
+        HAS_DLSE=dlse is not None, BLOCK_M=64, WIDTH=width, BLOCK_D=head_block(width), num_warps=4,
+    )  # fmt: skip
+    use = descriptors_fit(q, k, v, dout)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    sizes = (queries, keys, heads, heads // kv_heads, window, scale, softcap)
+    constants = _constants(q, causal, window, softcap, seen, use)
+    block_m, block_n, warps, stages = tiles(DKDV, width, q.element_size(), _hopper(q))
+    dkdv_kernel[(triton.cdiv(keys, block_n), kv_heads, batch)](
+        _source(q, block_m, use), _source(k, block_n, use), _source(v, block_n, use), _source(dout, block_m, use),
+        lse, delta, dk, dv, seeing, *strides, *sizes, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    block_m, block_n, warps, stages = tiles(DQ, width, q.element_size(), _hopper(q))
+    dq_kernel[(triton.cdiv(queries, block_m), heads, batch)](
+        _source(q, block_m, use), _source(k, block_n, use), _source(v, block_n, use), _source(dout, block_m, use),
+        lse, delta, dq, seen, *strides, *sizes, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor | None,
+    seeing: Tensor | None, causal: bool, window: int, scale: float, softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Any, seeing: Any, *options: Any) -> Any:
+        out, lse = _forward(q, k, v, seen, *options)
+        ctx.save_for_backward(q, k, v, out, lse, seen, seeing)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, out, lse, seen, seeing = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        dlse = dlse if dlse is None else dlse.float().contiguous()
+        grads = _backward(dout, dlse, q, k, v, out, lse, seen, seeing, *ctx.options)
+        return (*grads, None, None, None, None, None, None)
+
+
+def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
+    """Why these arguments cannot take the Triton path, or None."""
+    if q_SBHD.shape[-1] > WIDEST:
+        return f"head dim {q_SBHD.shape[-1]} is above {WIDEST}"
+    return None if q_SBHD.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {q_SBHD.dtype}"
+
+
+def attention(
+    q_SBHD: Tensor,
+    k_SBKD: Tensor,
+    v_SBKD: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    documents: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `flash_attention.attention_reference`; q, k and v may be views into one fused projection."""
+    seen = seeing = None
+    if documents is not None:
+        seen, seeing = document_intervals(documents, q_SBHD.shape[0], causal, window)
+    scale = q_SBHD.shape[-1] ** -0.5 if scale is None else scale
+    pair = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, float(scale), softcap or 0.0)
+    return pair if return_lse else pair[0]
+
+
+def attention_varlen(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Documents packed one after the other, each with its own number of queries and keys: (out [N, H, D], lse [H, N]).
+
+    cu_seqlens_q, cu_seqlens_k: int [documents + 1], where each document starts, and the end of the last; documents may
+    be empty on either side. Causal masks align each document at its end. No sequence length is needed on the host.
+    """
+    q, k, v = (x.unsqueeze(1) for x in (q_NHD, k_NKD, v_NKD))
+    seen, seeing = packed_intervals(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _Attention.apply(q, k, v, seen, seeing, causal, window or 0, float(scale), softcap or 0.0)
+    return out.squeeze(1), lse.squeeze(0)

@@ -1,0 +1,173 @@
+"""Flash attention in Triton, forward and backward, against the float64 reference."""
+
+import pytest
+import torch
+from megalite.kernels import flash_attention_triton as ours
+from megalite.kernels.flash_attention import attention_reference
+from torch import Tensor
+
+from tests.kernels.suite.kernel_checks import close, compare
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def inputs(device, queries, keys, batch, heads, kv_heads, width, dtype=torch.float32) -> list[Tensor]:
+    shapes = [(queries, batch, heads, width), (keys, batch, kv_heads, width), (keys, batch, kv_heads, width)]
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+
+def check(tensors: list[Tensor], factor: float = 1.0, **options) -> None:
+    dtype = tensors[0].dtype
+    compare(
+        lambda q, k, v: ours.attention(q, k, v, **options),
+        lambda q, k, v: attention_reference(q, k, v, **options),
+        tensors,
+        dtype,
+        factor=factor,
+    )
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def path(request, monkeypatch):
+    """Both ways to read tiles; a device that cannot take descriptors is skipped."""
+    if request.param == "descriptors" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    monkeypatch.setattr(ours, "descriptors_fit", lambda *tensors: request.param == "descriptors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "kv_heads", "width"),
+    [(97, 97, 4, 2, 64), (130, 130, 1, 1, 40), (33, 80, 3, 1, 96), (80, 45, 2, 2, 32), (1, 70, 2, 1, 16)],
+)
+def test_causal(device, path, dtype, queries, keys, heads, kv_heads, width):
+    """Odd lengths and widths, grouped heads, fewer queries than keys and more (rows that see nothing)."""
+    check(inputs(device, queries, keys, 2, heads, kv_heads, width, dtype), factor=1.5, causal=True)
+
+
+@pytest.mark.parametrize("options", [{"causal": False}, {"window": 2}, {"window": 29}, {"causal": False, "window": 40}])
+def test_windows(device, options):
+    check(inputs(device, 100, 100, 1, 2, 1, 32), **options)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"scale": 0.5}, {"softcap": 1.0, "window": 20, "causal": True}])
+def test_softcap_and_scale(device, options):
+    check(inputs(device, 70, 70, 1, 2, 2, 24), factor=2, **options)
+
+
+@pytest.mark.parametrize("width", [160, 256, 59])
+def test_wide_and_odd_heads(device, width):
+    check(inputs(device, 40, 40, 1, 2, 1, width, torch.bfloat16), factor=1.5)
+
+
+@pytest.mark.parametrize(
+    ("causal", "queries", "window"), [(True, 110, None), (False, 110, 17), (False, 30, None), (True, 30, 17)]
+)
+def test_documents(device, causal, queries, window):
+    """Documents cut anywhere, differently in every batch entry, one of them a single token."""
+    documents = torch.randint(0, 110, (110, 2), device=device).sort(0).values // 23
+    documents[50, 0] = 99
+    check(inputs(device, queries, 110, 2, 2, 1, 32), documents=documents, causal=causal, window=window)
+
+
+def test_a_row_sees_only_its_document(device):
+    """Keys of other documents hold NaN in another document's rows only: the packed result equals each alone."""
+    q, k, v = inputs(device, 64, 64, 1, 2, 1, 32)
+    documents = (torch.arange(64, device=device) >= 37).long()[:, None]
+    packed = ours.attention(q, k, v, documents=documents)
+    alone = [ours.attention(q[s], k[s], v[s]) for s in (slice(0, 37), slice(37, 64))]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_variable_lengths(device, causal):
+    """Packed documents with their own query and key counts, empty ones on both sides, and tokens after the last."""
+    lengths_q, lengths_k = [5, 0, 40, 33, 7, 0], [9, 12, 40, 0, 3, 0]
+    cu_q, cu_k = (torch.tensor([0, *torch.tensor(n).cumsum(0).tolist()], device=device) for n in (lengths_q, lengths_k))
+    q, k, v = (x[:, 0] for x in inputs(device, sum(lengths_q) + 3, sum(lengths_k), 1, 4, 2, 32))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = ours.attention_varlen(*leaves, cu_q.int(), cu_k.int(), causal=causal)
+    wide = [x.double().detach().requires_grad_() for x in (q, k, v)]
+    parts, lses = [], []
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:]):
+        if b == a:
+            continue
+        if d == c:
+            parts.append(wide[0][a:b] * 0)
+            lses.append(torch.full((4, int(b - a)), -torch.inf, device=device).double())
+            continue
+        one, its_lse = attention_reference(
+            wide[0][a:b, None], wide[1][c:d, None], wide[2][c:d, None], causal=causal, return_lse=True
+        )
+        parts.append(one[:, 0])
+        lses.append(its_lse[0])
+    expected = torch.cat([*parts, wide[0][-3:] * 0])
+    close("out", out, expected, torch.float32)
+    seen = torch.cat([*lses, torch.full((4, 3), -torch.inf, device=device).double()], 1)
+    assert torch.equal(lse == -torch.inf, seen == -torch.inf)
+    close("lse", lse.where(seen > -torch.inf, 0), seen.where(seen > -torch.inf, 0), torch.float32)
+    upstream = torch.randn_like(out)
+    for name, a, b in zip(
+        "qkv", torch.autograd.grad(out, leaves, upstream), torch.autograd.grad(expected, wide, upstream.double())
+    ):
+        close(f"gradient of {name}", a, b, torch.float32)
+
+
+def test_log_sum_exp_and_its_gradient(device):
+    """What ring attention needs: lse in fp32, -inf where a row sees nothing, differentiable beside the output."""
+    check(inputs(device, 60, 60, 2, 2, 1, 32), return_lse=True)
+    out, lse = ours.attention(*inputs(device, 20, 12, 1, 2, 1, 32), return_lse=True)
+    assert (lse[..., :8] == -torch.inf).all() and lse[..., 8:].isfinite().all() and (out[:8] == 0).all()
+
+
+def test_views_of_a_fused_projection_and_odd_gradients(device):
+    """q, k, v inside one [S, B, (H + 2K) D] tensor; the gradient arrives transposed, then expanded."""
+
+    def run(op, qkv, weights):
+        q, k, v = (part.unflatten(-1, (-1, 32)) for part in qkv.split([4 * 32, 2 * 32, 2 * 32], -1))
+        out = op(q, k, v)
+        return (out.permute(1, 2, 3, 0) * weights).sum() + out.sum()
+
+    weights = torch.randn(2, 4, 32, 50, device=device)
+    compare(
+        lambda qkv: run(ours.attention, qkv, weights),
+        lambda qkv: run(attention_reference, qkv, weights.double()),
+        (torch.randn(50, 2, 8 * 32, device=device),),
+        torch.float32,
+        factor=2,
+    )
+
+
+def test_gradients_repeat_bitwise(device):
+    tensors = [x.requires_grad_() for x in inputs(device, 90, 90, 1, 4, 2, 32, torch.bfloat16)]
+    upstream = torch.randn(90, 1, 4, 32, device=device).bfloat16()
+    runs = 2 if device.type == "cpu" else 30
+    results = [torch.autograd.grad(ours.attention(*tensors), tensors, upstream) for _ in range(runs)]
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [113, 1023, 2048])
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+def test_error_is_at_most_twice_torchs(device, path, length, width):
+    """FlashAttention's rule: max error against fp32 at most twice that of the plain bf16 formula."""
+    if device.type == "cpu":
+        pytest.skip("long; the interpreter has the same bound at short lengths")
+    q, k, v = (x.requires_grad_() for x in inputs(device, length, length, 2, 8, 2, width, torch.bfloat16))
+    upstream = torch.randn_like(q)
+
+    def run(op, dtype):
+        tensors = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out = op(*tensors)
+        return [out, *torch.autograd.grad(out, tensors, upstream.to(dtype))]
+
+    def plain(q, k, v):
+        k, v = (x.repeat_interleave(4, 2) for x in (k, v))
+        scores = torch.einsum("sbhd,tbhd->bhst", q, k) * width**-0.5
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return torch.einsum("bhst,tbhd->sbhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+    exact, torchs, got = run(plain, torch.float32), run(plain, torch.bfloat16), run(ours.attention, torch.bfloat16)
+    for name, a, b, c in zip(("out", "dq", "dk", "dv"), exact, torchs, got):
+        allowed = 2 * (b.float() - a).abs().max() + 1e-5
+        assert (c.float() - a).abs().max() <= allowed, name

@@ -1,0 +1,69 @@
+"""The kernels as torch operators: fake tensors, schemas, torch.compile, and the selection by configuration."""
+
+import pytest
+import torch
+from megalite.kernels import OPERATIONS, flash_attention_triton, rms_norm_triton, select_kernels, swiglu_triton
+from megalite.kernels.rms_norm import rms_norm
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    """On fake tensors no kernel runs; shapes and dtypes come from the registered functions."""
+    with FakeTensorMode():
+        q, kv = torch.empty(10, 2, 4, 32, dtype=torch.bfloat16), torch.empty(10, 2, 2, 32, dtype=torch.bfloat16)
+        out, lse = flash_attention_triton.attention(q, kv, kv, return_lse=True)
+        assert (out.shape, out.dtype) == (q.shape, q.dtype) and lse.shape == (2, 4, 10) and lse.dtype == torch.float32
+        total, y = rms_norm_triton.add_rms_norm(q, q, torch.empty(32), 1e-5)
+        assert total.dtype == torch.bfloat16 and y.dtype == torch.float32
+        assert swiglu_triton.swiglu(torch.empty(3, 8)).shape == (3, 4)
+
+
+def test_operators_pass_torchs_own_checks(device):
+    x, weight = torch.randn(4, 32, device=device), torch.randn(32, device=device)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.megalite.rms_norm_forward.default, (x, x, weight, 1e-5), test_utils=checks)
+    torch.library.opcheck(torch.ops.megalite.swiglu_forward.default, (x,), test_utils=checks)
+    q = torch.randn(8, 1, 2, 16, device=device)
+    args = (q, q, q, None, True, 0, 0.25, 0.0)
+    torch.library.opcheck(torch.ops.megalite.flash_attention_forward.default, args, test_utils=checks)
+
+
+def test_a_compiled_block_equals_the_eager_one(device):
+    """fullgraph: no kernel breaks the graph, in either direction."""
+
+    def block(x, weight):
+        return swiglu_triton.swiglu(rms_norm_triton.rms_norm(x, weight, 1e-5)).square().sum()
+
+    x, weight = (
+        torch.randn(6, 32, device=device, requires_grad=True),
+        torch.randn(32, device=device, requires_grad=True),
+    )
+    eager = torch.autograd.grad(block(x, weight), (x, weight))
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), eager):
+        torch.testing.assert_close(a, b)
+
+
+def test_selection_takes_triton_here_and_says_so(device):
+    kernels = select_kernels({"attention": "sdpa"}, device)
+    assert kernels.choices["rms_norm"].startswith("triton") and kernels.choices["attention"] == "sdpa"
+    assert len(kernels.describe().splitlines()) == len(OPERATIONS)
+
+
+def test_an_unsupported_call_falls_back_and_says_why(device, caplog):
+    x, weight = torch.randn(2, 20000, device=device), torch.randn(20000, device=device)
+    with caplog.at_level("WARNING", logger="megalite.kernels"):
+        kernels = select_kernels({"default": "triton"}, device)
+        for _ in range(2):
+            torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5))
+    assert [r.message for r in caplog.records if "rms_norm" in r.message and "20000" in r.message] != []
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("width", [320])
+def test_attention_heads_too_wide_for_the_kernel(device, width):
+    q = torch.randn(5, 1, 1, width, device=device)
+    kernels = select_kernels({"default": "triton"}, device)
+    torch.testing.assert_close(
+        kernels.attention(q, q, q), select_kernels({"default": "reference"}, device).attention(q, q, q)
+    )
