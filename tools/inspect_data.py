@@ -66,9 +66,12 @@ def show_statistics(dataset: IndexedDataset, as_json: bool) -> None:
         points = "  ".join(f"{name} {value:,}" for name, value in named.items())
         print(f"  length       mean {mean:,.1f}  {points}")
     print(f"  fingerprint  {dataset.fingerprint()}")
-    for key, value in dataset.description().items():
-        if isinstance(value, (str, int, float)) and key not in ("documents", "tokens", "sequences", "fingerprint"):
-            print(f"  {key:<12} {value}")
+    description = dataset.description()
+    if tokenizer := description.get("tokenizer"):
+        files = ", ".join(tokenizer["files"]) or tokenizer["kind"]
+        print(f"  tokenizer    {files}, {tokenizer['vocab_size']:,} entries, sha256 {tokenizer['sha256'][:16]}")
+    for source in description.get("merged_from", []):
+        print(f"  merged from  {source['name']}, {source['tokens']:,} tokens")
     for line in histogram_lines(numbers.histogram):
         print(line)
 
@@ -84,7 +87,7 @@ def show_documents(dataset: IndexedDataset, tokenizer: Tokenizer | None, first: 
 
 def check(dataset: IndexedDataset, vocab_size: int | None) -> None:
     if vocab_size is None:
-        vocab_size = dataset.description().get("vocab_size")
+        vocab_size = dataset.description().get("tokenizer", {}).get("vocab_size")
     problems = verify(dataset, vocab_size)
     for problem in problems[1:]:
         print(f"problem: {problem}")

@@ -138,13 +138,12 @@ class IndexedWriter:
                 f"{dataset.prefix}.idx: token dtype {dataset.dtype} differs from {self.dtype} of {self.prefix};"
                 " tokenize both with the same vocabulary"
             )
-        base = self.sequences
-        for start in range(0, dataset.tokens.size, 4 * CHUNK):
-            self._write("bin", dataset.tokens[start : start + 4 * CHUNK])
-        for start in range(0, len(dataset), CHUNK):
-            self._write("lengths", dataset.lengths[start : start + CHUNK])
-        for start in range(1, dataset.boundaries.size, CHUNK):
-            self._write("documents", dataset.boundaries[start : start + CHUNK] + base)
+        for tokens in dataset.pieces("tokens"):
+            self._write("bin", tokens)
+        for lengths in dataset.pieces("lengths"):
+            self._write("lengths", lengths)
+        for number, boundaries in enumerate(dataset.pieces("boundaries")):
+            self._write("documents", boundaries[number == 0 :] + self.sequences)  # the first boundary is always 0
         self.tokens += dataset.tokens.size
         self.sequences += len(dataset)
         self.documents += dataset.documents
@@ -230,14 +229,14 @@ class IndexedWriter:
     def _write_index(self) -> None:
         with open(self._temporary["idx"], "wb", buffering=1 << 20) as idx:
             idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
-            for lengths in _pieces(self._temporary["lengths"], INT32):
+            for lengths in read_pieces(self._temporary["lengths"], INT32):
                 idx.write(lengths.data)
             offset = 0
-            for lengths in _pieces(self._temporary["lengths"], INT32):
+            for lengths in read_pieces(self._temporary["lengths"], INT32):
                 ends = offset + np.cumsum(lengths, dtype=INT64) * self.dtype.itemsize
                 idx.write((ends - lengths.astype(INT64) * self.dtype.itemsize).data)
                 offset = int(ends[-1])
-            for boundaries in _pieces(self._temporary["documents"], INT64):
+            for boundaries in read_pieces(self._temporary["documents"], INT64):
                 idx.write(boundaries.data)
             idx.flush()
             os.fsync(idx.fileno())
@@ -332,6 +331,21 @@ class IndexedDataset:
         """Number of the document that holds this sequence."""
         return int(np.searchsorted(self.boundaries, sequence, side="right")) - 1
 
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The array `tokens`, `lengths`, `offsets` or `boundaries` in pieces of at most 2^20 entries.
+
+        Read with plain file reads: walking a whole mapping would count as memory of this process.
+        """
+        bin_path, idx_path, _ = file_paths(self.prefix)
+        count = len(self)
+        path, dtype, start, entries = {
+            "tokens": (bin_path, self.dtype, 0, self.tokens.size),
+            "lengths": (idx_path, INT32, HEADER.size, count),
+            "offsets": (idx_path, INT64, HEADER.size + 4 * count, count),
+            "boundaries": (idx_path, INT64, HEADER.size + 12 * count, self.documents + 1),
+        }[name]
+        return read_pieces(path, dtype, start, entries)
+
     def fingerprint(self) -> str:
         """sha256 (hex) over dtype, counts, every length, and 256 blocks spread over the tokens; no path enters it.
 
@@ -341,8 +355,8 @@ class IndexedDataset:
         if self._fingerprint:
             return self._fingerprint
         digest = hashlib.sha256(f"{self.dtype.str} {len(self)} {self.documents} {self.tokens.size}".encode())
-        for start in range(0, len(self), 4 * CHUNK):
-            digest.update(np.ascontiguousarray(self.lengths[start : start + 4 * CHUNK]).data)
+        for lengths in self.pieces("lengths"):
+            digest.update(lengths.data)
         data = self.tokens.view(np.uint8)
         last = max(data.size - FINGERPRINT_BLOCK_BYTES, 0)
         for block in range(FINGERPRINT_BLOCKS):
@@ -400,11 +414,11 @@ def merged_provenance(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     """
     described = [dataset.description() for dataset in datasets]
     for dataset, description in zip(datasets, described, strict=True):
-        ours, theirs = described[0].get("tokenizer_sha256"), description.get("tokenizer_sha256")
-        if ours and theirs and ours != theirs:
+        ours, theirs = described[0].get("tokenizer"), description.get("tokenizer")
+        if ours and theirs and ours["sha256"] != theirs["sha256"]:
             raise UserError(
                 f"{dataset.prefix}.json: made with another tokenizer than {datasets[0].prefix}"
-                f" (tokenizer_sha256 {theirs[:12]} and {ours[:12]}); tokenize both with the same one"
+                f" (sha256 {theirs['sha256'][:12]} and {ours['sha256'][:12]}); tokenize both with the same one"
             )
     shared = dict(described[0].items()) if described else {}
     for description in described[1:]:
@@ -434,10 +448,13 @@ def _map(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _pieces(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
+def read_pieces(path: Path, dtype: np.dtype, start: int = 0, entries: int = -1) -> Iterator[np.ndarray]:
+    """`entries` entries (default: all) of a file from byte `start` on, in pieces of at most `CHUNK`."""
     with open(path, "rb") as file:
-        while (piece := np.fromfile(file, dtype, CHUNK)).size:
+        file.seek(start)
+        while (piece := np.fromfile(file, dtype, CHUNK if entries < 0 else min(CHUNK, entries))).size:
             yield piece
+            entries -= piece.size if entries > 0 else 0
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megalite.data.dataset import Blend, Sampling
-from megalite.data.indexed import CHUNK, IndexedDataset
+from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
 SAMPLED_LENGTHS = 1 << 24  # lengths from which percentiles are taken; more are thinned out evenly
@@ -37,18 +37,21 @@ class Statistics:
 def statistics(dataset: IndexedDataset) -> Statistics:
     """Walk the index (not the tokens) in bounded memory."""
     bins = np.zeros(33, np.int64)
-    for start in range(0, len(dataset), CHUNK):
-        # frexp gives the number of binary digits exactly, where a logarithm would round
-        digits = np.frexp(dataset.lengths[start : start + CHUNK].astype(np.float64))[1]
-        bins += np.bincount(np.maximum(digits - 1, 0), minlength=bins.size)
-    empty = 0
-    for start in range(0, dataset.documents, CHUNK):
-        empty += int((np.diff(dataset.boundaries[start : start + CHUNK + 1]) == 0).sum())
     step = -(-len(dataset) // SAMPLED_LENGTHS) or 1
-    selection = dataset.lengths[::step]
+    selection = []
+    for lengths in dataset.pieces("lengths"):
+        # frexp gives the number of binary digits exactly, where a logarithm would round
+        digits = np.frexp(lengths.astype(np.float64))[1]
+        bins += np.bincount(np.maximum(digits - 1, 0), minlength=bins.size)
+        selection.append(lengths[::step].copy())
+    empty, previous = 0, -1
+    for boundaries in dataset.pieces("boundaries"):
+        empty += int((np.diff(boundaries, prepend=previous) == 0).sum())
+        previous = int(boundaries[-1])
     percentiles: tuple[int, ...] = ()
-    if selection.size:
-        percentiles = tuple(int(value) for value in np.percentile(selection, PERCENTILES, method="nearest"))
+    if selection:
+        found = np.percentile(np.concatenate(selection), PERCENTILES, method="nearest")
+        percentiles = tuple(int(value) for value in found)
     used = int(np.flatnonzero(bins)[-1]) + 1 if bins.any() else 0
     return Statistics(
         dataset.documents, empty, len(dataset), dataset.tokens.size, percentiles, tuple(bins[:used].tolist())

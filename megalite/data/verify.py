@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.indexed import CHUNK, INT64, IndexedDataset, file_paths, file_sha256
+from megalite.data.indexed import INT64, IndexedDataset, file_paths, file_sha256
 
 
 def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
@@ -27,29 +27,31 @@ def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
 
 
 def _index_problems(dataset: IndexedDataset, idx_path: Path) -> list[str]:
-    offset = 0
-    for start in range(0, len(dataset), CHUNK):
-        lengths = dataset.lengths[start : start + CHUNK].astype(INT64)
+    offset = start = 0
+    for piece, offsets in zip(dataset.pieces("lengths"), dataset.pieces("offsets"), strict=True):
+        lengths = piece.astype(INT64)
         if lengths.min() < 0:
             where = int(np.argmin(lengths))
             return [f"{idx_path}: sequence {start + where} has length {lengths[where]}"]
         ends = offset + np.cumsum(lengths) * dataset.dtype.itemsize
-        wrong = dataset.offsets[start : start + CHUNK] != ends - lengths * dataset.dtype.itemsize
+        wrong = offsets != ends - lengths * dataset.dtype.itemsize
         if wrong.any():
             where = start + int(np.argmax(wrong))
             return [f"{idx_path}: sequence {where} does not begin where the one before it ends"]
-        offset = int(ends[-1])
-    for start in range(0, dataset.boundaries.size, CHUNK):
-        steps = np.diff(dataset.boundaries[start : start + CHUNK + 1])
-        if steps.size and steps.min() < 0:
-            return [f"{idx_path}: document {start + int(np.argmin(steps))} ends before it begins"]
+        offset, start = int(ends[-1]), start + lengths.size
+    document, previous = -1, 0
+    for boundaries in dataset.pieces("boundaries"):
+        steps = np.diff(boundaries, prepend=previous)
+        if steps.min() < 0:
+            return [f"{idx_path}: document {document + int(np.argmin(steps))} ends before it begins"]
+        document, previous = document + boundaries.size, int(boundaries[-1])
     return []
 
 
 def _first_bad_token(dataset: IndexedDataset, vocab_size: int | None) -> str:
     limit = np.iinfo(dataset.dtype).max if vocab_size is None else vocab_size - 1
-    for start in range(0, dataset.tokens.size, 4 * CHUNK):
-        piece = dataset.tokens[start : start + 4 * CHUNK]
+    start = 0
+    for piece in dataset.pieces("tokens"):
         if piece.max() > limit or piece.min() < 0:
             where = start + int(np.flatnonzero((piece > limit) | (piece < 0))[0])
             sequence = int(np.searchsorted(dataset.offsets, where * dataset.dtype.itemsize, side="right")) - 1
@@ -57,4 +59,5 @@ def _first_bad_token(dataset: IndexedDataset, vocab_size: int | None) -> str:
                 f"document {dataset.document_of(sequence)}: token id {dataset.tokens[where]}"
                 f" is outside the vocabulary of {limit + 1}"
             )
+        start += piece.size
     return ""

@@ -111,7 +111,9 @@ def test_mistakes_are_one_line_and_exit_code_2(folder, monkeypatch, capsys, argu
 
 def test_documents_are_decoded_and_verified(tmp_path):
     texts = ["Grüße, Welt", "zweites Dokument", "drittes"]
-    write(tmp_path / "t", [[*text.encode(), 256] for text in texts])
+    tokenizer = {"kind": "byte", "files": [], "sha256": "ab" * 32, "vocab_size": 257}
+    write(tmp_path / "t", [[*text.encode(), 256] for text in texts], tokenizer=tokenizer)
+    assert "ids below 257" in run(tmp_path, "inspect_data.py", "t", "--verify").stdout  # from what is noted beside it
     done = run(tmp_path, "inspect_data.py", "t", "--tokenizer-model", "byte", "--documents", 2, "--verify")
     assert done.returncode == 0, done.stderr
     assert texts[0] in done.stdout and texts[1] in done.stdout and texts[2] not in done.stdout
@@ -155,8 +157,8 @@ def test_merge_keeps_the_order_of_the_arguments(folder):
 
 def test_merge_refuses_other_dtypes_and_other_tokenizers(folder):
     write(folder / "wide", [[1, 2]], np.int32)
-    write(folder / "one", [[1, 2]], tokenizer_sha256="1" * 64)
-    write(folder / "two", [[1, 2]], tokenizer_sha256="2" * 64)
+    write(folder / "one", [[1, 2]], tokenizer={"sha256": "1" * 64})
+    write(folder / "two", [[1, 2]], tokenizer={"sha256": "2" * 64})
     for inputs, message in ((("a", "wide"), "token dtype int32"), (("one", "two"), "another tokenizer than one")):
         done = run(folder, "merge_data.py", "--input", *inputs, "--output-prefix", "out")
         assert done.returncode == 2 and message in done.stderr
