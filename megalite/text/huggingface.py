@@ -1,5 +1,6 @@
 """Hugging Face fast tokenizers: a `tokenizer.json`, or the folder that holds it."""
 
+import array
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,11 @@ import numpy as np
 import tokenizers
 
 from megalite.errors import UserError
+from megalite.text.pretokenize import make_splitter
+from megalite.text.tokenizers import LOG
+from megalite.text.word_cache import WordCache
 
+CHECKED_CHARACTERS = 1 << 16
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 
@@ -16,12 +21,13 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 class HuggingFaceTokenizer:
     """A `tokenizer.json`; the end of a document is `eos_token` of the `tokenizer_config.json` beside it.
 
-    Without that file it is the first of `EOD_NAMES` in the vocabulary. See `Tokenizer` for the interface.
+    Without that file it is the first of `EOD_NAMES` in the vocabulary. See `Tokenizer` for the interface. Where the
+    words the library cuts a text into are known (see `megalite.text.pretokenize`), a cache of words stands before it.
     """
 
     kind = "huggingface"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, use_cache: bool = True) -> None:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise UserError(f"tokenizer {file}: no such file; give a tokenizer.json or the folder that holds it")
@@ -38,8 +44,38 @@ class HuggingFaceTokenizer:
         config = self._config(file.with_name("tokenizer_config.json"))
         self.eod = self.eos = self._special(config.get("eos_token"), EOD_NAMES)
         self.bos = self._special(config.get("bos_token"), BOS_NAMES)
+        self._splitter = make_splitter(json.loads(self._tokenizer.to_str())) if use_cache else None
+        self._cache = WordCache(self._splitter.split, self._encode_words) if self._splitter else None
+        self._unchecked = CHECKED_CHARACTERS
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._cache is None or self._splitter is None:
+            return self._direct(texts)
+        prepared = list(map(self._splitter.prepare, texts))  # None where the words are not certain
+        cached = iter(self._cache.encode_batch([text for text in prepared if text is not None]))
+        direct = iter(self._direct([text for text, ready in zip(texts, prepared, strict=True) if ready is None]))
+        encoded = [next(direct if ready is None else cached) for ready in prepared]
+        if self._unchecked > 0 and not self._agrees(texts, encoded):
+            self._cache = None
+            return self._direct(texts)
+        return encoded
+
+    def _agrees(self, texts: Sequence[str], encoded: Sequence[np.ndarray]) -> bool:
+        """Compare the first texts with what the library itself makes of them."""
+        for text, ids in zip(texts, encoded, strict=True):
+            if self._unchecked <= 0:
+                break
+            self._unchecked -= len(text)
+            if not np.array_equal(ids, self._direct([text])[0]):
+                LOG.warning("%s: the word cache disagrees with the tokenizer and is switched off", self.files[0])
+                return False
+        return True
+
+    def _encode_words(self, words: list[str]) -> list[bytes]:
+        encodings = self._tokenizer.encode_batch_fast(words, add_special_tokens=False)
+        return [array.array("i", encoding.ids).tobytes() for encoding in encodings]
+
+    def _direct(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 

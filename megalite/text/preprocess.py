@@ -22,13 +22,13 @@ import orjson
 import megalite
 from megalite.data.indexed import IndexedDataset, IndexedWriter, sync_folder, token_dtype, writing
 from megalite.errors import UserError
-from megalite.text.preprocess_shard import EncodeOptions, Piece, plan_shards, read_manifest
+from megalite.text.preprocess_shard import EncodeOptions, Piece, bad_records_path, plan_shards, read_manifest
 from megalite.text.preprocess_workers import ProgressBar, run_workers
+from megalite.text.quarantine import Quarantine, read_quarantine
 from megalite.text.readers import DAMAGED, expand_inputs
 from megalite.text.tokenizers import Tokenizer, load_tokenizer, tokenizer_hash
 
 LOCK_SECONDS = 30  # workers of a killed run need a moment to notice and stop
-SHOWN_BAD_RECORDS = 3
 FORMAT = 1  # of the parts; another number makes parts of older versions void
 
 
@@ -134,7 +134,7 @@ class _Job:
         todo = [number for number, finished in enumerate(done) if not finished]
         sizes = [sum(piece.size for piece in shard) for shard in self._shards]
         writer = IndexedWriter(self.prefix, token_dtype(self._tokenizer.vocab_size))
-        tally = _Tally(self._shards)
+        tally = _Tally(self._shards, Quarantine(Path(f"{self.prefix}.bad.jsonl")))
         try:
             with ProgressBar(sum(sizes), self.prefix, show_progress) as bar:
                 bar.skip(sum(sizes) - sum(sizes[number] for number in todo))
@@ -148,6 +148,7 @@ class _Job:
             self._judge(tally)
             return writer.finish(self._provenance(tally))
         finally:
+            tally.bad.abort()
             writer.abort()
 
     def _join(self, writer: IndexedWriter, tally: "_Tally", ready: set[int]) -> None:
@@ -157,35 +158,28 @@ class _Job:
             if manifest is None:
                 raise UserError(f"{prefix}.json: vanished while the job ran; run the same command again")
             writer.add_dataset(IndexedDataset(prefix))
-            tally.add(manifest)
+            tally.add(manifest, bad_records_path(prefix))
 
     def _refuse_hopeless(self, tally: "_Tally") -> None:
         """Stop early where not one record of many could be used: a wrong key costs a shard, not the whole corpus."""
-        if len(tally.bad) == tally.records >= 1000:
+        if tally.bad.count == tally.records >= 1000:
             self._judge(tally)
 
     def _judge(self, tally: "_Tally") -> None:
-        quarantine = Path(f"{self.prefix}.bad.jsonl")
-        quarantine.unlink(missing_ok=True)
-        if tally.bad:
-            with writing(quarantine):
-                _write_synced(quarantine, b"".join(orjson.dumps(row) + b"\n" for row in tally.bad))
-        examples = "; ".join(
-            f"{row['file']}:{row['line']}: {row['reason']}: {row['detail']}" for row in tally.bad[:SHOWN_BAD_RECORDS]
-        )
-        damaged = [row for row in tally.bad if row["reason"] == DAMAGED]
-        if damaged and not self._options.allow_damaged:
-            row = damaged[0]
+        bad = tally.bad
+        bad.finish()
+        if bad.damaged is not None and not self._options.allow_damaged:
             raise UserError(
-                f"{row['file']}:{row['line']}: {DAMAGED}: {row['detail']} ({len(damaged)} such files); get the file"
-                " again, or pass --allow-damaged to use what could be read"
+                f"{_shown(bad.damaged)} ({bad.reasons[DAMAGED]} such files); get the file again, or pass"
+                " --allow-damaged to use what could be read"
             )
-        if len(tally.bad) > self._options.max_bad_ratio * tally.records:
+        if bad.count > self._options.max_bad_ratio * tally.records:
             raise UserError(
-                f"{len(tally.bad)} of {tally.records} records cannot be used, more than --max-bad-ratio"
-                f" {self._options.max_bad_ratio:g} allows; all are in {quarantine}; first of them: {examples}"
+                f"{bad.count} of {tally.records} records cannot be used, more than --max-bad-ratio"
+                f" {self._options.max_bad_ratio:g} allows; all are in {bad.path}; first of them:"
+                f" {'; '.join(map(_shown, bad.examples))}"
             )
-        if tally.records == tally.empty + len(tally.bad) and not self._options.keep_empty:
+        if tally.records == tally.empty + bad.count and not self._options.keep_empty:
             raise UserError(f"--input: no document with text in {len(self._paths)} files ({tally.records} records)")
 
     def _provenance(self, tally: "_Tally") -> dict[str, Any]:
@@ -204,32 +198,36 @@ class _Job:
             "records": tally.records,
             "text_bytes": tally.text_bytes,
             "skipped_empty": tally.empty,
-            "bad_records": dict(sorted(Counter(row["reason"] for row in tally.bad).items())),
+            "bad_records": dict(sorted(tally.bad.reasons.items())),
         }
 
 
 class _Tally:
     """Counts of the shards so far, and their bad records with line numbers of the whole file."""
 
-    def __init__(self, shards: Sequence[Sequence[Piece]]) -> None:
+    def __init__(self, shards: Sequence[Sequence[Piece]], bad: Quarantine) -> None:
+        self.bad = bad
         self._plan = shards
         self._lines: Counter[str] = Counter()
         self.shards = self.records = self.empty = self.text_bytes = 0
-        self.bad: list[dict[str, Any]] = []
 
-    def add(self, manifest: dict[str, Any]) -> None:
+    def add(self, manifest: dict[str, Any], bad_records: Path) -> None:
         pieces = self._plan[self.shards]
         before = []
         for piece, lines in zip(pieces, manifest["lines"], strict=True):
             before.append(self._lines[piece.path])
             self._lines[piece.path] += lines
-        for row in manifest["bad"]:
-            number = row.pop("piece")
-            self.bad.append({"file": pieces[number].path, **row, "line": row["line"] + before[number]})
+        for row in read_quarantine(bad_records):
+            row["line"] += before[row.pop("piece")]
+            self.bad.add(row)
         self.shards += 1
         self.records += manifest["records"]
         self.empty += manifest["empty"]
         self.text_bytes += manifest["text_bytes"]
+
+
+def _shown(row: dict[str, Any]) -> str:
+    return f"{row['file']}:{row['line']}: {row['reason']}: {row['detail']}"
 
 
 @contextlib.contextmanager

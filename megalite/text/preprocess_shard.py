@@ -1,6 +1,5 @@
 """One shard of a preprocessing job: read its pieces of the input, encode, leave a finished token file or nothing."""
 
-import base64
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,12 @@ import orjson
 
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.errors import UserError
+from megalite.text.quarantine import Quarantine, quarantine_row
 from megalite.text.readers import EMPTY, BadRecord, ReadCounter, can_split, read_documents
 from megalite.text.tokenizers import Tokenizer
 
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 1 << 20
-QUARANTINED_BYTES = 1 << 16  # of one record; its file and line tell where the rest is
 
 # Shards are the unit of work and of resuming. Their size follows the input alone, so that the number of workers
 # changes nothing: about this many, but neither tiny nor so large that an interruption costs more than a minute.
@@ -96,7 +95,7 @@ class ShardWriter:
         self._report = report
         self._writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
         self._batch = _Batch()
-        self._bad: list[dict[str, Any]] = []
+        self._bad = Quarantine(bad_records_path(prefix))
         self._empty = self._records = self._text_bytes = 0
         self._eod = np.array([tokenizer.eod] if options.append_eod else [], np.int32)
 
@@ -109,10 +108,11 @@ class ShardWriter:
                 "empty": self._empty,
                 "text_bytes": self._text_bytes,
                 "lines": lines,
-                "bad": self._bad,
             }
+            self._bad.finish()
             self._writer.finish({"shard": manifest})
         finally:
+            self._bad.abort()
             self._writer.abort()
 
     def _read(self, number: int, piece: Piece) -> int:
@@ -126,7 +126,7 @@ class ShardWriter:
             if record.reason == EMPTY:
                 self._add("")
             else:
-                self._bad.append({"piece": number, **_quarantined(record)})
+                self._bad.add({"piece": number, **quarantine_row(record)})
 
         for document in read_documents(piece.path, self._options.key, byte_range, note_bad, counter, with_extra=False):
             self._records += 1
@@ -168,15 +168,9 @@ class ShardWriter:
         self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 
-def _quarantined(record: BadRecord) -> dict[str, Any]:
-    """What is kept of a bad record: its bytes as text where they are that, else as base64."""
-    kept: dict[str, Any] = {"line": record.line, "reason": record.reason, "detail": record.detail}
-    raw = record.raw[:QUARANTINED_BYTES]
-    try:
-        kept["raw"] = raw.decode()
-    except UnicodeDecodeError:
-        kept["raw_base64"] = base64.b64encode(raw).decode()
-    return kept
+def bad_records_path(prefix: Path) -> Path:
+    """Where a shard lists the records it could not use; their lines count from the beginning of each piece."""
+    return Path(f"{prefix}.bad.jsonl")
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:

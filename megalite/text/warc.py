@@ -35,6 +35,10 @@ def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter) -> Iterator[Docum
                 if kind not in TEXT_TYPES:
                     continue
                 body = record.reader.read()
+                if len(body) < record.content_length:
+                    detail = f"the file ends {record.content_length - len(body)} bytes before its last record does"
+                    on_bad(BadRecord(path, counter.lines, DAMAGED, detail))
+                    return
                 charset = record.http_charset or detect_encoding(body) or "utf-8"
                 try:
                     page = bytes_to_str(body, charset)

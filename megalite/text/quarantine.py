@@ -1,0 +1,93 @@
+"""Records that could not be used, kept in a `.jsonl` file with where they stood and why."""
+
+import base64
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from megalite.data.indexed import sync_folder, writing
+from megalite.text.readers import DAMAGED, BadRecord
+
+KEPT_BYTES = 1 << 16  # of one record; its file and line tell where the rest is
+EXAMPLES = 3
+
+
+class Quarantine:
+    """Writes rows to `path` under a temporary name; without any row there is no file in the end.
+
+    Attributes:
+        reasons: how many rows of each reason.
+        examples: the first few rows.
+        damaged: the first row that tells of a damaged file, or None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reasons: Counter[str] = Counter()
+        self.examples: list[dict[str, Any]] = []
+        self.damaged: dict[str, Any] | None = None
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file: IO[bytes] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.reasons.total()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; it has at least `reason`."""
+        self.reasons[row["reason"]] += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(row)
+        if row["reason"] == DAMAGED:
+            self.damaged = self.damaged or row
+        with writing(self.path):
+            if self._file is None:
+                self._file = open(self._temporary, "wb")  # noqa: SIM115
+            self._file.write(orjson.dumps(row) + b"\n")
+
+    def finish(self) -> None:
+        """Give the file its name, or remove one of an earlier run where there is nothing to tell now."""
+        with writing(self.path):
+            if self._file is None:
+                self.path.unlink(missing_ok=True)
+                return
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        """Remove the temporary file; a finished one stays."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # a full disk refuses the last flush, too
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def quarantine_row(record: BadRecord) -> dict[str, Any]:
+    """A record as JSON values: its bytes as text (`raw`) where they are that, else as `raw_base64`."""
+    row: dict[str, Any] = {
+        "file": str(record.path),
+        "line": record.line,
+        "reason": record.reason,
+        "detail": record.detail,
+    }
+    raw = record.raw[:KEPT_BYTES]
+    try:
+        row["raw"] = raw.decode()
+    except UnicodeDecodeError:
+        row["raw_base64"] = base64.b64encode(raw).decode()
+    return row
+
+
+def read_quarantine(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, none where there is no file."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            yield from map(orjson.loads, file)
