@@ -1,0 +1,75 @@
+"""Every layout of up to four processes trains the model that one process trains.
+
+Pipelines and their schedules give the same bits; splitting tensors, sequences and data changes the order of sums only.
+"""
+
+import pytest
+
+from tests.support.parity import EVERYTHING, Case, Layout, assert_close, assert_same_bits, layouts, train, train_alone
+
+ALL = list(layouts(4))
+
+REPRESENTATIVE = [
+    Layout(data=2),
+    Layout(tensor=2, sequence=True),
+    Layout(pipeline=2, schedule="interleaved"),
+    Layout(tensor=2, pipeline=2),
+    Layout(tensor=2, sequence=True, pipeline=2),
+    Layout(pipeline=2, data=2, zero=1),
+    Layout(tensor=2, sequence=True, data=2, zero=1),
+]
+"""The fast tier's."""
+
+
+def case_for(layout, fields):
+    """3 layers where they are enough; otherwise one more than the stages, so that stages differ."""
+    stages = layout.pipeline * (2 if layout.schedule == "interleaved" else 1)
+    return Case.of({**fields, "model.layers": max(3, stages + 1)})
+
+
+def marked(chosen, fast=()):
+    return [
+        pytest.param(layout, id=layout.name, marks=[pytest.mark.fast] if layout in fast else []) for layout in chosen
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(pool):
+    """Each layout trained once, for all tests of this file."""
+    made = {}
+
+    def outcome(layout, fields, chaos):
+        key = (layout, chaos, str(fields))
+        if key not in made:
+            made[key] = train(pool, case_for(layout, fields), layout, chaos)
+        return made[key]
+
+    return outcome
+
+
+def compare(layout, ours, theirs):
+    (assert_same_bits if layout.pure_pipeline else assert_close)(ours, theirs)
+
+
+def test_all_layouts_are_here():
+    assert len(ALL) == len({layout.name for layout in ALL}) == 37
+    assert set(REPRESENTATIVE) <= set(ALL)
+
+
+@pytest.mark.parametrize("layout", marked(ALL))
+def test_every_layout_trains_as_one_process(outcomes, layout):
+    compare(layout, outcomes(layout, {}, False), train_alone(case_for(layout, {})))
+
+
+@pytest.mark.parametrize("layout", marked(ALL, REPRESENTATIVE))
+def test_every_layout_with_every_option_among_late_and_poisoned_messages(outcomes, layout):
+    ours = outcomes(layout, EVERYTHING, True)
+    compare(layout, ours, train_alone(case_for(layout, EVERYTHING)))
+
+
+@pytest.mark.parametrize(
+    "layout", marked([layout for layout in ALL if layout.data > 1 and layout.zero == 1], [Layout(data=2)])
+)
+def test_sharded_optimizer_gives_the_bits_of_the_plain_one(outcomes, layout):
+    plain = Layout(**{**vars(layout), "zero": 0})
+    assert_same_bits(outcomes(layout, {}, False), outcomes(plain, {}, False))
