@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -43,17 +44,31 @@ class _Done:
 DONE: Work = _Done()
 
 
+class _Timed:
+    """A backend's work; the time spent in `wait` is added up in its group."""
+
+    def __init__(self, group: Group, work: Work) -> None:
+        self._group, self._work = group, work
+
+    def wait(self) -> None:
+        began = time.perf_counter()
+        self._work.wait()
+        self._group.waited_seconds += time.perf_counter() - began
+
+
 class Group:
     """An ordered tuple of ranks that this rank belongs to, and the communications among them.
 
     Every method starts its communication and returns a `Work`; nothing is complete before `wait()`.
-    A group of one rank needs no backend: its communications are local copies.
+    A group of one rank needs no backend: its communications are local copies. `waited_seconds` is the host's time in
+    waits, from the start: the rank that the others wait for is the one with little of it.
     """
 
     def __init__(self, ranks: tuple[int, ...], rank: int, handle: dist.ProcessGroup | None) -> None:
         self.ranks = ranks
         self.index = ranks.index(rank)
         self.handle = handle
+        self.waited_seconds = 0.0
 
     @property
     def size(self) -> int:
@@ -63,39 +78,39 @@ class Group:
         """Reduce `tensor` over the group, in place. `op` is `sum` or `max`."""
         if self.size == 1:
             return DONE
-        return dist.all_reduce(tensor, op=_REDUCTIONS[op], group=self.handle, async_op=True)
+        return _Timed(self, dist.all_reduce(tensor, op=_REDUCTIONS[op], group=self.handle, async_op=True))
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         """Concatenate every rank's `tensor` [n, ...] along the first dimension into `output` [size * n, ...]."""
         if self.size == 1:
             output.copy_(tensor)
             return DONE
-        return _all_gather_single(output, tensor, group=self.handle, async_op=True)
+        return _Timed(self, _all_gather_single(output, tensor, group=self.handle, async_op=True))
 
     def reduce_scatter(self, output: Tensor, tensor: Tensor) -> Work:
         """Sum `tensor` [size * n, ...] over the group; `output` [n, ...] receives this rank's part of the sum."""
         if self.size == 1:
             output.copy_(tensor)
             return DONE
-        return _reduce_scatter_single(output, tensor, group=self.handle, async_op=True)
+        return _Timed(self, _reduce_scatter_single(output, tensor, group=self.handle, async_op=True))
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         """Overwrite `tensor` with that of the rank at index `source` of the group."""
         if self.size == 1:
             return DONE
-        return dist.broadcast(tensor, src=self.ranks[source], group=self.handle, async_op=True)
+        return _Timed(self, dist.broadcast(tensor, src=self.ranks[source], group=self.handle, async_op=True))
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """Send `tensor` to the rank at index `to`; transfers between two ranks arrive in the order they were sent."""
         work = dist.isend(tensor, self.ranks[to], group=self.handle)
         assert work is not None
-        return work
+        return _Timed(self, work)
 
     def receive(self, tensor: Tensor, source: int) -> Work:
         """Receive into `tensor` from the rank at index `source`."""
         work = dist.irecv(tensor, self.ranks[source], group=self.handle)
         assert work is not None
-        return work
+        return _Timed(self, work)
 
     def sum_among(self, tensor: Tensor, members: tuple[int, ...]) -> None:
         """Sum `tensor` in place over some of the group's ranks (indices, ascending, with its own); complete on return.
@@ -203,3 +218,8 @@ class Mesh:
     @property
     def world(self) -> Group:
         return self.group(*AXES)
+
+    @property
+    def waited_seconds(self) -> float:
+        """Time that this rank has spent waiting for others, in all its groups."""
+        return sum(group.waited_seconds for group in self._groups.values())

@@ -143,6 +143,7 @@ class TrainingRun:
             due = step == self.last_step or stopping or (interval and step % interval == 0)
             stall = self.checkpoints.save(self.trainer, asdict(self.position)) if due else 0.0
             self._report(outcome, seconds, validation, stall)
+            self.watch.compare(step)
             if stopping and step < self.last_step:
                 return self._saved(STOPPED, f"stopped on request at step {step}, with a checkpoint")
         return self._saved(FINISHED, f"finished at step {self.last_step}")

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megalite.mesh import Mesh
+
+log = logging.getLogger("megalite")
+
+_REPORT_STEPS = 50
+"""Steps over which a rank's work is averaged before ranks are compared."""
+_SLOW = 1.25
+"""A rank whose own work takes this many times the median's is called slow."""
 
 _ANSWER_SECONDS = 5.0
 """How long a roll call waits: peers notice a loss at about the same time, within a collective's timeout granularity."""
@@ -26,6 +35,7 @@ class Watch:
     def __init__(self, mesh: Mesh, run_dir: str, timeout_seconds: float) -> None:
         self.mesh, self.timeout = mesh, timeout_seconds
         self._path = Path(run_dir) / "log" / f"rank_{mesh.rank:05d}.stack"
+        self._since = (time.perf_counter(), 0.0)
         self._store = dist.distributed_c10d._get_default_store() if mesh.size > 1 else None
 
     @contextlib.contextmanager
@@ -49,6 +59,27 @@ class Watch:
         if self._store is not None:
             # Earlier than the collectives' own timeout, so that the hung rank's stack shows where it hangs.
             faulthandler.dump_traceback_later(0.8 * self.timeout, file=self._file)
+
+    def compare(self, step: int) -> None:
+        """Every 50 steps, all ranks together: name the rank whose own work, without its waits, takes longest.
+
+        On GPUs only the host's waits are seen, and with them what the host itself does.
+        """
+        if self._store is None or step % _REPORT_STEPS:
+            return
+        now, waited = time.perf_counter(), self.mesh.waited_seconds
+        work = ((now - self._since[0]) - (waited - self._since[1])) / _REPORT_STEPS
+        self._since = (now, waited)
+        world = self.mesh.world
+        seconds = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
+        world.all_gather(seconds, seconds.new_tensor([work])).wait()
+        median = float(seconds.median())
+        slowest = int(seconds.argmax())
+        if self.mesh.rank == 0:
+            slow = float(seconds[slowest]) > _SLOW * median
+            level = logging.WARNING if slow else logging.DEBUG
+            line = "step %d: rank %d works longest, %.3f s a step where the median is %.3f s"
+            log.log(level, line, step, slowest, float(seconds[slowest]), median)
 
     def roll_call(self) -> list[int]:
         """After a communication has failed: the ranks that do not answer, because they are dead or hang."""
