@@ -338,8 +338,9 @@ def _text_file(
             text = raw[: error.start].decode()
         if not text:
             return
-    yield Document(text, 1)
-    if damage:
+    if text or damage is None:
+        yield Document(text, 1)
+    if damage is not None:
         raise damage
 
 
