@@ -73,7 +73,7 @@ class Generator:
         listener: Listener | None = None,
     ) -> list[Completion]:
         """A completion for each prompt (at least one token each). Raises UserError for a prompt that does not fit."""
-        self._check(prompts, limits, tokenizer)
+        self.check(prompts, limits, tokenizer)
         batch = _Rows(prompts, limits, tokenizer, listener)
         tokens_BS, padding_B = _pad_left(prompts, self.mesh.device)
         capacity = tokens_BS.shape[1] + limits.max_new_tokens
@@ -88,7 +88,8 @@ class Generator:
             tokens_BS = chosen_B.unsqueeze(1)
         return batch.finish()
 
-    def _check(self, prompts: Sequence[Sequence[int]], limits: Limits, tokenizer: Tokenizer | None) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], limits: Limits, tokenizer: Tokenizer | None) -> None:
+        """Raise UserError for what `run` would refuse."""
         if limits.stop_strings and tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this checkpoint carries none; give stop ids")
         for row, prompt in enumerate(prompts):

@@ -1,0 +1,151 @@
+"""Generation with a key/value cache: transformers' greedy tokens in every layout, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megalite.kernels import select_kernels
+
+from megalite.checkpoint.huggingface import HuggingFaceSource
+from megalite.checkpoint.source import load_weights
+from megalite.errors import UserError
+from megalite.generation.generator import Completion, Generator, Limits
+from megalite.generation.sampling import Sampling
+from megalite.mesh import Mesh
+from megalite.model.decoder import Stage
+from megalite.text.tokenizers import ByteTokenizer
+from tests.fixtures import golden
+from tests.support.pool import Pool
+
+GREEDY = Sampling(temperature=0)
+SHARED = ("llama3_gqa", "llama_tied_mha", "mistral_swa")
+"""Models for the layouts: a key/value head on two tensor ranks, tied embeddings on two stages, one key/value head."""
+
+
+def _generator(name: str, rank: int = 0, **layout: int) -> Generator:
+    mesh = Mesh(rank=rank, **layout)
+    with HuggingFaceSource(golden.folder(name)) as source:
+        kernels = select_kernels({}, golden.CPU)
+        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), stages=mesh.pp)
+        load_weights([stage], source)
+        return Generator(stage, mesh, source.model)
+
+
+def _rows(completions: list[Completion]) -> list[list[int]]:
+    return [completion.prompt_ids + completion.new_ids for completion in completions]
+
+
+def _ragged_prompts(name: str) -> list[list[int]]:
+    """Prompts of odd lengths, one of a single token, some longer than the sliding window."""
+    ids = golden.golden(name)["input_ids"]
+    return [ids[0, :11].tolist(), ids[1, :1].tolist(), ids[2, :20].tolist(), ids[1, 3:8].tolist()]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    expected = golden.golden(name)
+    new = expected["greedy"].shape[1] - expected["prompts"].shape[1]
+    completions = _generator(name).run(expected["prompts"].tolist(), GREEDY, Limits(new))
+    assert _rows(completions) == expected["greedy"].tolist()
+    assert {completion.reason for completion in completions} == {"length"}
+
+
+def _generate(rank: int, layout: dict[str, int]) -> list[Any]:
+    results = []
+    for name in SHARED:
+        generator, expected = _generator(name, rank, **layout), golden.golden(name)
+        results.append(_rows(generator.run(expected["prompts"].tolist(), GREEDY, Limits(9))))
+        results.append(_rows(generator.run(_ragged_prompts(name), Sampling(0.9, 30, 0.95, 7), Limits(5))))
+    return results
+
+
+@pytest.mark.parametrize("layout", [{"pp": 3}, {"tp": 2, "pp": 2}], ids=str)
+def test_layouts_agree(pool: Pool, layout: dict[str, int]) -> None:
+    """Greedy and sampled tokens on tensor and pipeline ranks; all ranks get all of them."""
+    world_size = layout.get("tp", 1) * layout.get("pp", 1)
+    alone = _generate(0, {})
+    assert alone[::2] == [golden.golden(name)["greedy"][:, :17].tolist() for name in SHARED]
+    for result in pool.run(_generate, world_size, layout):
+        assert result == alone
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_a_row_does_not_see_the_others(name: str) -> None:
+    """A ragged batch gives each row the tokens and probabilities that it has alone."""
+    generator, prompts = _generator(name), _ragged_prompts(name)
+    together = generator.run(prompts, GREEDY, Limits(12))
+    for prompt, row in zip(prompts, together):
+        (alone,) = generator.run([prompt], GREEDY, Limits(12))
+        assert alone.new_ids == row.new_ids
+        torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(row.logprobs), atol=2e-5, rtol=0)
+
+
+@pytest.mark.fast
+def test_log_probabilities_are_those_of_the_whole_sequence() -> None:
+    """At temperature 1, and also where the sampling is sharper."""
+    generator = _generator("llama3_gqa")
+    for completion in generator.run(_ragged_prompts("llama3_gqa"), Sampling(0.5, 7, 0.9, 3), Limits(9)):
+        ids = torch.tensor([completion.prompt_ids + completion.new_ids])
+        stage = generator.stage
+        logits_SV = stage.logits(stage(ids, stage.positions(ids.shape[1])))[:, 0]
+        whole = logits_SV.log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[-9:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), whole, atol=2e-5, rtol=0)
+
+
+@pytest.mark.fast
+def test_the_seed_decides() -> None:
+    """The same seed repeats, another differs, and a row's stream does not depend on how many rows there are."""
+    generator, prompts = _generator("llama_yarn"), _ragged_prompts("llama_yarn")
+    first = _rows(generator.run(prompts, Sampling(1.0, seed=5), Limits(16)))
+    assert _rows(generator.run(prompts, Sampling(1.0, seed=5), Limits(16))) == first
+    assert _rows(generator.run(prompts, Sampling(1.0, seed=6), Limits(16))) != first
+    assert _rows(generator.run(prompts[:2], Sampling(1.0, seed=5), Limits(16))) == first[:2]
+    same = _rows(generator.run([prompts[0]] * 3, Sampling(1.0, seed=5), Limits(16)))
+    assert len({tuple(row) for row in same}) == 3
+
+
+@pytest.mark.fast
+def test_a_stop_token_ends_its_row_only() -> None:
+    generator, expected = _generator("qwen2_bias"), golden.golden("qwen2_bias")["greedy"]
+    stop = int(expected[1, 12])
+    completions = generator.run(expected[:, :8].tolist(), GREEDY, Limits(20, frozenset({stop})))
+    for row, completion in zip(expected[:, 8:].tolist(), completions):
+        if stop in row:
+            assert completion.new_ids == row[: row.index(stop) + 1]
+            assert completion.reason == "token"
+        else:
+            assert (completion.new_ids, completion.reason) == (row, "length")
+    assert completions[1].reason == "token"
+
+
+@pytest.mark.fast
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    """Text streamed to a listener adds up to the completion's, and never shows a part of the stop string."""
+    generator, tokenizer = _generator("mistral_swa"), ByteTokenizer()
+    prompt = list(b"megalite")
+    prompts = [[token % 101 for token in prompt]]
+    (whole,) = generator.run(prompts, GREEDY, Limits(24), tokenizer)
+    assert len(whole.text) > 10
+    stop = whole.text[7:10]
+    pieces: list[str] = []
+    limits = Limits(24, stop_strings=("never", stop))
+    (cut,) = generator.run(prompts, GREEDY, limits, tokenizer, lambda row, piece: pieces.append(piece))
+    assert cut.text == whole.text[: whole.text.find(stop)]
+    assert cut.reason == "string"
+    assert "".join(pieces) == cut.text
+    assert len(cut.new_ids) < len(whole.new_ids)
+
+
+@pytest.mark.fast
+def test_what_does_not_fit_is_refused() -> None:
+    generator = _generator("mistral_swa")
+    with pytest.raises(UserError, match=r"prompt 2 has 100 tokens; .*max-new-tokens = 29.*max_positions = 128"):
+        generator.run([[1], [1] * 100], GREEDY, Limits(29))
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        generator.run([[1], []], GREEDY, Limits(1))
+    with pytest.raises(UserError, match="stop strings need a tokenizer"):
+        generator.run([[1]], GREEDY, Limits(1, stop_strings=("x",)))
