@@ -29,6 +29,7 @@ from megalite.text.readers import DAMAGED, BadRecord, Document, can_split, read_
 UNIT_BYTES = 64 << 20  # a plain file is cut into ranges of this size
 PACK_BYTES = 4 << 20  # small files that follow each other share a unit up to this size
 DONE_DIRECTORY = ".progress"
+PARTIAL = ".partial-"  # begins the names of files that are not complete
 EXAMPLES = 5
 
 Task = TypeVar("Task")
@@ -165,6 +166,8 @@ def open_output(directory: Path, identity: str) -> None:
             if known != identity:
                 why = "was made from other input or settings" if known else "holds other files"
                 raise UserError(f"--output {directory} {why}: give a new directory, or remove it first")
+            for half_written in directory.rglob(f"{PARTIAL}*"):
+                half_written.unlink()
             return
         marker.parent.mkdir(parents=True, exist_ok=True)
     except (NotADirectoryError, FileExistsError):
@@ -183,7 +186,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` (same suffix) that becomes `path`, synced to disk, when the block ends well."""
-    temporary = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         yield temporary
         descriptor = os.open(temporary, os.O_RDONLY)

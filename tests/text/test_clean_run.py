@@ -195,6 +195,23 @@ def test_an_interrupted_run_goes_on_and_other_rules_are_refused(corpus: Path, tm
         clean_corpus([corpus], out, rules)
 
 
+def test_a_file_that_cannot_grow_ends_in_one_line_and_no_half_shard(corpus: Path, tmp_path: Path) -> None:
+    """As on a full disk: writing fails in the middle of a shard, in this process and in a worker's."""
+    second = write_jsonl(tmp_path / "z.jsonl", [{"text": good_text(i), "blob": "x" * 1_000_000} for i in range(5)])
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        done = subprocess.run(
+            [sys.executable, TOOL, "--input", corpus, second, "--output", out, "--workers", str(workers)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)),
+        )
+        assert done.returncode == 2, done.stderr
+        assert "cannot write" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert not (out / "00000_corpus.jsonl.zst").exists() and not (out / "report.json").exists()
+
+
 def test_start_up_is_quick_and_without_torch() -> None:
     code = f"import sys; sys.argv = ['clean', '--help']; import runpy\n\
 try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n\

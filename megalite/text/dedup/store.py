@@ -17,7 +17,7 @@ import numpy as np
 from megalite.text.shards import DONE_DIRECTORY, atomic_path
 
 RUN_DOCUMENTS = 1 << 16
-SORT_BYTES_PER_KEY = 64  # what gathering and sorting one key takes, measured
+SORT_BYTES_PER_KEY = 96  # what gathering and sorting one key takes, measured
 
 
 @dataclass(frozen=True)
