@@ -16,7 +16,7 @@ from megalite.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step_(\d{8,})")
-_PARTIAL, _DELETED, _DAMAGED = ".partial", ".deleted", ".damaged"
+_PARTIAL, _DELETED, _REPLACED, _DAMAGED = ".partial", ".deleted", ".replaced", ".damaged"
 
 
 def step_name(step: int) -> str:
@@ -38,7 +38,7 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` names: one itself, or the newest of a run directory. Raises UserError."""
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() or (_STEP.fullmatch(path.name) and path.is_dir()):
         return path
     for folder in (path / CHECKPOINTS, path):
         checkpoints = complete_checkpoints(folder)
@@ -65,10 +65,13 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> None:
     """
     write_durably(partial / MANIFEST, manifest.to_bytes())
     sync_directory(partial)
+    replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
-        retire(final)
+        final.rename(replaced)
     partial.rename(final)
     sync_directory(final.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def retire(path: Path) -> None:
@@ -91,10 +94,16 @@ def set_aside(path: Path) -> Path:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what interrupted saves and deletions left behind; only for the holder of the run directory's lock."""
+    """Remove what interrupted saves and deletions left behind; only for the holder of the run directory's lock.
+
+    A checkpoint that was to be replaced, and whose successor did not arrive, gets its name back.
+    """
     if not folder.is_dir():
         return []
-    left = [path for path in sorted(folder.iterdir()) if path.name.endswith((_PARTIAL, _DELETED))]
+    for path in folder.glob("*" + _REPLACED):
+        if not (final := path.with_name(path.name.removesuffix(_REPLACED))).exists():
+            path.rename(final)
+    left = [path for path in sorted(folder.iterdir()) if path.name.endswith((_PARTIAL, _DELETED, _REPLACED))]
     for path in left:
         shutil.rmtree(path)
     return left

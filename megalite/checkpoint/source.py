@@ -236,16 +236,17 @@ def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def load_weights(stages: Iterable[nn.Module], source: TensorSource, whole_model: Shapes | None = None) -> None:
+def load_weights(stages: Iterable[Stage], source: TensorSource, whole_model: Shapes | None = None) -> None:
     """Fill every parameter of the stages from a source; padding becomes zero.
 
     `whole_model` are the shapes of the whole model (`model_shapes`); without it, tensors of the source that these
-    stages do not hold are taken to belong to other ranks. Raises `UserError` for missing and foreign tensors and for
-    other shapes.
+    stages do not hold are taken to belong to other ranks, unless the stages are the whole model. Raises `UserError`
+    for missing and foreign tensors and for other shapes.
     """
     stages = list(stages)
     here, found = local_shapes(stages), source.shapes()
-    if whole_model is None:
+    whole = any(stage.first for stage in stages) and any(stage.last for stage in stages)
+    if whole_model is None and not whole:
         found = {name: shape for name, shape in found.items() if name in here}
     compare_shapes(whole_model or here, found, _describe(source))
     for stage in stages:

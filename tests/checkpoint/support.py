@@ -143,22 +143,26 @@ def save_trained(rank: int, layout: Layout, sections: Tables, run_dir: str, seed
     return held(trainer)
 
 
+def forget(trainer: Trainer) -> None:
+    """Fill everything that a checkpoint restores, and the padding, with NaN."""
+    for segment in trainer.optimizer.segments:
+        segment.bucket.parameters.fill_(torch.nan)
+        for values in (segment.master.data, segment.exp_avg, segment.exp_avg_sq):
+            values.fill_(torch.nan)
+
+
 def load_all(
-    rank: int, layout: Layout, sections: Tables, run_dirs: list[str]
+    rank: int, layout: Layout, sections: Tables, own_dir: str, run_dirs: list[str]
 ) -> list[tuple[dict[str, Any], int, Pieces]]:
     """Load every run directory's checkpoint: (state, updates, what this rank then holds) of each."""
     config = make_config(layout, **sections)
     trainer = make_trainer(config, layout, rank)
     results = []
-    for run_dir in run_dirs:
-        for segment in trainer.optimizer.segments:
-            segment.bucket.parameters.fill_(torch.nan)
-            for values in (segment.master.data, segment.exp_avg, segment.exp_avg_sq):
-                values.fill_(torch.nan)
-        with CheckpointManager(run_dir, config, trainer.mesh) as manager:
-            state = manager.load_latest(trainer)
-        assert state is not None
-        for bucket in (bucket for stage in trainer.buckets.values() for bucket in stage.buckets):
-            assert bucket.parameters.isfinite().all(), "padding was not cleared"
-        results.append((state, trainer.optimizer.step_count, held(trainer)))
+    with CheckpointManager(own_dir, config, trainer.mesh) as manager:
+        for run_dir in run_dirs:
+            forget(trainer)
+            state = manager.load(trainer, run_dir)
+            for bucket in (bucket for stage in trainer.buckets.values() for bucket in stage.buckets):
+                assert bucket.parameters.isfinite().all(), "padding was not cleared"
+            results.append((state, trainer.optimizer.step_count, held(trainer)))
     return results
