@@ -88,6 +88,10 @@ def select_kernels(choices: Mapping[str, str], device: torch.device) -> Kernels:
             if taken == "triton":
                 plain = getattr(_REFERENCES[operation], "attention_sdpa" if name == "attention" else name)
                 function = _with_fallback(name, function, module.unsupported, plain)
+            if operation == "attention" and taken == "triton" and wanted == "auto" and device.type == "cuda":
+                choice = import_module(f"{__package__}.attention_choice")
+                function = choice.fastest({"triton": function, **choice.sdpa_backends()})
+                why = " or sdpa (auto: measured at the first call of each shape)"
             functions[name] = function
         report[operation] = f"{taken}{why}"
     return Kernels(**functions, choices=MappingProxyType(report))

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE = ["test_elementwise_kernels.py", "test_loss_and_optimizer_kernels.py", "test_attention_kernels.py",
-"test_ops.py"]
+SUITE = [
+    "test_elementwise_kernels.py",
+    "test_loss_and_optimizer_kernels.py",
+    "test_attention_kernels.py",
+    "test_ops.py",
+]
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -24,9 +28,10 @@ def interpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", SUITE)
 def test_in_the_interpreter(name: str) -> None:
-    result = interpreted("-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider",
-    f"tests/kernels/suite/{name}") assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:] assert
-    " passed" in result.stdout and "failed" not in result.stdout
+    options = ("-q", "-x", "--tb=short", "-p", "no:cacheprovider")
+    result = interpreted("-m", "pytest", *options, f"tests/kernels/suite/{name}")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and "failed" not in result.stdout
 
 
 OFFSETS = """

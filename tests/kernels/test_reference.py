@@ -1,0 +1,230 @@
+"""The plain PyTorch forms: against torch's own operators and gradcheck, and their selection by configuration."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megalite.kernels import OPERATIONS, select_kernels
+from megalite.kernels.adamw import adamw_, square_sum
+from megalite.kernels.attention_choice import fastest
+from megalite.kernels.cross_entropy import (
+    cross_entropy,
+    cross_entropy_grad_,
+    cross_entropy_loss,
+    cross_entropy_stats,
+    fused_linear_cross_entropy,
+    merge_stats,
+)
+from megalite.kernels.flash_attention import attention_reference, attention_sdpa
+from megalite.kernels.rms_norm import add_rms_norm, rms_norm
+from megalite.kernels.rope import rope
+from megalite.kernels.swiglu import swiglu
+from torch.autograd import gradcheck
+
+from megalite.errors import UserError
+
+pytestmark = pytest.mark.fast
+CPU = torch.device("cpu")
+
+
+def test_rms_norm_is_torchs_in_fp32_and_llamas_in_bf16():
+    x, weight = torch.randn(5, 48), torch.randn(48)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), F.rms_norm(x, (48,), weight, 1e-5))
+    narrow, scale = x.bfloat16(), weight.bfloat16()
+    normalised = (narrow.float() * torch.rsqrt(narrow.float().square().mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    assert torch.equal(rms_norm(narrow, scale, 1e-5), normalised * scale)
+    total, y = add_rms_norm(x, 2 * x, weight, 1e-5)
+    assert torch.equal(total, 3 * x) or torch.allclose(total, 3 * x)
+    torch.testing.assert_close(y, rms_norm(total, weight, 1e-5))
+
+
+def test_rope_is_a_rotation_of_pairs_half_a_head_apart():
+    """As complex numbers: element i with element i + R/2, turned by the angle; the rest of the head passes through."""
+    angle = torch.rand(6, 2, 4, dtype=torch.float64)
+    cos, sin = (torch.cat([f(angle), f(angle)], -1) for f in (torch.cos, torch.sin))
+    q, k = torch.randn(6, 2, 3, 12, dtype=torch.float64), torch.randn(6, 2, 1, 12, dtype=torch.float64)
+    for x, turned in zip((q, k), rope(q, k, cos, sin)):
+        z = torch.complex(x[..., :4], x[..., 4:8]) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+        torch.testing.assert_close(turned, torch.cat([z.real, z.imag, x[..., 8:]], -1))
+    same = rope(q, k, cos[:, 0], sin[:, 0])[0][:, 0]
+    torch.testing.assert_close(same, rope(q, k, cos, sin)[0][:, 0])
+
+
+def test_swiglu_backward_by_hand():
+    x = torch.randn(4, 3, 10, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(swiglu(x), F.silu(x[..., :5]) * x[..., 5:])
+    assert gradcheck(swiglu, x)
+    saved = swiglu(x).grad_fn.saved_tensors
+    assert len(saved) == 1 and saved[0].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("form", [attention_reference, attention_sdpa])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "options"),
+    [
+        (40, 40, 32, {}),
+        (40, 40, 128, {}),
+        (40, 40, 128, {"window": 7}),
+        (12, 40, 32, {"window": 9}),
+        (40, 12, 32, {}),
+        (40, 40, 64, {"causal": False, "scale": 0.3}),
+        (30, 40, 32, {"documents": True}),
+        (40, 40, 128, {"documents": True, "window": 5}),
+        (20, 20, 32, {"softcap": 3.0}),
+    ],
+)
+def test_attention_against_loops_over_the_definition(form, dtype, queries, keys, width, options):
+    """One query at a time, with the visible keys written out."""
+    q = torch.randn(queries, 2, 4, width).to(dtype)
+    k, v = torch.randn(keys, 2, 2, width).to(dtype), torch.randn(keys, 2, 2, width).to(dtype)
+    documents = torch.randint(0, 40, (keys, 2)).sort(0).values // 9 if options.pop("documents", False) else None
+    out = form(q, k, v, documents=documents, **options)
+    expected = torch.zeros(queries, 2, 4, width, dtype=torch.float64)
+    scale, cap = options.get("scale", width**-0.5), options.get("softcap")
+    for i in range(queries):
+        here = i + keys - queries
+        for b in range(2):
+            seen = [
+                j
+                for j in range(keys)
+                if (j <= here or not options.get("causal", True))
+                and j > here - options.get("window", keys + queries)
+                and (documents is None or documents[j, b] == documents[here, b])
+            ]
+            for h in range(4) if seen else ():
+                scores = k[seen, b, h // 2].double() @ q[i, b, h].double() * scale
+                scores = cap * torch.tanh(scores / cap) if cap else scores
+                expected[i, b, h] = scores.softmax(0) @ v[seen, b, h // 2].double()
+    limit = 1e-5 if dtype == torch.float32 else 1.5e-2
+    assert (out.double() - expected).norm() <= limit * expected.norm() + 1e-6
+
+
+def test_attention_gradients_and_log_sum_exp():
+    q = torch.randn(6, 1, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(4, 1, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert gradcheck(lambda *x: attention_reference(*x), (q, k, v))  # the first two queries see nothing
+    _, lse = attention_reference(q, k, v, return_lse=True)
+    assert (lse[..., :2] == -torch.inf).all()
+    torch.testing.assert_close(lse[0, 0, 5], ((k[:, 0, 0] @ q[5, 0, 0]) * 8**-0.5).logsumexp(0))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_cross_entropy_over_shards_is_torchs_over_the_whole(smoothing, ranks):
+    vocab, width = 21, {1: 24, 2: 12, 4: 8}[ranks]  # with 4 ranks the last holds only padding
+    logits = (5 * torch.randn(9, ranks * width)).double()
+    targets = torch.randint(0, vocab, (9,))
+    targets[::4] = -100
+    wide = logits[:, :vocab].clone().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing)
+    shards = [logits[:, r * width : (r + 1) * width].clone() for r in range(ranks)]
+    places = [{"vocab_start": r * width, "valid": min(max(vocab - r * width, 0), width)} for r in range(ranks)]
+    stats = merge_stats(torch.stack([cross_entropy_stats(s, targets, **p) for s, p in zip(shards, places)]))
+    loss = cross_entropy_loss(stats, targets, vocab_size=vocab, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, expected)
+    grad_N = torch.rand(9, dtype=torch.float64) * (targets != -100)
+    for shard, place in zip(shards, places):
+        cross_entropy_grad_(shard, targets, stats, grad_N, vocab_size=vocab, label_smoothing=smoothing, **place)
+    (want,) = torch.autograd.grad(expected, wide, grad_N)
+    got = torch.cat(shards, 1)
+    torch.testing.assert_close(got[:, :vocab], want)
+    assert (got[:, vocab:] == 0).all()
+
+
+def test_z_loss_gradient_and_targets_out_of_range():
+    logits, targets = torch.randn(5, 11, dtype=torch.float64, requires_grad=True), torch.tensor([0, 10, -100, 3, 4])
+    assert gradcheck(lambda z: cross_entropy(z, targets, z_loss=0.3, label_smoothing=0.2), logits)
+    wrong = cross_entropy(logits, torch.tensor([0, 11, -1, -100, 4]))
+    assert wrong.isnan().tolist() == [False, True, True, False, False]
+
+
+def test_fused_linear_cross_entropy_frees_the_logits():
+    hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (13, 40))
+    targets = torch.randint(0, 37, (13,))
+    targets[3] = -100
+    loss = fused_linear_cross_entropy(hidden, weight, targets, valid=37, chunk=5)
+    expected = F.cross_entropy((hidden @ weight.t())[:, :37], targets)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(
+        torch.autograd.grad(2 * loss, (hidden, weight)), torch.autograd.grad(2 * expected, (hidden, weight))
+    ):
+        torch.testing.assert_close(a, b)
+    ignored = fused_linear_cross_entropy(hidden, weight, torch.full((13,), -100))
+    assert ignored == 0 and (torch.autograd.grad(ignored, hidden)[0] == 0).all()
+
+
+def test_adamw_is_torchs_and_shards_bitwise():
+    size = 70_001
+    weight = torch.randn(size)
+    theirs = torch.nn.Parameter(weight.clone())
+    options = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-6}
+    optimizer = torch.optim.AdamW([theirs], betas=(0.9, 0.95), **options)
+    whole = [weight.clone(), torch.zeros(size), torch.zeros(size)]
+    cut = [x.clone() for x in whole]
+    param = torch.empty(size, dtype=torch.bfloat16)
+    for step in (1, 2, 3):
+        grad = torch.randn(size)
+        theirs.grad = 0.5 * grad
+        optimizer.step()
+        common = {"beta1": 0.9, "beta2": 0.95, "step": step, "grad_scale": 0.5, **options}
+        adamw_(whole[0], grad, whole[1], whole[2], param_out=param, **common)
+        for part in (slice(0, 33_333), slice(33_333, size)):
+            w, m, v = (x[part] for x in cut)
+            adamw_(w, grad[part], m, v, **common)
+    torch.testing.assert_close(whole[0], theirs.detach())
+    assert all(torch.equal(a, b) for a, b in zip(whole, cut))
+    assert torch.equal(param, whole[0].bfloat16())
+    assert square_sum(weight).item() == pytest.approx(weight.double().square().sum().item(), rel=1e-12)
+
+
+def test_selection_on_a_cpu():
+    kernels = select_kernels({"rope": "reference"}, CPU)
+    assert kernels.choices["rope"] == "reference" and kernels.choices["attention"].startswith("sdpa (auto")
+    assert [line.split(":")[0] for line in kernels.describe().splitlines()] == [
+        f"kernels.{name}" for name in OPERATIONS
+    ]
+    assert select_kernels({"default": "reference"}, CPU).attention is attention_reference
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"rmsnorm": "auto"}, ["kernels.rmsnorm", "did you mean rms_norm"]),
+        ({"rope": "refrence"}, ["kernels.rope", "'refrence'", "did you mean reference"]),
+        ({"rope": "sdpa"}, ["kernels.rope", "'sdpa'"]),
+        ({"swiglu": "triton"}, ["kernels.swiglu = 'triton'", "device cpu", "reference"]),
+        ({"default": "triton"}, ["kernels.default", "device cpu"]),
+    ],
+)
+def test_mistakes_in_the_selection_are_one_line(choices, words, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError) as caught:
+        select_kernels(choices, CPU)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_auto_measures_each_kind_of_call_once():
+    calls, log = [], []
+    candidates = {name: lambda *x, name=name, **o: log.append(name) or x[0] for name in ("slow", "quick", "refuses")}
+
+    def measure(candidate, tensors, options):
+        calls.append(tensors[0].shape)
+        candidate(*tensors)
+        name = log.pop()
+        if name == "refuses":
+            raise RuntimeError("not this shape")
+        return {"slow": 2.0, "quick": 1.0}[name]
+
+    attention = fastest(candidates, measure)
+    for width in (4, 4, 8):
+        attention(torch.randn(2, width), causal=True)
+    assert log == ["quick"] * 3 and len(calls) == 6
+
+
+def test_importing_the_package_does_not_import_triton():
+    script = "import sys, megalite.kernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
