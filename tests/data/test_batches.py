@@ -180,11 +180,15 @@ def test_close_ends_the_thread(dataset):
     assert threading.active_count() == before
 
 
-def test_guesses_do_not_build_what_lies_beyond_the_plan(dataset):
+def test_guesses_do_not_read_beyond_the_plan(dataset, monkeypatch):
+    read = []
+    monkeypatch.setattr(TokenDataset, "read", lambda self, number, *rows: read.append(number))
     with Batches(dataset, micro_batch_size=10) as batches:
+        batches.next_batch(170, 10)
+        batches.next_batch(180, 10)
         batches.next_batch(190, 10)
-        batches.next_batch(180, 10)  # the thread has finished all guesses of the call before
-    assert all(not source._continuations for source in dataset.sources)
+        batches.next_batch(0, 10, upcoming=[])  # the one thread has finished all guesses before this
+    assert max(read) == 199
 
 
 @pytest.mark.gpu

@@ -63,6 +63,8 @@ def test_reading_far_ahead_does_not_change_the_plan(tmp_path):
     assert samples_of(build(prefixes)[0], range(500, 700)) == far
     origin = [used.source_of(number)[0] for number in range(500, 700)]
     assert origin.count(used.sources[0]) == 100  # the weights hold beyond the plan
+    taken = [(id(source), inner) for source, inner in map(used.source_of, range(700))]
+    assert len(set(taken)) == 700  # and every file goes on where it was
 
 
 def test_fewer_documents_than_a_sample_needs(tmp_path):
@@ -83,7 +85,10 @@ def test_fingerprint_follows_content_and_order_not_the_path(tmp_path):
         shutil.copy(f"{prefix}.{suffix}", tmp_path / "moved" / f"x.{suffix}")
     assert build([str(tmp_path / "moved" / "x")])[0].fingerprint() == fingerprint
     assert build([prefix], samples=51)[0].fingerprint() == fingerprint  # the same epoch: the same order
+    epoch = build([prefix])[0].sources[0].cut.samples
     changed = [
+        build([prefix], samples=epoch + 2)[0],  # two epochs, the second apart
+        build([prefix], samples=2 * epoch - 1)[0],  # two epochs together
         build([other])[0],
         build([prefix], seed=2)[0],
         build([prefix], samples=1000)[0],
@@ -145,6 +150,11 @@ def test_forms_of_a_blend():
     assert parse_blend(["a", "b"], "f") == Blend(("a", "b"), None)
     for entries in ([[3, "a"], [1, "b"]], ["3", "a", "1.0", "b"], [3, "a", 1.0, "b"]):
         assert parse_blend(entries, "f") == Blend(("a", "b"), (3.0, 1.0))
+
+
+def test_last_epoch_is_apart_below_eighty_percent():
+    # 1001 tokens make 100 samples of 10 in the first epoch: 179 samples need 79 of the second, 180 need 80
+    assert plan_cut(1001, 10, 179).separate_final_epoch and not plan_cut(1001, 10, 180).separate_final_epoch
 
 
 def test_plan_is_exact_for_huge_numbers():

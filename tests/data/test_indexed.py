@@ -189,6 +189,23 @@ def test_unwritable_place_is_one_line(tmp_path):
         IndexedWriter(tmp_path / "file" / "a", np.uint16)
 
 
+def test_crash_between_the_renames_pairs_no_old_index_with_new_tokens(tmp_path, monkeypatch):
+    write(tmp_path / "a", [[1, 2], [3]])
+    renamed = []
+
+    def replace_once(source, target):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(target)
+        os.rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", [[9], [8, 7]])  # of the same sizes: opening could not tell
+    with pytest.raises(UserError, match=r"a\.idx: no such file"):
+        IndexedDataset(tmp_path / "a")
+
+
 def _write_for_ever(prefix, started):
     with IndexedWriter(prefix, np.uint16) as writer:
         while True:
