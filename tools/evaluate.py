@@ -15,16 +15,19 @@ import argparse
 import json
 from typing import Any
 
+from megalite.command import Parser
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError, exit_on_user_error
 from megalite.evaluation.loss import Windows, count_bytes, score
-from megalite.generation.loading import Opened, Parser, load_model, open_checkpoint, with_one_voice
+from megalite.generation.loading import Opened, load_model, open_checkpoint, with_one_voice
 from megalite.text.tokenizers import tokenizer_hash
+
+EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the `--section.field value` overrides that remain."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__, EPILOG)
     parser.add_argument("measure", choices=("loss",), help="what to compute")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="run directory, checkpoint or Hugging Face directory")
@@ -33,7 +36,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     add("--max-samples", type=int, metavar="K", help="only the first K windows")
     add("--micro-batch-size", type=int, default=4, metavar="B", help="windows at once on one rank (default 4)")
     add("--tokenizer", default="", metavar="FILE", help="use this tokenizer instead of the checkpoint's own")
-    parser.epilog = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
     options, rest = parser.parse_known_args(argv)
     for name in ("seq_length", "max_samples", "micro_batch_size"):
         value = getattr(options, name)

@@ -12,15 +12,18 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from megalite.command import Parser
 from megalite.errors import UserError, exit_on_user_error
 from megalite.generation.generator import Completion, Generator, Limits, Listener
-from megalite.generation.loading import Loaded, Opened, Parser, load_model, open_checkpoint, with_one_voice
+from megalite.generation.loading import Loaded, Opened, load_model, open_checkpoint, with_one_voice
 from megalite.generation.sampling import Sampling
+
+EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the `--section.field value` overrides that remain."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__, EPILOG)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="run directory, checkpoint or Hugging Face directory")
     add("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more texts to go on from")
@@ -41,7 +44,6 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     add("--bos", choices=("auto", "yes", "no"), default="auto", help="begin with the beginning-of-text token")
     add("--tokenizer", default="", metavar="FILE", help="use this tokenizer instead of the checkpoint's own")
     add("--json", action="store_true", help="print one JSON object a prompt, with ids, log-probabilities and reason")
-    parser.epilog = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
     options, rest = parser.parse_known_args(argv)
     if (options.prompt is None) == (options.prompt_ids is None):
         raise UserError('give either --prompt TEXT or --prompt-ids "[1,2,3]"')

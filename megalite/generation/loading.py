@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import tokenizers
 import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.huggingface import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
+from megalite.checkpoint.huggingface_export import recipe_of
 from megalite.checkpoint.source import CheckpointReader, TensorSource, load_weights
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
@@ -34,14 +33,6 @@ from megalite.train.trainer import DTYPES
 Result = TypeVar("Result")
 
 _OVERRIDES = ("parallel.tensor", "parallel.pipeline", "train.precision", "run.device", "kernels.")
-_RECIPE = "config.toml"
-
-
-class Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are one line, as all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:
@@ -112,7 +103,7 @@ def _opened_huggingface(source: HuggingFaceSource, name: str) -> Opened:
 
 
 def _opened_run(reader: CheckpointReader, name: str) -> Opened:
-    recipe = _recipe_of(reader)
+    recipe = recipe_of(reader)
     chosen = name or reader.tokenizer or recipe.get("data", {}).get("tokenizer", "")
     loaded = load_tokenizer(chosen) if chosen else None
     eos = () if loaded is None or loaded.eod is None else (loaded.eod,)
@@ -120,13 +111,6 @@ def _opened_run(reader: CheckpointReader, name: str) -> Opened:
     masked = bool(recipe.get("data", {}).get("document_mask", False))
     model = dict(reader.manifest.model)
     return Opened(reader, reader.directory, model, precision, loaded, leading_ids(loaded), eos, masked)
-
-
-def _recipe_of(reader: CheckpointReader) -> dict[str, Any]:
-    """The recipe that the checkpoint carries, or nothing."""
-    if _RECIPE not in reader.manifest.extras:
-        return {}
-    return tomllib.loads(reader.extra(_RECIPE).decode("utf-8"))
 
 
 def _first_existing(directory: Path, names: Sequence[str]) -> Path | None:

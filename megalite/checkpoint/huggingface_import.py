@@ -1,0 +1,85 @@
+"""From a Hugging Face directory to a run directory of megalite, a few hundred MiB at a time.
+
+The run directory holds `checkpoints/step_00000000` (the weights in the dtype they came in, no optimizer state),
+`config.toml` with the model, and `huggingface/` with the small files (config, tokenizer) that an export gives back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint.directory import CHECKPOINTS, step_name
+from megalite.checkpoint.files import sync_directory, write_durably
+from megalite.checkpoint.huggingface import TOKENIZER_FILES, HuggingFaceSource, model_shapes
+from megalite.checkpoint.huggingface_export import BLOCK_BYTES, KEPT, Progress, appearing, kept_json
+from megalite.checkpoint.source import compare_shapes
+from megalite.checkpoint.writer import CheckpointWriter
+from megalite.config import Config, build_config, to_toml
+from megalite.errors import UserError
+
+_LONGEST = 4096
+"""Sequence length that the recipe suggests, where the model allows as much."""
+
+
+def import_huggingface(directory: Path, run: Path, progress: Progress | None = None) -> Config:
+    """Make the run directory `run` (new, or empty) from a Hugging Face directory; its recipe. Raises UserError."""
+    with HuggingFaceSource(directory) as source:
+        shapes = model_shapes(source.model)
+        compare_shapes(shapes, source.shapes(), str(directory))
+        files = kept_json(directory)
+        config = _recipe(source, run, files)
+        with appearing(run) as partial:
+            (partial / KEPT).mkdir()
+            for name, content in files.items():
+                write_durably(partial / KEPT / name, content)
+            sync_directory(partial / KEPT)
+            write_durably(partial / "config.toml", to_toml(config).encode())
+            _write_checkpoint(source, partial / CHECKPOINTS / step_name(0), config, files, progress)
+            sync_directory(partial / CHECKPOINTS)
+    return config
+
+
+def _recipe(source: HuggingFaceSource, run: Path, files: dict[str, bytes]) -> Config:
+    tokenizer = next((name for name in TOKENIZER_FILES[:2] if name in files), None)
+    narrow = any(source.dtype(name) != torch.float32 for name in source.shapes())
+    return build_config(
+        {
+            "run": {"dir": str(run)},
+            "model": dataclasses.asdict(source.model),
+            "data": {"tokenizer": str(run / KEPT / tokenizer) if tokenizer else ""},
+            "train": {
+                "precision": "bf16" if narrow else "fp32",
+                "seq_length": min(source.model.max_positions, _LONGEST),
+            },
+        }
+    )
+
+
+def _write_checkpoint(
+    source: HuggingFaceSource, path: Path, config: Config, files: dict[str, bytes], progress: Progress | None
+) -> None:
+    shapes = source.shapes()
+    total = sum(math.prod(shape) * source.dtype(name).itemsize for name, shape in shapes.items())
+    done = 0
+    with CheckpointWriter(path, step=0, model=dataclasses.asdict(config.model), state={}) as writer:
+        for name in model_shapes(config.model):
+            shape = shapes[name]
+            if not shape:
+                raise UserError(f"{source.directory}: {name} has no dimension")
+            row_bytes = max(1, math.prod(shape[1:]) * source.dtype(name).itemsize)
+            rows = max(1, BLOCK_BYTES // row_bytes)
+            for start in range(0, shape[0], rows):
+                offset = (start, *(0,) * (len(shape) - 1))
+                block = source.read(name, offset, (min(rows, shape[0] - start), *shape[1:]))
+                writer.add(name, block, shape=shape, offset=offset)
+                done += block.nbytes
+                if progress is not None:
+                    progress(name, done, total)
+        writer.add_file("config.toml", to_toml(config).encode())
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+            if name in files:
+                writer.add_file(name, files[name])

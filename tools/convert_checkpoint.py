@@ -1,0 +1,70 @@
+"""Between megalite's checkpoints and Hugging Face directories, streaming: a 70B model needs a few GB of memory.
+
+python tools/convert_checkpoint.py to-hf CHECKPOINT_DIR HF_DIR [--dtype auto|float32|bfloat16|float16] [--shard-gb 5]
+python tools/convert_checkpoint.py from-hf HF_DIR CHECKPOINT_DIR
+
+CHECKPOINT_DIR is, for `to-hf`, a run directory (its newest checkpoint) or one checkpoint inside it; `from-hf` makes a
+run directory with `checkpoints/step_00000000` and a `config.toml` to train on from. The output must not exist, or be
+empty; it appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from megalite.checkpoint.huggingface_export import NAMES, Progress, export_huggingface
+from megalite.checkpoint.huggingface_import import import_huggingface
+from megalite.checkpoint.source import CheckpointReader
+from megalite.command import Parser
+from megalite.errors import UserError, exit_on_user_error
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("direction", choices=("to-hf", "from-hf"))
+    parser.add_argument("source", type=Path, metavar="FROM")
+    parser.add_argument("target", type=Path, metavar="TO")
+    parser.add_argument("--dtype", default="auto", choices=("auto", *NAMES.values()), help="to-hf: of the weights")
+    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="to-hf: size of one file (default 5)")
+    options = parser.parse_args(argv)
+    if options.shard_gb <= 0:
+        raise UserError(f"--shard-gb {options.shard_gb} is not above 0")
+    if options.direction == "from-hf" and (options.dtype != "auto" or options.shard_gb != 5.0):
+        raise UserError("--dtype and --shard-gb belong to to-hf; from-hf keeps the dtype of the weights")
+    return options
+
+
+def progress_line() -> Progress | None:
+    """A line that is written over, on a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(what: str, done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        sys.stderr.write(f"\r{100 * done / total:5.1f} %  {what[:60]:<60}{end}")
+        sys.stderr.flush()
+
+    return show
+
+
+@exit_on_user_error
+def main() -> None:
+    options, started = parse(), time.monotonic()
+    if options.direction == "to-hf":
+        with CheckpointReader(options.source) as reader:
+            shard_bytes = int(options.shard_gb * 10**9)
+            result = export_huggingface(reader, options.target, options.dtype, shard_bytes, progress_line())
+            came_from = reader.directory
+        written = f"{result.tensors} tensors, {result.weight_bytes / 1e9:.3g} GB in {len(result.files)} files"
+    else:
+        config = import_huggingface(options.source, options.target, progress_line())
+        came_from = options.source
+        written = f"{config.model.layers} layers, train with {options.target / 'config.toml'}"
+    print(f"{options.target}: {written}, from {came_from} in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
