@@ -11,7 +11,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-WINDOW = 128
+WINDOW = 64
 """Accepted losses that are looked back on."""
 MINIMUM = 16
 """Fewer losses than this say nothing about what is usual."""
