@@ -1,0 +1,181 @@
+"""launch/local.sh: exit codes, signals, messages, no orphans; a tiny model on two ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.local import rank_environment, take_processes, translate
+from megalite.data.indexed import IndexedWriter
+from megalite.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A model that trains in no time on random tokens, in a run directory of its own."""
+    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
+        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
+        writer.finish()
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"""
+run.dir = "{tmp_path}/run"
+run.device = "cpu"
+model = {{ layers = 2, hidden_size = 16, heads = 2, vocab_size = 50, max_positions = 64 }}
+parallel.tensor = 2
+data.train = ["{tmp_path}/tokens"]
+train = {{ steps = 6, seq_length = 16, global_batch_size = 4, precision = "fp32" }}
+""")
+    return path
+
+
+def start(recipe, *arguments):
+    environment = os.environ | {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in environment.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch/local.sh"), str(recipe), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, timeout=120):
+    output, errors = process.communicate(timeout=timeout)
+    return process.returncode, output, errors
+
+
+def steps_done(recipe):
+    metrics = recipe.parent / "run" / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+
+
+def wait_for_step(recipe, process, step):
+    deadline = time.monotonic() + 120
+    while not steps_done(recipe) or steps_done(recipe)[-1] < step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.1)
+
+
+def ranks_of(recipe):
+    """Processes, anywhere on the machine, whose command line names this recipe."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(recipe).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_run_to_the_end_and_again(recipe):
+    code, _, errors = finish(start(recipe))
+    assert code == 0, errors
+    assert steps_done(recipe) == list(range(1, 7))
+    assert sorted(path.name for path in (recipe.parent / "run/log").iterdir()) == ["rank_00000.log", "rank_00001.log"]
+    code, _, errors = finish(start(recipe))
+    assert code == 0 and len(steps_done(recipe)) == 6, errors
+
+
+def test_a_stop_is_exit_75_and_the_same_command_goes_on(recipe):
+    process = start(recipe, "--train.steps", "2000")
+    wait_for_step(recipe, process, 2)
+    process.send_signal(signal.SIGUSR1)
+    code, _, errors = finish(process)
+    assert code == 75, errors
+    last = steps_done(recipe)[-1]
+    assert last < 2000 and (recipe.parent / f"run/checkpoints/step_{last:08d}").is_dir()
+    code, _, errors = finish(start(recipe, "--train.steps", "2000", "--train.stop_after", str(last + 3)))
+    assert code == 0 and steps_done(recipe)[-3:] == [last + 1, last + 2, last + 3], errors
+    assert not ranks_of(recipe)
+
+
+def test_ctrl_c_is_exit_130_without_a_wall(recipe):
+    process = start(recipe, "--train.steps", "2000")
+    wait_for_step(recipe, process, 2)
+    process.send_signal(signal.SIGINT)
+    code, _, errors = finish(process)
+    assert code == 130 and "Traceback" not in errors, errors
+    assert not ranks_of(recipe)
+
+
+def test_a_killed_rank_is_a_fault_and_leaves_nobody_behind(recipe):
+    process = start(recipe, "--train.steps", "2000")
+    wait_for_step(recipe, process, 2)
+    victim = max(rank for rank in ranks_of(recipe) if rank != process.pid)
+    os.kill(victim, signal.SIGKILL)
+    code, _, errors = finish(process)
+    assert code not in (0, 2, 75, 130), errors
+    assert "died of SIGKILL" in errors
+    assert not ranks_of(recipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "3"], "3 processes are not divisible by parallel.tensor = 2"),
+        (["--model.layrs", "3"], "--model.layrs is unknown; did you mean model.layers?"),
+        (["--processes", "no"], "--processes no is not a number of processes"),
+        (["--data.train", "gone"], "gone.bin does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_and_start_nothing(recipe, arguments, message):
+    code, output, errors = finish(start(recipe, *arguments))
+    assert code == 2 and not output
+    assert message in errors and len(errors.strip().splitlines()) == 1
+    assert not (recipe.parent / "run").exists()
+
+
+def test_check_only(recipe):
+    code, output, errors = finish(start(recipe, "--check"))
+    assert code == 0 and "2 ranks" in output and not errors
+    assert not (recipe.parent / "run" / "config.toml").exists()
+
+
+@pytest.mark.fast
+def test_processes_are_taken_from_anywhere():
+    assert take_processes(["r.toml", "--processes", "4", "--a.b", "1"]) == (["r.toml", "--a.b", "1"], 4)
+    assert take_processes(["--processes=2", "r.toml"]) == (["r.toml"], 2)
+    assert take_processes(["r.toml"]) == (["r.toml"], None)
+    for arguments in (["--processes"], ["--processes", "0"], ["--processes=-1"]):
+        with pytest.raises(UserError, match="--processes"):
+            take_processes(arguments)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("codes", "interrupted", "expected"),
+    [
+        ([0, 0], False, 0),
+        ([0], False, 1),  # a rank that left no code did not finish
+        ([], False, 1),
+        ([2, 1], False, 2),
+        ([2], False, 2),
+        ([75, 75], False, 75),
+        ([75], False, 75),
+        ([75, 1], False, 1),
+        ([130, 1], False, 130),
+        ([1], True, 130),
+        ([7], False, 7),
+    ],
+)
+def test_exit_code_of_the_whole(codes, interrupted, expected):
+    assert translate(codes, 2, interrupted) == expected
+
+
+@pytest.mark.fast
+def test_threads_are_shared_out_among_ranks():
+    cores = len(os.sched_getaffinity(0))
+    assert rank_environment(1, True)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(1000, True)["OMP_NUM_THREADS"] == "1"
+    assert "MALLOC_MMAP_MAX_" not in rank_environment(2, False)

@@ -1,0 +1,81 @@
+"""The quickstart's own part: which text is held out, what it may overwrite, and one whole run on a little text."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import quickstart
+from megalite.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def texts_of(path):
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.fast
+def test_split_is_disjoint_complete_and_independent_of_order(tmp_path):
+    texts = [f"text {number} {random.random()}" for number in range(300)] + ["twice", "twice"]
+    (tmp_path / "one").mkdir()
+    train, held_out = map(texts_of, quickstart.split(texts, tmp_path / "one"))
+    assert not set(train) & set(held_out) and set(train) | set(held_out) == set(texts)
+    assert len(held_out) == len(set(texts)) // quickstart.HELD_OUT_SHARE
+    (tmp_path / "two").mkdir()
+    random.shuffle(texts)
+    assert [set(texts_of(path)) for path in quickstart.split(texts, tmp_path / "two")] == [set(train), set(held_out)]
+
+
+@pytest.mark.fast
+def test_long_texts_are_cut_at_line_ends_without_loss():
+    text = "".join("x" * random.randint(0, 90) + "\n" for _ in range(3000)) + "no end of line"
+    parts = list(quickstart.pieces(text))
+    assert "".join(parts) == text and len(parts) > 3
+    assert all(part.endswith("\n") and len(part) >= quickstart.LONGEST_PIECE for part in parts[:-1])
+
+
+@pytest.mark.fast
+def test_the_standard_library_is_there_and_has_no_tests():
+    texts = quickstart.documents(None)
+    assert sum(map(len, texts)) > 5e6
+    assert any("class ArgumentParser" in text for text in texts)
+    assert not any("import unittest\nfrom test import support" in text for text in texts)
+
+
+@pytest.mark.fast
+def test_foreign_files_are_not_cleared(tmp_path):
+    out = tmp_path / "out"
+    quickstart.clear(out)
+    (out / "metrics.jsonl").write_text("old")
+    quickstart.clear(out)
+    assert sorted(path.name for path in out.iterdir()) == ["data", quickstart.MARKER]
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that no quickstart made"):
+        quickstart.clear(foreign)
+    assert (foreign / "chapter.tex").exists()
+    with pytest.raises(UserError, match="is a file"):
+        quickstart.clear(foreign / "chapter.tex")
+
+
+@pytest.mark.slow
+def test_from_the_users_text_to_a_sample(tmp_path):
+    source = Path(subprocess.__file__).parent
+    files = [
+        str(source / name) for name in ("subprocess.py", "argparse.py", "typing.py", "inspect.py", "_pydecimal.py")
+    ]
+    out = tmp_path / "run"
+    small = ["--model.layers", "2", "--model.hidden_size", "64", "--train.seq_length", "64"]
+    command = [sys.executable, str(ROOT / "launch/quickstart.py"), "--out", str(out), "--device", "cpu", "--steps", "8"]
+    done = subprocess.run([*command, "--input", *files, *small], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / quickstart.MARKER).read_text())
+    assert 0 < results["bits_per_byte"] < 9 and results["sample"].strip()
+    assert (out / "loss.png").stat().st_size > 1000
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 8
+    assert "tensor 2" in done.stderr + done.stdout and "pipeline 2" in done.stderr + done.stdout

@@ -1,0 +1,52 @@
+"""Every recipe that ships is complete: it reads, its layout works on the machines it names, its size is the model's."""
+
+from pathlib import Path
+
+import pytest
+
+from megalite.config import load_config
+from megalite.config.check import check_layout
+from megalite.model.decoder import layers_of_stage
+from megalite.train.flops import parameter_count
+
+pytestmark = pytest.mark.fast
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+
+PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the tokenizer, parameters in millions
+    "quickstart": ((1, 4), 4096, 5.05),
+    "quickstart-gpu": ((1, 8), 4096, 81.8),
+    "124m": ((1, 8), 50304, 123.6),
+    "1b": ((1, 8, 64), None, 1235.8),
+    "llama3-8b-8gpu": ((8,), None, 8030.3),
+    "llama3-8b-64gpu": ((64,), None, 8030.3),
+    "llama3-70b-256gpu": ((256,), None, 70553.7),
+    "llama3-405b-8192gpu": ((8192,), None, 405853.4),
+}
+
+
+def test_every_recipe_is_listed_here():
+    assert {path.stem for path in RECIPES.glob("*.toml")} == set(PLANS)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_recipe(name):
+    world_sizes, vocabulary, millions = PLANS[name]
+    overrides = ["--model.vocab_size", str(vocabulary)] if vocabulary else []
+    config = load_config(RECIPES / f"{name}.toml", overrides)
+    for world_size in world_sizes:
+        check_layout(config, world_size)
+    assert parameter_count(config.model) / 1e6 == pytest.approx(millions, rel=1e-3)
+    stages = [layers_of_stage(config.model.layers, config.stages, stage) for stage in range(config.stages)]
+    assert [layer for stage in stages for layer in stage] == list(range(config.model.layers)) and all(stages)
+
+
+def test_the_quickstart_lays_out_any_number_of_processes():
+    from launch.quickstart import layout
+
+    for processes in (1, 2, 3, 4, 6, 8, 16):
+        steps = [] if 16 % processes in (0, 1) else ["--train.global_batch_size", str(48 * 4)]
+        config = load_config(RECIPES / "quickstart.toml", [*layout(processes), "--model.vocab_size", "4096", *steps])
+        assert processes % config.model_parallel == 0
+        if processes == 4:
+            assert (config.parallel.tensor, config.parallel.pipeline) == (2, 2)
