@@ -1,7 +1,7 @@
 // Builders of sample and blend indices, and the gathering of samples, for megalite/data.
 //
-// Arrays that lie unaligned in a token index (lengths, offsets) come in as raw bytes and are read with memcpy, so that a
-// memory-mapped file is used as it is. Every number that was read from a file is checked before it is used as an address.
+// Arrays that lie unaligned in a token index (lengths, offsets) come in as raw bytes and are read with memcpy, so that
+// a memory-mapped file is used as it is. Every number read from a file is checked before it is used as an address.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -55,7 +55,8 @@ void require(bool condition, const char* message) {
 template <typename Row>
 void build_sample_index(const Bytes& lengths, const Array<std::int32_t>& document_index, std::int64_t seq_length,
                         Array<Row> rows) {
-  require(seq_length > 0 && rows.ndim() == 2 && rows.shape(0) > 0 && rows.shape(1) == 2, "rows must be [samples + 1, 2]");
+  const bool shaped = rows.ndim() == 2 && rows.shape(0) > 0 && rows.shape(1) == 2;
+  require(seq_length > 0 && shaped, "rows must be [samples + 1, 2]");
   const std::uint8_t* length_bytes = lengths.data();
   const std::int32_t* documents = document_index.data();
   const std::int64_t sequences = lengths.size() / 4, count = document_index.size(), wanted = rows.shape(0);
@@ -140,8 +141,8 @@ void run_blend(Blend& blend, std::int64_t datasets, std::int64_t samples) {
 #if defined(__x86_64__)
 #define MEGALITE_WIDE_BLEND
 
-// The same with four datasets at a time: first the largest error, then the first dataset that has it. Multiplication and
-// subtraction stay apart (AVX2 without FMA), so that every error is that of `run_blend`, bit for bit.
+// The same with four datasets at a time: first the largest error, then the first dataset that has it. Multiplication
+// and subtraction stay apart (AVX2 without FMA), so that every error is that of `run_blend`, bit for bit.
 __attribute__((target("avx2"))) void run_blend_wide(Blend& blend, std::int64_t samples) {
   alignas(32) static constexpr double kOneMore[kBlock][kBlock] = {
       {1, 0, 0, 0}, {0, 1, 0, 0}, {0, 0, 1, 0}, {0, 0, 0, 1}};
@@ -180,17 +181,23 @@ __attribute__((target("avx2"))) void run_blend_wide(Blend& blend, std::int64_t s
 }
 #endif
 
-// Which dataset each sample first, first + 1, ... of a blend comes from, and which of its samples it is: always the dataset
-// that is furthest behind weight * samples so far, the first of equals; one that has given `limits` samples is left out.
-// `counts` (samples already taken from each) is brought up to date, so that a blend can be continued.
+// Which dataset each sample first, first + 1, ... of a blend comes from, and which of its samples it is: always the
+// dataset that is furthest behind weight * samples so far, the first of equals; one that has given `limits` samples is
+// left out. `counts` (samples already taken from each) is brought up to date, so that a blend can be continued.
 void build_blend(const Array<double>& weights, const Array<std::int64_t>& limits, Array<std::int64_t> counts,
                  std::int64_t first, Array<std::int16_t> dataset_index, Array<std::int64_t> sample_index) {
   const std::int64_t datasets = weights.size(), samples = dataset_index.size();
   require(datasets > 0 && datasets < 32767, "a blend has between 1 and 32766 datasets");
   require(limits.size() == datasets && counts.size() == datasets && sample_index.size() == samples, "sizes differ");
   const std::size_t padded = (datasets + kBlock - 1) / kBlock * kBlock;
-  Blend blend{std::vector<double>(weights.data(), weights.data() + datasets), std::vector<double>(datasets),
-              limits.data(), counts.mutable_data(), first, 0, dataset_index.mutable_data(), sample_index.mutable_data()};
+  Blend blend{std::vector<double>(weights.data(), weights.data() + datasets),
+              std::vector<double>(datasets),
+              limits.data(),
+              counts.mutable_data(),
+              first,
+              0,
+              dataset_index.mutable_data(),
+              sample_index.mutable_data()};
   blend.weight.resize(padded, 0.0);
   blend.taken.resize(padded, std::numeric_limits<double>::infinity());
   for (std::int64_t i = 0; i < datasets; ++i) {
@@ -241,8 +248,8 @@ std::uint64_t copy_as(char kind, const TokenFile& file, std::int64_t byte, std::
 
 // Fills `out` with the tokens from (document position, offset) `begin` on, through as many documents as it takes, and
 // returns how many there were (fewer than out.size() only at the end of document_index) and the largest id. Where
-// `positions` and `documents` are not empty, they get each token's place in its document and its document's number, from 0,
-// within this sample.
+// `positions` and `documents` are not empty, they get each token's place in its document and its document's number,
+// from 0, within this sample.
 py::tuple gather(const Bytes& tokens, char kind, std::int64_t item_bytes, const Bytes& offsets, const Bytes& lengths,
                  const Array<std::int32_t>& document_index, std::int64_t begin_document, std::int64_t begin_offset,
                  Array<std::int64_t> out, Array<std::int64_t> positions, Array<std::int64_t> documents) {
