@@ -1,7 +1,7 @@
 """`kernels.attention = auto` on a GPU: measure the candidates once for every kind of call, then keep to the fastest.
 
-A kind of call is shapes, dtype, mask options and whether gradients are wanted. A candidate that refuses a call, or runs out of
-memory on it, is left out for that kind. What was chosen, and how far behind the others were, is logged once.
+A kind of call is shapes, dtype, mask options and whether gradients are wanted. A candidate that refuses a call, or runs
+out of memory on it, is left out for that kind. What was chosen, and how far behind the others were, is logged once.
 """
 
 import logging
@@ -23,7 +23,7 @@ REPEATS = 5
 
 
 def sdpa_backends() -> dict[str, Attention]:
-    """Torch's fused attention with one backend each: which one it takes by itself is often not the fastest on Hopper."""
+    """Torch's fused attention with one backend each: the one it takes by itself is often not the fastest on Hopper."""
 
     def only(backend: SDPBackend) -> Attention:
         def call(*tensors: Tensor, **options: Any) -> Any:

@@ -1,8 +1,8 @@
 """Compile every kernel for NVIDIA targets without a GPU, and report what the compiler made of it.
 
-`python -m tests.kernels.compile_matrix [--quick]` prints a table (registers, stack, shared memory, tensor-core and TMA
-instructions) and exits 1 where a configuration spills more than `compile_allowance.toml` grants, needs more shared memory
-than the device has, or lacks wgmma on sm_90. Needs a process without TRITON_INTERPRET; triton brings ptxas and cuobjdump.
+`python -m tests.kernels.compile_matrix [--quick]` prints a table (registers, stack, shared memory, tensor-core and
+TMA instructions) and exits 1 where a configuration spills more than `compile_allowance.toml` grants, needs more shared
+memory than the device has, or lacks wgmma on sm_90. Needs a process without TRITON_INTERPRET; triton has the tools.
 """
 
 import re
