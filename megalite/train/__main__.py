@@ -29,6 +29,7 @@ from megalite.train.runtime import (
     choose_device,
     connect,
     explain_fault,
+    follow_launcher,
     leave,
     open_log,
 )
@@ -90,6 +91,8 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     open_log(config, world)
+    if world.size > 1:
+        follow_launcher()
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
     trainer = Trainer(config, mesh, kernels)

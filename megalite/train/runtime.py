@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -58,6 +59,13 @@ class World:
                     raise UserError(f"MASTER_ADDR is not set for {world.size} ranks; start them with torchrun or SLURM")
                 return world
         return World()
+
+
+def follow_launcher() -> None:
+    """On Linux: be asked to stop (SIGTERM) when the launcher dies, so that killing it leaves no orphans behind."""
+    if sys.platform == "linux":
+        parent_death_signal = 1
+        ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
 
 
 def choose_device(config: Config, world: World) -> torch.device:
