@@ -1,0 +1,179 @@
+"""Coordinates and groups, up to a mesh of 16,384 ranks on one core, and the groups' communications."""
+
+import itertools
+import time
+import tracemalloc
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalite.mesh import AXES, Group, Mesh
+from megalite.parallel.pipeline.lowering import lower
+from megalite.parallel.pipeline.schedules import build_schedule
+from megalite.parallel.pipeline.simulate import check_deadlock
+from tests.support.chaos import ChaosGroups
+
+pytestmark = pytest.mark.fast
+
+
+def test_coordinates_count_tp_fastest_and_pp_slowest():
+    shape = {"pp": 2, "dp": 3, "cp": 1, "tp": 4}
+    for rank, indices in enumerate(itertools.product(*(range(shape[axis]) for axis in AXES))):
+        mesh = Mesh(**shape, rank=rank)
+        assert tuple(mesh.coordinate[axis] for axis in AXES) == indices
+        assert mesh.rank_at() == rank
+        assert mesh.rank_at(pp=1 - mesh.index("pp")) == (rank + 12) % 24
+
+
+def test_ranks_along_axes_partition_the_world():
+    shape = {"pp": 2, "dp": 3, "cp": 2, "tp": 2}
+    meshes = [Mesh(**shape, rank=rank) for rank in range(24)]
+    for axes in itertools.chain.from_iterable(itertools.combinations(AXES, n) for n in range(5)):
+        lines = {mesh.ranks_along(*axes) for mesh in meshes}
+        assert sorted(itertools.chain(*lines)) == list(range(24))
+        for mesh in meshes:
+            line = mesh.ranks_along(*axes)
+            fixed = [axis for axis in AXES if axis not in axes]
+            assert line == tuple(m.rank for m in meshes if all(m.index(axis) == mesh.index(axis) for axis in fixed))
+
+
+def test_rank_outside_the_mesh_is_refused():
+    with pytest.raises(ValueError, match="rank 4 is outside a mesh of 4 ranks"):
+        Mesh(tp=4, rank=4)
+
+
+@pytest.fixture
+def fake_world():
+    """A process group that believes in any number of ranks and sends nothing."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+
+    def start(rank, size):
+        dist.init_process_group("fake", store=fake.FakeStore(), rank=rank, world_size=size)
+
+    yield start
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def groups_of(mesh):
+    return {axes: mesh.group(*axes).ranks for axes in (("tp",), ("pp",), ("dp", "cp"), AXES)}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, 8, 1023, 1024, 9001, 16383])
+def test_a_mesh_of_16384_ranks(fake_world, rank):
+    """TP 8 x PP 16 x DP 128: this rank's groups, from arithmetic written differently here."""
+    started = time.process_time()
+    fake_world(rank, 16384)
+    groups = groups_of(Mesh(pp=16, dp=128, tp=8, rank=rank))
+    tp, dp, pp = rank % 8, rank // 8 % 128, rank // 1024
+    assert groups[("tp",)] == tuple(1024 * pp + 8 * dp + i for i in range(8))
+    assert groups["dp", "cp"] == tuple(1024 * pp + 8 * i + tp for i in range(128))
+    assert groups[("pp",)] == tuple(1024 * i + 8 * dp + tp for i in range(16))
+    assert groups[AXES] == tuple(range(16384))
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4)])
+def test_the_schedules_of_16384_ranks(name, chunks):
+    """16 stages, 64 micro-batches, tied embeddings: lowered and free of deadlock, within seconds."""
+    started = time.process_time()
+    plan = lower(build_schedule(name, 16, 64, chunks), tied=True)
+    check_deadlock(plan)
+    assert len(plan) == 16
+    assert time.process_time() - started < 15
+
+
+def test_memory_does_not_grow_with_the_world(fake_world):
+    """A rank of 16,384 keeps the numbers of its peers and little more: under a megabyte above a rank of 128."""
+
+    def kept(pp, dp):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        fake_world(5, pp * dp * 8)
+        tracemalloc.start()
+        mesh = Mesh(pp=pp, dp=dp, tp=8, rank=5)
+        groups_of(mesh)
+        size, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return size
+
+    kept(4, 4)  # what torch makes on first use
+    small, large = kept(4, 4), kept(16, 128)
+    assert large - small < 1 << 20, (small, large)
+
+
+def communicate(rank, chaos):
+    """Every operation of Group on a part of the world and on the whole of it."""
+    chaotic = ChaosGroups(seed=rank)
+    options = {"make_group": chaotic} if chaos else {}
+    mesh = Mesh(dp=2, tp=2, rank=rank, **options)
+    for axes in (("tp",), ("dp",)):
+        group = mesh.group(*axes)
+        mine = torch.arange(6.0).view(3, 2) + 10 * rank
+        others = [torch.arange(6.0).view(3, 2) + 10 * peer for peer in group.ranks]
+        total, most = mine.clone(), mine.clone()
+        group.all_reduce(total).wait()
+        group.all_reduce(most, "max").wait()
+        assert torch.equal(total, sum(others)) and torch.equal(most, others[-1])
+        whole = torch.empty(6, 2)
+        group.all_gather(whole, mine).wait()
+        assert torch.equal(whole, torch.cat(others))
+        part = torch.empty(3, 2)
+        group.reduce_scatter(part, torch.cat([mine, mine + 100])).wait()
+        assert torch.equal(part, sum(other + 100 * group.index for other in others))
+        copy = mine.clone()
+        group.broadcast(copy, 1).wait()
+        assert torch.equal(copy, others[1])
+        other = 1 - group.index
+        arriving = torch.empty(3, 2)
+        sent, received = group.send(mine, other), group.receive(arriving, other)
+        received.wait()
+        sent.wait()
+        assert torch.equal(arriving, others[other])
+    if chaos:
+        chaotic.verify()
+
+
+@pytest.mark.parametrize("chaos", [False, True], ids=["calm", "chaos"])
+def test_communications(pool, chaos):
+    pool.run(communicate, 4, chaos)
+
+
+def sum_some(rank, members, values):
+    chaotic = ChaosGroups(seed=rank)
+    group = Mesh(tp=4, rank=rank, make_group=chaotic).group("tp")
+    mine = values[rank].clone()
+    if rank in members:
+        group.sum_among(mine, members)
+    chaotic.verify()
+    return mine
+
+
+@pytest.mark.parametrize("members", [(0, 1, 2, 3), (1, 2), (0, 2, 3), (0, 3)])
+def test_sum_among_some_ranks_of_a_group(pool, members):
+    """All members get the same bits; the others keep theirs and need not know."""
+    values = torch.randn(4, 5, 3)
+    results = pool.run(sum_some, 4, members, values)
+    for rank, result in enumerate(results):
+        if rank not in members:
+            assert torch.equal(result, values[rank])
+            continue
+        assert torch.equal(result, results[members[0]])
+        torch.testing.assert_close(result, values[list(members)].sum(0))
+
+
+def test_a_group_of_one_needs_no_backend():
+    group = Group((3,), 3, None)
+    x = torch.randn(4)
+    out = torch.empty(4)
+    group.all_gather(out, x).wait()
+    assert torch.equal(out, x)
+    out = torch.empty(4)
+    group.reduce_scatter(out, x).wait()
+    assert torch.equal(out, x)
+    kept = x.clone()
+    group.all_reduce(kept).wait()
+    group.broadcast(kept, 0).wait()
+    group.sum_among(kept, (0,))
+    assert torch.equal(kept, x)
