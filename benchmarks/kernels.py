@@ -3,8 +3,9 @@
     python benchmarks/kernels.py [--device cuda|cpu] [--only rms_norm,attention] [--samples 30] [--out DIR]
 
 Every case is timed `--samples` times in turns with its peers, each sample after the caches were flushed by a write of
-256 MiB (on a GPU; 64 MiB on a CPU): median, 20th and 80th percentile. Achieved bytes/s and flop/s count what the operation
-must move or multiply at least (docs/kernels.md), set against the copy bandwidth and matrix-product rate of the same run. Peers that are not installed are named in the result and left out.
+256 MiB (on a GPU; 64 MiB on a CPU): median, 20th and 80th percentile. Achieved bytes/s and flop/s count what the
+operation must move or multiply at least (docs/kernels.md), set against the copy bandwidth and matrix-product rate of the
+same run. Peers that are not installed are named in the result and left out.
 """
 
 import argparse
@@ -207,13 +208,16 @@ def only_backend(which: SDPBackend) -> Callable[..., Any]:
     return call
 
 
+def plain_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
+
+
 def attention_peers(at: Setting) -> tuple[dict[str, Callable[..., Any]], list[str]]:
     """Everything that computes causal attention here, and what is not installed."""
     peers: dict[str, Callable[..., Any]] = {"megalite": at.kernels.attention}
     if at.device.type == "cpu":
-        peers["SDPA"] = lambda q, k, v: F.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True, enable_gqa=True
-        )
+        peers["SDPA"] = plain_sdpa
         peers["explicit fp32"] = flash_attention.attention_reference
         return peers, []
     peers["SDPA flash"] = only_backend(SDPBackend.FLASH_ATTENTION)
