@@ -19,6 +19,7 @@ CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
 HELD_OUT_SHARE = 0.02
 HELD_OUT_BYTES = 4 << 20
 SAMPLE_RANGE_BYTES = 1 << 20
+FEWEST_RANGES = 64  # a smaller file is read whole: of few ranges chance might take none
 LINE_CHARACTERS = 4096  # sentencepiece drops longer lines than it is told to expect
 
 
@@ -127,7 +128,7 @@ def _sample(options: TrainingOptions, chance: random.Random, report: TrainingRep
     share = options.max_bytes / max(1, sum(path.stat().st_size for path in paths))
     for path in paths:
         size = path.stat().st_size
-        by_range = share < 1 and can_split(path) and size > SAMPLE_RANGE_BYTES
+        by_range = share < 1 and can_split(path) and size > FEWEST_RANGES * SAMPLE_RANGE_BYTES
         starts = range(0, size, SAMPLE_RANGE_BYTES) if by_range else [None]
         for start in starts:
             if start is not None and chance.random() >= share:
