@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import sentencepiece
 import torch
 
 from megalite.checkpoint.directory import CHECKPOINTS
@@ -245,6 +246,7 @@ def _tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
     settings = {
         "add_bos_token": False,
         "add_eos_token": False,
+        "add_prefix_space": _puts_space_first(tokenizer.files[0]),
         "bos_token": "<s>" if tokenizer.bos is not None else None,
         "eos_token": "</s>" if tokenizer.eod is not None else None,
         "unk_token": "<unk>",
@@ -252,6 +254,12 @@ def _tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
         "tokenizer_class": "LlamaTokenizer",
     }
     return {"tokenizer.model": tokenizer.files[0].read_bytes(), "tokenizer_config.json": _json_file(settings)}
+
+
+def _puts_space_first(path: Path) -> bool:
+    """Whether this sentencepiece model begins every text with a space of its own."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode("x", out_type=str)
+    return pieces[0].startswith("▁")
 
 
 def _special_ids(reader: CheckpointReader) -> dict[str, int]:
