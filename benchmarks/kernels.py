@@ -4,7 +4,7 @@
 
 Every case is timed `--samples` times in turns with its peers, each sample after the caches were flushed by a write of
 256 MiB (on a GPU; 64 MiB on a CPU): median, 20th and 80th percentile. Achieved bytes/s and flop/s count what the
-operation must move or multiply at least (docs/kernels.md), set against the copy bandwidth and matrix-product rate of the
+operation must move or multiply at least (docs/kernels.md), against the copy bandwidth and matrix-product rate of the
 same run. Peers that are not installed are named in the result and left out.
 """
 
@@ -316,7 +316,7 @@ def measure(case: Case, clock: Clock, samples: int) -> dict[str, dict[str, float
             taken = clock(call)
             if turn >= 3:
                 times[who].append(taken)
-    cut = {who: statistics.quantiles(values, n=5) for who, values in times.items()}
+    cut = {who: statistics.quantiles(values, n=5, method="inclusive") for who, values in times.items()}
     return {who: {"median": statistics.median(times[who]), "p20": cut[who][0], "p80": cut[who][3]} for who in times}
 
 
