@@ -1,0 +1,151 @@
+"""Gradient buckets: sums over data ranks, shards, the order of reductions, and shared boxes."""
+
+import pytest
+import torch
+from torch import nn
+
+from megalite.mesh import Group, Mesh
+from megalite.parallel.data import StageBuckets
+from megalite.placement import PlacedParameter, Placement, row_box
+from tests.support.chaos import ChaosGroups
+
+pytestmark = pytest.mark.fast
+
+SHAPES = {"a": (7, 5), "b": (3,), "c": (64, 3), "d": (11,), "e": (2, 9)}
+
+
+def model_of(rank, dtype=torch.float32, replicas=None):
+    """Odd matrices and vectors. `replicas`: for each name, ranks that hold parts of its gradient's sum."""
+    module = nn.Module()
+    for name, shape in SHAPES.items():
+        holders = (replicas or {}).get(name, (rank,))
+        box = row_box(name, shape, 0, shape[0], 0, holders, partial=len(holders) > 1)
+        module.register_parameter(name, PlacedParameter(torch.randn(shape, dtype=dtype), Placement((box,))))
+    return module
+
+
+def gradient(rank, name, step):
+    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + ord(name))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+def backward(module, rank, step, buckets):
+    """Two micro-batches, the second announced as the last; parameters finish from last to first."""
+    for micro in range(2):
+        if micro == 1:
+            buckets.expect_last_backward()
+        for name, parameter in reversed(list(module.named_parameters())):
+            parameter.main_grad.add_(gradient(rank, name, 2 * step + micro))
+            parameter.gradient_accumulated()
+
+
+def reduce_twice(rank, world, zero, limit):
+    groups = ChaosGroups(seed=rank)
+    mesh = Mesh(dp=world, rank=rank, make_group=groups)
+    module = model_of(rank)
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    stage = StageBuckets(module, mesh, zero=zero, bucket_elements=limit)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name])  # moving into the bucket keeps the values
+    seen = []
+    for step in range(2):
+        stage.begin()
+        backward(module, rank, step, stage)
+        launched = stage._launched
+        stage.finish()
+        groups.verify()
+        shard = {}
+        for bucket in stage.buckets:
+            assert bucket.updated_gradients.numel() == bucket.updated.stop - bucket.updated.start
+            full = torch.full_like(bucket.gradients, torch.nan)
+            full[bucket.updated] = bucket.updated_gradients
+            for slot in bucket.slots:
+                name = next(name for name, value in module.named_parameters() if value is slot.parameter)
+                shard[name] = full[slot.start : slot.stop].view(slot.parameter.shape).clone()
+        seen.append((shard, launched, len(stage.buckets)))
+    return seen
+
+
+@pytest.mark.parametrize("limit", [1, 40, 1 << 20])
+@pytest.mark.parametrize(("world", "zero"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (4, 0)])
+def test_gradients_are_summed_over_data_ranks(pool, world, zero, limit):
+    """Both micro-batches of all ranks, each once, in both steps; all reductions under way before the end."""
+    results = pool.run(reduce_twice, world, world, zero, limit)
+    for step in range(2):
+        for name in SHAPES:
+            expected = sum(gradient(rank, name, 2 * step + micro) for rank in range(world) for micro in range(2))
+            whole = torch.full(SHAPES[name], torch.nan)
+            for result in results:
+                part = result[step][0][name]
+                assert zero > 0 or not part.isnan().any()
+                whole = torch.where(part.isnan(), whole, part)
+            torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
+        for _, launched, buckets in (result[step] for result in results):
+            assert launched == buckets  # overlapped: nothing was left for the end
+            assert (buckets == 1) == (limit == 1 << 20)
+
+
+def share(rank, world, dtype):
+    groups = ChaosGroups(seed=rank)
+    module = model_of(rank, dtype)
+    stage = StageBuckets(module, Mesh(dp=world, rank=rank, make_group=groups), zero=1, bucket_elements=100)
+    for number, bucket in enumerate(stage.buckets):
+        bucket.parameters.fill_(-1)
+        bucket.parameters[bucket.shard] = torch.arange(bucket.shard.start, bucket.shard.stop).to(dtype) + number
+    stage.gather_parameters()
+    groups.verify()
+    return {name: value.detach().float() for name, value in module.named_parameters()}, [
+        [(slot.start, slot.parameter.shape) for slot in bucket.slots] for bucket in stage.buckets
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updated_shards_reach_every_rank(pool, dtype):
+    results = pool.run(share, 3, 3, dtype)
+    values, slots = results[0]
+    for other, _ in results[1:]:
+        assert all(torch.equal(other[name], values[name]) for name in values)
+    expected = [
+        (torch.arange(start, start + shape.numel()).to(dtype) + number).float().view(shape)
+        for number, bucket in enumerate(slots)
+        for start, shape in bucket
+    ]
+    found = [
+        any(value.shape == want.shape and torch.equal(value, want) for value in values.values()) for want in expected
+    ]
+    assert len(found) == len(SHAPES) and all(found)
+
+
+def sum_shared(rank):
+    """tp 2 x dp 2: `c` is held by both tensor ranks, each with a part of the gradient; `b` is a plain copy."""
+    groups = ChaosGroups(seed=rank)
+    mesh = Mesh(dp=2, tp=2, rank=rank, make_group=groups)
+    module = model_of(rank, replicas={"c": mesh.ranks_along("tp")})
+    stage = StageBuckets(module, mesh, zero=0, bucket_elements=1)
+    stage.begin()
+    backward(module, rank, 0, stage)
+    prompt = stage._launched
+    stage.finish()
+    groups.verify()
+    return prompt, len(stage.buckets), {name: value.main_grad.clone() for name, value in module.named_parameters()}
+
+
+def test_shared_boxes_are_summed_once_and_the_others_not_at_all(pool):
+    results = pool.run(sum_shared, 4)
+    for rank, (prompt, buckets, gradients) in enumerate(results):
+        assert (prompt, buckets) == (4, 5)  # the shared one waits for its sum within the model
+        for name, value in gradients.items():
+            ranks = range(4) if name == "c" else (rank % 2, rank % 2 + 2)
+            expected = sum(gradient(other, name, micro) for other in ranks for micro in range(2))
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_decaying_parameters_come_first():
+    stage = StageBuckets(model_of(0), Mesh(make_group=lambda ranks, rank: Group(ranks, rank, None)), zero=1)
+    (bucket,) = stage.buckets
+    decays = [slot.parameter.decays for slot in bucket.slots]
+    assert decays == sorted(decays, reverse=True)
+    for slot in bucket.slots:
+        matrix = slot.parameter.dim() == 2
+        assert slot.stop <= bucket.decaying if matrix else slot.start >= bucket.decaying
+    assert len(bucket.parameters) % 64 == 0
