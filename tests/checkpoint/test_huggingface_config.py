@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from typing import Any
 
 import pytest
 
 from megalite.checkpoint.huggingface_config import huggingface_config, model_config_from_huggingface
-from megalite.config import Config, ModelConfig, build_config, check
+from megalite.config import ModelConfig, build_config, to_toml
+from megalite.config.check import check_layout
 from megalite.errors import UserError
 from tests.fixtures import golden
 
@@ -44,13 +46,13 @@ def test_out_and_in_again(name: str) -> None:
     assert (written["torch_dtype"], written["eos_token_id"]) == ("bfloat16", 2)
 
 
-def test_what_is_read_is_a_valid_configuration() -> None:
-    """Of every fixture, as the trainer checks it."""
-    for name in golden.NAMES:
-        model = model_config_from_huggingface(json.loads((golden.folder(name) / "config.json").read_text()))
-        config: Config = golden.training_config(model)
-        assert build_config({"model": json.loads(json.dumps(vars(model)))}).model == model
-        check.check_layout(config, 1) if hasattr(check, "check_layout") else None
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_what_is_read_is_a_valid_configuration(name: str) -> None:
+    """As the trainer checks it, and after a way through TOML."""
+    model = model_config_from_huggingface(json.loads((golden.folder(name) / "config.json").read_text()))
+    config = golden.training_config(model)
+    check_layout(config, 1)
+    assert build_config(tomllib.loads(to_toml(config))) == config
 
 
 def test_defaults_of_old_models() -> None:

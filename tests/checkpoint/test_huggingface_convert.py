@@ -30,6 +30,8 @@ from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from tests.fixtures import golden
 
+Tensors = Mapping[str, torch.Tensor]
+
 TINY = ModelConfig(layers=3, hidden_size=24, ffn_hidden_size=40, heads=6, kv_heads=3, vocab_size=37, max_positions=64)
 
 MODELS: dict[str, ModelConfig] = {
@@ -53,16 +55,14 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-def _random_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
+def _random_weights(model: ModelConfig) -> Tensors:
     return {
         name: torch.randn(shape) * shape[-1] ** -0.5 if len(shape) > 1 else 1 + torch.randn(shape) * 0.3
         for name, shape in model_shapes(model).items()
     }
 
 
-def _trained_run(
-    folder: Path, model: ModelConfig, weights: Mapping[str, torch.Tensor], precision: str = "fp32"
-) -> Path:
+def _trained_run(folder: Path, model: ModelConfig, weights: Tensors, precision: str = "fp32") -> Path:
     """A run directory as training leaves it: fp32 weights in pieces of rows and columns, with moments."""
     config = Config(run=RunConfig(dir=str(folder)), model=model, train=TrainConfig(precision=precision))  # type: ignore[arg-type]
     path = folder / "checkpoints" / "step_00000007"
@@ -161,7 +161,7 @@ def test_a_changed_model_is_not_described_by_the_old_configuration(tmp_path: Pat
     """A run that was imported and went on with a longer context exports what it is now."""
     import_huggingface(golden.folder("llama_yarn"), tmp_path / "run")
     with CheckpointReader(tmp_path / "run") as reader:
-        model = replace(TINY, **reader.manifest.model) if False else ModelConfig(**reader.manifest.model)
+        model = ModelConfig(**reader.manifest.model)
     changed = replace(model, rope_theta=5e5, max_positions=256)
     _trained_run(tmp_path / "run", changed, _random_weights(changed))
     target = _export(tmp_path / "run", tmp_path / "target")

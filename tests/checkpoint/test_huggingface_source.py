@@ -1,4 +1,4 @@
-"""Hugging Face directories as a source of weights: every box, every layout, and nothing believed that is not checked."""
+"""Hugging Face directories as a source of weights: every box, every layout, and nothing believed unchecked."""
 
 from __future__ import annotations
 
