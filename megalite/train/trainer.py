@@ -142,10 +142,14 @@ class Trainer:
         return packed.tolist()
 
     def _loss_share(self, losses: dict[int, Tensor]) -> Tensor | float:
-        """This rank's part of the global loss: tensor ranks of the last stage hold the same, so one of them counts."""
-        if not losses or self.mesh.index("tp") != 0:
+        """This rank's part of the global loss: tensor ranks of the last stage hold the same, so one of them counts.
+
+        The others add 0 times theirs: if it is not finite, on one of them alone, all ranks hear of it.
+        """
+        if not losses:
             return 0.0
-        return torch.stack([losses[micro] for micro in sorted(losses)]).sum()
+        share = torch.stack([losses[micro] for micro in sorted(losses)]).sum()
+        return share if self.mesh.index("tp") == 0 else 0.0 * share
 
     def accumulate(self, batches: Batches) -> Tensor | float:
         """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the loss."""
