@@ -120,6 +120,17 @@ def test_a_killed_rank_is_a_fault_and_leaves_nobody_behind(recipe):
     assert not ranks_of(recipe)
 
 
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(recipe):
+    process = start(recipe, "--train.steps", "100000")
+    wait_for_step(recipe, process, 2)
+    process.kill()
+    finish(process)
+    deadline = time.monotonic() + 60
+    while ranks_of(recipe):
+        assert time.monotonic() < deadline, f"still there: {ranks_of(recipe)}"
+        time.sleep(0.2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

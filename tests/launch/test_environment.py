@@ -1,0 +1,86 @@
+"""launch/common.sh: which Python is taken, whose torch, and what is said where something is missing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.fast
+
+ROOT = Path(__file__).parents[2]
+
+
+def shell(script, **environment):
+    """Run a line after sourcing common.sh, with exactly this environment."""
+    return subprocess.run(
+        [shutil.which("bash"), "-c", f"set -euo pipefail; source {ROOT}/launch/common.sh; {script}"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def programs(tmp_path):
+    """A directory to be the whole PATH: `dirname`, `cat` and what a test adds."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("dirname", "cat"):
+        (folder / name).symlink_to(shutil.which(name))
+
+    def add(name, text):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    add.path = str(folder)
+    return add
+
+
+def test_every_script_is_valid():
+    for path in [*ROOT.glob("launch/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"]:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_an_old_python_is_passed_over_and_none_at_all_is_refused(programs):
+    programs("python3", "exit 1")
+    done = shell("base_python", PATH=programs.path)
+    assert done.returncode == 2 and "Python 3.11 or newer is needed" in done.stderr
+    programs("python3.12", "exit 0")
+    assert shell("base_python", PATH=programs.path).stdout.strip() == f"{programs.path}/python3.12"
+
+
+def test_the_active_environment_comes_first(programs, tmp_path):
+    programs("python3", "exit 0")
+    active = tmp_path / "active" / "bin"
+    active.mkdir(parents=True)
+    (active / "python").symlink_to(sys.executable)
+    done = shell("base_python", PATH=programs.path, VIRTUAL_ENV=str(active.parent))
+    assert done.stdout.strip() == str(active / "python")
+    # .venv itself is what is to be made, not what it is made from
+    done = shell("base_python", PATH=programs.path, VIRTUAL_ENV=str(ROOT / ".venv"))
+    assert done.stdout.strip() == f"{programs.path}/python3"
+
+
+@pytest.mark.parametrize(("version", "accepted"), [("2.11.0+cu130", True), ("3.0", True), ("2.10.9", False)])
+def test_torch_is_lent_where_it_is_new_enough(tmp_path, version, accepted):
+    metadata = tmp_path / f"torch-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    done = shell(f"torch_of {sys.executable} || true", PATH=os.environ["PATH"], PYTHONPATH=str(tmp_path))
+    assert done.stdout.strip() == (str(tmp_path) if accepted else "")
+
+
+def test_a_missing_compiler_is_named(programs):
+    done = shell(f"check_compiler {sys.executable}", PATH=programs.path)
+    assert done.returncode == 2 and "no C++ compiler" in done.stderr and "apt install g++" in done.stderr
+    programs("g++", "exit 0")
+    assert shell(f"check_compiler {sys.executable}", PATH=programs.path).returncode == 0
+
+
+def test_versions_for_machines_without_a_gpu_are_exact():
+    lines = (ROOT / "constraints-cpu.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins["torch"] == "2.13.0" and pins["triton"] == "3.6.0" and pins["numpy"].startswith("2.3.")
