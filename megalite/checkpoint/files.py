@@ -12,6 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,21 +218,21 @@ class WrittenFile:
 def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> WrittenFile:
     """Write contiguous CPU tensors as a new safetensors file, on the disk when this returns.
 
-    Each checksum is taken from memory before the bytes are handed over. Raises OSError (disk full, no permission).
+    Checksums are taken from memory, beside the writing. Raises OSError (disk full, no permission).
     """
     header = safetensors_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors], metadata)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    checksums = []
     try:
-        _write_all(descriptor, memoryview(header))
-        for _, tensor in tensors:
-            checksums.append(crc32_of(tensor))
-            _write_all(descriptor, tensor_bytes(tensor))
+        with ThreadPoolExecutor(1) as beside:
+            checksums = beside.map(crc32_of, [tensor for _, tensor in tensors])
+            _write_all(descriptor, memoryview(header))
+            for _, tensor in tensors:
+                _write_all(descriptor, tensor_bytes(tensor))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     size = len(header) + sum(tensor.nbytes for _, tensor in tensors)
-    return WrittenFile(size, zlib.crc32(header[8:]), checksums)
+    return WrittenFile(size, zlib.crc32(header[8:]), list(checksums))
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,9 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.placement import PlacedParameter, placed_parameters
+
+_READERS = 4
+"""Threads of a load: while one waits for the disk, others compute checksums and copy."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -87,7 +91,10 @@ class CheckpointReader:
         return box
 
     def read_into(self, kind: str, targets: Iterable[Target]) -> None:
-        """Fill many boxes; every piece is read and verified once, in the order in which it lies in its file."""
+        """Fill many boxes; every piece is read and verified once, about in the order in which it lies in its file.
+
+        After an error the boxes are partly filled.
+        """
         by_name: dict[str, list[Target]] = {}
         for target in targets:
             by_name.setdefault(target.name, []).append(target)
@@ -102,10 +109,18 @@ class CheckpointReader:
                 if touched:
                     stored = self._file(piece.file).entry(piece_key(kind, name, piece.offset))
                     jobs.append((piece.file, stored.begin, name, piece, touched))
-        for _, _, name, piece, touched in sorted(jobs, key=lambda job: job[:2]):
-            content = self._verified(kind, name, piece)
-            for target in touched:
-                _copy_overlap(content, piece, target)
+        jobs.sort(key=lambda job: job[:2])
+        with ThreadPoolExecutor(_READERS) as readers:
+            for _ in readers.map(lambda job: self._deliver(kind, *job[2:]), jobs):
+                pass
+
+    def _deliver(self, kind: str, name: str, piece: Piece, touched: list[Target]) -> None:
+        """Read and verify one piece and copy it to where it is wanted."""
+        # Most often a piece goes where it came from, as a whole, and needs no memory of its own.
+        direct = _room_for(piece, touched[0], DTYPES[self.manifest.index[kind][name].dtype])
+        content = self._verified(kind, name, piece, direct)
+        for target in touched[0 if direct is None else 1 :]:
+            _copy_overlap(content, piece, target)
 
     def verify(self) -> list[str]:
         """Read everything; what is wrong with it, one line each."""
@@ -141,7 +156,8 @@ class CheckpointReader:
             self._files[name] = file
         return self._files[name]
 
-    def _verified(self, kind: str, name: str, piece: Piece) -> Tensor:
+    def _verified(self, kind: str, name: str, piece: Piece, room: Tensor | None = None) -> Tensor:
+        """The content of a piece, read into `room` where given, and equal to its checksum."""
         file, key = self._file(piece.file), piece_key(kind, name, piece.offset)
         stored, dtype = file.entry(key), DTYPES[self.manifest.index[kind][name].dtype]
         if stored.shape != piece.size or stored.dtype != dtype:
@@ -149,7 +165,8 @@ class CheckpointReader:
                 f"{file.path}: {key} is {stored.dtype} {list(stored.shape)}, the manifest says {dtype} "
                 f"{list(piece.size)}: damaged"
             )
-        content = file.read(key)
+        content = torch.empty(piece.size, dtype=dtype) if room is None else room
+        file.read_bytes(stored.begin, content)
         if zlib.crc32(tensor_bytes(content)) != piece.crc32:
             raise DamagedFile(f"{file.path}: {key} does not match its checksum: damaged")
         return content
@@ -194,6 +211,18 @@ def _overlap(piece: Piece, target: Target) -> list[tuple[int, int]] | None:
             return None
         spans.append((low, high))
     return spans
+
+
+def _room_for(piece: Piece, target: Target, dtype: torch.dtype) -> Tensor | None:
+    """The part of the target that a piece fills, if the piece can be read into it as it is."""
+    room = target.destination
+    if room.dtype != dtype or room.device.type != "cpu" or room.dim() == 0:
+        return None
+    for dim, (first, start, length, count) in enumerate(zip(target.offset, piece.offset, piece.size, target.size)):
+        if start < first or start + length > first + count:
+            return None
+        room = room.narrow(dim, start - first, length)
+    return room if room.is_contiguous() else None
 
 
 def _copy_overlap(content: Tensor, piece: Piece, target: Target) -> None:
