@@ -22,7 +22,7 @@ from megalite.checkpoint.source import CheckpointReader, TensorSource, load_weig
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
 from megalite.config.load import parse_overrides
-from megalite.errors import EXIT_UNUSABLE, UserError
+from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
@@ -32,14 +32,15 @@ from megalite.train.trainer import DTYPES
 
 Result = TypeVar("Result")
 
+_SILENCE_SECONDS = 15.0
+
 _OVERRIDES = ("parallel.tensor", "parallel.pipeline", "train.precision", "run.device", "kernels.")
 
 
 def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:
-    """Decorate a program that runs on many ranks: what all of them find wrong is said once.
+    """Decorate a program that runs on many ranks: a mistake that all of them find is said once, by rank 0.
 
-    Before the ranks have met, rank 0 speaks. Later whoever found a mistake does, the lower ranks first: the launcher
-    ends the others before they say the same.
+    The others keep silent for a while, in which the launcher ends them; what they alone found they then say.
     """
 
     @functools.wraps(main)
@@ -47,10 +48,8 @@ def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:
         try:
             return main()
         except UserError:
-            rank = World.from_environment().rank
-            if rank and not dist.is_initialized():
-                raise SystemExit(EXIT_UNUSABLE) from None
-            time.sleep(min(3.0, 0.5 * rank))
+            if World.from_environment().rank > 0:
+                time.sleep(_SILENCE_SECONDS)
             raise
 
     return guarded
