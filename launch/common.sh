@@ -96,13 +96,14 @@ prepare_environment() {
     printf '%s\n' "$stamp" > "$state"
 }
 
-# Sets PYTHON to the one that has megalite: the active environment's, or .venv's, which is made if there is neither.
+# Sets PYTHON to the one that has this checkout's megalite installed: the active environment's, or .venv's, which is made
+# if there is neither.
 find_python() {
     local candidate
     for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" python3; do
         [ -n "$candidate" ] || continue
-        if (cd / && "$candidate" -c 'import importlib.metadata as m; m.version("megalite"), m.version("torch")') \
-            2> /dev/null; then
+        if [ "$(cd / && "$candidate" -c 'import megalite; print(megalite.__path__[0])' 2> /dev/null)" = "$ROOT/megalite" ]
+        then
             PYTHON=$candidate
             return
         fi

@@ -178,7 +178,8 @@ def main() -> None:
         "--data.valid",
         json.dumps([token_files["heldout"]]),
     ]
-    command += ["--train.steps", str(options.steps)] if options.steps else []
+    if options.steps:
+        command += ["--train.steps", str(options.steps), "--optimizer.warmup_steps", str(options.steps // 10)]
     run("training", *command, *overrides)
     checkpoint = ("--checkpoint", out, "--run.device", "cuda" if gpus else "cpu")
     scored = run(

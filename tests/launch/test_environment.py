@@ -64,6 +64,16 @@ def test_the_active_environment_comes_first(programs, tmp_path):
     assert done.stdout.strip() == f"{programs.path}/python3"
 
 
+def test_only_a_python_with_this_checkout_installed_runs_it(programs, tmp_path):
+    find = 'prepare_environment() { PYTHON=made; }; find_python; echo "$PYTHON"'
+    active = tmp_path / "active" / "bin"
+    active.mkdir(parents=True)
+    for installed, taken in ((ROOT / "megalite", str(active / "python")), ("/another/checkout/megalite", "made")):
+        (active / "python").write_text(f"#!/bin/sh\necho {installed}\n")
+        (active / "python").chmod(0o755)
+        assert shell(find, PATH=programs.path, VIRTUAL_ENV=str(active.parent)).stdout.strip() == taken
+
+
 @pytest.mark.parametrize(("version", "accepted"), [("2.11.0+cu130", True), ("3.0", True), ("2.10.9", False)])
 def test_torch_is_lent_where_it_is_new_enough(tmp_path, version, accepted):
     metadata = tmp_path / f"torch-{version}.dist-info"

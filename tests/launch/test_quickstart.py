@@ -71,11 +71,11 @@ def test_from_the_users_text_to_a_sample(tmp_path):
     ]
     out = tmp_path / "run"
     small = ["--model.layers", "2", "--model.hidden_size", "64", "--train.seq_length", "64"]
-    command = [sys.executable, str(ROOT / "launch/quickstart.py"), "--out", str(out), "--device", "cpu", "--steps", "8"]
+    command = [sys.executable, str(ROOT / "launch/quickstart.py"), "--out", str(out), "--device", "cpu", "--steps", "4"]
     done = subprocess.run([*command, "--input", *files, *small], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / quickstart.MARKER).read_text())
     assert 0 < results["bits_per_byte"] < 9 and results["sample"].strip()
     assert (out / "loss.png").stat().st_size > 1000
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 8
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
     assert "tensor 2" in done.stderr + done.stdout and "pipeline 2" in done.stderr + done.stdout
