@@ -7,7 +7,7 @@
 # that environment's packages and adds only what is missing, and the environment itself stays as it is. Otherwise torch
 # is installed, pinned by constraints-cpu.txt where no GPU is seen.
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 say() { printf '%s\n' "$*" >&2; }
 
