@@ -15,6 +15,7 @@ SUITE = [
     "test_loss_and_optimizer_kernels.py",
     "test_attention_kernels.py",
     "test_ops.py",
+    "test_training_step.py",
 ]
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
