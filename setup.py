@@ -7,7 +7,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["megalite", "megalite.*"]) + ["megalite.kernels"],
+    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels"],
     package_dir={"megalite.kernels": "kernels"},
     package_data={"": ["*.pyi", "*.toml"]},
     ext_modules=[Pybind11Extension("megalite.data._index", ["megalite/data/_index.cpp"], cxx_std=17)],

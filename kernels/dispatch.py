@@ -126,14 +126,14 @@ def _take(operation: str, wanted: str, device: torch.device, field: str) -> tupl
         return wanted, ""
     if obstacle is None:
         return "triton", " (auto)"
-    return ("sdpa" if operation == "attention" else "reference"), f" (auto: {obstacle})"
+    return ("sdpa" if operation == "attention" else "reference"), f" (auto: {obstacle.partition(':')[0]})"
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"device {device.type} runs Triton only in its interpreter (TRITON_INTERPRET=1)"
+        return f"no GPU: device {device.type} runs Triton only in its interpreter (TRITON_INTERPRET=1)"
     return None
 
 

@@ -79,8 +79,8 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
         config.train.recompute,
     )
     log.info("optimizer: %s; FLOPs: %s", trainer.optimizer.name, FORMULA)
-    for line in kernels.splitlines():
-        log.info("%s", line)
+    log.info("kernels: %s", ", ".join(line.removeprefix("kernels.") for line in kernels.splitlines()))
+    log.info("TensorBoard: %s", f"{config.run.dir}/tensorboard" if config.log.tensorboard else "off")
 
 
 def train(config: Config, world: World, stop: StopRequest) -> int:
