@@ -22,9 +22,10 @@ REPRESENTATIVE = [
 
 
 def case_for(layout, fields):
-    """3 layers where they are enough; otherwise one more than the stages, so that stages differ."""
+    """3 layers, or one more than the stages, so that stages differ; 4 samples a step, or 6 for 3 ranks."""
     stages = layout.pipeline * (2 if layout.schedule == "interleaved" else 1)
-    return Case.of({**fields, "model.layers": max(3, stages + 1)})
+    samples = 6 if 3 in (layout.pipeline, layout.data) else 4
+    return Case.of({**fields, "model.layers": max(3, stages + 1), "train.global_batch_size": samples})
 
 
 def marked(chosen, fast=()):

@@ -38,10 +38,11 @@ def check(pool, case, layout, relative=1e-5):
 
 def grid(*rows):
     """(name, fields, layouts, index of the one in the fast tier or None) -> parameters."""
-    for name, fields, chosen, fast in rows:
-        for index, layout in enumerate(chosen):
-            marks = [pytest.mark.fast] if index == fast else []
-            yield pytest.param(fields, layout, id=f"{name}-{layout.name}", marks=marks)
+    return [
+        pytest.param(fields, layout, id=f"{name}-{layout.name}", marks=[pytest.mark.fast] if index == fast else [])
+        for name, fields, chosen, fast in rows
+        for index, layout in enumerate(chosen)
+    ]
 
 
 HEADS = grid(
@@ -89,7 +90,12 @@ def test_odd_sequences(pool, fields, layout):
     ("fields", "layout"),
     grid(
         ("5_layers", {"model.layers": 5}, [Layout(pipeline=4), INTERLEAVED], None),
-        ("micro_batches_of_3", {"train.micro_batch_size": 3}, [P2, Layout(tensor=2, data=2), D4], None),
+        (
+            "micro_batches_of_3",
+            {"train.micro_batch_size": 3, "train.global_batch_size": 12},
+            [P2, Layout(tensor=2, data=2), D4],
+            None,
+        ),
         ("1_micro_batch", {"train.global_batch_size": 1}, [P3, T2SP2], None),
     ),
 )
@@ -124,7 +130,7 @@ def test_recomputing_changes_nothing(pool, recompute, layout):
 @pytest.mark.parametrize("layout", [D2, P2D2, INTERLEAVED, T2SP2], ids=lambda layout: layout.name)
 def test_growing_batches(pool, layout):
     """4, 8, then 12 samples a step: the number of micro-batches changes under way."""
-    case = Case.of({"train.batch_ramp": (4, 4, 24), "model.layers": 5})
+    case = Case.of({"train.batch_ramp": (4, 4, 24), "train.global_batch_size": 12, "model.layers": 5})
     assert [case.config(1).batch_size_at(samples) for samples in (0, 11, 12, 23, 24)] == [4, 4, 8, 8, 12]
     check(pool, case, layout)
 

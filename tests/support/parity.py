@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
     "train.steps": 8,
     "train.seq_length": 12,
     "train.micro_batch_size": 1,
-    "train.global_batch_size": 12,
+    "train.global_batch_size": 4,
     "train.precision": "fp32",
     "optimizer.lr": 3e-3,
     "optimizer.eps": 1e-5,

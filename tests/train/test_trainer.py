@@ -12,6 +12,7 @@ from tests.support.parity import Case, Layout, build_trainer, micro_batches, pie
 
 pytestmark = pytest.mark.fast
 
+CASE = Case.of({"train.global_batch_size": 12})
 LAYOUTS = [
     Layout(),
     Layout(data=2),
@@ -77,7 +78,7 @@ def refuse(rank, case, layout, guilty, how):
 def test_what_is_not_finite_on_one_rank_is_refused_by_all(pool, layout, how):
     """Nothing is left of the step: the next one gives the bits of a run that never saw it."""
     guilty = layout.world - 1
-    results = pool.run(refuse, layout.world, Case.of(), layout, guilty, how)
+    results = pool.run(refuse, layout.world, CASE, layout, guilty, how)
     assert results == [(False, float(sum(range(layout.world))), True, True)] * layout.world
 
 
@@ -97,9 +98,9 @@ def clip(rank, case, layout, limit):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_clipping_by_the_norm_of_the_whole(pool, layout):
     """All gradients shrink by limit / norm where the norm exceeds the limit, and by nothing otherwise."""
-    norm = train_alone(Case.of(steps=1)).grad_norms[0]
+    norm = train_alone(CASE).grad_norms[0]
     for limit, factor in ((norm / 3, 1 / 3), (norm * 2, 1.0), (0.0, 1.0)):
-        for grad_norm, ratios in pool.run(clip, layout.world, Case.of(), layout, limit):
+        for grad_norm, ratios in pool.run(clip, layout.world, CASE, layout, limit):
             assert grad_norm == pytest.approx(norm, rel=1e-5)
             assert ratios == pytest.approx([factor] * len(ratios), rel=1e-4)
 
@@ -118,7 +119,7 @@ def ignore_all(rank, case, layout):
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], LAYOUTS[4]], ids=lambda layout: layout.name)
 def test_a_step_without_any_label(pool, layout):
     """No token counts: loss and gradient are 0, not 0/0."""
-    assert pool.run(ignore_all, layout.world, Case.of(), layout) == [(0.0, 0.0, True, 0.0, 0)] * layout.world
+    assert pool.run(ignore_all, layout.world, CASE, layout) == [(0.0, 0.0, True, 0.0, 0)] * layout.world
 
 
 def evaluate(rank, case, layout):
@@ -132,10 +133,10 @@ def evaluate(rank, case, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_evaluation_is_the_loss_of_the_step(pool, layout):
-    config = Case.of().config(1)
+    config = CASE.config(1)
     labels = torch.cat(
         [batch.labels_BS for batch in micro_batches(0, 12, config, build_trainer(config, 0, 1).mesh, False)]
     )
-    for mean, tokens, loss in pool.run(evaluate, layout.world, Case.of(), layout):
+    for mean, tokens, loss in pool.run(evaluate, layout.world, CASE, layout):
         assert tokens == int((labels != IGNORED).sum())
         assert mean == pytest.approx(loss, rel=1e-6)
