@@ -19,6 +19,7 @@ from megalite.mesh import Mesh
 from megalite.text.tokenizers import load_tokenizer
 from megalite.train.flops import FORMULA, parameter_count
 from megalite.train.loop import Diverged, TrainingRun, open_data
+from megalite.train.metrics import draw_loss
 from megalite.train.runtime import (
     FAULT,
     FINISHED,
@@ -102,12 +103,15 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     with stop.listening(), Watch(mesh, config.run.dir, config.train.timeout_seconds).listening() as watch:
         try:
             code = TrainingRun(config, mesh, trainer, stop, watch, eod).run()
+            mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
         except RuntimeError:
             if missing := watch.roll_call():
                 log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
             raise
+        finally:
+            if world.rank == 0:
+                draw_loss(Path(config.run.dir))
     if world.size > 1:
-        mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
         dist.destroy_process_group()
     return code
 

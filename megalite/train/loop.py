@@ -17,7 +17,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
 from megalite.mesh import Mesh
 from megalite.optim.schedule import learning_rate
-from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics, draw_loss
+from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics
 from megalite.train.progress import ProgressDisplay, describe
 from megalite.train.reader import Reader, open_data
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range
@@ -260,5 +260,4 @@ class TrainingRun:
             self.display.close()
         if self.metrics is not None:
             self.metrics.close()
-            draw_loss(self.metrics.path, Path(self.config.run.dir) / "loss.png")
         self.checkpoints.close()

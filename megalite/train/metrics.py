@@ -127,12 +127,12 @@ class MetricsLog:
             self._wandb.finish()
 
 
-def draw_loss(metrics: Path, picture: Path) -> None:
-    """The loss curve of a metrics file as a PNG, with validation losses where there are any."""
+def draw_loss(run_dir: Path) -> None:
+    """Draw run_dir/loss.png from the metrics, with validation losses where there are any."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_metrics(metrics) if row["loss"] is not None]
+    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["loss"] is not None]
     if not rows:
         return
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -149,6 +149,6 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     axes.set_title(f"{rows[-1]['tokens'] / 1e6:,.2f} M tokens, final loss {rows[-1]['loss']:.3f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = picture.with_name(picture.name + ".partial")
+    partial = run_dir / "loss.png.partial"
     figure.savefig(partial, format="png")
-    os.replace(partial, picture)
+    os.replace(partial, run_dir / "loss.png")
