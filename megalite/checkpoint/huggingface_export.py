@@ -198,14 +198,18 @@ def row_blocks(reader: CheckpointReader, name: str, block_bytes: int = BLOCK_BYT
     """Rows [start, stop) that cut no stored piece, so that none is read twice; at most about `block_bytes` each."""
     entry = reader.manifest.index[WEIGHT][name]
     row_bytes = math.prod(entry.shape[1:]) * DTYPES[entry.dtype].itemsize
-    start = reach = 0
+    edges, reach = [], 0
     for first, rows in sorted((piece.offset[0], piece.size[0]) for piece in entry.pieces):
-        if first >= reach and (max(reach, first + rows) - start) * row_bytes > block_bytes and reach > start:
-            yield start, reach
-            start = reach
+        if first >= reach > 0:
+            edges.append(reach)
         reach = max(reach, first + rows)
-    if reach > start:
-        yield start, reach
+    start = stop = 0
+    for edge in (*edges, reach):
+        if (edge - start) * row_bytes > block_bytes and stop > start:
+            yield start, stop
+            start = stop
+        stop = edge
+    yield start, stop
 
 
 def _small_files(reader: CheckpointReader, model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from tests.fixtures import golden
+
+HEIGHTS = st.lists(st.integers(1, 9), max_size=8)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -213,7 +216,7 @@ def test_row_blocks(left: list[int], right: list[int], limit: int) -> None:
     pieces, common = [], set(range(rows + 1))
     for column, width, heights in ((0, 2, left), (2, 1, right)):
         edges = sorted({0, rows, *np.cumsum(heights, dtype=int).tolist()})
-        pieces += [Piece("f", (start, column), (stop - start, width), 0) for start, stop in zip(edges, edges[1:])]
+        pieces += [Piece("f", (start, column), (stop - start, width), 0) for start, stop in pairwise(edges)]
         common &= set(edges)
     reader = _Index({"w": Entry((rows, 3), "F32", pieces[::-1])})
     blocks = list(row_blocks(reader, "w", limit))  # type: ignore[arg-type]
