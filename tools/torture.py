@@ -137,7 +137,7 @@ def make_command(work: Path, run_dir: Path, arguments: Arguments) -> list[str]:
         "train.micro_batch_size": "2",
         "train.global_batch_size": str(4 * arguments.processes),
         "train.precision": "fp32",
-        "train.timeout_seconds": "8",
+        "train.timeout_seconds": "15",
         "checkpoint.interval": "5",
         "checkpoint.keep": "4",
         "checkpoint.async_save": "true",

@@ -205,9 +205,13 @@ class CheckpointManager:
 
     def _extras(self) -> list[tuple[str, bytes]]:
         extras = [("config.toml", to_toml(self.config).encode())]
-        tokenizer = Path(self.config.data.tokenizer)
+        path = Path(self.config.data.tokenizer or "none")  # an empty path would be the working directory
+        tokenizer = path / "tokenizer.json" if path.is_dir() else path
         if tokenizer.is_file():
             extras.append((f"tokenizer{tokenizer.suffix}", tokenizer.read_bytes()))
+            settings = tokenizer.with_name("tokenizer_config.json")
+            if tokenizer.suffix == ".json" and settings.is_file():
+                extras.append((settings.name, settings.read_bytes()))
         return extras
 
     def _prune(self) -> None:
