@@ -148,10 +148,11 @@ def test_bf16_layouts_are_as_near_to_fp32_as_one_process(pool, layout):
     case = Case.of(EVERYTHING, **FOUR_STEPS)
     half = case.having({"train.precision": "bf16"})
     ours, alone, exact = train(pool, half, layout, chaos=True), train_alone(half), train_alone(case)
-    for what in ("gradients", "weights"):
-        for name, value in getattr(exact, what).items():
-            limit = 2 * distance(getattr(alone, what)[name], value) + 0.005
-            assert distance(getattr(ours, what)[name], value) < limit, (what, name)
+    for name, value in exact.gradients.items():
+        assert distance(ours.gradients[name], value) < 2 * distance(alone.gradients[name], value) + 0.005, name
+    # All weights as one: in a key's bias, whose gradient is almost zero, Adam makes whole steps of rounding noise.
+    ends = [torch.cat([value.flatten() for value in outcome.weights.values()]) for outcome in (ours, alone, exact)]
+    assert distance(ends[0], ends[2]) < 2 * distance(ends[1], ends[2]) + 0.001
     torch.testing.assert_close(ours.losses, exact.losses, rtol=2e-3, atol=0.0)
 
 
