@@ -6,7 +6,6 @@ as it lies, in any layout, and only the rows that a rank needs. Nothing in it is
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,8 @@ from torch import Tensor
 from megalite.checkpoint.files import DamagedFile, TensorFile, parse_json
 from megalite.checkpoint.huggingface_config import model_config_from_huggingface
 from megalite.checkpoint.source import Shapes
-from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.kernels import select_kernels
-from megalite.mesh import Mesh
-from megalite.model.decoder import OUTPUT, Stage
-from megalite.placement import placed_parameters
+from megalite.model.decoder import OUTPUT
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -59,14 +54,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} is not a JSON object: the file is damaged")
     return value
-
-
-def model_shapes(model: ModelConfig) -> Shapes:
-    """Name and global shape of every tensor of a model, from the placements of the model itself (on no memory)."""
-    mesh = Mesh(device=torch.device("meta"))
-    short = dataclasses.replace(model, max_positions=1)  # no table of rotations, which is no parameter
-    stage = Stage(short, mesh, select_kernels({"default": "reference"}, torch.device("cpu")))
-    return {box.name: box.shape for parameter in placed_parameters(stage) for box in parameter.placement.boxes}
 
 
 class HuggingFaceSource:

@@ -34,12 +34,11 @@ from megalite.checkpoint.huggingface import (
     INDEX,
     SINGLE,
     TOKENIZER_FILES,
-    model_shapes,
     read_json,
 )
 from megalite.checkpoint.huggingface_config import DTYPE_FIELDS, huggingface_config, model_config_from_huggingface
 from megalite.checkpoint.manifest import WEIGHT
-from megalite.checkpoint.source import CheckpointReader, compare_shapes
+from megalite.checkpoint.source import CheckpointReader, compare_shapes, model_shapes
 from megalite.config import ModelConfig, build_config
 from megalite.errors import UserError
 from megalite.text.tokenizers import Tokenizer, load_tokenizer

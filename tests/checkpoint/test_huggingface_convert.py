@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from megalite.kernels import select_kernels
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint.huggingface import HuggingFaceSource, model_shapes
+from megalite.checkpoint.huggingface import HuggingFaceSource
 from megalite.checkpoint.huggingface_export import export_huggingface, row_blocks
 from megalite.checkpoint.huggingface_import import import_huggingface
 from megalite.checkpoint.manifest import Entry, Piece
-from megalite.checkpoint.source import CheckpointReader, load_weights
+from megalite.checkpoint.source import CheckpointReader, load_weights, model_shapes
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, ModelConfig, RunConfig, TrainConfig, load_config, to_toml
 from megalite.errors import UserError

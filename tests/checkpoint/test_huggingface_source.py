@@ -14,9 +14,9 @@ import torch
 from megalite.kernels import select_kernels
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint.huggingface import HuggingFaceSource, is_huggingface, model_shapes
+from megalite.checkpoint.huggingface import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.huggingface_import import import_huggingface
-from megalite.checkpoint.source import compare_shapes, load_weights
+from megalite.checkpoint.source import compare_shapes, load_weights, model_shapes
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
