@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import tyro
-from megalite.kernels import select_kernels
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import build_config
 from megalite.data.batches import Batch
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
 

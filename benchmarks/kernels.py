@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megalite.kernels import adamw, cross_entropy, flash_attention, rms_norm, rope, select_kernels
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalite.kernels import adamw, cross_entropy, flash_attention, rms_norm, rope, select_kernels
 
 EPS = 1e-5
 

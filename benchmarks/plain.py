@@ -8,12 +8,12 @@ nothing around them: what megalite costs beyond it is the framework's own overhe
 from __future__ import annotations
 
 import torch
-from megalite.kernels import Kernels
-from megalite.kernels.cross_entropy import cross_entropy_loss
 from torch import Tensor, nn
 from torch.nn import functional
 
 from megalite.config import ModelConfig
+from megalite.kernels import Kernels
+from megalite.kernels.cross_entropy import cross_entropy_loss
 from megalite.model.rope import rope_table
 
 

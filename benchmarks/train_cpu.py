@@ -59,7 +59,6 @@ def make_config(layout: dict[str, int], precision: str) -> Config:
 def step_of(variant: str, precision: str, rank: int, size: int) -> Any:
     """A function that makes one training step of the variant."""
     from megalite.kernels import select_kernels
-
     from megalite.mesh import Mesh
     from megalite.train.trainer import Trainer
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from megalite.kernels import select_kernels
 
 from megalite.config import ModelConfig
+from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.model.attention import split_heads
 from megalite.model.decoder import Stage, layers_of_stage

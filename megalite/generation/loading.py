@@ -27,12 +27,10 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
-from megalite.train.runtime import World, choose_device, connect
+from megalite.train.runtime import SILENCE_SECONDS, World, choose_device, connect
 from megalite.train.trainer import DTYPES
 
 Result = TypeVar("Result")
-
-_SILENCE_SECONDS = 15.0
 
 _OVERRIDES = ("parallel.tensor", "parallel.pipeline", "train.precision", "run.device", "kernels.")
 
@@ -49,7 +47,7 @@ def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:
             return main()
         except UserError:
             if World.from_environment().rank > 0:
-                time.sleep(_SILENCE_SECONDS)
+                time.sleep(SILENCE_SECONDS)
             raise
 
     return guarded

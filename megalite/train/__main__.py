@@ -24,6 +24,7 @@ from megalite.train.runtime import (
     FAULT,
     FINISHED,
     INTERRUPTED,
+    SILENCE_SECONDS,
     UNUSABLE,
     StopRequest,
     World,
@@ -130,11 +131,11 @@ def main(argv: list[str]) -> int:
             return FINISHED
         return train(config, world, stop)
     except UserError as error:
-        # A mistake in the configuration is the same on every rank, and one found later often is on several: rank 0
-        # speaks at once, the others only if the launcher has not ended them by then.
-        time.sleep(min(5.0, 1.0 * world.rank))
-        if world.rank == 0 or dist.is_initialized():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # A mistake in the configuration is found by every rank, one found later by several: rank 0 speaks at once, and
+        # the launcher then ends the others. Before the ranks have met, some may be seconds behind.
+        if world.rank > 0:
+            time.sleep(min(5.0, world.rank) if dist.is_initialized() else SILENCE_SECONDS)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return UNUSABLE
     except KeyboardInterrupt:
         if world.rank == 0:

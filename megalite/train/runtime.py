@@ -30,6 +30,9 @@ FINISHED, UNUSABLE, STOPPED, INTERRUPTED, FAULT = 0, 2, 75, 130, 1
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
 
+SILENCE_SECONDS = 15.0
+"""Before the ranks have met, those other than 0 keep a mistake to themselves for so long: rank 0 will say it."""
+
 _PATIENCE_SECONDS = 5.0
 """A rank that lost a peer waits this long before it complains: the launcher may be about to end it, and the peer's own
 message is the one that helps."""

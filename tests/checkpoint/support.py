@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from megalite.kernels import select_kernels
 from torch import Tensor
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config, build_config
 from megalite.data.batches import Batch
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
 

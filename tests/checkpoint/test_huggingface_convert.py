@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megalite.kernels import select_kernels
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.huggingface import HuggingFaceSource
@@ -27,6 +26,7 @@ from megalite.checkpoint.source import CheckpointReader, load_weights, model_sha
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, ModelConfig, RunConfig, TrainConfig, load_config, to_toml
 from megalite.errors import UserError
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from tests.fixtures import golden

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from megalite.kernels import select_kernels
 from safetensors.torch import load_file
 
 from megalite.checkpoint.huggingface import HuggingFaceSource
 from megalite.checkpoint.huggingface_import import import_huggingface
 from megalite.checkpoint.manager import CheckpointManager
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
 from tests.fixtures import golden

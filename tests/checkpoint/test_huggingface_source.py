@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megalite.kernels import select_kernels
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.huggingface import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.huggingface_import import import_huggingface
 from megalite.checkpoint.source import compare_shapes, load_weights, model_shapes
 from megalite.errors import UserError
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.placement import placed_parameters

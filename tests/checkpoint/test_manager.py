@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megalite.kernels import select_kernels
 
 from megalite.checkpoint import files
 from megalite.checkpoint.lock import LOCK, RunLock
@@ -20,6 +19,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.source import CheckpointReader, load_weights, model_shapes
 from megalite.config import build_config
 from megalite.errors import UserError
+from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.model.decoder import Stage
 from megalite.train.trainer import Trainer

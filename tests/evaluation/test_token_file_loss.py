@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megalite.kernels import select_kernels
 
 from megalite.checkpoint.huggingface import HuggingFaceSource
 from megalite.checkpoint.source import load_weights
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import UserError
 from megalite.evaluation.loss import Score, Windows, count_bytes, score
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.text.tokenizers import ByteTokenizer

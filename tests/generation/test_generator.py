@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from megalite.kernels import select_kernels
 
 from megalite.checkpoint.huggingface import HuggingFaceSource
 from megalite.checkpoint.source import load_weights
 from megalite.errors import UserError
 from megalite.generation.generator import Completion, Generator, Limits
 from megalite.generation.sampling import Sampling
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.text.tokenizers import ByteTokenizer

@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+from megalite.errors import UserError
 from megalite.kernels import OPERATIONS, select_kernels
 from megalite.kernels.adamw import adamw_, square_sum
 from megalite.kernels.attention_choice import fastest
@@ -21,9 +24,6 @@ from megalite.kernels.flash_attention import attention_reference, attention_sdpa
 from megalite.kernels.rms_norm import add_rms_norm, rms_norm
 from megalite.kernels.rope import rope
 from megalite.kernels.swiglu import swiglu
-from torch.autograd import gradcheck
-
-from megalite.errors import UserError
 
 pytestmark = pytest.mark.fast
 CPU = torch.device("cpu")

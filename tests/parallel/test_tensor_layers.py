@@ -6,9 +6,9 @@ Shapes: S sequence, B micro-batch, I / O features in and out, V vocabulary, R te
 
 import pytest
 import torch
-from megalite.kernels import select_kernels
 from torch.nn import functional
 
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.loss import IGNORED, VocabParallelHead

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from megalite.kernels import select_kernels
 from torch import Tensor
 
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
 from megalite.data.batches import Batch
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh, create_group
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.loss import IGNORED

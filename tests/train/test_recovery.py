@@ -8,11 +8,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from megalite.kernels import select_kernels
 
 from megalite.config import build_config
 from megalite.data.batches import Batch
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
 from megalite.train.loop import MAX_REFUSED_STEPS

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from megalite.kernels import flash_attention_triton as ours
-from megalite.kernels.flash_attention import attention_reference
 from torch import Tensor
 
+from megalite.kernels import flash_attention_triton as ours
+from megalite.kernels.flash_attention import attention_reference
 from tests.kernels.suite.kernel_checks import close, compare
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
+
 from megalite.kernels import rms_norm, rms_norm_triton, rope, rope_triton, swiglu, swiglu_triton
 from megalite.kernels.layout import as_rows
-
 from tests.kernels.suite.kernel_checks import compare
 
 DTYPES = [torch.float32, torch.bfloat16]

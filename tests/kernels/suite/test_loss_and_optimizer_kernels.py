@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from megalite.kernels import adamw, adamw_triton, cross_entropy, cross_entropy_triton
 
+from megalite.kernels import adamw, adamw_triton, cross_entropy, cross_entropy_triton
 from tests.kernels.suite.kernel_checks import close
 
 DTYPES = [torch.float32, torch.bfloat16]

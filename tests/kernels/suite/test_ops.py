@@ -1,9 +1,10 @@
 """The kernels as torch operators: fake tensors, schemas, torch.compile, and the selection by configuration."""
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from megalite.kernels import OPERATIONS, flash_attention_triton, rms_norm_triton, select_kernels, swiglu_triton
 from megalite.kernels.rms_norm import rms_norm
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def test_fake_tensors_have_the_shapes_of_real_ones():

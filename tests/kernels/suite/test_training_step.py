@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from megalite.kernels import select_kernels
 
 from megalite.config import build_config
 from megalite.data.batches import Batch
+from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
 
