@@ -74,6 +74,11 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    def set_timeout(self, seconds: float) -> None:
+        """From now on, a communication that takes longer than this fails."""
+        if self.handle is not None:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), self.handle)
+
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
         """Reduce `tensor` over the group, in place. `op` is `sum` or `max`."""
         if self.size == 1:
@@ -218,6 +223,11 @@ class Mesh:
     @property
     def world(self) -> Group:
         return self.group(*AXES)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Limit every later communication of all groups made so far."""
+        for group in self._groups.values():
+            group.set_timeout(seconds)
 
     @property
     def waited_seconds(self) -> float:

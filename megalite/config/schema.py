@@ -162,7 +162,8 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's normaliser, added to the loss (PaLM uses 1e-4)."""
     timeout_seconds: float = 600.0
-    """A communication that takes longer than this means that a rank is lost, and ends the run."""
+    """A communication that takes longer than this means that a rank is lost, and ends the run (from the third step on:
+    start-up has more patience)."""
 
 
 @dataclass(frozen=True)

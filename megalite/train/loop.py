@@ -127,7 +127,7 @@ class TrainingRun:
     def _train(self) -> int:
         while self.position.step < self.last_step:
             step = self.position.step + 1
-            self.watch.beat(step)
+            self.watch.beat()
             with self._profiled(step):
                 started = time.perf_counter()
                 outcome = self._step(step)

@@ -30,6 +30,10 @@ FINISHED, UNUSABLE, STOPPED, INTERRUPTED, FAULT = 0, 2, 75, 130, 1
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
 
+STARTUP_TIMEOUT_SECONDS = 1800.0
+"""Limit of a communication until the run is warm: data indices are built and kernels compiled, on some ranks first.
+`train.timeout_seconds` holds from then on."""
+
 SILENCE_SECONDS = 15.0
 """Before the ranks have met, those other than 0 keep a mistake to themselves for so long: rank 0 will say it."""
 
@@ -86,8 +90,8 @@ def choose_device(config: Config, world: World) -> torch.device:
 
 
 def connect(config: Config, world: World, device: torch.device) -> Mesh:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and build the mesh of this configuration."""
-    timeout = timedelta(seconds=config.train.timeout_seconds)
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and build the mesh; with start-up's patience for now."""
+    timeout = timedelta(seconds=max(STARTUP_TIMEOUT_SECONDS, config.train.timeout_seconds))
     if world.size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)

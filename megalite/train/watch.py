@@ -20,6 +20,8 @@ from megalite.mesh import Mesh
 
 log = logging.getLogger("megalite")
 
+_WARM_STEPS = 3
+"""After so many steps of a start, `timeout_seconds` takes the place of start-up's patience."""
 _REPORT_STEPS = 50
 """Steps over which a rank's work is averaged before ranks are compared."""
 _SLOW = 1.25
@@ -34,6 +36,7 @@ class Watch:
 
     def __init__(self, mesh: Mesh, run_dir: str, timeout_seconds: float) -> None:
         self.mesh, self.timeout = mesh, timeout_seconds
+        self._steps = 0
         self._path = Path(run_dir) / "log" / f"rank_{mesh.rank:05d}.stack"
         self._since = (time.perf_counter(), 0.0)
         self._store = dist.distributed_c10d._get_default_store() if mesh.size > 1 else None
@@ -47,16 +50,18 @@ class Watch:
         with self._path.open("w") as file:
             self._file = file
             try:
-                self.beat(0)
                 yield self
             finally:
                 faulthandler.cancel_dump_traceback_later()
         if self._path.stat().st_size == 0:
             self._path.unlink()
 
-    def beat(self, step: int) -> None:
+    def beat(self) -> None:
         """A step has begun: wind the watchdog up again."""
-        if self._store is not None:
+        self._steps += 1
+        if self._store is not None and self._steps == _WARM_STEPS:
+            self.mesh.set_timeout(self.timeout)
+        if self._store is not None and self._steps >= _WARM_STEPS:
             # Earlier than the collectives' own timeout, so that the hung rank's stack shows where it hangs.
             faulthandler.dump_traceback_later(0.8 * self.timeout, file=self._file)
 

@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import itertools
 import json
@@ -241,6 +242,15 @@ def slow_job(tmp_path, source_texts) -> tuple[Path, list[str]]:
     return tmp_path, ["--input", str(tmp_path / "a.jsonl"), "--workers", "2", "--append-eod"]
 
 
+def written_since(folder, moment: float) -> bool:
+    """Whether a file of the folder has been written to after `moment`, in seconds since the epoch."""
+    for path in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime > moment:
+                return True
+    return False
+
+
 @pytest.mark.slow
 def test_killed_at_random_and_resumed_gives_the_same_bytes(slow_job, model_path, chance) -> None:
     folder, arguments = slow_job
@@ -254,8 +264,11 @@ def test_killed_at_random_and_resumed_gives_the_same_bytes(slow_job, model_path,
         process = subprocess.Popen(
             tool(*arguments, "--output-prefix", folder / "cut"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
+        begun = time.time()
+        while process.poll() is None and not written_since(folder / "cut_text_document.parts", begun):
+            time.sleep(0.01)  # an interrupt while Python itself starts is Python's affair
         try:
-            process.wait(timeout=chance.uniform(0.3, 0.6) * seconds if attempt < 8 else None)
+            process.wait(timeout=chance.uniform(0.0, 0.5) * seconds if attempt < 8 else None)
         except subprocess.TimeoutExpired:
             process.send_signal(sent)
             assert process.wait(timeout=60) == (130 if sent == signal.SIGINT else -sent)
