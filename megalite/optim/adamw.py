@@ -91,51 +91,78 @@ class ShardedAdamW:
     """The optimizer of all stages on this rank. `step_count` is the number of updates made."""
 
     def __init__(self, stages: list[StageBuckets], config: OptimizerConfig) -> None:
-        self.stages = stages
+        self.stages, self.config = stages, config
         self.segments = [segment for stage in stages for bucket in stage.buckets for segment in _segments(bucket)]
         self.step_count = 0
-        groups = [
-            {"params": [s.master for s in self.segments if s.decays == decays], "weight_decay": weight_decay}
+        self._groups = [
+            ([segment for segment in self.segments if segment.decays == decays], weight_decay)
             for decays, weight_decay in ((True, config.weight_decay), (False, 0.0))
         ]
-        options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-        apex = _fused_adam() if self.segments and self.segments[0].master.is_cuda else None
-        self._apex = apex is not None
-        self._optimizer: torch.optim.Optimizer
-        if apex is not None:
-            self._optimizer = apex(groups, adam_w_mode=True, **options)  # type: ignore[call-arg]
-        else:
-            self._optimizer = torch.optim.AdamW(groups, fused=True, **options)
-        self.name = "apex FusedAdam" if self._apex else "torch fused AdamW"
-        self.set_step_count(0)
+        fused_adam = _fused_adam() if self.segments and self.segments[0].master.is_cuda else None
+        self._apex = self._build_apex(fused_adam) if fused_adam is not None else None
+        self.name = "apex FusedAdam" if self._apex is not None else "torch fused AdamW"
+
+    def _build_apex(self, fused_adam: Any) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [segment.master for segment in segments], "weight_decay": weight_decay}
+            for segments, weight_decay in self._groups
+        ]
+        config = self.config
+        optimizer = fused_adam(
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, adam_w_mode=True
+        )
+        for segment in self.segments:
+            optimizer.state[segment.master] = {"exp_avg": segment.exp_avg, "exp_avg_sq": segment.exp_avg_sq}
+        return optimizer
 
     def set_step_count(self, steps: int) -> None:
-        """Adopt the moments as they are now, as those after `steps` updates."""
+        """Take the moments as they are now for those after `steps` updates."""
         self.step_count = steps
-        for segment in self.segments:
-            state = {"exp_avg": segment.exp_avg, "exp_avg_sq": segment.exp_avg_sq}
-            if not self._apex:
-                state["step"] = torch.tensor(float(steps), device=segment.master.device)
-            self._optimizer.state[segment.master] = state
-        if self._apex:
-            for group in self._optimizer.param_groups:
-                group["step"] = steps
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
         """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        for segment in self.segments:
-            if gradient_scale != 1.0:
+        if gradient_scale != 1.0:
+            for segment in self.segments:
                 segment.gradient.mul_(gradient_scale)
-            segment.master.grad = segment.gradient
-        self._optimizer.step()
         self.step_count += 1
+        if self._apex is not None:
+            self._update_by_apex(self._apex, lr)
+        else:
+            for segments, weight_decay in self._groups:
+                self._update(segments, lr, weight_decay)
         for segment in self.segments:
             segment.write_back()
         for stage in self.stages:
             stage.gather_parameters()
+
+    def _update(self, segments: list[Segment], lr: float, weight_decay: float) -> None:
+        """What torch.optim.AdamW(fused=True) calls; called here directly, since importing that class costs a second."""
+        if not segments:
+            return
+        count = torch.tensor(float(self.step_count), device=segments[0].master.device)
+        torch._fused_adamw_(
+            [segment.master for segment in segments],
+            [segment.gradient for segment in segments],
+            [segment.exp_avg for segment in segments],
+            [segment.exp_avg_sq for segment in segments],
+            [],
+            [count] * len(segments),
+            lr=lr,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            weight_decay=weight_decay,
+            eps=self.config.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def _update_by_apex(self, optimizer: torch.optim.Optimizer, lr: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"], group["step"] = lr, self.step_count - 1
+        for segment in self.segments:
+            segment.master.grad = segment.gradient
+        optimizer.step()
 
     def restart(self) -> None:
         """Begin with the parameters as they are: they become the master weights, the moments zero."""
