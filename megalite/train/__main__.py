@@ -106,7 +106,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
             code = TrainingRun(config, mesh, trainer, stop, watch, eod).run()
             mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
         except RuntimeError:
-            if missing := watch.roll_call():
+            if missing := watch.roll_call(lambda: stop.signal is not None):
                 log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
             raise
         finally:

@@ -10,7 +10,7 @@ import contextlib
 import faulthandler
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -86,17 +86,20 @@ class Watch:
             line = "step %d: rank %d works longest, %.3f s a step where the median is %.3f s"
             log.log(level, line, step, slowest, float(seconds[slowest]), median)
 
-    def roll_call(self) -> list[int]:
-        """After a communication has failed: the ranks that do not answer, because they are dead or hang."""
+    def roll_call(self, ended: Callable[[], bool]) -> list[int]:
+        """After a communication has failed: the ranks that do not answer, because they are dead or hang.
+
+        Broken off with no answer once `ended()`: a launcher that ends this rank knows already who died.
+        """
         if self._store is None:
             return []
         try:
             self._store.set(f"megalite/present/{self.mesh.rank}", "1")
             deadline = time.monotonic() + _ANSWER_SECONDS
             missing = list(range(self.mesh.size))
-            while missing and time.monotonic() < deadline:
+            while missing and time.monotonic() < deadline and not ended():
                 missing = [rank for rank in missing if not self._store.check([f"megalite/present/{rank}"])]
                 time.sleep(0.1)
-            return missing
+            return [] if ended() else missing
         except (RuntimeError, OSError):  # the store went down with its host
             return []
