@@ -20,9 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from megalite.config import CommandLine, parse_command_line
-from megalite.errors import UserError, exit_on_user_error
-
-FINISHED, FAULT, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+from megalite.errors import FAULT, FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError, exit_on_user_error
 
 USAGE = "usage: bash launch/local.sh RECIPE.toml [--processes N] [--check] [--SECTION.FIELD VALUE ...]"
 

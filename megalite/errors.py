@@ -1,11 +1,12 @@
-"""The one way megalite tells users what is wrong: a single line, and exit code 2."""
+"""How megalite's programs end: the exit codes, and the one line that tells users what is wrong."""
 
 import functools
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-EXIT_UNUSABLE = 2
+FINISHED, FAULT, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Done; anything unforeseen; a user's mistake; stopped on request with a checkpoint; Ctrl-C."""
 
 Result = TypeVar("Result")
 
@@ -17,7 +18,7 @@ class UserError(Exception):
 def fail(message: str) -> NoReturn:
     """Print one line on standard error and leave with exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(EXIT_UNUSABLE)
+    raise SystemExit(UNUSABLE)
 
 
 def exit_on_user_error(main: Callable[..., Result]) -> Callable[..., Result]:
@@ -31,6 +32,6 @@ def exit_on_user_error(main: Callable[..., Result]) -> Callable[..., Result]:
             fail(str(error))
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
-            raise SystemExit(130) from None
+            raise SystemExit(INTERRUPTED) from None
 
     return guarded

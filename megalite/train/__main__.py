@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config, check, parse_command_line, to_toml
-from megalite.errors import UserError
+from megalite.errors import FAULT, FINISHED, INTERRUPTED, UNUSABLE, UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.text.tokenizers import load_tokenizer
@@ -21,11 +21,7 @@ from megalite.train.flops import FORMULA, parameter_count
 from megalite.train.loop import Diverged, TrainingRun, open_data
 from megalite.train.metrics import draw_loss
 from megalite.train.runtime import (
-    FAULT,
-    FINISHED,
-    INTERRUPTED,
     SILENCE_SECONDS,
-    UNUSABLE,
     StopRequest,
     World,
     choose_device,

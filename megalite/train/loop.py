@@ -15,13 +15,14 @@ import torch
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
+from megalite.errors import FINISHED, STOPPED
 from megalite.mesh import Mesh
 from megalite.optim.schedule import learning_rate
 from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics
 from megalite.train.progress import ProgressDisplay, describe
 from megalite.train.reader import Reader, open_data
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range
-from megalite.train.runtime import FINISHED, STOPPED, StopRequest
+from megalite.train.runtime import StopRequest
 from megalite.train.trainer import StepResult, Trainer
 from megalite.train.watch import Watch
 

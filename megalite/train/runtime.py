@@ -24,9 +24,6 @@ from megalite.config import Config
 from megalite.errors import UserError
 from megalite.mesh import Mesh, create_group
 
-FINISHED, UNUSABLE, STOPPED, INTERRUPTED, FAULT = 0, 2, 75, 130, 1
-"""Exit codes of the trainer; see the README."""
-
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
 

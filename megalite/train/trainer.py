@@ -23,7 +23,7 @@ from megalite.optim.adamw import ShardedAdamW
 from megalite.optim.norm import GradientNorm
 from megalite.parallel.data import StageBuckets
 from megalite.parallel.loss import IGNORED
-from megalite.parallel.pipeline.engine import Activation, PipelineEngine, StageForward
+from megalite.parallel.pipeline.engine import Activation, Observer, PipelineEngine, StageForward, unobserved
 from megalite.parallel.pipeline.lowering import lower
 from megalite.parallel.pipeline.schedules import build_schedule, forward_only
 from megalite.placement import initialise
@@ -75,6 +75,7 @@ class Trainer:
         }
         self.optimizer = ShardedAdamW(list(self.buckets.values()), config.optimizer)
         self.norm = GradientNorm(list(self.buckets.values()), mesh.rank)
+        self.observe: Observer = unobserved
         self._engines: dict[tuple[int, bool], PipelineEngine] = {}
         self._data_group = mesh.group("dp", "cp")
         self._world = mesh.world
@@ -157,7 +158,7 @@ class Trainer:
         for buckets in self.buckets.values():
             buckets.begin()
         engine = self._engine(len(batches), train=True)
-        return self._loss_share(engine.run(self._forward(batches, 1.0 / max(valid, 1)), self.buckets))
+        return self._loss_share(engine.run(self._forward(batches, 1.0 / max(valid, 1)), self.buckets, self.observe))
 
     def step(self, batches: Batches, lr: float, flag: float = 0.0) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank calls it with as many.

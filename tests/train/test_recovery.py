@@ -12,13 +12,13 @@ import torch
 from megalite.config import build_config
 from megalite.data.batches import Batch
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.errors import FAULT, FINISHED
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
 from megalite.train.loop import MAX_REFUSED_STEPS
 from megalite.train.reader import open_data
 from megalite.train.recovery import MINIMUM, WINDOW, SpikeDetector, next_sample, skip_range
-from megalite.train.runtime import FAULT, FINISHED
 from megalite.train.trainer import Trainer
 
 SEQUENCE, BATCH, STEPS, BAD_STEP = 32, 4, 90, 70

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,15 @@ from megalite.parallel.pipeline.ops import Op
 StageForward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, input hidden or None on the first stage) -> output hidden, or the loss on the last stage."""
 
+Observer = Callable[[Op], AbstractContextManager[None]]
+"""Wraps the execution of every operation: to time it, or to name it in a profile."""
+
 _PENDING_GRADIENT_SENDS = 2
+
+
+def unobserved(op: Op) -> AbstractContextManager[None]:
+    """The observer that does nothing."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -55,23 +64,29 @@ class PipelineEngine:
         self._forward_sends: dict[tuple[int, int], tuple[Tensor, Work]] = {}
         self._backward_sends: deque[tuple[Tensor, Work]] = deque()
 
-    def run(self, forward: StageForward, buckets: Mapping[int, StageBuckets] | None = None) -> dict[int, Tensor]:
+    def run(
+        self,
+        forward: StageForward,
+        buckets: Mapping[int, StageBuckets] | None = None,
+        observe: Observer = unobserved,
+    ) -> dict[int, Tensor]:
         """One step: all forwards and backwards, gradients reduced. Returns the last stage's losses by micro-batch.
 
         `buckets` are those of this rank's stages; a plan without backward operations needs none.
         """
         losses: dict[int, Tensor] = {}
         for index, op in enumerate(self.ops):
-            if op.kind == "F":
-                self._forward(op, forward, losses)
-            elif op.kind == "B":
-                if buckets is not None and self._last_backward[op.stage] == index:
-                    buckets[op.stage].expect_last_backward()
-                self._backward(op)
-            elif op.kind in ("SF", "SB", "RF", "RB"):
-                self._communicate(op)
-            elif buckets is not None:
-                self._reduce(op, buckets)
+            with observe(op):
+                if op.kind == "F":
+                    self._forward(op, forward, losses)
+                elif op.kind == "B":
+                    if buckets is not None and self._last_backward[op.stage] == index:
+                        buckets[op.stage].expect_last_backward()
+                    self._backward(op)
+                elif op.kind in ("SF", "SB", "RF", "RB"):
+                    self._communicate(op)
+                elif buckets is not None:
+                    self._reduce(op, buckets)
         self._drain()
         return losses
 
