@@ -7,10 +7,12 @@ given. `Group` is the only door to `torch.distributed`: everything above it name
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Protocol
@@ -52,7 +54,8 @@ class _Timed:
 
     def wait(self) -> None:
         began = time.perf_counter()
-        self._work.wait()
+        with self._group.observe_wait():
+            self._work.wait()
         self._group.waited_seconds += time.perf_counter() - began
 
 
@@ -61,7 +64,7 @@ class Group:
 
     Every method starts its communication and returns a `Work`; nothing is complete before `wait()`.
     A group of one rank needs no backend: its communications are local copies. `waited_seconds` is the host's time in
-    waits, from the start: the rank that the others wait for is the one with little of it.
+    waits, from the start: the rank that the others wait for is the one with little of it. `observe_wait` wraps waits.
     """
 
     def __init__(self, ranks: tuple[int, ...], rank: int, handle: dist.ProcessGroup | None) -> None:
@@ -69,6 +72,7 @@ class Group:
         self.index = ranks.index(rank)
         self.handle = handle
         self.waited_seconds = 0.0
+        self.observe_wait: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def size(self) -> int:
@@ -228,6 +232,11 @@ class Mesh:
         """Limit every later communication of all groups made so far."""
         for group in self._groups.values():
             group.set_timeout(seconds)
+
+    def observe_waits(self, observe: Callable[[tuple[str, ...]], AbstractContextManager[None]]) -> None:
+        """Wrap every later wait of the groups made so far in `observe(axes)`: to time it where it happens."""
+        for axes, group in self._groups.items():
+            group.observe_wait = functools.partial(observe, axes)
 
     @property
     def waited_seconds(self) -> float:

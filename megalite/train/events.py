@@ -1,0 +1,59 @@
+"""What happened to a run, in events.jsonl: starts, stops, restarts, rollbacks, failed checkpoints, lost and slow ranks.
+
+One JSON object a line: `event`, `time` (seconds since 1970) and what belongs to it. Rank 0 writes; only who answers no
+more is written by the lowest rank that still runs. The file outlives restarts, and a process that is killed leaves all
+that it has written: an end without a `stop` is found at the next start.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from megalite.train.lines import LineFile, read_lines
+
+EVENTS = "events.jsonl"
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The events of a run in order of time."""
+    rows = [row for row in read_lines(run_dir / EVENTS) if isinstance(row.get("time"), int | float)]
+    return sorted(rows, key=lambda row: row["time"])
+
+
+def process_start() -> float:
+    """When this process was started, in seconds since 1970; now, where the system does not tell."""
+    now = time.time()
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return now
+    return now - max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+class EventLog:
+    """Appends events to a run's file, each on the disk when `write` returns. Ranks other than 0 keep silent."""
+
+    def __init__(self, run_dir: str | Path, rank: int) -> None:
+        self._file = LineFile(Path(run_dir) / EVENTS, f"rank {rank}")
+        self.speaks = rank == 0
+
+    def write(self, event: str, *, at: float | None = None, **facts: Any) -> None:
+        if self.speaks:
+            moment = time.time() if at is None else at
+            self._file.write({"event": event, "time": round(moment, 3), **facts}, durable=True)
+
+    def write_start(self, ranks: int) -> None:
+        """This process is a start of the run, or a restart."""
+        job = {key: os.environ[name] for key, name in _JOB if os.environ.get(name)}
+        self.write("start", at=process_start(), ranks=ranks, host=socket.gethostname(), pid=os.getpid(), **job)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+_JOB = (("job", "SLURM_JOB_ID"), ("restart", "SLURM_RESTART_COUNT"))
