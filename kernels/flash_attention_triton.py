@@ -32,19 +32,21 @@ FORWARD: dict[int, tuple[Tiles, Tiles]] = {
     256: ((128, 64, 8, 2), (64, 32, 8, 2)),
 }
 DKDV: dict[int, tuple[Tiles, Tiles]] = {
-    16: ((64, 128, 8, 3), (64, 32, 4, 2)),
-    32: ((64, 128, 8, 3), (64, 32, 4, 2)),
+    16: ((64, 128, 8, 3), (32, 64, 4, 2)),
+    32: ((64, 128, 8, 3), (32, 64, 4, 2)),
     64: ((64, 128, 8, 3), (64, 32, 4, 2)),
-    128: ((32, 128, 8, 2), (64, 64, 8, 2)),
+    128: ((32, 128, 8, 2), (32, 64, 8, 2)),
     256: ((16, 64, 8, 2), (32, 32, 8, 1)),
 }
 DQ: dict[int, tuple[Tiles, Tiles]] = {
-    16: ((128, 64, 8, 3), (64, 64, 8, 2)),
-    32: ((128, 64, 8, 3), (64, 64, 8, 2)),
+    16: ((128, 64, 8, 3), (64, 64, 4, 2)),
+    32: ((128, 64, 8, 3), (64, 64, 4, 2)),
     64: ((128, 64, 8, 3), (64, 64, 8, 2)),
     128: ((128, 64, 8, 2), (64, 64, 8, 2)),
     256: ((64, 64, 8, 2), (32, 32, 8, 1)),
 }
+DELTA = (64, 4)
+"""(queries, warps) of the backward's preparation, which is bound by memory."""
 FP32_TILES: Tiles = (64, 64, 4, 1)
 FP32_WIDE_TILES: Tiles = (32, 32, 4, 1)
 
@@ -182,9 +184,10 @@ def _backward(
     queries, batch, heads, width = q.shape
     keys, kv_heads = k.shape[0], k.shape[2]
     delta = torch.empty_like(lse)
-    delta_kernel[(triton.cdiv(queries, 64), heads, batch)](
+    block_m, warps = DELTA
+    delta_kernel[(triton.cdiv(queries, block_m), heads, batch)](
         out, dout, dlse, delta, *dout.stride()[:3], queries, heads,
-        HAS_DLSE=dlse is not None, BLOCK_M=64, WIDTH=width, BLOCK_D=head_block(width), num_warps=4,
+        HAS_DLSE=dlse is not None, BLOCK_M=block_m, WIDTH=width, BLOCK_D=head_block(width), num_warps=warps,
     )  # fmt: skip
     use = descriptors_fit(q, k, v, dout)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from .layout import as_rows, next_power_of_two, program_count, warps_for
 
 WIDEST = 16384  # a row is one tile; above this the backward's accumulators no longer fit the register file
+KEPT = tl.constexpr(8192)  # columns of the weight that the backward keeps in registers from row to row
 TILE = 4096  # elements: narrow rows (the norms of single heads) share a program until its tile is this large
 
 
@@ -63,7 +64,8 @@ def rms_norm_backward_kernel(
     hidden, FUSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
-    weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0)
+    if BLOCK <= KEPT:
+        weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0)
     share = tl.zeros([1, BLOCK], dtype=tl.float32)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS)
@@ -74,6 +76,8 @@ def rms_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
         normalised = x.to(tl.float32) * rstd
         share += tl.sum(dy * normalised.to(x.dtype).to(tl.float32), axis=0)[None, :]
+        if BLOCK > KEPT:  # wide rows fill the registers: their weight is read again, from the cache, for each
+            weight = tl.load(weight_ptr + column, mask=column < hidden, other=0.0)
         dy *= weight.to(tl.float32)
         dx = rstd * (dy - normalised * (tl.sum(dy * normalised, axis=1)[:, None] / hidden))
         if FUSED:

@@ -1,17 +1,23 @@
 """Compile every kernel for NVIDIA targets without a GPU, and report what the compiler made of it.
 
-`python -m tests.kernels.compile_matrix [--quick]` prints a table (registers, stack, shared memory, tensor-core and
-TMA instructions) and exits 1 where a configuration spills more than `compile_allowance.toml` grants, needs more shared
-memory than the device has, or lacks wgmma on sm_90. Needs a process without TRITON_INTERPRET; triton has the tools.
+`python -m tests.kernels.compile_matrix [--quick] [--json FILE]` prints a table (registers, stack, shared memory,
+tensor-core and TMA instructions) and exits 1 where a configuration spills more than `compile_allowance.toml` grants,
+needs more shared memory than the device has, or lacks wgmma on sm_90. Needs a process without TRITON_INTERPRET; triton
+brings the tools. The numbers belong to triton's version: run it with the one the GPU machine has.
 """
 
+import argparse
+import json
+import os
 import re
 import subprocess
-import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,34 +78,68 @@ def resources(binary: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
 
 
-def small_cases() -> Iterator[Case]:
-    for hidden in (128, 4096, 8192):
+def ones(*names: str) -> dict[str, int]:
+    """Arguments that are 1: a launch makes those constants, so they are another program than the general one."""
+    return dict.fromkeys(names, 1)
+
+
+def norm_cases() -> Iterator[Case]:
+    for hidden in (128, 4096, 8192, 12288, 16384):
         rows, block, warps = rms_norm_triton._tile(hidden)
         for fused in (False, True):
             constants = {"FUSED": fused, "ROWS": rows, "BLOCK": block}
             name = f"{'add_' if fused else ''}rms_norm h{hidden}"
             yield Case(f"{name} forward", rms_norm_triton.rms_norm_forward_kernel, constants, warps)
             yield Case(f"{name} backward", rms_norm_triton.rms_norm_backward_kernel, constants, warps)
+    constants = {"FUSED": False, "ROWS": 4096, "BLOCK": 1, **ones("rows", "inner", "hidden", "x_inner", "x_row_inner")}
+    for direction in ("forward", "backward"):
+        kernel = getattr(rms_norm_triton, f"rms_norm_{direction}_kernel")
+        here = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        yield Case(f"rms_norm one number {direction}", kernel, here, 8)
+
+
+def pointwise_cases() -> Iterator[Case]:
     _, options = swiglu_triton._launch(14336, 1)
     for direction in ("forward", "backward"):
         kernel = getattr(swiglu_triton, f"swiglu_{direction}_kernel")
         types = {"grad_ptr": "*bf16"}
         yield Case(f"swiglu {direction}", kernel, {"BLOCK": options["BLOCK"]}, options["num_warps"], types=types)
-    for rest in (0, 64):
-        constants = {"INVERSE": False, "HEADS": 32, "HALF": 64, "REST": rest}
-        yield Case(f"rope d128 rest {rest}", rope_triton.rope_kernel, constants, 8)
-    ce, blocks = cross_entropy_triton, {"BLOCK": cross_entropy_triton.BLOCK}
-    types = {"targets_ptr": "*i64"}
-    yield Case("cross_entropy stats", ce.stats_kernel, blocks, ce.WARPS, types=types)
-    yield Case("cross_entropy grad", ce.grad_kernel, blocks, ce.WARPS, types=types)
-    yield Case("cross_entropy stats+grad", ce.stats_grad_kernel, blocks, ce.FUSED_WARPS, types=types)
+        constants = {"BLOCK": 1, **ones("inner", "width")}
+        yield Case(f"swiglu one number {direction}", kernel, constants, 1, types=types)
+    for inverse, rest, special in ((False, 0, {}), (True, 64, {}), (False, 0, ones("batch", "q_heads", "k_heads"))):
+        constants = {"INVERSE": inverse, "HEADS": 32, "HALF": 64, "REST": rest, **special}
+        name = f"rope d128 {'backward' if inverse else 'forward'} rest {rest}{' one head' if special else ''}"
+        yield Case(name, rope_triton.rope_kernel, constants, 8)
     constants = {"HAS_PARAM": True, "BLOCK": adamw_triton.BLOCK}
     yield Case("adamw", adamw_triton.adamw_kernel, constants, 4)
+    yield Case("adamw one number", adamw_triton.adamw_kernel, {**constants, **ones("count")}, 4)
     types = {"flat_ptr": "*fp32", "shares_ptr": "*fp64"}
     yield Case("square_sum", adamw_triton.square_sum_kernel, {"BLOCK": adamw_triton.BLOCK}, 4, types=types)
 
 
-def attention_case(what: str, width: int, target: int, mask: str) -> Case:
+def loss_cases() -> Iterator[Case]:
+    ce, types = cross_entropy_triton, {"targets_ptr": "*i64"}
+    for name, block, special in (("", ce.BLOCK, ()), (" one column", 1, ("columns", "valid", "row_stride"))):
+        for what, kernel, warps in (
+            ("stats", ce.stats_kernel, ce.WARPS),
+            ("grad", ce.grad_kernel, ce.WARPS),
+            ("stats+grad", ce.stats_grad_kernel, ce.FUSED_WARPS),
+        ):
+            constants = {"BLOCK": block, **ones(*(n for n in special if n in kernel.arg_names))}
+            yield Case(f"cross_entropy {what}{name}", kernel, constants, warps, types=types)
+
+
+MASKS: dict[str, dict[str, bool]] = {
+    "full": {},
+    "causal": {"CAUSAL": True},
+    "window": {"WINDOW": True},
+    "causal window": {"CAUSAL": True, "WINDOW": True},
+    "documents": {"CAUSAL": True, "TABLE": True},
+    "softcap": {"CAUSAL": True, "SOFTCAP": True},
+}
+
+
+def attention_case(what: str, width: int, target: int, mask: str, *special: str) -> Case:
     kernel, table = {
         "forward": (flash.forward_kernel, launches.FORWARD),
         "dkdv": (flash.dkdv_kernel, launches.DKDV),
@@ -108,8 +148,8 @@ def attention_case(what: str, width: int, target: int, mask: str) -> Case:
     descriptors = target >= 90
     block_m, block_n, warps, stages = launches.tiles(table, width, 2, descriptors)
     block_d = launches.head_block(width)
-    constants = {
-        "CAUSAL": True, "WINDOW": mask == "window", "TABLE": mask == "documents", "SOFTCAP": mask == "softcap",
+    constants: dict[str, Any] = {
+        **dict.fromkeys(("CAUSAL", "WINDOW", "TABLE", "SOFTCAP"), False), **MASKS[mask], **ones(*special),
         "DESCRIPTORS": descriptors, "PRECISION": "tf32", "BLOCK_M": block_m, "BLOCK_N": block_n, "WIDTH": width,
         "BLOCK_D": block_d,
     }  # fmt: skip
@@ -118,52 +158,93 @@ def attention_case(what: str, width: int, target: int, mask: str) -> Case:
     types = {"table": "*i32"}
     for name, rows in (("q", block_m), ("dout", block_m), ("k", block_n), ("v", block_n)):
         types[name] = f"tensordesc<bf16[1,1,{rows},{block_d}]>" if descriptors else "*bf16"
-    return Case(f"attention {what} d{width} {mask}", kernel, constants, warps, stages, types, products=True)
+    name = f"attention {what} d{width} {mask}{' ones' if special else ''}"
+    return Case(name, kernel, constants, warps, stages, types, products=True)
 
 
-def cases(target: int, quick: bool) -> Iterator[Case]:
-    yield from (case for case in small_cases() if not quick or "h4096" in case.name)
-    for what in ("forward",) if quick else ("forward", "dkdv", "dq"):
-        yield attention_case(what, 128, target, "causal")
-        if target == 90 and not quick:
-            yield attention_case(what, 128, target, "documents")
-            yield attention_case(what, 128, target, "softcap")
-        if target != 100 and not quick:
-            yield attention_case(what, 64, target, "causal")
-            yield attention_case(what, 256, target, "causal")
+def delta_case(width: int, has_dlse: bool) -> Case:
+    block_m, warps = launches.DELTA
+    constants = {"HAS_DLSE": has_dlse, "BLOCK_M": block_m, "WIDTH": width, "BLOCK_D": launches.head_block(width)}
+    types = {"dlse_ptr": "*fp32"}
+    if not has_dlse:
+        constants["dlse_ptr"] = None
+    return Case(f"attention delta d{width}{' with dlse' if has_dlse else ''}", flash.delta_kernel, constants, warps,
+                types=types)  # fmt: skip
 
 
-def check(case: Case, target: int, allowance: dict[str, Any]) -> list[str]:
-    """Print the case's line of the table; return what is wrong with it."""
+def attention_cases(target: int) -> Iterator[Case]:
+    """Every mask at the usual head width, every width with the usual mask, and what a launch of single heads makes."""
+    yield from (delta_case(width, has_dlse) for width, has_dlse in ((128, False), (80, True), (256, False)))
+    for what in ("forward", "dkdv", "dq"):
+        for mask in MASKS if target < 100 else ("causal", "documents"):
+            yield attention_case(what, 128, target, mask)
+        for width in (16, 32, 64, 80, 192, 256) if target < 100 else (64,):
+            yield attention_case(what, width, target, "causal")
+        if target == 90:
+            yield attention_case(what, 64, target, "causal", "queries", "keys", "heads", "group")
+
+
+def cases(target: int, quick: bool) -> list[Case]:
+    if quick:
+        wanted = [case for case in norm_cases() if "h4096" in case.name]
+        return [*wanted, attention_case("forward", 128, target, "causal")]
+    return [*norm_cases(), *pointwise_cases(), *loss_cases(), *attention_cases(target)]
+
+
+def measured(target: int, quick: bool, index: int) -> dict[str, Any]:
+    """What the compiler made of one case; runs in a worker process, which finds the case by its number."""
+    case = cases(target, quick)[index]
     made = compiled(case, target)
     used, ptx = resources(made.asm["cubin"]), made.asm["ptx"]
     counts = {kind: ptx.count(kind) for kind in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor")}
-    kinds = " ".join(f"{kind}x{count}" for kind, count in counts.items() if count)
-    print(
-        f"sm_{target:<4}{case.name:<36}{case.warps:>3} warps {used['REG']:>4} registers {used['STACK']:>5} stack "
-        f"{made.metadata.shared:>7} shared  {kinds}",
-        flush=True,
-    )
+    return {
+        "target": f"sm_{target}", "case": case.name, "warps": case.warps, "stages": case.stages,
+        "registers": used["REG"], "stack": used["STACK"], "shared": made.metadata.shared, "products": case.products,
+        "instructions": {kind: count for kind, count in counts.items() if count},
+    }  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    kinds = " ".join(f"{kind}x{count}" for kind, count in row["instructions"].items())
+    return (
+        f"{row['target']:<7}{row['case']:<38}{row['warps']:>3} warps {row['registers']:>4} registers "
+        f"{row['stack']:>5} stack {row['shared']:>7} shared  {kinds}"
+    ).rstrip()
+
+
+def faults(row: dict[str, Any], allowance: dict[str, Any]) -> list[str]:
+    """What is wrong with a row; sm_100 has to compile, nothing is tuned for it."""
+    target = int(row["target"].removeprefix("sm_"))
     if target == 100:
-        return []  # has to compile; nothing is tuned for it
-    label, wrong = f"sm_{target} {case.name}", []
-    granted = allowance.get(label, {}).get("stack", 0)
-    if used["STACK"] > granted:
-        wrong.append(f"{label}: {used['STACK']} bytes of stack, {granted} allowed")
-    if made.metadata.shared > SHARED_LIMIT[target]:
-        wrong.append(f"{label}: {made.metadata.shared} bytes of shared memory, the device has {SHARED_LIMIT[target]}")
-    if case.products and target == 90 and not counts["wgmma.mma_async"]:
+        return []
+    label, wrong = f"{row['target']} {row['case']}", []
+    granted = max((entry["stack"] for name, entry in allowance.items() if fnmatchcase(label, name)), default=0)
+    if row["stack"] > granted:
+        wrong.append(f"{label}: {row['stack']} bytes of stack, {granted} allowed")
+    if row["shared"] > SHARED_LIMIT[target]:
+        wrong.append(f"{label}: {row['shared']} bytes of shared memory, the device has {SHARED_LIMIT[target]}")
+    if row["products"] and target == 90 and "wgmma.mma_async" not in row["instructions"]:
         wrong.append(f"{label}: no wgmma")
     return wrong
 
 
 def main() -> int:
-    quick = "--quick" in sys.argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="norms and the attention forward on sm_90 only")
+    parser.add_argument("--json", type=Path, help="write the table there as well")
+    options = parser.parse_args()
     allowance = tomllib.loads(ALLOWANCE.read_text())
-    wrong: list[str] = []
-    for target in (90,) if quick else TARGETS:
-        for case in cases(target, quick):
-            wrong += check(case, target, allowance)
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(1 if options.quick else os.cpu_count()) as pool:
+        for target in (90,) if options.quick else TARGETS:
+            work = partial(measured, target, options.quick)
+            for row in pool.map(work, range(len(cases(target, options.quick)))):
+                rows.append(row)
+                print(line(row), flush=True)
+    wrong = [fault for row in rows for fault in faults(row, allowance)]
+    if options.json:
+        document = {"triton": triton.__version__, "command": "python -m tests.kernels.compile_matrix", "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     print("\n".join(wrong) or "every configuration is within its limits")
     return 1 if wrong else 0
 

@@ -1,5 +1,6 @@
 """The kernels compiled for sm_80, sm_90 and sm_100 without a GPU, in a process of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,7 +28,14 @@ def test_hopper_norms_and_attention_forward() -> None:
 
 
 @pytest.mark.slow
-def test_every_kernel_on_every_target() -> None:
-    result = matrix()
-    print(result.stdout)
+def test_every_kernel_on_every_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel, mask and head width; the table is printed, and the committed one names the same configurations."""
+    result = matrix("--json", str(tmp_path / "compiled.json"))
+    with capsys.disabled():
+        print(f"\n{result.stdout}")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-4000:]
+    committed, made = (
+        {(row["target"], row["case"]) for row in json.loads(path.read_text())["rows"]}
+        for path in (ROOT / "benchmarks" / "results" / "kernels_compiled.json", tmp_path / "compiled.json")
+    )
+    assert made == committed, "write benchmarks/results/kernels_compiled.json again: compile_matrix --json"

@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 3, 96), (1, 1), (37, 257), (2, 3, 7, 64), (3, 4100)])
+@pytest.mark.parametrize("shape", [(5, 3, 96), (1, 1), (37, 257), (2, 3, 7, 64), (3, 4100), (5, 9000)])
 def test_rms_norm(device, dtype, shape):
     x = torch.randn(shape, device=device).to(dtype)
     weight = torch.randn(shape[-1], device=device).to(dtype)
@@ -55,7 +55,7 @@ def test_rms_norm_strides(device, make):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(7, 2, 96), (130, 33)])
+@pytest.mark.parametrize("shape", [(7, 2, 96), (130, 33), (4, 8500)])
 def test_add_rms_norm(device, dtype, shape):
     x, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], device=device).to(dtype)
