@@ -17,6 +17,19 @@ from torch import Tensor
 PIECE = 1 << 16  # elements: the five fp32 pieces of an update fill 1.3 MB
 
 
+def check(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param_out: Tensor | None) -> None:
+    """Raise ValueError where a buffer is not flat or not as long as `master`; both forms begin with it."""
+    buffers = {"master": master, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "param_out": param_out}
+    for name, x in buffers.items():
+        if x is not None:
+            check_flat(name, x, master.numel())
+
+
+def check_flat(name: str, x: Tensor, count: int) -> None:
+    if x.dim() != 1 or not x.is_contiguous() or x.numel() != count:
+        raise ValueError(f"{name} must be contiguous and 1-D with {count} elements, not {tuple(x.shape)}")
+
+
 def adamw_(
     master: Tensor,
     grad: Tensor,
@@ -38,6 +51,7 @@ def adamw_(
     grad: fp32 or bf16, read only; grad_scale: a number or a 0-d tensor on the same device (the clip coefficient, which
     then needs no synchronisation); step: 1 for the first update.
     """
+    check(master, grad, exp_avg, exp_avg_sq, param_out)
     step_size = lr / (1 - beta1**step)
     root_correction = math.sqrt(1 - beta2**step)
     for start in range(0, master.numel(), PIECE):
@@ -57,6 +71,7 @@ def square_sum(flat: Tensor) -> Tensor:
 
     Squares and sums are float64, so however the buffer is cut into shards the norm rounds to the same fp32 number.
     """
+    check_flat("the buffer", flat, flat.numel())
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     for piece in flat.split(PIECE):
         total += piece.double().square_().sum()

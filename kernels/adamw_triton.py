@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import program_count
+from .adamw import check, check_flat
+from .layout import dtype_obstacle, program_count
 
 BLOCK = 1024
 
@@ -51,20 +52,12 @@ def square_sum_kernel(flat_ptr, shares_ptr, count, BLOCK: tl.constexpr):
     tl.store(shares_ptr + tl.program_id(0), tl.sum(share, axis=0))
 
 
-def _flat(name: str, x: Tensor, count: int) -> None:
-    if x.dim() != 1 or not x.is_contiguous() or x.numel() != count:
-        raise ValueError(f"{name} must be contiguous and 1-D with {count} elements, not {tuple(x.shape)}")
-
-
 @torch.library.custom_op("megalite::adamw_", mutates_args={"master", "exp_avg", "exp_avg_sq", "param_out"})
 def _adamw_(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param_out: Tensor | None, grad_scale: Tensor,
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
 ) -> None:  # fmt: skip
     count = master.numel()
-    for name, x in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq), ("param_out", param_out)):
-        if x is not None:
-            _flat(name, x, count)
     if count:
         adamw_kernel[(triton.cdiv(count, BLOCK),)](
             master, grad, exp_avg, exp_avg_sq, master if param_out is None else param_out, grad_scale, count,
@@ -75,7 +68,6 @@ def _adamw_(
 
 @torch.library.custom_op("megalite::square_sum", mutates_args=())
 def _square_sum(flat: Tensor) -> Tensor:
-    _flat("the buffer", flat, flat.numel())
     programs = max(1, min(4 * program_count(flat.device), triton.cdiv(flat.numel(), BLOCK)))
     shares = torch.empty(programs, dtype=torch.float64, device=flat.device)
     square_sum_kernel[(programs,)](flat, shares, flat.numel(), BLOCK=BLOCK, num_warps=4)
@@ -89,7 +81,7 @@ def _square_sum_fake(flat: Tensor) -> Tensor:
 
 def unsupported(flat: Tensor, *rest: object, **options: object) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
-    return None if flat.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {flat.dtype}"
+    return dtype_obstacle(flat)
 
 
 def adamw_(
@@ -108,6 +100,7 @@ def adamw_(
     param_out: Tensor | None = None,
 ) -> None:
     """As `adamw.adamw_`; a tensor `grad_scale` stays on the device."""
+    check(master, grad, exp_avg, exp_avg_sq, param_out)
     if not isinstance(grad_scale, Tensor):
         grad_scale = torch.full((), grad_scale, dtype=torch.float32, device=master.device)
     _adamw_(
@@ -117,5 +110,6 @@ def adamw_(
 
 def square_sum(flat: Tensor) -> Tensor:
     """As `adamw.square_sum`."""
+    check_flat("the buffer", flat, flat.numel())
     total: Tensor = _square_sum(flat)
     return total

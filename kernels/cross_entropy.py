@@ -26,6 +26,17 @@ IGNORE_INDEX = -100
 PIECE_BYTES = 1 << 20  # rows are worked on in pieces whose fp32 form stays in the processor's cache
 
 
+def check(logits_NV: Tensor, targets_N: Tensor, valid: int | None) -> int:
+    """The number of true columns; ValueError where shapes or strides do not fit. All forms begin with it."""
+    if logits_NV.dim() != 2 or targets_N.shape != logits_NV.shape[:1]:
+        raise ValueError(f"logits must be [N, V], targets [N], not {tuple(logits_NV.shape)}, {tuple(targets_N.shape)}")
+    if logits_NV.shape[1] > 1 and logits_NV.stride(1) != 1:
+        raise ValueError(f"logits must be contiguous in their last dimension, not have strides {logits_NV.stride()}")
+    if valid is not None and not 0 <= valid <= logits_NV.shape[1]:
+        raise ValueError(f"valid must be between 0 and the {logits_NV.shape[1]} columns, not {valid}")
+    return logits_NV.shape[1] if valid is None else valid
+
+
 def cross_entropy_stats(
     logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int = 0, valid: int | None = None
 ) -> Tensor:
@@ -35,7 +46,7 @@ def cross_entropy_stats(
     column is token `vocab_start`. A target outside the shard (or ignored) contributes 0. Returns fp32 [N, 4] (float64
     for float64 logits). A shard without valid columns gives (-inf, 0, 0, 0), which `merge_stats` leaves out.
     """
-    valid = logits_NV.shape[1] if valid is None else valid
+    valid = check(logits_NV, targets_N, valid)
     wide = torch.promote_types(logits_NV.dtype, torch.float32)
     stats_N4 = torch.zeros(logits_NV.shape[0], 4, dtype=wide, device=logits_NV.device)
     if valid == 0:
@@ -103,7 +114,7 @@ def cross_entropy_grad_(
     stats_N4: merged over all shards; grad_N: fp32 scale per token (0 where ignored: such a row becomes exactly 0
     whatever its logits were); padded columns become 0.
     """
-    valid = logits_NV.shape[1] if valid is None else valid
+    valid = check(logits_NV, targets_N, valid)
     wide = stats_N4.dtype
     max_N, sum_N = stats_N4[:, 0], stats_N4[:, 1]
     grad_N = grad_N.to(wide)
@@ -134,7 +145,7 @@ def cross_entropy_stats_grad_(
 ) -> Tensor:
     """Both of the above where one rank holds the whole vocabulary: returns the statistics, writes the gradient."""
     stats_N4 = cross_entropy_stats(logits_NV, targets_N, valid=valid)
-    size = logits_NV.shape[1] if valid is None else valid
+    size = check(logits_NV, targets_N, valid)
     cross_entropy_grad_(
         logits_NV,
         targets_N,

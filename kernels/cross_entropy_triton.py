@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import next_power_of_two
+from .cross_entropy import check
+from .layout import dtype_obstacle, next_power_of_two
 
 BLOCK = 8192  # columns taken at once: 32 elements a thread
 WARPS = 8
@@ -102,14 +103,8 @@ def _block(columns: int) -> int:
     return min(BLOCK, next_power_of_two(columns))
 
 
-def _check(logits_NV: Tensor) -> None:
-    if logits_NV.stride(1) != 1:
-        raise ValueError(f"logits must be contiguous in their last dimension, not have strides {logits_NV.stride()}")
-
-
 @torch.library.custom_op("megalite::cross_entropy_stats", mutates_args=())
 def _stats(logits_NV: Tensor, targets_N: Tensor, vocab_start: int, valid: int) -> Tensor:
-    _check(logits_NV)
     tokens, columns = logits_NV.shape
     stats_N4 = logits_NV.new_empty(tokens, 4, dtype=torch.float32)
     if tokens:
@@ -130,7 +125,6 @@ def _grad_(
     logits_NV: Tensor, targets_N: Tensor, stats_N4: Tensor, grad_N: Tensor, vocab_start: int, valid: int, z_loss: float,
     label_smoothing: float, vocab_size: int,
 ) -> None:  # fmt: skip
-    _check(logits_NV)
     tokens, columns = logits_NV.shape
     if tokens:
         grad_kernel[(tokens,)](
@@ -144,7 +138,6 @@ def _grad_(
 def _stats_grad_(
     logits_NV: Tensor, targets_N: Tensor, grad_N: Tensor, valid: int, z_loss: float, label_smoothing: float
 ) -> Tensor:
-    _check(logits_NV)
     tokens, columns = logits_NV.shape
     stats_N4 = logits_NV.new_empty(tokens, 4, dtype=torch.float32)
     if tokens:
@@ -165,14 +158,14 @@ def _stats_grad_fake(
 
 def unsupported(logits_NV: Tensor, *rest: object, **options: object) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
-    return None if logits_NV.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {logits_NV.dtype}"
+    return dtype_obstacle(logits_NV)
 
 
 def cross_entropy_stats(
     logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int = 0, valid: int | None = None
 ) -> Tensor:
     """As `cross_entropy.cross_entropy_stats`."""
-    stats_N4: Tensor = _stats(logits_NV, targets_N, vocab_start, logits_NV.shape[1] if valid is None else valid)
+    stats_N4: Tensor = _stats(logits_NV, targets_N, vocab_start, check(logits_NV, targets_N, valid))
     return stats_N4
 
 
@@ -189,7 +182,7 @@ def cross_entropy_grad_(
     vocab_size: int,
 ) -> Tensor:
     """As `cross_entropy.cross_entropy_grad_`."""
-    valid = logits_NV.shape[1] if valid is None else valid
+    valid = check(logits_NV, targets_N, valid)
     _grad_(logits_NV, targets_N, stats_N4, grad_N, vocab_start, valid, z_loss, label_smoothing, vocab_size)
     return logits_NV
 
@@ -204,6 +197,6 @@ def cross_entropy_stats_grad_(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """As `cross_entropy.cross_entropy_stats_grad_`."""
-    valid = logits_NV.shape[1] if valid is None else valid
+    valid = check(logits_NV, targets_N, valid)
     stats_N4: Tensor = _stats_grad_(logits_NV, targets_N, grad_N, valid, z_loss, label_smoothing)
     return stats_N4

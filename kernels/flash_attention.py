@@ -11,11 +11,52 @@ the same signature (Dao et al. 2022 and Dao 2023, "FlashAttention" 1 and 2) is i
 Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim, G = H / K query heads of one kv head.
 """
 
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Made = TypeVar("Made")
+
 EXPLICIT_LONGEST = 512  # keys; above it the explicit bf16 form loses to the fused operator on a CPU
+
+
+class Documents:
+    """The documents of a micro-batch's keys, int [T, B] in runs of equal numbers, and what masks need of them.
+
+    A mask or a table of bounds is made at the first call that asks for it, and kept: the layers of a micro-batch, and
+    their recomputation in backward, share it.
+    """
+
+    def __init__(self, numbers_TB: Tensor) -> None:
+        self.numbers_TB = numbers_TB
+        self._made: dict[Hashable, object] = {}
+
+    def once(self, what: Hashable, make: Callable[[Tensor], Made]) -> Made:
+        """`make(numbers_TB)`, or what it gave when `what` was first asked for."""
+        if what not in self._made:
+            self._made[what] = make(self.numbers_TB)
+        return self._made[what]  # type: ignore[return-value]
+
+
+def as_documents(documents: "Tensor | Documents | None") -> Documents | None:
+    return Documents(documents) if isinstance(documents, Tensor) else documents
+
+
+def check(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, documents: Documents | None) -> None:
+    """Raise ValueError where the shapes or dtypes do not fit together; every form of attention begins with it."""
+    shapes = f"q {tuple(q_SBHD.shape)}, k {tuple(k_SBKD.shape)}, v {tuple(v_SBKD.shape)}"
+    if q_SBHD.dim() != 4 or k_SBKD.dim() != 4 or k_SBKD.shape != v_SBKD.shape:
+        raise ValueError(f"q must be [S, B, H, D], k and v alike [T, B, K, D], not {shapes}")
+    (queries, batch, heads, width), (keys, kv_batch, kv_heads, kv_width) = q_SBHD.shape, k_SBKD.shape
+    if batch != kv_batch or width != kv_width or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"batch and head dim must be equal, and query heads a multiple of kv heads, not {shapes}")
+    if not q_SBHD.dtype == k_SBKD.dtype == v_SBKD.dtype:
+        raise ValueError(f"q, k and v must have one dtype, not {q_SBHD.dtype}, {k_SBKD.dtype}, {v_SBKD.dtype}")
+    if documents is not None and (documents.numbers_TB.shape != (keys, batch) or queries > keys):
+        raise ValueError(f"documents must be [T, B] with S <= T, not {tuple(documents.numbers_TB.shape)} for {shapes}")
 
 
 def visible_keys(
@@ -53,7 +94,7 @@ def attention_reference(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
-    documents: Tensor | None = None,
+    documents: Tensor | Documents | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -61,9 +102,12 @@ def attention_reference(
 
     q_SBHD [S, B, H, D]; k_SBKD and v_SBKD [T, B, K, D], H a multiple of K, any strides; window: keys visible to a
     query, itself included; scale: D^-1/2 where not given; documents: int [T, B], the document of every key (needs S <=
-    T; the queries are the last S positions); softcap: bound of the scores before the mask. Returns out_SBHD in q's
-    dtype, and with `return_lse` also the natural log-sum-exp of the scores, fp32 [B, H, S]. Both are differentiable.
+    T; the queries are the last S positions), as `Documents` where several calls share it; softcap: bound of the scores
+    before the mask. Returns out_SBHD in q's dtype, and with `return_lse` also the natural log-sum-exp of the scores,
+    fp32 [B, H, S]. Both are differentiable. Raises ValueError for shapes that do not fit together.
     """
+    documents = as_documents(documents)
+    check(q_SBHD, k_SBKD, v_SBKD, documents)
     wide = torch.promote_types(q_SBHD.dtype, torch.float32)
     q_BKGSD, k_BK1TD, v_BK1TD = (x.to(wide) for x in _grouped(q_SBHD, k_SBKD, v_SBKD))
     scores_BKGST = q_BKGSD @ k_BK1TD.transpose(-1, -2) * _scale(scale, q_SBHD)
@@ -94,7 +138,7 @@ def attention_sdpa(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
-    documents: Tensor | None = None,
+    documents: Tensor | Documents | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -104,8 +148,10 @@ def attention_sdpa(
     Soft-capped scores, the log-sum-exp and queries that see no key (more causal queries than keys) are not among what
     the fused operators do: the explicit form takes those calls.
     """
+    documents = as_documents(documents)
+    check(q_SBHD, k_SBKD, v_SBKD, documents)
     queries, keys = q_SBHD.shape[0], k_SBKD.shape[0]
-    if softcap is not None or return_lse or (causal and queries > keys):
+    if not fusable(queries, keys, causal, softcap, return_lse):
         return attention_reference(
             q_SBHD,
             k_SBKD,
@@ -128,6 +174,11 @@ def attention_sdpa(
         q_BHSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal and plain, scale=scale, enable_gqa=grouped
     )
     return out_BHSD.permute(2, 0, 1, 3)
+
+
+def fusable(queries: int, keys: int, causal: bool, softcap: float | None, return_lse: bool) -> bool:
+    """Whether torch's fused operators do such a call; they cap no scores, return no sums, and want a key for all."""
+    return softcap is None and not return_lse and not (causal and queries > keys)
 
 
 def _explicit_is_faster(q_SBHD: Tensor, keys: int) -> bool:
@@ -155,9 +206,15 @@ def _scale(scale: float | None, q_SBHD: Tensor) -> float:
     return float(q_SBHD.shape[-1] ** -0.5) if scale is None else scale
 
 
-def _mask(q_SBHD: Tensor, k_SBKD: Tensor, causal: bool, window: int | None, documents: Tensor | None) -> Tensor | None:
-    sizes = q_SBHD.shape[0], k_SBKD.shape[0]
-    return visible_keys(*sizes, causal=causal, window=window, documents=documents, device=q_SBHD.device)
+def _mask(
+    q_SBHD: Tensor, k_SBKD: Tensor, causal: bool, window: int | None, documents: Documents | None
+) -> Tensor | None:
+    queries, keys = q_SBHD.shape[0], k_SBKD.shape[0]
+
+    def make(numbers_TB: Tensor | None) -> Tensor | None:
+        return visible_keys(queries, keys, causal=causal, window=window, documents=numbers_TB, device=q_SBHD.device)
+
+    return make(None) if documents is None else documents.once(("mask", queries, keys, causal, window), make)
 
 
 def _grouped(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .flash_attention import Documents, as_documents, check
 from .flash_attention_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from .layout import next_power_of_two
+from .layout import dtype_obstacle, next_power_of_two
 
 WIDEST = 256
+GRID_LIMIT = 65535  # programs of a launch along its second and third axis
 
 Tiles = tuple[int, int, int, int]
 """(queries, keys, warps, stages)"""
@@ -239,7 +241,9 @@ def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     if q_SBHD.shape[-1] > WIDEST:
         return f"head dim {q_SBHD.shape[-1]} is above {WIDEST}"
-    return None if q_SBHD.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {q_SBHD.dtype}"
+    if q_SBHD.shape[1] > GRID_LIMIT:
+        return f"batch {q_SBHD.shape[1]} is above {GRID_LIMIT}, a launch's limit"
+    return dtype_obstacle(q_SBHD)
 
 
 def attention(
@@ -250,14 +254,19 @@ def attention(
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
-    documents: Tensor | None = None,
+    documents: Tensor | Documents | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `flash_attention.attention_reference`; q, k and v may be views into one fused projection."""
-    seen = seeing = None
+    documents = as_documents(documents)
+    check(q_SBHD, k_SBKD, v_SBKD, documents)
+    queries, seen, seeing = q_SBHD.shape[0], None, None
     if documents is not None:
-        seen, seeing = document_intervals(documents, q_SBHD.shape[0], causal, window)
+        seen, seeing = documents.once(
+            ("intervals", queries, causal, window),
+            lambda numbers_TB: document_intervals(numbers_TB, queries, causal, window),
+        )
     scale = q_SBHD.shape[-1] ** -0.5 if scale is None else scale
     pair = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, float(scale), softcap or 0.0)
     return pair if return_lse else pair[0]
@@ -281,6 +290,7 @@ def attention_varlen(
     be empty on either side. Causal masks align each document at its end. No sequence length is needed on the host.
     """
     q, k, v = (x.unsqueeze(1) for x in (q_NHD, k_NKD, v_NKD))
+    check(q, k, v, None)
     seen, seeing = packed_intervals(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = _Attention.apply(q, k, v, seen, seeing, causal, window or 0, float(scale), softcap or 0.0)

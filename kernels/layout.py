@@ -42,6 +42,11 @@ def as_rows(x: Tensor) -> Rows:
     return Rows(x, inner * outer, inner, outer_stride, inner_stride)
 
 
+def dtype_obstacle(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take tensors of this dtype, or None."""
+    return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {x.dtype}"
+
+
 def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 
+def check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+    """Raise ValueError where the shapes do not fit together; both forms of both operations begin with it."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must be [hidden], not {tuple(weight.shape)} for x {tuple(x.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, not {tuple(residual.shape)}")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension of `x` [..., hidden] and scale it by `weight` [hidden]; the result has x's dtype."""
+    check(x, weight)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * rstd).to(x.dtype) * weight
@@ -24,5 +33,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     The sum is rounded to its dtype before the statistics are taken, so fusing changes no bit of the unfused result.
     """
+    check(x, weight, residual)
     residual_out = residual + x
     return residual_out, rms_norm(residual_out, weight, eps)

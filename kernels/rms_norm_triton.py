@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import as_rows, next_power_of_two, program_count, warps_for
+from .layout import as_rows, dtype_obstacle, next_power_of_two, program_count, warps_for
+from .rms_norm import check
 
 WIDEST = 16384  # a row is one tile; above this the backward's accumulators no longer fit the register file
 KEPT = tl.constexpr(8192)  # columns of the weight that the backward keeps in registers from row to row
@@ -179,16 +180,18 @@ def unsupported(x: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     if x.shape[-1] > WIDEST:
         return f"rows of {x.shape[-1]} elements are wider than {WIDEST}"
-    return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {x.dtype}"
+    return dtype_obstacle(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `rms_norm.rms_norm`; any strides, copied only where two strides do not describe the rows."""
+    check(x, weight)
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `rms_norm.add_rms_norm`, in one pass over memory."""
+    check(x, weight, residual)
     pair: tuple[Tensor, Tensor] = _AddRMSNorm.apply(x, residual, weight, eps)
     return pair

@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 
+def check(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise ValueError where the shapes do not fit together; both forms begin with it."""
+    (sequence, batch, _, width), rotated = q_SBHD.shape, cos.shape[-1]
+    if k_SBKD.shape[:2] != (sequence, batch) or k_SBKD.shape[3:] != (width,):
+        raise ValueError(f"k must be [S, B, K, D], not {tuple(k_SBKD.shape)} for q {tuple(q_SBHD.shape)}")
+    if cos.shape != sin.shape or cos.shape[:-1] not in ((sequence,), (sequence, batch)):
+        raise ValueError(f"cos and sin must be [S, R] or [S, B, R], not {tuple(cos.shape)} and {tuple(sin.shape)}")
+    if rotated > width or rotated % 2:
+        raise ValueError(f"the rotated part of a head must be even and at most {width}, not {rotated}")
+
+
 def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the first R elements of every head of q and k by the angles in `cos` and `sin`; the rest passes through.
 
@@ -18,6 +29,7 @@ def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     the first is read. The rotation is computed in fp32 and rounded once to the dtype of the input. q and k may be
     strided.
     """
+    check(q_SBHD, k_SBKD, cos, sin)
     return _rotate(q_SBHD, cos, sin), _rotate(k_SBKD, cos, sin)
 
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import next_power_of_two, warps_for
+from .layout import dtype_obstacle, next_power_of_two, warps_for
+from .rope import check
 
 TILE = 2048  # elements of the first half that a program turns
 
@@ -106,10 +107,11 @@ class _Rope(torch.autograd.Function):
 
 def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
-    return None if q_SBHD.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {q_SBHD.dtype}"
+    return dtype_obstacle(q_SBHD)
 
 
 def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As `rope.rope`: q and k may be views into one fused projection; the results are contiguous."""
+    check(q_SBHD, k_SBKD, cos, sin)
     pair: tuple[Tensor, Tensor] = _Rope.apply(q_SBHD, k_SBKD, cos, sin)
     return pair

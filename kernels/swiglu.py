@@ -14,8 +14,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def check(gate_up: Tensor) -> None:
+    """Raise ValueError where the last dimension has no two halves; both forms begin with it."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up must be [..., 2 F], not {tuple(gate_up.shape)}")
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: the gate is the first half, `silu(gate) * up`."""
+    check(gate_up)
     result: Tensor = _SwiGLU.apply(gate_up)
     return result
 

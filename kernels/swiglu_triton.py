@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import as_rows, next_power_of_two, warps_for
+from .layout import as_rows, dtype_obstacle, next_power_of_two, warps_for
+from .swiglu import check
 
 BLOCK = 2048  # columns of a program
 
@@ -106,10 +107,11 @@ class _SwiGLU(torch.autograd.Function):
 
 def unsupported(gate_up: Tensor, **options: Any) -> str | None:
     """Why this argument cannot take the Triton path, or None."""
-    return None if gate_up.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {gate_up.dtype}"
+    return dtype_obstacle(gate_up)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """As `swiglu.swiglu`."""
+    check(gate_up)
     y: Tensor = _SwiGLU.apply(gate_up)
     return y

@@ -9,6 +9,7 @@ summed once a step (`Box.partial`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
+from megalite.kernels.flash_attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
@@ -31,6 +33,11 @@ class Positions:
     cos: Tensor
     sin: Tensor
     documents_SB: Tensor | None = None
+
+    @cached_property
+    def documents(self) -> Documents | None:
+        """The same for attention: what masks need is made once for all layers that are given these positions."""
+        return None if self.documents_SB is None else Documents(self.documents_SB)
 
 
 class KeyValueCache(Protocol):
@@ -150,6 +157,6 @@ class Attention(nn.Module):
         if self.kv_index is not None:
             k_SBkD, v_SBkD = k_SBkD.index_select(2, self.kv_index), v_SBkD.index_select(2, self.kv_index)
         mixed_SBqD = self.kernels.attention(
-            q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents_SB
+            q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents
         )
         return mixed_SBqD.flatten(2)

@@ -1,5 +1,7 @@
 """The plain PyTorch forms: against torch's own operators and gradcheck, and their selection by configuration."""
 
+import importlib
+import inspect
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from megalite.errors import UserError
-from megalite.kernels import OPERATIONS, select_kernels
+from megalite.kernels import OPERATIONS, flash_attention, select_kernels
 from megalite.kernels.adamw import adamw_, square_sum
 from megalite.kernels.attention_choice import fastest
 from megalite.kernels.cross_entropy import (
@@ -20,13 +22,16 @@ from megalite.kernels.cross_entropy import (
     fused_linear_cross_entropy,
     merge_stats,
 )
+from megalite.kernels.dispatch import _REFERENCES
 from megalite.kernels.flash_attention import attention_reference, attention_sdpa
 from megalite.kernels.rms_norm import add_rms_norm, rms_norm
 from megalite.kernels.rope import rope
 from megalite.kernels.swiglu import swiglu
+from megalite.model.attention import Positions
 
 pytestmark = pytest.mark.fast
 CPU = torch.device("cpu")
+ADAMW = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
 
 
 def test_rms_norm_is_torchs_in_fp32_and_llamas_in_bf16():
@@ -228,3 +233,64 @@ def test_auto_measures_each_kind_of_call_once():
 def test_importing_the_package_does_not_import_triton():
     script = "import sys, megalite.kernels; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
+def test_the_mask_of_documents_is_made_once_for_all_layers(monkeypatch):
+    made = []
+    plain = flash_attention.visible_keys
+    monkeypatch.setattr(flash_attention, "visible_keys", lambda *a, **o: made.append(o["window"]) or plain(*a, **o))
+    numbers = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 2, 2, 2]]).t()
+    q, kv = torch.randn(6, 2, 4, 8), torch.randn(6, 2, 2, 8)
+    positions = Positions(torch.ones(6, 8), torch.zeros(6, 8), numbers)
+    for window in (None, None, 2, None):
+        shared = attention_sdpa(q, kv, kv, documents=positions.documents, window=window)
+        assert torch.equal(shared, attention_sdpa(q, kv, kv, documents=numbers, window=window))
+    assert made == [None, None, None, 2, 2, None]  # each first call of the shared one, and every call of the other
+    assert Positions(torch.ones(6, 8), torch.zeros(6, 8)).documents is None
+
+
+def test_both_forms_have_one_signature():
+    pytest.importorskip("triton")
+    for operation, names in OPERATIONS.items():
+        plain = _REFERENCES[operation]
+        triton_form = importlib.import_module(f"{plain.__name__}_triton")
+        for name in names:
+            mine, theirs = inspect.signature(getattr(triton_form, name)), inspect.signature(getattr(plain, name))
+            for a, b in zip(mine.parameters.values(), theirs.parameters.values(), strict=True):
+                assert (a.name, a.kind, a.default) == (b.name, b.kind, b.default), name
+
+
+HEADS = torch.randn(4, 2, 6, 8)
+FLAT = torch.zeros(5)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name", "arguments", "options", "words"),
+    [
+        ("attention", "attention", (HEADS, HEADS[:, :1], HEADS[:, :1]), {}, "(4, 2, 6, 8), k (4, 1, 6, 8)"),
+        ("attention", "attention", (HEADS, HEADS[:, :, :4], HEADS[:, :, :4]), {}, "a multiple of kv heads"),
+        ("attention", "attention", (HEADS, HEADS[..., :6], HEADS[..., :6]), {}, "head dim"),
+        ("attention", "attention", (HEADS, HEADS, HEADS[:3]), {}, "v (3, 2, 6, 8)"),
+        ("attention", "attention", (HEADS, HEADS.half(), HEADS.half()), {}, "one dtype"),
+        ("attention", "attention", (HEADS, HEADS, HEADS), {"documents": torch.zeros(2, 4)}, "documents"),
+        ("rms_norm", "rms_norm", (HEADS, torch.ones(6), 1e-5), {}, "weight must be [hidden], not (6,)"),
+        ("rms_norm", "add_rms_norm", (HEADS, HEADS[:1], torch.ones(8), 1e-5), {}, "residual"),
+        ("rope", "rope", (HEADS, HEADS[:3], torch.ones(4, 8), torch.ones(4, 8)), {}, "k must be"),
+        ("rope", "rope", (HEADS, HEADS, torch.ones(4, 8), torch.ones(5, 8)), {}, "cos and sin"),
+        ("rope", "rope", (HEADS, HEADS, torch.ones(4, 10), torch.ones(4, 10)), {}, "at most 8, not 10"),
+        ("swiglu", "swiglu", (torch.ones(2, 7),), {}, "[..., 2 F], not (2, 7)"),
+        ("cross_entropy", "cross_entropy_stats", (torch.ones(3, 4), torch.ones(2).long()), {}, "(3, 4), (2,)"),
+        ("cross_entropy", "cross_entropy_stats", (torch.ones(4, 3).t(), torch.ones(3).long()), {}, "strides (1, 3)"),
+        ("cross_entropy", "cross_entropy_stats", (torch.ones(3, 4), torch.ones(3).long()), {"valid": 5}, "not 5"),
+        ("adamw", "square_sum", (torch.ones(2, 3),), {}, "1-D"),
+        ("adamw", "adamw_", (FLAT, FLAT, FLAT[:4], FLAT), ADAMW, "exp_avg must be contiguous and 1-D with 5"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["", "_triton"])
+def test_arguments_that_do_not_fit_are_refused_in_both_forms(form, operation, name, arguments, options, words):
+    """Before any kernel is launched: one that read beyond its tensors would not say so."""
+    pytest.importorskip("triton")
+    module = importlib.import_module(f"{_REFERENCES[operation].__name__}{form}")
+    with pytest.raises(ValueError) as caught:
+        getattr(module, name)(*arguments, **options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
