@@ -1,0 +1,143 @@
+"""What forward keeps for backward, and what a layer needs while it is being computed; bytes for one micro-batch.
+
+The counts follow megalite's own autograd functions and kernels (a test runs them and looks at what autograd saved).
+Widths a token: h hidden (cut over the tensor ranks where sequence parallel), q queries, k keys, v = k values, f
+feed-forward of this rank. On GPUs the fused kernels keep
+
+    norm 1 of h: its input h, output h        projection: q + 2k        attention: rotated q + k, output q
+    norm 2 of h: the sum h, output h          up and gate: 2f           SwiGLU: f
+
+`selective` drops the rotated q + k, attention's statistics and SwiGLU's f; `full` keeps the layer's input alone. The
+plain kernels on CPUs also keep each norm's normalised input, and in bf16 that input in fp32.
+Source of the accounting: Korthikanti et al. 2022, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megalite.planning.architecture import LayerShare, layer_share, layers_on, vocabulary_rows
+from megalite.planning.job import Job
+
+# Elements of one chunk of logits (megalite.parallel.loss).
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+EXPLICIT_WIDTH, EXPLICIT_LONGEST = 128, 512
+"""On CPUs, bf16 attention with heads this wide and keys this few is computed explicitly and keeps its scores."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one stage for one micro-batch."""
+
+    kept: float
+    """Held from its forward to its backward."""
+    forward: float
+    """Beyond that, at most, while forward runs (the loss left out)."""
+    backward: float
+    """Beyond that, at most, while backward runs."""
+    loss: float
+    """Beyond that, while the output layer runs in forward; 0 but on the last stage."""
+
+
+def _norm_kept(job: Job, width: float) -> float:
+    """Bytes a token that an RMSNorm of `width` elements keeps, its output left out."""
+    if job.device.is_gpu:
+        return job.element_bytes * width + 4
+    if job.element_bytes == 4:
+        return 2 * 4 * width + 4
+    return (4 + 2) * width + 4
+
+
+def _query_key_norm_kept(job: Job, layer: LayerShare) -> float:
+    """The same for norms of single heads, whose input is the projection that is kept anyway (but its fp32 form)."""
+    if not job.architecture.model.qk_norm:
+        return 0.0
+    statistics, width = 4.0 * (layer.queries + layer.kvs), layer.query + layer.key
+    if job.device.is_gpu:
+        return statistics
+    return statistics + (4 * width if job.element_bytes == 4 else 6 * width)
+
+
+def _attention_kept(job: Job, layer: LayerShare) -> float:
+    """Bytes a token between the two projections, the projection's output and the mixed values included."""
+    size, grouped = job.element_bytes, layer.queries % layer.kvs == 0
+    if job.recompute == "selective":
+        return size * (2 * layer.query + 2 * layer.key)
+    norms = _query_key_norm_kept(job, layer)
+    if not grouped:  # every query head gets its own copy of keys and values
+        return size * (4 * layer.query) + 4 * layer.queries + norms
+    kept = size * (3 * layer.query + 3 * layer.key) + 4 * layer.queries + norms
+    model = job.architecture.model
+    if not job.device.is_gpu and size == 2 and model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST:
+        kept += size * layer.queries * job.seq_length - 4 * layer.queries
+    return kept
+
+
+def layer_kept(job: Job) -> float:
+    """Bytes that one layer keeps of a micro-batch until its backward."""
+    layer = layer_share(job.architecture, job.tensor)
+    size, hidden = job.element_bytes, layer.hidden / job.split
+    if job.recompute == "full":
+        return job.tokens * size * hidden
+    return job.tokens * _inside_kept(job, layer)
+
+
+def _inside_kept(job: Job, layer: LayerShare) -> float:
+    size, hidden = job.element_bytes, layer.hidden / job.split
+    norms = 2 * _norm_kept(job, layer.hidden) / job.split
+    feed_forward = layer.ffn * (2 if job.recompute == "selective" else 3)
+    return norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer)
+
+
+def _layer_working(job: Job) -> tuple[float, float]:
+    """(forward, backward): most bytes beyond what is kept while one layer is computed.
+
+    Forward is widest around the down projection: SwiGLU's output where it is not kept, the product before it is summed
+    over the ranks, the sum. Backward is widest in SwiGLU: the gradients of the stream, of its output and its inputs,
+    and the same output once more where it was recomputed; the weight's gradient waits beside them in bf16.
+    """
+    layer = layer_share(job.architecture, job.tensor)
+    size, hidden, whole = job.element_bytes, layer.hidden / job.split, float(layer.hidden)
+    gathered = whole if job.split > 1 else 0.0
+    recomputes = job.recompute == "selective"
+    # The plain SwiGLU needs a temporary of its own.
+    extra = 0.0 if job.device.is_gpu else 1.0
+    forward = size * (whole + hidden + layer.ffn * (extra + (1 if recomputes else 0)))
+    swiglu = hidden + gathered + layer.ffn * ((4 if recomputes else 2) + extra)
+    up = hidden + gathered + whole + hidden
+    backward = size * max(swiglu, up)
+    if job.recompute == "full":
+        backward += _inside_kept(dataclasses.replace(job, recompute="none"), layer)
+    fresh_gradient = 2.0 * layer.largest_matrix if size == 2 else 0.0
+    return job.tokens * forward, job.tokens * backward + fresh_gradient
+
+
+def loss_working(job: Job) -> float:
+    """Bytes that the output layer needs for a micro-batch: gathered input, its gradient, one chunk of logits."""
+    model, size = job.architecture.model, job.element_bytes
+    rows = vocabulary_rows(job.architecture, job.tensor)
+    limit = CHUNK_ELEMENTS["cuda" if job.device.is_gpu else "cpu"]
+    chunk = min(job.tokens, max(1, limit // rows)) * rows * size
+    gathered = model.hidden_size * (2 if job.split > 1 else 1)
+    fresh_gradient = 2.0 * rows * model.hidden_size if size == 2 else 0.0
+    return job.tokens * size * gathered + chunk + fresh_gradient
+
+
+def stage_memory(job: Job, stage: int) -> StageMemory:
+    """What stage `stage` holds and needs for one micro-batch."""
+    architecture, hidden = job.architecture, job.architecture.model.hidden_size / job.split
+    stream = job.tokens * job.element_bytes * hidden
+    forward, backward = _layer_working(job)
+    kept = layers_on(architecture, job.stages, stage) * layer_kept(job)
+    loss = 0.0
+    if stage == 0:
+        kept += job.tokens * (8 + 1)  # the ids, and which of them this rank holds
+    if stage == job.stages - 1:
+        # The final norm's input, and the gradient that the output layer has made already; its own output goes.
+        kept += job.tokens * _norm_kept(job, architecture.model.hidden_size) / job.split + stream
+        loss = loss_working(job)
+    elif job.pipeline > 1:
+        kept += stream  # the output that was sent is held until its gradient comes back
+    return StageMemory(kept, forward, backward, loss)

@@ -1,0 +1,125 @@
+"""What is run where: a model, a layout, batches, a kind of device, and the habits of the program that runs it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from megalite.config import Config
+from megalite.errors import UserError
+from megalite.parallel.pipeline.ops import Plan, stage_owners
+from megalite.parallel.pipeline.schedules import build_schedule
+from megalite.planning.architecture import Architecture
+from megalite.planning.hardware import Device
+
+
+@dataclass(frozen=True)
+class Practice:
+    """How a program does the work, as far as time depends on it; the defaults are megalite's.
+
+    The others exist to compare with published numbers: one description for each program, never for a single number.
+    """
+
+    name: str = "megalite"
+    explicit_attention: bool = False
+    """Scores are written to memory and read again (before flash attention), their whole square computed."""
+    elementwise: float = 1.0
+    """Bytes that element-wise work moves, as a multiple of what fused kernels do."""
+    logit_bytes: float = 8.0
+    """Bytes that the loss moves for each logit; fused kernels in bf16: read twice, written twice."""
+    loss_in_forward: bool = True
+    """The output layer's gradients are made in its forward pass."""
+    gradient_bytes: float = 12.0
+    """Bytes moved to add a weight's gradient to its fp32 sum: fresh product written and read, sum read and written."""
+    overlaps_tensor: bool = True
+    """Tensor-parallel collectives of backward run under its products."""
+    gather_efficiency: float = 1.0
+    """Share of the link's rate at which ZeRO-3 gathers parameters."""
+    reductions: str = "step"
+    """ZeRO-2 and 3 reduce gradients once a `step`, or once a `micro` batch."""
+
+
+MEGALITE = Practice()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of training on one layout. Sizes as in the configuration; `micro_batches` are those of one replica."""
+
+    architecture: Architecture
+    device: Device
+    seq_length: int
+    micro_batch_size: int
+    micro_batches: int
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    zero: int = 1
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    recompute: str = "none"
+    element_bytes: int = 2
+    practice: Practice = MEGALITE
+
+    @staticmethod
+    def of(config: Config, world_size: int, device: Device) -> Job:
+        """The job of a configuration that `check_layout` has accepted for `world_size` ranks."""
+        parallel, train = config.parallel, config.train
+        if parallel.context > 1:
+            raise UserError(f"parallel.context = {parallel.context} is not in the planner's model; use 1")
+        return Job(
+            architecture=Architecture(config.model),
+            device=device,
+            seq_length=train.seq_length,
+            micro_batch_size=train.micro_batch_size,
+            micro_batches=config.micro_batches(world_size),
+            data=config.data_parallel(world_size),
+            tensor=parallel.tensor,
+            pipeline=parallel.pipeline,
+            sequence=bool(parallel.sequence),
+            zero=parallel.zero,
+            schedule=parallel.schedule,
+            virtual_stages=parallel.virtual_stages,
+            recompute=train.recompute,
+            element_bytes=4 if train.precision == "fp32" else 2,
+        )
+
+    @property
+    def world(self) -> int:
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def stages(self) -> int:
+        return self.pipeline * self.virtual_stages
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.seq_length * self.micro_batch_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.tokens * self.micro_batches * self.data
+
+    @property
+    def split(self) -> int:
+        """Into how many parts activations are cut between tensor-parallel blocks."""
+        return self.tensor if self.sequence else 1
+
+    def plan(self, micro_batches: int | None = None) -> Plan:
+        """The schedule's own operations."""
+        micro_batches = self.micro_batches if micro_batches is None else micro_batches
+        return _plan(self.schedule, self.pipeline, micro_batches, self.virtual_stages)
+
+    def owners(self) -> tuple[int, ...]:
+        """The pipeline rank of each stage."""
+        return stage_owners(self.plan(self.pipeline))
+
+    def stages_of(self, rank: int) -> list[int]:
+        return [stage for stage, owner in enumerate(self.owners()) if owner == rank]
+
+
+@functools.lru_cache(maxsize=128)
+def _plan(schedule: str, ranks: int, micro_batches: int, chunks: int) -> Plan:
+    return build_schedule(schedule, ranks, micro_batches, chunks)

@@ -1,0 +1,136 @@
+"""A plan for people: tables in the terminal, the search's ranking, its winner in words and as TOML."""
+
+from __future__ import annotations
+
+import tomli_w
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from megalite.planning.architecture import FLOPS_FULL, FLOPS_HALF
+from megalite.planning.estimate import Plan
+from megalite.planning.hardware import GIB
+from megalite.planning.job import Job
+
+
+def layout_words(job: Job) -> str:
+    """`tensor 8, pipeline 4 (interleaved, 5 stages a rank), 8 copies, ZeRO-1`."""
+    words = [f"tensor {job.tensor}"] if job.tensor > 1 else []
+    if job.pipeline > 1:
+        virtual = f", {job.virtual_stages} stages a rank" if job.virtual_stages > 1 else ""
+        words.append(f"pipeline {job.pipeline} ({job.schedule}{virtual})")
+    words.append(f"{job.data} {'copy' if job.data == 1 else 'copies'} of the model")
+    words.append(f"ZeRO-{job.zero}")
+    return ", ".join(words)
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:,.0f}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _model(plan: Plan) -> Table:
+    job, architecture = plan.job, plan.job.architecture
+    table = _table("Model", "", "")
+    table.show_header = False
+    full, half = (architecture.flops_per_token(job.seq_length, causal) for causal in ("full", "half"))
+    table.add_row("parameters", f"{architecture.parameters:,}")
+    table.add_row("FLOPs a token, attention counted full", f"{full:.4e}")
+    table.add_row("FLOPs a token, attention counted half", f"{half:.4e}")
+    if job.recompute != "none":
+        hardware = architecture.flops_per_token(job.seq_length, "full", job.recompute)
+        table.add_row(f"the first with recompute = {job.recompute}", f"{hardware:.4e}")
+    return table
+
+
+def _memory(plan: Plan) -> Table:
+    memory, job = plan.memory, plan.job
+    ranks = f"pipeline rank {memory.pipeline_rank} of {job.pipeline}" if job.pipeline > 1 else "each rank"
+    table = _table(f"Memory of {ranks}, at its worst: {memory.moment}", "part", "GiB")
+    for name, value in memory.parts.items():
+        if value:
+            table.add_row(name, f"{value / GIB:.2f}")
+    table.add_section()
+    table.add_row("together", f"{memory.total / GIB:.2f}")
+    if job.device.is_gpu:
+        table.add_row(f"of {job.device.name}", f"{job.device.memory / GIB:.2f}")
+    return table
+
+
+def _time(plan: Plan) -> Table:
+    seconds = plan.time.seconds
+    table = _table(f"A step of {plan.job.tokens_per_step:,} tokens", "part", "seconds", "share")
+    for name, value in plan.time.parts.items():
+        if value >= 1e-3 * seconds:
+            table.add_row(name, f"{value:.3f}", f"{value / seconds:.1%}")
+    table.add_section()
+    table.add_row("together", f"{seconds:.3f}", "")
+    return table
+
+
+def _run(plan: Plan) -> Table:
+    job = plan.job
+    rate = plan.tokens_per_second
+    table = _table(f"The run: {_count(plan.tokens)} tokens", "", "")
+    table.show_header = False
+    table.add_row("tokens a second, all devices", f"{rate:,.0f}")
+    table.add_row("tokens a second, one device", f"{rate / job.world:,.0f}")
+    table.add_row("model TFLOP/s, one device", f"{plan.flops_per_token * rate / job.world / 1e12:.4g}")
+    if plan.mfu is not None:
+        table.add_row(f"MFU of {job.device.matmul_flops / 1e12:.0f} TFLOP/s", f"{plan.mfu:.1%}")
+    table.add_row("pipeline idle", f"{plan.time.bubble:.1%}")
+    table.add_row("days", f"{plan.days:,.2f}")
+    if plan.cost is not None:
+        table.add_row(f"dollars, at {plan.price_per_hour:g} a device-hour", f"{plan.cost:,.0f}")
+    table.add_row("tokens a parameter", f"{plan.tokens / job.architecture.parameters:.2f}")
+    table.add_row("of Chinchilla's 20 a parameter", f"{plan.chinchilla_ratio:.2f} x")
+    return table
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence: does it fit, and what to do where it does not."""
+    total, device = plan.memory.total / GIB, plan.job.device
+    if plan.fits is None:
+        return f"{total:.2f} GiB a process beyond what Python and torch take."
+    if plan.fits:
+        return f"It fits: {total:.1f} of {device.memory / GIB:.1f} GiB."
+    return f"It does not fit: {total:.1f} of {device.memory / GIB:.1f} GiB; --search looks for layouts that do."
+
+
+def render(plan: Plan) -> Group:
+    """The whole plan as tables."""
+    job = plan.job
+    head = (
+        f"{job.world} x {job.device.name}: {layout_words(job)}; micro-batches of {job.micro_batch_size}, "
+        f"{job.micro_batches} a step, recompute = {job.recompute}"
+    )
+    notes = f"FLOPs, full: {FLOPS_FULL}\nFLOPs, half: {FLOPS_HALF}"
+    return Group(Text(head, style="bold"), _model(plan), _memory(plan), _time(plan), _run(plan), verdict(plan), notes)
+
+
+def overrides_toml(job: Job) -> str:
+    """The layout as the part of a recipe that says it."""
+    parallel = {
+        "tensor": job.tensor,
+        "pipeline": job.pipeline,
+        "sequence": job.sequence,
+        "zero": job.zero,
+        "schedule": job.schedule,
+        "virtual_stages": job.virtual_stages,
+    }
+    return tomli_w.dumps(
+        {"parallel": parallel, "train": {"micro_batch_size": job.micro_batch_size, "recompute": job.recompute}}
+    )
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    console.print(render(plan), highlight=False)

@@ -1,0 +1,287 @@
+"""Time of a step: what one rank computes and moves for a stage, then the schedule's own simulation, then what follows.
+
+A stage's forward and backward are sums over their products (FLOPs over a rate that falls for small matrices),
+attention, element-wise work (bytes over the memory's rate) and collectives that nothing hides. The simulator of
+`megalite.parallel.pipeline` puts them on the pipeline ranks; gradients are reduced under the last backwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalite.parallel.pipeline.simulate import simulate
+from megalite.planning.architecture import LayerShare, layer_share, layers_on, stage_parameters, vocabulary_rows
+from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
+from megalite.planning.job import Job
+
+SMALL = 160.0
+"""A product reaches half its rate where one of its dimensions is this small: tiles are cut, pipelines fill."""
+
+HIDDEN_SHARE = 0.8
+"""Share of a computation's time in which communication beside it makes progress: the two compete for the device."""
+
+STEP_OVERHEAD = 3e-3
+"""Once a step: the ranks agree on norm and loss, the host waits for the answer, data are fetched. Seconds."""
+
+SCORE_BYTES = (13.0, 22.0)
+"""Bytes moved for each attention score, forward and backward, where scores are written out (with dropout)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one rank by kind; `launch` is what waiting for the host adds."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    tensor: float = 0.0
+    data: float = 0.0
+    launch: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(times * value for value in dataclasses.astuple(self)))
+
+    @property
+    def seconds(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage and micro-batch: forward, backward for the input and for the weights."""
+
+    forward: Work
+    input_gradient: Work
+    weight_gradient: Work
+
+    @property
+    def backward(self) -> Work:
+        return self.input_gradient + self.weight_gradient
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, and where they go on the pipeline rank that has most to do. `bubble` is a share."""
+
+    seconds: float
+    parts: Mapping[str, float]
+    bubble: float
+    pipeline_rank: int
+
+
+def _product(job: Job, rows: float, inner: float, outer: float) -> float:
+    """Seconds of one product [rows, inner] x [inner, outer]."""
+    rate = product_rate(job.device, job.element_bytes)
+    if job.device.is_gpu:
+        for size in (rows, inner, outer):
+            rate *= size / (size + SMALL)
+    return 2.0 * rows * inner * outer / rate
+
+
+def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
+    """Seconds of attention for one layer, forward and backward."""
+    window = job.architecture.model.sliding_window or job.seq_length
+    visible = min(window, job.seq_length) * (1 - min(window, job.seq_length) / (2 * job.seq_length))
+    if job.practice.explicit_attention:
+        width = layer.query // layer.queries
+        product = 2 * layer.queries * job.micro_batch_size * _product(job, job.seq_length, width, job.seq_length)
+        scores = job.tokens * job.seq_length * layer.queries / job.device.memory_bandwidth
+        return product + SCORE_BYTES[0] * scores, 2 * product + SCORE_BYTES[1] * scores
+    flops = 4.0 * job.tokens * visible * layer.query
+    if job.device.is_gpu:
+        rate = job.device.matmul_flops / (1 if job.element_bytes == 2 else 16)
+    else:
+        rate = job.device.fp32_flops
+    forward, backward = job.device.attention_efficiency
+    return flops / (rate * forward), 2.5 * flops / (rate * backward)
+
+
+def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
+    """Seconds of norms, rotation, SwiGLU and sums, forward and backward: elements read and written over the rate."""
+    hidden = layer.hidden / job.split
+    forward = 9 * hidden + 2 * (layer.query + layer.key) + 3 * layer.ffn
+    backward = 14 * hidden + 4 * layer.query + 6 * layer.key + 5 * layer.ffn
+    scale = job.practice.elementwise * job.element_bytes * job.tokens / job.device.memory_bandwidth
+    return forward * scale, backward * scale
+
+
+def _tensor_link(job: Job) -> Link:
+    return link(job.device, job.tensor, 1)
+
+
+def _exchange(job: Job) -> float:
+    """Seconds of one all-gather or reduce-scatter of a whole activation over the tensor ranks."""
+    size = job.tokens * job.architecture.model.hidden_size * job.element_bytes
+    return gather_seconds(size, job.tensor, _tensor_link(job))
+
+
+def _exposed(communication: float, beside: float) -> float:
+    return max(0.0, communication - HIDDEN_SHARE * beside)
+
+
+def layer_work(job: Job) -> StageWork:
+    """One layer and micro-batch."""
+    layer, exchange = layer_share(job.architecture, job.tensor), _exchange(job)
+    products = [_product(job, job.tokens, inner, outer) for inner, outer in layer.matrices]
+    total = sum(products)
+    attention, elementwise = _attention(job, layer), _elementwise(job, layer)
+    # Forward: into and out of each of the two blocks; an all-reduce is both in one.
+    talk_forward = 4 * exchange
+    weight_sum = layer.parameters * job.practice.gradient_bytes / job.device.memory_bandwidth
+    inputs = [products[0], products[2]]  # the two column-parallel products
+    if job.split > 1:
+        entered = [exchange, exchange]  # their gathered inputs, for the weights' gradients
+        talk_input = 2 * exchange  # the gradients that enter the row-parallel products
+        left = [exchange, exchange]
+    else:
+        entered, talk_input, left = [0.0, 0.0], 0.0, [2 * exchange, 2 * exchange]
+    beside = inputs if job.practice.overlaps_tensor else [0.0, 0.0]
+    talk_input += sum(_exposed(talk, own) for talk, own in zip(entered, beside))
+    talk_weight = sum(_exposed(talk, own) for talk, own in zip(left, beside))
+    forward = Work(total, attention[0], elementwise[0], talk_forward)
+    input_gradient = Work(total, attention[1], elementwise[1], talk_input)
+    weight_gradient = Work(total, 0.0, weight_sum, talk_weight)
+    if job.recompute == "full":
+        input_gradient += forward
+    elif job.recompute == "selective":
+        input_gradient += Work(0.0, attention[0], 0.4 * elementwise[0])
+    return StageWork(forward, input_gradient, weight_gradient)
+
+
+def _loss_work(job: Job) -> StageWork:
+    """Output layer and loss of one micro-batch."""
+    hidden, rows = job.architecture.model.hidden_size, vocabulary_rows(job.architecture, job.tensor)
+    product = _product(job, job.tokens, hidden, rows)
+    weight_sum = rows * hidden * job.practice.gradient_bytes / job.device.memory_bandwidth
+    moved = job.tokens * rows * job.practice.logit_bytes / job.device.memory_bandwidth
+    exchange = _exchange(job)
+    forward, gradient = Work(product, 0.0, moved, exchange), Work(product, 0.0, 0.0, exchange)
+    weights = Work(product, 0.0, weight_sum)
+    if job.practice.loss_in_forward:
+        return StageWork(forward + gradient + weights, Work(), Work())
+    return StageWork(forward, gradient, weights)
+
+
+def _with_launch(work: Work, floor: float) -> Work:
+    return dataclasses.replace(work, launch=max(0.0, floor - work.seconds))
+
+
+def stage_work(job: Job, stage: int) -> StageWork:
+    """One stage and micro-batch, what ZeRO moves for each micro-batch included."""
+    layers = layers_on(job.architecture, job.stages, stage)
+    layer, overhead = layer_work(job), job.device.layer_overhead * layers
+    recomputes = job.recompute == "full"
+    forward, inputs = layer.forward * layers, layer.input_gradient * layers
+    weights = layer.weight_gradient * layers
+    forward = _with_launch(forward, overhead)
+    inputs = _with_launch(inputs, overhead * (2 if recomputes else 1))
+    weights = _with_launch(weights, overhead / 2)
+    if stage == job.stages - 1:
+        loss = _loss_work(job)
+        forward, inputs, weights = forward + loss.forward, inputs + loss.input_gradient, weights + loss.weight_gradient
+    if stage == 0:
+        forward += Work(tensor=_exchange(job))
+        weights += Work(tensor=_exchange(job) if job.split > 1 else 0.0)
+    if job.zero == 3 and job.data > 1:
+        gather = _gather_parameters(job, stage)
+        first = gather / max(1, layers)  # nothing to hide the first layer's under
+        forward += Work(data=max(first, _exposed(gather, forward.seconds)))
+        inputs += Work(data=max(first, _exposed(gather, inputs.seconds + weights.seconds)))
+    if job.zero >= 2 and job.data > 1 and job.practice.reductions == "micro":
+        weights += Work(data=_exposed(_reduce_gradients(job, stage), inputs.seconds + weights.seconds))
+    return StageWork(forward, inputs, weights)
+
+
+def _stage_elements(job: Job, stage: int) -> int:
+    return stage_parameters(job.architecture, job.tensor, job.stages, stage)
+
+
+def _data_link(job: Job) -> Link:
+    return link(job.device, job.data, job.tensor)
+
+
+def _gather_parameters(job: Job, stage: int) -> float:
+    """All-gather of a stage's weights over the data-parallel ranks."""
+    over = _data_link(job)
+    over = dataclasses.replace(
+        over, bandwidth=over.bandwidth * (job.practice.gather_efficiency if job.zero == 3 else 1)
+    )
+    return gather_seconds(job.element_bytes * _stage_elements(job, stage), job.data, over)
+
+
+def _reduce_gradients(job: Job, stage: int) -> float:
+    """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
+    over, elements = _data_link(job), _stage_elements(job, stage)
+    buckets = -(-elements // (1 << 23))
+    once = gather_seconds(4.0 * elements, job.data, over) + (buckets - 1) * over.latency
+    return once * (2 if job.zero == 0 else 1) if job.data > 1 else 0.0
+
+
+def _after_backward(job: Job, rank: int, last_backwards: float) -> tuple[float, float]:
+    """(communication that is not hidden, optimizer) at the end of the step on one pipeline rank, seconds."""
+    stages = job.stages_of(rank)
+    elements = sum(_stage_elements(job, stage) for stage in stages)
+    reduce = sum(_reduce_gradients(job, stage) for stage in stages)
+    if job.zero >= 2 and job.practice.reductions == "micro":
+        reduce = 0.0
+    last_bucket = reduce * min(1.0, (1 << 23) / elements)
+    exposed = max(last_bucket, _exposed(reduce, last_backwards))
+    if job.zero in (1, 2) and job.data > 1:
+        exposed += sum(_gather_parameters(job, stage) for stage in stages)
+    updated = elements / (job.data if job.zero >= 1 else 1)
+    # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
+    # gradients are zeroed before the next step.
+    moved = updated * (32 + job.element_bytes) + 4.0 * elements
+    return exposed, moved / job.device.memory_bandwidth
+
+
+def _makespan(job: Job, costs: Mapping[str, list[float]], transfer: float) -> float:
+    """Of the whole step; a long one is a short one and the rest of its steady state, which repeats every p."""
+    short = 6 * job.pipeline
+    if job.micro_batches <= short + job.pipeline:
+        return simulate(job.plan(), costs, transfer).makespan
+    whole, more = divmod(job.micro_batches - short, job.pipeline)
+    first = simulate(job.plan(short), costs, transfer).makespan
+    second = simulate(job.plan(short + job.pipeline), costs, transfer).makespan
+    return first + (second - first) * (whole + more / job.pipeline)
+
+
+def step_time(job: Job) -> StepTime:
+    """Predict one step of the full global batch."""
+    works = [stage_work(job, stage) for stage in range(job.stages)]
+    costs = {
+        "F": [work.forward.seconds for work in works],
+        "B": [work.backward.seconds for work in works],
+        "I": [work.input_gradient.seconds for work in works],
+        "W": [work.weight_gradient.seconds for work in works],
+    }
+    over = transfer_link(job.device, job.data * job.tensor)
+    activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
+    makespan = _makespan(job, costs, over.latency + activation / over.bandwidth)
+    ranks = [
+        sum(((works[s].forward + works[s].backward) for s in job.stages_of(r)), Work()) for r in range(job.pipeline)
+    ]
+    busiest = max(range(job.pipeline), key=lambda rank: ranks[rank].seconds)
+    work = ranks[busiest] * job.micro_batches
+    # The first rank's backwards are the last of the step, so its reduction is what is waited for.
+    first = sum(works[stage].backward.seconds for stage in job.stages_of(0))
+    exposed, optimizer = _after_backward(job, 0, first)
+    idle = max(0.0, makespan - work.seconds)
+    parts = {
+        "matrix products": work.products,
+        "attention": work.attention,
+        "element-wise": work.elementwise,
+        "waiting for the host": work.launch,
+        "tensor-parallel communication": work.tensor,
+        "pipeline idle and transfers": idle,
+        "data-parallel communication": work.data + exposed,
+        "optimizer": optimizer,
+        "agreement": STEP_OVERHEAD,
+    }
+    seconds = makespan + exposed + optimizer + STEP_OVERHEAD
+    return StepTime(seconds, parts, idle / makespan, busiest)

@@ -1,0 +1,77 @@
+"""What a run needs before it starts: parameters, FLOPs, memory of a rank by part, time of a step, days and money.
+
+python tools/plan.py --recipe launch/recipes/llama3-8b-8gpu.toml --devices 8 --device-type h100
+python tools/plan.py --recipe RECIPE.toml --devices 64 --device-type h200 --tokens 1e12 --price-per-hour 3 --json
+python tools/plan.py --recipe RECIPE.toml --devices 64 --device-type h100 --search
+python tools/plan.py --recipe RECIPE.toml --devices 8 --device-type a100 --parallel.tensor 4 --train.recompute full
+
+docs/planning.md tells what is modelled and how near it comes to published and measured numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+
+from megalite.command import Parser
+from megalite.config import Config, load_config
+from megalite.errors import UserError, exit_on_user_error
+from megalite.planning import DEVICES, estimate
+from megalite.planning.report import print_plan
+
+EPILOG = "also: --SECTION.FIELD VALUE lays any field over the recipe's, as for the trainer"
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the `--section.field value` overrides that remain."""
+    parser = Parser(__doc__, EPILOG)
+    add = parser.add_argument
+    add("--recipe", required=True, metavar="FILE", help="TOML file, as the trainer takes it")
+    add("--devices", required=True, type=int, metavar="N", help="devices (ranks) of the job")
+    add("--device-type", required=True, choices=tuple(DEVICES), help="kind of device; cpu: one core a rank")
+    add("--tokens", type=float, metavar="T", help="tokens to train on, as 1e12 (default: the recipe's steps)")
+    add("--price-per-hour", type=float, metavar="P", help="dollars for one device and hour (default: a usual price)")
+    add("--json", action="store_true", help="print one JSON object instead of tables")
+    options, rest = parser.parse_known_args(argv)
+    if options.devices < 1:
+        raise UserError(f"--devices {options.devices} is below 1")
+    for name in ("tokens", "price_per_hour"):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{name.replace('_', '-')} {value:g} is not a number above 0")
+    return options, [argument for argument in rest if argument != "--"]
+
+
+def with_vocabulary(config: Config) -> Config:
+    """`model.vocab_size` taken from the tokenizer where the recipe leaves it open and the file is here."""
+    if config.model.vocab_size or not config.data.tokenizer:
+        return config
+    if config.data.tokenizer != "byte" and not Path(config.data.tokenizer).exists():
+        raise UserError(
+            f"model.vocab_size = 0 takes the size from data.tokenizer = {config.data.tokenizer}, which does not exist; "
+            "give --model.vocab_size N"
+        )
+    from megalite.text.tokenizers import load_tokenizer
+
+    size = load_tokenizer(config.data.tokenizer).vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+@exit_on_user_error
+def main() -> None:
+    options, overrides = parse()
+    config = with_vocabulary(load_config(options.recipe, overrides))
+    plan = estimate(config, options.devices, DEVICES[options.device_type], options.tokens, options.price_per_hour)
+    if options.json:
+        print(json.dumps(plan.as_json()))
+    else:
+        print_plan(plan, Console())
+
+
+if __name__ == "__main__":
+    main()
