@@ -90,7 +90,8 @@ def select_kernels(choices: Mapping[str, str], device: torch.device) -> Kernels:
                 function = _with_fallback(name, function, module.unsupported, plain)
             if operation == "attention" and taken == "triton" and wanted == "auto" and device.type == "cuda":
                 choice = import_module(f"{__package__}.attention_choice")
-                function = choice.fastest({"triton": function, **choice.sdpa_backends()})
+                kept = choice.MeasuredTimes(choice.cache_file(), choice.environment(device))
+                function = choice.fastest({"triton": function, **choice.sdpa_backends()}, kept)
                 why = " or sdpa (auto: measured at the first call of each shape)"
             functions[name] = function
         report[operation] = f"{taken}{why}"

@@ -13,7 +13,6 @@ from torch.autograd import gradcheck
 from megalite.errors import UserError
 from megalite.kernels import OPERATIONS, flash_attention, select_kernels
 from megalite.kernels.adamw import adamw_, square_sum
-from megalite.kernels.attention_choice import fastest
 from megalite.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_grad_,
@@ -210,24 +209,6 @@ def test_mistakes_in_the_selection_are_one_line(choices, words, monkeypatch):
         select_kernels(choices, CPU)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
-
-
-def test_auto_measures_each_kind_of_call_once():
-    calls, log = [], []
-    candidates = {name: lambda *x, name=name, **o: log.append(name) or x[0] for name in ("slow", "quick", "refuses")}
-
-    def measure(candidate, tensors, options):
-        calls.append(tensors[0].shape)
-        candidate(*tensors)
-        name = log.pop()
-        if name == "refuses":
-            raise RuntimeError("not this shape")
-        return {"slow": 2.0, "quick": 1.0}[name]
-
-    attention = fastest(candidates, measure)
-    for width in (4, 4, 8):
-        attention(torch.randn(2, width), causal=True)
-    assert log == ["quick"] * 3 and len(calls) == 6
 
 
 def test_importing_the_package_does_not_import_triton():
