@@ -72,11 +72,11 @@ class CheckpointManager:
     """The checkpoints under `run_dir`; made, used and closed by all ranks together.
 
     Holds the lock of the run directory until `close`; construction raises `UserError` where another run holds it.
-    `failures` counts saves that failed: each is reported, cleaned up, and does not stop the run.
+    `failures` counts saves that failed, `last_failure` tells why: each is reported and cleaned up, and the run goes on.
     """
 
     def __init__(self, run_dir: Path | str, config: Config, mesh: Mesh) -> None:
-        self.config, self.failures = config, 0
+        self.config, self.failures, self.last_failure = config, 0, ""
         self.folder = Path(run_dir) / directory.CHECKPOINTS
         self._peers = Peers(mesh)
         self._lock: RunLock | None = None
@@ -158,6 +158,7 @@ class CheckpointManager:
 
     def _failed(self, snapshot: _Snapshot, fault: str) -> bool:
         self.failures += 1
+        self.last_failure = fault
         log.error(
             "checkpoint %s could not be saved (failure %d of this run, training goes on): %s",
             snapshot.final,

@@ -17,6 +17,7 @@ from megalite.errors import FAULT, FINISHED, INTERRUPTED, UNUSABLE, UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.text.tokenizers import load_tokenizer
+from megalite.train.events import EventLog
 from megalite.train.flops import FORMULA, parameter_count
 from megalite.train.loop import Diverged, TrainingRun, open_data
 from megalite.train.metrics import draw_loss
@@ -94,18 +95,25 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
     trainer = Trainer(config, mesh, kernels)
+    events = EventLog(config.run.dir, world.rank)
     if world.rank == 0:
         write_config(config)
         announce(config, mesh, trainer, kernels.describe())
-    with stop.listening(), Watch(mesh, config.run.dir, config.train.timeout_seconds).listening() as watch:
+    events.write_start(world.size)
+    with stop.listening(), Watch(mesh, config.run.dir, config.train.timeout_seconds, events).listening() as watch:
+        code = FAULT
         try:
-            code = TrainingRun(config, mesh, trainer, stop, watch, eod).run()
+            code = TrainingRun(config, mesh, trainer, stop, watch, events, eod).run()
             mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            raise
         except RuntimeError:
             if missing := watch.roll_call(lambda: stop.signal is not None):
                 log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
             raise
         finally:
+            events.write("stop", code=code, signal=stop.signal)
             if world.rank == 0:
                 draw_loss(Path(config.run.dir))
     if world.size > 1:

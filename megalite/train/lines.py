@@ -48,8 +48,8 @@ class LineFile:
         self._pending += to_line(row)
         try:
             if self._descriptor is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-                self._descriptor = os.open(self.path, flags, 0o644)
+                self._open()
+            assert self._descriptor is not None
             while self._pending:
                 self._pending = self._pending[os.write(self._descriptor, self._pending) :]
             if durable:
@@ -60,6 +60,14 @@ class LineFile:
             if self._failing:
                 log.warning("%s: %s is written again", self.who, self.path)
             self._failing = False
+
+    def _open(self) -> None:
+        """Open at the end; a line that a crash cut short is closed first."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            self._pending = b"\n" + self._pending
+        self._descriptor = descriptor
 
     def _complain(self, error: OSError) -> None:
         if len(self._pending) > _PATIENCE_BYTES:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED
 from megalite.mesh import Mesh
 from megalite.optim.schedule import learning_rate
+from megalite.train.events import EventLog, read_events
+from megalite.train.goodput import account, describe_goodput
 from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics
+from megalite.train.profile import Profiler
 from megalite.train.progress import ProgressDisplay, describe
 from megalite.train.reader import Reader, open_data
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range
 from megalite.train.runtime import StopRequest
+from megalite.train.timeline import Recorder
 from megalite.train.trainer import StepResult, Trainer
 from megalite.train.watch import Watch
 
@@ -69,9 +69,17 @@ class TrainingRun:
     """One call of `python -m megalite.train`, on one rank: from where the run directory stands to a reason to end."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, trainer: Trainer, stop: StopRequest, watch: Watch, eod: int | None
+        self,
+        config: Config,
+        mesh: Mesh,
+        trainer: Trainer,
+        stop: StopRequest,
+        watch: Watch,
+        events: EventLog,
+        eod: int | None,
     ) -> None:
         self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
+        self.events = events
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
         train, valid = open_data(config)
         self.fingerprint = train.fingerprint()
@@ -81,6 +89,9 @@ class TrainingRun:
         self.valid_data = Reader(config, mesh, trainer, valid, eod)
         self.checkpoints = CheckpointManager(config.run.dir, config, mesh)
         self.meter = SpeedMeter(config, mesh.size, mesh.device)
+        self.recorder = Recorder(mesh, config.run.dir)
+        self.profiler = Profiler(config, mesh, trainer, self.recorder)
+        trainer.observe = self.recorder.observe
         self.metrics: MetricsLog | None = None
         self.display: ProgressDisplay | None = None
         self._refused = 0
@@ -106,6 +117,7 @@ class TrainingRun:
             self._begin()
         if self.mesh.rank == 0:
             self.metrics = MetricsLog(self.config, self.position.step)
+            self._rewind_metrics()
             self.display = ProgressDisplay(self.position.step, self.last_step, self.config.log.interval)
 
     def _begin(self) -> None:
@@ -126,33 +138,54 @@ class TrainingRun:
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.position.losses)
 
     def _train(self) -> int:
+        self.events.write("ready", step=self.position.step)
         while self.position.step < self.last_step:
             step = self.position.step + 1
             self.watch.beat()
-            with self._profiled(step):
+            with self.profiler.step(step), self.recorder.step(step):
                 started = time.perf_counter()
                 outcome = self._step(step)
                 seconds = time.perf_counter() - started
             if outcome.trouble:
-                self._roll_back(outcome)
+                self._roll_back(outcome, started)
                 continue
             stopping = outcome.result.flags > 0
             every = self.config.train.eval_interval
             evaluate = every and (step % every == 0 or step == self.last_step) and not stopping
+            validating = time.perf_counter()
             validation = self._validate() if evaluate else None
+            validating = time.perf_counter() - validating
             interval = self.config.checkpoint.interval
             due = step == self.last_step or stopping or (interval and step % interval == 0)
-            stall = self.checkpoints.save(self.trainer, asdict(self.position)) if due else 0.0
-            self._report(outcome, seconds, validation, stall)
-            self.watch.compare(step)
+            stall = self._save() if due else 0.0
+            self._report(outcome, seconds, validation, validating, stall)
+            self.watch.compare(step, self.recorder.work_seconds)
             if stopping and step < self.last_step:
                 return self._saved(STOPPED, f"stopped on request at step {step}, with a checkpoint")
         return self._saved(FINISHED, f"finished at step {self.last_step}")
 
+    def _save(self) -> float:
+        """Make a checkpoint; the seconds for which training stood still."""
+        failures = self.checkpoints.failures
+        stall = self.checkpoints.save(self.trainer, asdict(self.position))
+        self._tell_failures(failures)
+        return stall
+
+    def _tell_failures(self, before: int) -> None:
+        if self.checkpoints.failures > before:
+            self.events.write("save_failed", step=self.position.step, why=self.checkpoints.last_failure)
+
     def _saved(self, code: int, message: str) -> int:
         """End with `code` once the last checkpoint is safe; a fault if it could not be written."""
-        if not self.checkpoints.wait():
+        failures = self.checkpoints.failures
+        saved = self.checkpoints.wait()
+        self._tell_failures(failures)
+        if not saved:
             raise Diverged(f"the last checkpoint could not be written; the run directory is {self.config.run.dir}")
+        if self.metrics is not None:
+            goodput = account(read_events(Path(self.config.run.dir)), self.metrics.rows(), time.time())
+            if goodput is not None:
+                log.info("%s", describe_goodput(goodput))
         log.info("%s", message)
         return code
 
@@ -163,7 +196,8 @@ class TrainingRun:
         position.skipped_samples += first - position.samples
         samples = self.config.batch_size_at(first)
         lr = learning_rate(step, self.config)
-        batches = self.train_data.read(first, samples)
+        with self.recorder.phase("data"):
+            batches = self.train_data.read(first, samples)
         result = self.trainer.step(batches, lr, flag=float(self.stop.signal is not None))
         position.step, position.samples = step, first + samples
         outcome = Outcome(result, first, samples, lr)
@@ -171,6 +205,7 @@ class TrainingRun:
             self._refused += 1
             position.skipped_samples += samples
             log.warning("step %d refused: loss %s, gradient norm %s", step, result.loss, result.grad_norm)
+            self.events.write("refused", step=step, loss=str(result.loss), grad_norm=str(result.grad_norm))
             if self._refused >= MAX_REFUSED_STEPS:
                 outcome.trouble = f"loss or gradient was not finite in {self._refused} steps in a row"
             return outcome
@@ -181,8 +216,11 @@ class TrainingRun:
         position.losses = self.detector.losses
         return outcome
 
-    def _roll_back(self, outcome: Outcome) -> None:
-        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around here."""
+    def _roll_back(self, outcome: Outcome, started: float) -> None:
+        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around here.
+
+        `started` is the clock when the step began that is given up.
+        """
         recovery, step = self.config.recovery, self.position.step
         rollbacks = self.position.rollbacks + 1
         if rollbacks > recovery.max_rollbacks:
@@ -211,15 +249,39 @@ class TrainingRun:
             rollbacks,
             recovery.max_rollbacks,
         )
-        if self.metrics is not None:
-            self.metrics.rewind(self.position.step)
+        self.events.write(
+            "rollback",
+            step=step,
+            to_step=self.position.step,
+            why=outcome.trouble,
+            samples=[skip[0], skip[1]],
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        self._rewind_metrics()
+
+    def _rewind_metrics(self) -> None:
+        """Take back the lines of steps that will be made again; how much time they took remains known."""
+        if self.metrics is None:
+            return
+        dropped = self.metrics.rewind(self.position.step)
+        if dropped:
+            seconds = sum(row["step_seconds"] + row["save_stall_seconds"] for row in dropped)
+            self.events.write(
+                "lost",
+                to_step=self.position.step,
+                steps=len(dropped),
+                seconds=round(seconds, 3),
+                until=dropped[-1].get("time"),
+            )
 
     def _validate(self) -> float:
         """Mean loss over the first `train.eval_samples` validation samples."""
         loss, tokens = self.trainer.evaluate(self.valid_data.read(0, self.config.train.eval_samples))
         return loss / tokens if tokens else math.nan
 
-    def _report(self, outcome: Outcome, seconds: float, validation: float | None, stall: float) -> None:
+    def _report(
+        self, outcome: Outcome, seconds: float, validation: float | None, validating: float, stall: float
+    ) -> None:
         if self.metrics is None or self.display is None:
             return
         row = StepMetrics(
@@ -231,6 +293,7 @@ class TrainingRun:
             step_seconds=seconds,
             memory_gib=self.meter.memory_gib(),
             validation_loss=validation,
+            validation_seconds=validating,
             save_stall_seconds=stall,
             skipped_samples=self.position.skipped_samples,
             rollbacks=self.position.rollbacks,
@@ -241,22 +304,10 @@ class TrainingRun:
         if row.step % self.config.log.interval == 0:
             log.debug("step %d  %s", row.step, describe(row))
 
-    @contextlib.contextmanager
-    def _profiled(self, step: int) -> Iterator[None]:
-        """Record the steps `train.profile` = [first, last] with torch's profiler, one Chrome trace a rank and step."""
-        window = self.config.train.profile
-        if not window or not window[0] <= step <= window[-1]:
-            yield
-            return
-        with torch.profiler.profile(record_shapes=True) as profiler:
-            yield
-        folder = Path(self.config.run.dir) / "profile"
-        folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(folder / f"step_{step:08d}_rank_{self.mesh.rank:05d}.json"))
-
     def _close(self) -> None:
         self.train_data.close()
         self.valid_data.close()
+        self.recorder.close()
         if self.display is not None:
             self.display.close()
         if self.metrics is not None:

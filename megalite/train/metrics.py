@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import resource
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,10 @@ import torch
 
 from megalite.config import Config
 from megalite.train.flops import peak_flops, training_flops_per_token
+from megalite.train.lines import LineFile, read_lines
+from megalite.train.timeline import memory_gib
+
+_NOT_DRAWN = ("step", "time")
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class StepMetrics:
     """One line of metrics.jsonl. Times in seconds; `tokens`, `skipped_samples` and `rollbacks` count from the start.
 
     `memory_gib` is the peak of rank 0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the
-    device's dense bf16 peak by the formula in `megalite.train.flops`.
+    device's dense bf16 peak by the formula in `megalite.train.flops`. `loss` is null for a step that was refused.
+    `time` is when the step was over, checkpoint and all, in seconds since 1970.
     """
 
     step: int
@@ -38,13 +42,15 @@ class StepMetrics:
     save_stall_seconds: float
     skipped_samples: int
     rollbacks: int
+    validation_seconds: float = 0.0
+    time: float = field(default_factory=time.time)
 
-    def to_json(self) -> str:
-        finite = {
+    def row(self) -> dict[str, Any]:
+        """As JSON can hold it: what is not finite becomes null."""
+        return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
         }
-        return json.dumps(finite, allow_nan=False)
 
 
 class SpeedMeter:
@@ -64,32 +70,23 @@ class SpeedMeter:
         }
 
     def memory_gib(self) -> float:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return memory_gib(self.device)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [row for row in read_lines(path) if isinstance(row.get("step"), int)]
 
 
 class MetricsLog:
     """Appends step metrics to every configured place. Only rank 0 has one.
 
-    Resuming at step n drops the lines after n: those steps are about to be run again.
+    Resuming at step n, `rewind(n)` drops the lines after n: those steps are about to be run again.
     """
 
     def __init__(self, config: Config, resumed_step: int) -> None:
         run = Path(config.run.dir)
-        self.path = run / "metrics.jsonl"
-        self.rewind(resumed_step)
+        self._file = LineFile(run / "metrics.jsonl", "rank 0")
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
@@ -101,18 +98,21 @@ class MetricsLog:
 
             self._wandb = wandb.init(project="megalite", dir=str(run), config=asdict(config), resume="allow")
 
-    def rewind(self, step: int) -> None:
-        """Keep the lines up to `step` and go on after them."""
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Keep the lines up to `step` and go on after them; the lines that were dropped."""
+        rows = read_metrics(self._file.path)
+        dropped = [row for row in rows if row["step"] > step]
+        if dropped or not self._file.path.exists():
+            self._file.replace(row for row in rows if row["step"] <= step)
+        return dropped
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All lines, of earlier starts too."""
+        return read_metrics(self._file.path)
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(metrics.to_json() + "\n")
-        self._file.flush()
-        numbers = {key: value for key, value in asdict(metrics).items() if value is not None and key != "step"}
+        self._file.write(metrics.row())
+        numbers = {key: value for key, value in metrics.row().items() if value is not None and key not in _NOT_DRAWN}
         if self._tensorboard is not None:
             for key, value in numbers.items():
                 self._tensorboard.add_scalar(key, value, metrics.step)

@@ -9,21 +9,23 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import logging
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megalite.mesh import Mesh
+from megalite.train.events import EventLog
 
 log = logging.getLogger("megalite")
 
 _WARM_STEPS = 3
 """After so many steps of a start, `timeout_seconds` takes the place of start-up's patience."""
 _REPORT_STEPS = 50
-"""Steps over which a rank's work is averaged before ranks are compared."""
+"""Steps over which a rank's median work is taken before ranks are compared."""
 _SLOW = 1.25
 """A rank whose own work takes this many times the median's is called slow."""
 
@@ -34,11 +36,10 @@ _ANSWER_SECONDS = 5.0
 class Watch:
     """One rank's watch; `beat` once a step."""
 
-    def __init__(self, mesh: Mesh, run_dir: str, timeout_seconds: float) -> None:
-        self.mesh, self.timeout = mesh, timeout_seconds
+    def __init__(self, mesh: Mesh, run_dir: str, timeout_seconds: float, events: EventLog) -> None:
+        self.mesh, self.timeout, self.events = mesh, timeout_seconds, events
         self._steps = 0
         self._path = Path(run_dir) / "log" / f"rank_{mesh.rank:05d}.stack"
-        self._since = (time.perf_counter(), 0.0)
         self._store = dist.distributed_c10d._get_default_store() if mesh.size > 1 else None
 
     @contextlib.contextmanager
@@ -65,16 +66,14 @@ class Watch:
             # Earlier than the collectives' own timeout, so that the hung rank's stack shows where it hangs.
             faulthandler.dump_traceback_later(0.8 * self.timeout, file=self._file)
 
-    def compare(self, step: int) -> None:
+    def compare(self, step: int, work_seconds: Collection[float]) -> None:
         """Every 50 steps, all ranks together: name the rank whose own work, without its waits, takes longest.
 
-        On GPUs only the host's waits are seen, and with them what the host itself does.
+        `work_seconds` are those of this rank's latest steps; the median counts, so that one long step does not.
         """
         if self._store is None or step % _REPORT_STEPS:
             return
-        now, waited = time.perf_counter(), self.mesh.waited_seconds
-        work = ((now - self._since[0]) - (waited - self._since[1])) / _REPORT_STEPS
-        self._since = (now, waited)
+        work = statistics.median(list(work_seconds)[-_REPORT_STEPS:]) if work_seconds else 0.0
         world = self.mesh.world
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
         world.all_gather(seconds, seconds.new_tensor([work])).wait()
@@ -85,6 +84,9 @@ class Watch:
             level = logging.WARNING if slow else logging.DEBUG
             line = "step %d: rank %d works longest, %.3f s a step where the median is %.3f s"
             log.log(level, line, step, slowest, float(seconds[slowest]), median)
+            if slow:
+                took, usual = round(float(seconds[slowest]), 6), round(median, 6)
+                self.events.write("slow", step=step, rank=slowest, seconds=took, median=usual)
 
     def roll_call(self, ended: Callable[[], bool]) -> list[int]:
         """After a communication has failed: the ranks that do not answer, because they are dead or hang.
@@ -100,6 +102,10 @@ class Watch:
             while missing and time.monotonic() < deadline and not ended():
                 missing = [rank for rank in missing if not self._store.check([f"megalite/present/{rank}"])]
                 time.sleep(0.1)
+            if missing and not ended():
+                # Rank 0 may be the one that is gone: the lowest that answers tells.
+                self.events.speaks = self.mesh.rank == min(set(range(self.mesh.size)) - set(missing))
+                self.events.write("no_answer", ranks=missing)
             return [] if ended() else missing
         except (RuntimeError, OSError):  # the store went down with its host
             return []

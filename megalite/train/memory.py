@@ -1,0 +1,119 @@
+"""When memory runs out: what this rank holds, beside what the plan expected, and a snapshot to open."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.mesh import Mesh
+from megalite.train.timeline import memory_gib
+from megalite.train.trainer import Trainer
+
+log = logging.getLogger("megalite")
+
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
+_HISTORY = 50_000
+_DEPTH = 6
+"""How deep tensors are looked for in the trainer's objects."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
+
+
+def record_allocations(device: torch.device, on: bool) -> None:
+    """Let CUDA's allocator keep (or no longer keep) who allocated what, for the snapshot."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(enabled="all" if on else None, stacks="python", max_entries=_HISTORY)
+
+
+def held_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes of this rank's tensors by part, every storage counted once: exact, read off the tensors themselves."""
+    parameters = [parameter for stage in trainer.stages.values() for parameter in stage.parameters()]
+    parts: Mapping[str, Any] = {
+        "parameters": [parameter.data for parameter in parameters],
+        "gradients": [getattr(parameter, "main_grad", None) for parameter in parameters],
+        "optimizer": trainer.optimizer,
+        "other buckets": trainer.buckets,
+    }
+    seen: set[int] = set()
+    return {name: sum(_new_storages(part, seen)) for name, part in parts.items()}
+
+
+def _new_storages(thing: Any, seen: set[int]) -> Iterator[int]:
+    for tensor in _tensors(thing, set(), 0):
+        storage = tensor.untyped_storage()
+        if storage.size() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            yield storage.nbytes()
+
+
+def _tensors(thing: Any, visited: set[int], depth: int) -> Iterator[Tensor]:
+    """All tensors in nested containers and in the attributes of megalite's objects."""
+    if isinstance(thing, Tensor):
+        yield thing
+        return
+    if depth > _DEPTH or id(thing) in visited:
+        return
+    visited.add(id(thing))
+    children: Any = ()
+    if isinstance(thing, Mapping):
+        children = thing.values()
+    elif isinstance(thing, list | tuple | set):
+        children = thing
+    elif type(thing).__module__.startswith("megalite.") and hasattr(thing, "__dict__"):
+        children = vars(thing).values()
+    for child in children:
+        yield from _tensors(child, visited, depth + 1)
+
+
+def explain_memory(error: BaseException, config: Config, mesh: Mesh, trainer: Trainer, folder: Path) -> None:
+    """Log what the rank holds and what was planned; on GPUs leave a snapshot in `folder`."""
+    lines = [f"rank {mesh.rank}: memory ran out: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"]
+    held = held_bytes(trainer)
+    lines += [f"  {name:<16} {size / 2**30:9.3f} GiB held" for name, size in held.items()]
+    lines.append(f"  {'peak so far':<16} {memory_gib(mesh.device):9.3f} GiB")
+    lines += [f"  planned {name:<20} {size / 2**30:9.3f} GiB" for name, size in planned_bytes(config, mesh).items()]
+    lines.append(f"  {_remedy(config)}")
+    if snapshot := _snapshot(mesh, folder):
+        lines.append(f"  snapshot: {snapshot}; https://pytorch.org/memory_viz shows it")
+    log.error("%s", "\n".join(lines))
+
+
+def planned_bytes(config: Config, mesh: Mesh) -> dict[str, int]:
+    return {}
+
+
+def _remedy(config: Config) -> str:
+    train, parallel = config.train, config.parallel
+    steps = [f"train.micro_batch_size = {train.micro_batch_size} lower"] if train.micro_batch_size > 1 else []
+    if train.recompute != "full":
+        steps.append(
+            f"train.recompute = {train.recompute} to {'selective or ' if train.recompute == 'none' else ''}full"
+        )
+    if parallel.zero < 3:
+        steps.append(f"parallel.zero = {parallel.zero} higher")
+    steps.append(f"parallel.tensor = {parallel.tensor} or parallel.pipeline = {parallel.pipeline} higher")
+    return "what helps, cheapest first: " + "; ".join(steps)
+
+
+def _snapshot(mesh: Mesh, folder: Path) -> Path | None:
+    if mesh.device.type != "cuda":
+        return None
+    path = folder / f"memory_rank_{mesh.rank:05d}.pickle"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError) as error:
+        log.warning("rank %d: no memory snapshot: %s", mesh.rank, error)
+        return None
+    return path
