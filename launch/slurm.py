@@ -1,0 +1,419 @@
+"""Train on a SLURM cluster: writes one plain sbatch script for a recipe, and shows it or submits it.
+
+    python launch/slurm.py --recipe launch/recipes/llama3-8b-64gpu.toml --nodes 8 --time 24:00:00 --dry-run
+    python launch/slurm.py --recipe R --nodes N [options] [-- --SECTION.FIELD VALUE ...]
+
+What follows `--` overrides the recipe. Runs on a login node with nothing but Python 3.11: no torch, no installation.
+A submission leaves RUN/launch/001.sbatch and 001.toml (the recipe as it was), then 002 and so on. The script is these
+settings followed by launch/job.sh, where the ways in which a job ends and goes on are written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megalite.errors import UserError, exit_on_user_error  # noqa: E402
+
+try:
+    import tomllib
+except ModuleNotFoundError:
+    print(f"error: Python {sys.version.split()[0]} runs this; 3.11 or newer is needed", file=sys.stderr)
+    raise SystemExit(2) from None
+
+BODY = ROOT / "launch" / "job.sh"
+_OVERRIDE = re.compile(r"--([a-z]\w*)[.]([a-z]\w*)", re.ASCII)
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run to be submitted: the options, and what is particular to it (a sweep makes several)."""
+
+    options: argparse.Namespace
+    name: str
+    run_dir: Path
+    overrides: tuple[str, ...]
+    tasks_per_node: int
+
+    @property
+    def submission(self) -> Path:
+        """Path without suffix of this submission's files: the next free number in RUN/launch."""
+        taken = [int(path.stem) for path in self.run_dir.glob("launch/*.sbatch") if path.stem.isdigit()]
+        return self.run_dir / "launch" / f"{max(taken, default=0) + 1:03d}"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; python launch/slurm.py --help lists the options")
+
+
+def parser() -> argparse.ArgumentParser:
+    result = _Parser(
+        prog="python launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = result.add_argument
+    add("--recipe", required=True, metavar="FILE", help="TOML file, such as those in launch/recipes")
+    add("--nodes", required=True, type=_count, metavar="N")
+    add("--gpus-per-node", type=_amount, default=8, metavar="G", help="one rank each; 0 trains on CPUs (default 8)")
+    add("--tasks-per-node", type=_count, metavar="T", help="ranks a node; by default one for each GPU, or 1 on CPUs")
+    what = result.add_argument_group("what to do").add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the script; touch nothing")
+    what.add_argument("--test-only", action="store_true", help="let SLURM check the script (sbatch --test-only)")
+    add = result.add_argument_group("several jobs").add_argument
+    add("--chain", type=_count, default=1, metavar="K", help="K jobs that follow each other, a time limit each")
+    add("--sweep", action="append", default=[], metavar="FIELD=A,B,C", help="a run for each value; repeated: each pair")
+    add = result.add_argument_group("sbatch options, handed on as they are").add_argument
+    for option in ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem", "dependency"):
+        add(f"--{option}")
+    add("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
+    add("--cpus-per-task", type=_count, metavar="C")
+    add("--exclusive", action="store_true", help="whole nodes")
+    add("--job-name", metavar="NAME", help="default: the run directory's name")
+    add(
+        "--extra-sbatch", action="append", default=[], metavar="OPTION", help="written --extra-sbatch=--x=y; repeatable"
+    )
+    add("--extra-srun", action="append", default=[], metavar="OPTION", help="written --extra-srun=--x=y; repeatable")
+    add = result.add_argument_group("stopping and going on").add_argument
+    add("--signal-seconds", type=_count, default=300, metavar="S", help="save so long before the limit (default 300)")
+    add(
+        "--max-requeues",
+        type=_amount,
+        default=3,
+        metavar="M",
+        help="failures in a row that are forgiven where no new checkpoint came between (default 3)",
+    )
+    add = result.add_argument_group("the ranks' surroundings").add_argument
+    add("--python", metavar="PROGRAM", help="default: the active environment's, else .venv's, else python3")
+    add("--setup", metavar="FILE", help="shell file sourced at the job's start: modules, environments, NCCL variables")
+    add("--env", action="append", default=[], metavar="NAME=VALUE", help="exported to the ranks; can be repeated")
+    add("--ifname", metavar="NAME", help="network interface for rendezvous (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)")
+    add("--master-addr", metavar="HOST", help="where the ranks meet; default: the job's first host")
+    add("--master-port", type=_port, metavar="PORT", help="default: made from job id and restart count")
+    add("--no-preflight", action="store_true", help="do not look at the nodes (tools/doctor.py) before training")
+    add("--container-image", metavar="IMAGE")
+    add("--container-mounts", metavar="A:B,...", help="besides the repository, the run and the working directory")
+    add("--container-runtime", choices=("pyxis", "apptainer"), help="default: apptainer for .sif images, else pyxis")
+    return result
+
+
+def _number(text: str, low: int, high: int, wanted: str) -> int:
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _number(text, 1, 65535, "a number from 1 to 65535")
+
+
+def _amount(text: str) -> int:
+    return _number(text, 0, 65535, "a number from 0 to 65535")
+
+
+def _port(text: str) -> int:
+    return _number(text, 1024, 65535, "a port from 1024 to 65535")
+
+
+def seconds_of(time: str) -> int:
+    """Seconds of a SLURM time: minutes, minutes:seconds, hours:minutes:seconds, and the three with days before."""
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time {time} is not a time; write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *rest = (int(part) if part else None for part in match.groups())
+    first, second, third = rest
+    if days is None and third is None:
+        return (first or 0) * 60 + (second or 0)
+    return (days or 0) * 86400 + (first or 0) * 3600 + (second or 0) * 60 + (third or 0)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what is wrong by itself; nothing here looks at files but at the setup's."""
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (not text.strip() or not text.isprintable()):
+                raise UserError(f"--{name.replace('_', '-')} {text!r} is empty or holds control characters")
+    if options.time is not None and seconds_of(options.time) <= options.signal_seconds:
+        raise UserError(
+            f"--time {options.time} leaves nothing beside --signal-seconds {options.signal_seconds}; "
+            "give more time, or fewer seconds for the last checkpoint"
+        )
+    for entry in options.env:
+        if not _VARIABLE.fullmatch(entry.partition("=")[0]) or "=" not in entry:
+            raise UserError(f"--env {entry} is not NAME=VALUE")
+    if options.setup is not None and not Path(options.setup).is_file():
+        raise UserError(f"--setup {options.setup} does not exist; give a shell file that every node can read")
+    if options.container_image is None:
+        for name in ("container_mounts", "container_runtime"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} is given without --container-image; name the image")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--recipe {path} does not exist; see launch/recipes") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"--recipe {path} cannot be read: {error}") from None
+
+
+def pair_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(`section.field`, value) of what stands after `--`, in the trainer's own spelling."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        match = _OVERRIDE.fullmatch(option.replace("-", "_").replace("__", "--", 1))
+        if match is None:
+            raise UserError(f"{option!r} after -- is not understood; overrides are written --section.field value")
+        if not equals:
+            if not rest:
+                raise UserError(f"{option} after -- has no value")
+            value = rest.pop(0)
+        pairs.append((f"{match[1]}.{match[2]}", value))
+    return pairs
+
+
+def split_values(text: str) -> list[str]:
+    """Cut at commas that stand in no bracket and no quotation marks."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not quote and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def sweep_points(sweeps: Sequence[str]) -> Iterator[list[tuple[str, str]]]:
+    """Every combination of the values, as overrides; one empty point without a sweep."""
+    axes = []
+    for sweep in sweeps:
+        field, equals, text = sweep.partition("=")
+        values = split_values(text)
+        if not equals or not _OVERRIDE.fullmatch(f"--{field}") or "" in values:
+            raise UserError(f"--sweep {sweep} is not understood; write for instance --sweep optimizer.lr=1e-4,3e-4")
+        if len(set(values)) < len(values):
+            raise UserError(f"--sweep {sweep} names a value twice")
+        axes.append([(field, value) for value in values])
+    for point in itertools.product(*axes):
+        yield list(point)
+
+
+def check_recipe(recipe: Path, overrides: Sequence[str], ranks: int) -> None:
+    """The trainer's own check of fields and layout, where its small libraries are installed on this machine."""
+    try:
+        from megalite.config import load_config
+        from megalite.config.check import check_layout
+    except ModuleNotFoundError:
+        return  # the job refuses the same, with exit code 2
+    check_layout(load_config(recipe, overrides), ranks)
+
+
+def plan_jobs(options: argparse.Namespace, arguments: Sequence[str]) -> list[Job]:
+    """The runs that were asked for, checked."""
+    check_options(options)
+    recipe = Path(options.recipe)
+    tables = read_recipe(recipe)
+    given = pair_overrides(arguments)
+    tasks = options.tasks_per_node or options.gpus_per_node or 1
+    if options.gpus_per_node and tasks != options.gpus_per_node:
+        raise UserError(f"--tasks-per-node {tasks}: one rank runs on each of --gpus-per-node {options.gpus_per_node}")
+    section = tables.get("run", {})
+    base = dict(given).get("run.dir") or (section.get("dir") if isinstance(section, dict) else None)
+    base = os.path.abspath(str(base or f"runs/{recipe.stem}"))
+    jobs = []
+    for point in sweep_points(options.sweep):
+        suffix = "".join(f"-{field.rpartition('.')[2]}-{value}" for field, value in point)
+        run_dir = Path(base + re.sub(r"[^\w.+-]+", "_", suffix))
+        fields = {field: value for field, value in [*given, *point] if field != "run.dir"}
+        overrides = tuple(word for field, value in fields.items() for word in (f"--{field}", value))
+        check_recipe(recipe, overrides, options.nodes * tasks)
+        name = re.sub(r"[^\w.+-]+", "_", options.job_name or run_dir.name)
+        jobs.append(Job(options, name, run_dir, overrides, tasks))
+    return jobs
+
+
+def choose_python(options: argparse.Namespace) -> str:
+    if options.python:
+        return str(options.python)
+    if options.container_image or options.setup:
+        return "python3"
+    for home in (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), str(ROOT / ".venv")):
+        if home and os.access(f"{home}/bin/python", os.X_OK):
+            return f"{home}/bin/python"
+    return "python3"
+
+
+def code_version() -> str:
+    """The commit that is checked out, for the record."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def container(job: Job) -> tuple[list[str], list[str]]:
+    """(options of srun for pyxis, command before the ranks' command for apptainer)."""
+    options = job.options
+    if options.container_image is None:
+        return [], []
+    seen = dict.fromkeys(str(path) for path in (ROOT, Path.cwd(), job.run_dir))
+    mounts = [f"{path}:{path}" for path in seen] + (options.container_mounts or "").split(",")
+    joined = ",".join(mount for mount in mounts if mount)
+    image = options.container_image
+    runtime = options.container_runtime or ("apptainer" if image.endswith(".sif") else "pyxis")
+    if runtime == "pyxis":
+        return [f"--container-image={image}", f"--container-mounts={joined}", f"--container-workdir={Path.cwd()}"], []
+    gpus = ["--nv"] if options.gpus_per_node else []
+    return [], ["apptainer", "exec", *gpus, "--bind", joined, "--pwd", str(Path.cwd()), image]
+
+
+def directives(job: Job) -> list[str]:
+    options = job.options
+    lines = [f"--job-name={job.name}", f"--nodes={options.nodes}", f"--ntasks-per-node={job.tasks_per_node}"]
+    if options.gpus_per_node:
+        lines.append(f"--gpus-per-node={options.gpus_per_node}")
+    names = ("cpus_per_task", "mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation")
+    lines += [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(options, name)) is not None]
+    lines += ["--exclusive"] * options.exclusive
+    lines += [f"--chdir={Path.cwd()}", f"--output={job.run_dir}/launch/slurm-%j.out", "--open-mode=append"]
+    return [*lines, "--requeue", f"--signal=B:USR1@{options.signal_seconds}"]
+
+
+def _array(name: str, words: Sequence[str]) -> str:
+    """A shell array, on one line if that is short. Commas are quoted: unquoted ones look like a mistake."""
+    quoted = [f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words]
+    line = f"{name}=({' '.join(quoted)})"
+    return line if len(line) <= 120 else "\n    ".join([f"{name}=(", *quoted]) + "\n)"
+
+
+def render(job: Job) -> str:
+    """The sbatch script."""
+    options, submission = job.options, job.submission
+    inside, before = container(job)
+    srun = [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
+    srun += ["--gpu-bind=none"] if options.gpus_per_node else []  # every rank sees its node's GPUs and takes its own
+    settings: dict[str, str] = {
+        "REPOSITORY": str(ROOT),
+        "RUN": str(job.run_dir),
+        "SUBMISSION": str(submission),
+        "PYTHON": choose_python(options),
+        "RANKS": str(options.nodes * job.tasks_per_node),
+        "PREFLIGHT": "no" if options.no_preflight else "yes",
+        "CHAINED": "yes" if options.chain > 1 else "no",
+        "MAX_REQUEUES": str(options.max_requeues),
+        "SIGNAL_SECONDS": str(options.signal_seconds),
+        "HEAD": options.master_addr or "",
+        "PORT": str(options.master_port or ""),
+    }
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *(f"#SBATCH {shlex.quote(line)}" for line in directives(job)),
+            *(f"#SBATCH {line}" for line in options.extra_sbatch),
+            "",
+            f"# {options.recipe} on {options.nodes * job.tasks_per_node} ranks; megalite {code_version()}",
+            *(f"{name}={shlex.quote(value) if value else ''}" for name, value in settings.items()),
+            _array("RECIPE", [f"{submission}.toml", "--run.dir", str(job.run_dir), *job.overrides]),
+            _array("SRUN", [*srun, *inside, *options.extra_srun]),
+            _array("CONTAINER", before),
+            *_environment(options),
+            "",
+            BODY.read_text(encoding="utf-8"),
+        ]
+    )
+
+
+def _environment(options: argparse.Namespace) -> list[str]:
+    """Lines that set the ranks' surroundings up."""
+    values: dict[str, str] = {"OMP_NUM_THREADS": str(options.cpus_per_task or 1), "NCCL_DEBUG": "WARN"}
+    if options.ifname:
+        values |= {"NCCL_SOCKET_IFNAME": options.ifname, "GLOO_SOCKET_IFNAME": options.ifname}
+    values |= dict(entry.split("=", 1) for entry in options.env)
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    return lines + ([f"source {shlex.quote(os.path.abspath(options.setup))}"] if options.setup else [])
+
+
+def _sbatch(arguments: Sequence[str], script: str | None = None) -> str:
+    """What sbatch prints; its refusal as a user's mistake."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on the path; run this on a login node, or look at the script with --dry-run")
+    done = subprocess.run(["sbatch", *arguments], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.strip().splitlines()]
+        raise UserError("sbatch refuses the job: " + " ".join(lines))
+    return (done.stdout + done.stderr).strip()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def submit(job: Job) -> None:
+    """Write the script and the recipe beside it, and hand the chain's jobs to SLURM."""
+    submission, script = job.submission, render(job)
+    files = {submission.with_suffix(".toml"): Path(job.options.recipe).read_bytes()}
+    files[submission.with_suffix(".sbatch")] = script.encode()
+    identities: list[str] = []
+    try:
+        submission.parent.mkdir(parents=True, exist_ok=True)
+        for path, content in files.items():
+            _write(path, content)
+        for _ in range(job.options.chain):
+            order = [f"afterany:{identities[-1]}"] if identities else [job.options.dependency]
+            after = [f"--dependency={order[0]}"] if order[0] else []
+            answer = _sbatch(["--parsable", *after, str(submission.with_suffix(".sbatch"))])
+            identities.append(answer.splitlines()[0].partition(";")[0])
+    except OSError as error:
+        raise UserError(f"{job.run_dir} cannot be written: {error}") from None
+    finally:
+        if not identities:
+            for path in files:
+                path.unlink(missing_ok=True)
+    print(f"job {' then '.join(identities)}: {submission}.sbatch")
+    print(f"  to follow: tail -F {job.run_dir}/launch/slurm-{identities[0]}.out")
+    print(f"  to save and stop: scancel --batch --signal=INT {identities[0]}")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser().parse_args(arguments[:cut])
+    jobs = plan_jobs(options, arguments[cut + 1 :])
+    for job in jobs:
+        if options.dry_run:
+            print(render(job), end="")
+        elif options.test_only:
+            print(_sbatch(["--test-only"], render(job)))
+        else:
+            submit(job)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
