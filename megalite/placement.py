@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 _UINT64 = (1 << 64) - 1
 
+Action = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Box:
@@ -72,29 +74,54 @@ class PlacedParameter(nn.Parameter):
     """A parameter with its placement.
 
     `main_grad` (fp32, same shape) is where the parameter's gradient accumulates once gradient buckets have been built
-    over the model; `on_gradient` is called after each accumulation. While `main_grad` is None, gradients go to `.grad`.
+    over the model; listeners are told of each accumulation. While `main_grad` is None, gradients go to `.grad`.
     `tied_to` names the parameter whose storage this one shares (a tied output layer in the same process).
+
+    Buckets that hold values or gradients only for a while set `before_use` and `before_gradient`, which make them be
+    there; layers therefore read their weights through `ready`. While `postpone` is set, layers hand it the work that
+    computes their weight gradient instead of doing it (the W of zero-bubble schedules).
     """
 
     placement: Placement
-    main_grad: Tensor | None
     tied_to: PlacedParameter | None
-    _listeners: list[Callable[[], None]]
+    before_use: Action | None
+    before_gradient: Action | None
+    postpone: Callable[[Action], None] | None
+    _main_grad: Tensor | None
+    _listeners: list[Action]
 
     def __new__(cls, data: Tensor, placement: Placement) -> PlacedParameter:
         parameter = super().__new__(cls, data, requires_grad=True)
         parameter.placement = placement
-        parameter.main_grad = None
         parameter.tied_to = None
+        parameter.before_use = parameter.before_gradient = parameter.postpone = None
+        parameter._main_grad = None
         parameter._listeners = []
         return parameter
+
+    @property
+    def main_grad(self) -> Tensor | None:
+        if self._main_grad is None and self.before_gradient is not None:
+            self.before_gradient()
+        return self._main_grad
+
+    @main_grad.setter
+    def main_grad(self, gradient: Tensor | None) -> None:
+        self._main_grad = gradient
+
+    @property
+    def ready(self) -> PlacedParameter:
+        """This parameter, once its values are there."""
+        if self.before_use is not None:
+            self.before_use()
+        return self
 
     @property
     def decays(self) -> bool:
         """Weight decay applies to matrices, not to norms and biases."""
         return self.dim() > 1
 
-    def listen(self, listener: Callable[[], None]) -> None:
+    def listen(self, listener: Action) -> None:
         """Call `listener()` after every accumulation into `main_grad`."""
         self._listeners.append(listener)
 
@@ -156,12 +183,17 @@ def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
 
 
 @torch.no_grad()
+def initialise_parameter(parameter: PlacedParameter, seed: int) -> None:
+    """Fill a parameter with the global initial values that its boxes name; padding becomes zero."""
+    parameter.zero_()
+    for box in parameter.placement.boxes:
+        box.view(parameter).copy_(initial_values(box, parameter.placement, seed))
+
+
 def initialise(module: nn.Module, seed: int) -> None:
-    """Fill every parameter of `module` with the global initial values that its boxes name; padding becomes zero."""
+    """`initialise_parameter` for all parameters of a module."""
     for parameter in placed_parameters(module):
-        parameter.zero_()
-        for box in parameter.placement.boxes:
-            box.view(parameter).copy_(initial_values(box, parameter.placement, seed))
+        initialise_parameter(parameter, seed)
 
 
 def flat_ranges(box: Box, local_shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

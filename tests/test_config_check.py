@@ -76,7 +76,6 @@ def layout(*overrides, world_size=1):
         (1, "--train.eval_interval -1", "train.eval_interval = -1 is too small; it must be at least 0"),
         (1, "--run.seed 4294967296", "run.seed = 4294967296 is too large"),
         (1, "--parallel.zero 4", "parallel.zero = 4 is out of range"),
-        (1, "--parallel.zero 3", "parallel.zero = 3 is not built yet; use 1"),
         (2, "--parallel.context 2", "parallel.context = 2 is not built yet"),
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),

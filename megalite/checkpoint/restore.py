@@ -77,6 +77,7 @@ def read_state(trainer: Trainer, source: TensorSource, *, optimizer: bool) -> No
     partly overwritten.
     """
     compare_shapes(model_shapes(trainer.config.model), source.shapes(), str(getattr(source, "directory", "the source")))
+    trainer.settle()
     if isinstance(source, CheckpointReader):
         source.read_into(WEIGHT, _targets(trainer, WEIGHT))
     else:

@@ -90,6 +90,7 @@ class Staging:
     def snapshot(self, *, copy: bool) -> list[dict[str, Tensor]]:
         """For each part the tensors by kind, on the host. Without `copy`, CPU tensors are the trainer's own."""
         kinds = (WEIGHT, *MOMENTS)
+        self.trainer.settle()
         if not copy and not self._cuda:
             return [{kind: part.tensor(kind) for kind in kinds} for part in self.parts]
         if not self._buffers:

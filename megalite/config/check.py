@@ -14,7 +14,6 @@ from megalite.errors import UserError
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
-    ("parallel.zero", lambda level: level in (2, 3), "use 1"),
 )
 
 # Least values, section by section.

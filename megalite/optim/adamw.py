@@ -1,6 +1,6 @@
 """AdamW over this rank's flat shards, with fp32 master weights.
 
-A `Segment` is a run of a bucket's elements that one rank updates and that share the question of weight decay. In fp32
+A `Segment` is the run of a bucket's elements that one rank updates. In fp32
 its master weights *are* the bucket's parameters; in bf16 they are a separate fp32 copy that is rounded into the bucket
 after each step. The element-wise update itself is torch's fused AdamW, or `FusedAdam` where NVIDIA's apex imports.
 Source: Loshchilov and Hutter 2019 (decoupled weight decay).
@@ -22,24 +22,27 @@ from megalite.placement import Box, range_boxes
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Elements `span` of a bucket: master weights, reduced gradients and both moments, fp32, 1-D, of one length."""
+    """What this rank updates of a bucket: master weights, reduced gradients, both moments; fp32, 1-D, of one length."""
 
     bucket: Bucket
-    span: slice
-    decays: bool
     master: torch.nn.Parameter
     gradient: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
     @property
+    def span(self) -> slice:
+        """The segment's elements of the bucket."""
+        return self.bucket.updated
+
+    @property
     def separate_master(self) -> bool:
-        return self.bucket.parameters.dtype != torch.float32
+        return self.bucket.dtype != torch.float32
 
     def write_back(self) -> None:
         """Round the master weights into the parameters, where they are a copy."""
         if self.separate_master:
-            self.bucket.parameters[self.span].copy_(self.master.detach())
+            self.bucket.owned.copy_(self.master.detach())
 
     def pieces(self) -> Iterator[tuple[Box, slice]]:
         """What this segment holds of the global tensors: (box, where its elements lie in the segment), row-major.
@@ -60,22 +63,11 @@ class Segment:
                     yield part, slice(begin, begin + length)
 
 
-def _cut_by_decay(bucket: Bucket) -> Iterator[tuple[slice, bool]]:
-    span = bucket.updated
-    for start, stop, decays in ((0, bucket.decaying, True), (bucket.decaying, len(bucket.parameters), False)):
-        start, stop = max(start, span.start), min(stop, span.stop)
-        if start < stop:
-            yield slice(start, stop), decays
-
-
-def _segments(bucket: Bucket) -> Iterator[Segment]:
-    for span, decays in _cut_by_decay(bucket):
-        values = bucket.parameters[span]
-        master = torch.nn.Parameter(values if values.dtype == torch.float32 else values.float())
-        origin = bucket.updated.start
-        gradient = bucket.updated_gradients[span.start - origin : span.stop - origin]
-        zeros = torch.zeros_like(master.data)
-        yield Segment(bucket, span, decays, master, gradient, zeros, zeros.clone())
+def _segment(bucket: Bucket) -> Segment:
+    values = bucket.owned
+    master = torch.nn.Parameter(values if values.dtype == torch.float32 else values.float())
+    zeros = torch.zeros_like(master.data)
+    return Segment(bucket, master, bucket.updated_gradients, zeros, zeros.clone())
 
 
 def _fused_adam() -> type[torch.optim.Optimizer] | None:
@@ -92,10 +84,10 @@ class ShardedAdamW:
 
     def __init__(self, stages: list[StageBuckets], config: OptimizerConfig) -> None:
         self.stages, self.config = stages, config
-        self.segments = [segment for stage in stages for bucket in stage.buckets for segment in _segments(bucket)]
+        self.segments = [_segment(bucket) for stage in stages for bucket in stage.buckets]
         self.step_count = 0
         self._groups = [
-            ([segment for segment in self.segments if segment.decays == decays], weight_decay)
+            ([segment for segment in self.segments if segment.bucket.decays == decays], weight_decay)
             for decays, weight_decay in ((True, config.weight_decay), (False, 0.0))
         ]
         fused_adam = _fused_adam() if self.segments and self.segments[0].master.is_cuda else None
@@ -122,6 +114,8 @@ class ShardedAdamW:
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
         """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
+        for stage in self.stages:
+            stage.settle()
         if gradient_scale != 1.0:
             for segment in self.segments:
                 segment.gradient.mul_(gradient_scale)
@@ -168,7 +162,7 @@ class ShardedAdamW:
         """Begin with the parameters as they are: they become the master weights, the moments zero."""
         for segment in self.segments:
             if segment.separate_master:
-                segment.master.data.copy_(segment.bucket.parameters[segment.span])
+                segment.master.data.copy_(segment.bucket.owned)
             segment.exp_avg.zero_()
             segment.exp_avg_sq.zero_()
         self.set_step_count(0)

@@ -19,7 +19,7 @@ class GradientNorm:
 
     def __init__(self, stages: list[StageBuckets], rank: int) -> None:
         self._owned = [view for stage in stages for bucket in stage.buckets for view in _owned_gradients(bucket, rank)]
-        self._zero = torch.zeros((), dtype=torch.float64, device=stages[0].buckets[0].gradients.device)
+        self._zero = torch.zeros((), dtype=torch.float64, device=stages[0].buckets[0].device)
 
     def local_square_sum(self) -> Tensor:
         """fp64 scalar; the sum over all ranks is the squared global norm."""

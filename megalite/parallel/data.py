@@ -1,124 +1,38 @@
-"""Data parallelism: flat gradient buckets, reduced while backward still runs, and ZeRO-1 sharding of the optimizer.
+"""Data parallelism: the buckets of a pipeline stage, reduced while backward still runs, and ZeRO-1 to 3.
 
-The parameters of one pipeline stage lie one after the other in flat buckets, in about the order in which backward
-finishes them. A bucket is three flat tensors of one layout: the parameters themselves (fp32 or bf16), their fp32
-gradients, and this rank's shard of the reduced gradients. Each is padded so that the data-parallel ranks can cut it in
-equal shards.
+The parameters of one pipeline stage lie in flat buckets (`megalite.parallel.buckets`), in about the order in which
+backward finishes them: matrices first, then vectors, then the parameters of which some replica within the model holds
+only a part of the gradient's sum (norms under sequence parallelism, shared key/value heads, tied embeddings on two
+stages). These last are summed and reduced at the end. Vectors and they stay whole under ZeRO-2 and ZeRO-3: they are
+small or must be.
 
-    zero = 0   buckets are all-reduced, every rank updates everything
-    zero = 1   buckets are reduce-scattered, each rank updates its shard, parameters are all-gathered (Rajbhandari 2020)
-
-Gradients are summed, never averaged: the loss is already divided by the global count of tokens. Parameters of which
-some replica within the model holds only a part of the gradient's sum (norms under sequence parallelism, shared
-key/value heads, tied embeddings on two stages) form buckets of their own, which are reduced last.
-
-The seam for ZeRO-2 and ZeRO-3: nothing outside this file knows how a bucket's storage is held.
+Gradients are summed, never averaged: the loss is already divided by the global count of tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from megalite.mesh import Group, Mesh, Work
-from megalite.placement import Box, PlacedParameter, placed_parameters
+from megalite.mesh import Group, Mesh
+from megalite.parallel.buckets import Bucket, ShardedBucket
+from megalite.placement import Action, Box, PlacedParameter, placed_parameters
 
 Pairs = list[tuple[PlacedParameter, Box]]
 
-_ALIGNMENT = 64
-"""Elements; keeps every shard's start on a cache line."""
+_IN_FLIGHT = 2
+"""ZeRO-2 and 3: so many reductions may be under way, each with a whole gradient buffer, before the oldest is waited
+for."""
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A parameter's place in its bucket: elements [start, start + numel), row-major."""
-
-    parameter: PlacedParameter
-    start: int
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.parameter.numel()
-
-
-class Bucket:
-    """Some parameters in one flat buffer, with their gradients; decaying parameters first, then the others."""
-
-    def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
-        ordered = sorted(parameters, key=lambda parameter: not parameter.decays)
-        self.group, self.zero, self.deferred = group, zero, deferred
-        self.slots: list[Slot] = []
-        for parameter in ordered:
-            start = self.slots[-1].stop if self.slots else 0
-            if self.slots and self.slots[-1].parameter.decays != parameter.decays:
-                # Vectorised updates round the last few elements of a range differently: those are to be padding.
-                start = -(-start // _ALIGNMENT) * _ALIGNMENT
-            self.slots.append(Slot(parameter, start))
-        unit = _ALIGNMENT * group.size
-        length = -(-self.slots[-1].stop // unit) * unit
-        self.decaying = next((slot.start for slot in self.slots if not slot.parameter.decays), length)
-        first = ordered[0]
-        self.parameters = torch.zeros(length, dtype=first.dtype, device=first.device)
-        self.gradients = torch.zeros(length, dtype=torch.float32, device=first.device)
-        self.shard = slice(group.index * length // group.size, (group.index + 1) * length // group.size)
-        separate = zero > 0 and group.size > 1
-        self.shard_gradients = torch.zeros_like(self.gradients[self.shard]) if separate else self.gradients[self.shard]
-        self._pending = 0
-        self._work: Work | None = None
-        for slot in self.slots:
-            self._adopt(slot)
-
-    @torch.no_grad()
-    def _adopt(self, slot: Slot) -> None:
-        """Move the parameter's storage into the bucket and point its gradient here."""
-        parameter, span = slot.parameter, slice(slot.start, slot.stop)
-        self.parameters[span] = parameter.flatten()
-        parameter.data = self.parameters[span].view(parameter.shape)
-        parameter.main_grad = self.gradients[span].view(parameter.shape)
-
-    @property
-    def updated(self) -> slice:
-        """The elements that this rank's optimizer updates."""
-        return self.shard if self.zero > 0 else slice(0, len(self.parameters))
-
-    @property
-    def updated_gradients(self) -> Tensor:
-        return self.shard_gradients if self.zero > 0 else self.gradients
-
-    def expect(self) -> None:
-        """The next backward pass is the last: every parameter will report its final gradient once."""
-        self._pending = len(self.slots)
-
-    def arrive(self) -> bool:
-        """One parameter's gradient is final; True when it was the last of the bucket."""
-        self._pending -= 1
-        return self._pending == 0
-
-    def launch(self) -> None:
-        """Start the reduction over the data-parallel ranks."""
-        if self.zero > 0:
-            if self.group.size > 1:
-                self._work = self.group.reduce_scatter(self.shard_gradients, self.gradients)
-        else:
-            self._work = self.group.all_reduce(self.gradients)
-
-    def wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-
-    def gather_parameters(self) -> Work | None:
-        """Start to share the updated shards (ZeRO); the caller waits before the next forward."""
-        if self.zero == 0 or self.group.size == 1:
-            return None
-        return self.group.all_gather(self.parameters, self.parameters[self.shard].clone())
-
-
-def _tensor_replicas(parameter: PlacedParameter) -> bool:
+def _has_partial_boxes(parameter: PlacedParameter) -> bool:
     """Whether some replica within the model holds only a part of this parameter's gradient."""
     return any(box.partial for box in parameter.placement.boxes)
 
@@ -126,37 +40,63 @@ def _tensor_replicas(parameter: PlacedParameter) -> bool:
 class StageBuckets:
     """All buckets of one pipeline stage, and the order in which their gradients become whole.
 
-    `begin()` clears the gradients; `expect_last_backward()` before the stage's last backward pass lets buckets be
-    reduced under it; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything.
+    `begin()` clears the gradients; backward passes then report parameter by parameter, and buckets are reduced under
+    them; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything. Where backward is
+    split in two, `postponing` collects the weights' part and `run_postponed` does it.
+
+    `aliases` are parameters of the rank's other stages that share the storage of one of this stage's.
     """
 
-    def __init__(self, stage: nn.Module, mesh: Mesh, *, zero: int, bucket_elements: int = 1 << 23) -> None:
+    def __init__(
+        self,
+        stage: nn.Module,
+        mesh: Mesh,
+        *,
+        zero: int,
+        bucket_elements: int = 1 << 23,
+        aliases: Iterable[PlacedParameter] = (),
+    ) -> None:
         self.mesh = mesh
-        group = mesh.group("dp", "cp")
+        self._group = mesh.group("dp", "cp")
         parameters = list(placed_parameters(stage))
-        self.aliases = [parameter for parameter in parameters if parameter.tied_to is not None]
-        own = [parameter for parameter in reversed(parameters) if parameter.tied_to is None]
-        prompt = [parameter for parameter in own if not self._deferred(parameter)]
-        late = [parameter for parameter in own if self._deferred(parameter)]
-        self.buckets = [Bucket(part, group, zero, deferred=False) for part in _cut(prompt, bucket_elements)]
-        self.buckets += [Bucket(part, group, zero, deferred=True) for part in _cut(late, bucket_elements)]
+        own = [parameter for parameter in parameters if parameter.tied_to is None]
+        mine = set(map(id, own))
+        candidates = [*aliases, *(parameter for parameter in parameters if parameter.tied_to is not None)]
+        self.aliases = [alias for alias in candidates if id(alias.tied_to) in mine]
+        self.buckets = list(self._build_buckets(stage, own, zero, bucket_elements))
         for alias in self.aliases:
             assert alias.tied_to is not None
             alias.data = alias.tied_to.data
             alias.main_grad = torch.zeros(alias.shape, dtype=torch.float32, device=alias.device)
-        self._listening = False
-        self._launched = 0
+        self._matrices = [parameter for parameter in own if parameter.decays]
+        self._sharded = sum(isinstance(bucket, ShardedBucket) for bucket in self.buckets)  # these come first
+        self._launched = self._sharded
         self._full: set[int] = set()
+        self._flying: deque[Bucket] = deque()
+        self._postponed: dict[int, list[Action]] = {}
+        self._window = _Window([bucket for bucket in self.buckets if _comes_and_goes(bucket)])
         for index, bucket in enumerate(self.buckets):
-            for slot in bucket.slots:
-                slot.parameter.listen(functools.partial(self._arrived, index))
+            for place, slot in enumerate(bucket.slots):
+                slot.parameter.listen(functools.partial(self._arrived, index, place))
                 slot.parameter.register_post_accumulate_grad_hook(_move_gradient)
         within, across = self._partial_boxes(own)
         self._replicated = _by_replicas(within, mesh.group("tp"))
         self._tied = _by_replicas(across, mesh.group("pp"))
 
-    def _deferred(self, parameter: PlacedParameter) -> bool:
-        return _tensor_replicas(parameter) or any(alias.tied_to is parameter for alias in self.aliases)
+    def _build_buckets(self, stage: nn.Module, own: list[PlacedParameter], zero: int, limit: int) -> Iterator[Bucket]:
+        shared = {id(alias.tied_to) for alias in self.aliases}
+        late = [p for p in reversed(own) if _has_partial_boxes(p) or id(p) in shared]
+        prompt = [p for p in reversed(own) if not _has_partial_boxes(p) and id(p) not in shared]
+        matrices = [p for p in prompt if p.decays]
+        sharded = zero > 1 and self._group.size > 1
+        parts = _by_layer(stage, matrices) if sharded else _cut(matrices, limit)
+        for part in parts:
+            kind = ShardedBucket if sharded else Bucket
+            yield kind(part, self._group, zero, deferred=False)
+        for parameters, deferred in ((prompt, False), (late, True)):
+            for decays in (True, False) if deferred else (False,):
+                for part in _cut([p for p in parameters if p.decays == decays], limit):
+                    yield Bucket(part, self._group, min(zero, 1), deferred=deferred)
 
     def _partial_boxes(self, parameters: Iterable[PlacedParameter]) -> tuple[Pairs, Pairs]:
         """(parameter, box) pairs to be summed over replicas, within this stage and across stages."""
@@ -169,29 +109,53 @@ class StageBuckets:
                     (within if set(box.replicas) <= stage_ranks else across).append((parameter, box))
         return within, across
 
-    def begin(self) -> None:
-        """Clear the gradients before a step's first forward pass."""
+    def begin(self, micro_batches: int) -> None:
+        """Clear the gradients before the first forward pass of a step of so many micro-batches."""
         for bucket in self.buckets:
-            bucket.gradients.zero_()
+            bucket.begin(micro_batches)
         for alias in self.aliases:
             assert alias.main_grad is not None
             alias.main_grad.zero_()
-        self._launched, self._listening = 0, False
+        self._launched = self._sharded
         self._full.clear()
 
-    def expect_last_backward(self) -> None:
-        for bucket in self.buckets:
-            bucket.expect()
-        self._listening = True
-
-    def _arrived(self, index: int) -> None:
-        if not self._listening or not self.buckets[index].arrive():
+    def _arrived(self, index: int, place: int) -> None:
+        bucket = self.buckets[index]
+        if not bucket.arrived(place) or bucket.deferred:
+            return
+        if isinstance(bucket, ShardedBucket):
+            self._launch(bucket)
             return
         self._full.add(index)
         # Launched strictly in order, so that all ranks of the group start the same collectives in the same order.
-        while self._launched in self._full and not self.buckets[self._launched].deferred:
+        while self._launched in self._full:
             self.buckets[self._launched].launch()
             self._launched += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Reduce what a bucket has so far; an older reduction is completed so that its buffer can be reused."""
+        bucket.launch()
+        self._flying.append(bucket)
+        while len(self._flying) > _IN_FLIGHT:
+            self._flying.popleft().wait()
+
+    @contextlib.contextmanager
+    def postponing(self, micro: int) -> Iterator[None]:
+        """Backward passes within leave the products for the matrices' gradients to `run_postponed(micro)`."""
+        work = self._postponed[micro] = []
+        for parameter in self._matrices:
+            parameter.postpone = work.append
+        try:
+            yield
+        finally:
+            for parameter in self._matrices:
+                parameter.postpone = None
+
+    @torch.no_grad()
+    def run_postponed(self, micro: int) -> None:
+        """The weights' part of a micro-batch's backward pass."""
+        for work in self._postponed.pop(micro):
+            work()
 
     def sum_tied(self) -> None:
         """Add the output layer's gradient to the embedding's (and back), whether they live here or on two stages."""
@@ -203,20 +167,101 @@ class StageBuckets:
 
     def finish(self) -> None:
         """Sum what replicas within the stage share, reduce the remaining buckets, wait for all."""
-        self._listening = False
         for shared in self._replicated:
             shared.sum_gradients()
-        for bucket in self.buckets[self._launched :]:
+        for bucket in (*self.buckets[: self._sharded], *self.buckets[self._launched :]):
             bucket.launch()
         self._launched = len(self.buckets)
+        self._flying.clear()
         for bucket in self.buckets:
             bucket.wait()
 
     def gather_parameters(self) -> None:
-        """After the optimizer's step: every rank gets every shard's new parameters."""
-        started = [work for bucket in self.buckets if (work := bucket.gather_parameters()) is not None]
-        for work in started:
-            work.wait()
+        """After the optimizer's step: every rank gets every shard's new parameters.
+
+        Matrices are waited for where they are next used, so that their messages overlap with the next forward pass.
+        """
+        self._window.clear()
+        for bucket in self.buckets:
+            bucket.gather_parameters()
+        for bucket in self.buckets:
+            if bucket.deferred or not bucket.decays:
+                bucket.ensure_parameters()
+
+    def settle(self) -> None:
+        """Wait for all parameters: for whoever reads or writes them other than by a forward pass."""
+        for bucket in self.buckets:
+            bucket.ensure_parameters()
+
+    @torch.no_grad()
+    def fill(self, write: Callable[[PlacedParameter], None]) -> None:
+        """Call `write` for every parameter, which it is to overwrite; of those that ZeRO-3 shards one bucket at a time
+        is whole."""
+        self.settle()
+        self._window.clear()
+        for bucket in self.buckets:
+            with _opened(bucket):
+                for slot in bucket.slots:
+                    write(slot.parameter)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, every parameter can be read as it is."""
+        self.settle()
+        for bucket in self._window.buckets:
+            bucket.unshard()
+        self.settle()
+        yield
+        self._window.clear()
+
+
+def _comes_and_goes(bucket: Bucket) -> bool:
+    return isinstance(bucket, ShardedBucket) and bucket.comes_and_goes
+
+
+@contextlib.contextmanager
+def _opened(bucket: Bucket) -> Iterator[None]:
+    """Within, the bucket's parameters can be written; afterwards the shard of one that comes and goes has them."""
+    if not isinstance(bucket, ShardedBucket):
+        yield
+        return
+    bucket.open()
+    yield
+    bucket.close()
+
+
+class _Window:
+    """Which ZeRO-3 buckets of a stage are whole: the one in use, and the next on the way.
+
+    Layers ask for their weights when they multiply by them, in any order of stages, micro-batches and recomputation.
+    The way goes up through the layers in forward passes and down in backward passes, and turns at both ends.
+    """
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self.buckets = [bucket for bucket in buckets if isinstance(bucket, ShardedBucket)][::-1]
+        self._at = -1
+        self._whole: set[int] = set()
+        for index, bucket in enumerate(self.buckets):
+            for slot in bucket.slots:
+                slot.parameter.before_use = functools.partial(self._use, index)
+
+    def _use(self, index: int) -> None:
+        if index != self._at:
+            last = len(self.buckets) - 1
+            up = index == 0 or (index != last and index > self._at)
+            wanted = {index, min(index + 1, last) if up else max(index - 1, 0)}
+            for other in self._whole - wanted:
+                self.buckets[other].release()
+            for other in sorted(wanted, key=lambda other: other != index):
+                self.buckets[other].unshard()
+            self._at, self._whole = index, wanted
+        self.buckets[index].ensure_parameters()
+
+    def clear(self) -> None:
+        """Nothing is whole any more: the shards have changed, or are about to."""
+        for bucket in self.buckets:
+            bucket.release()
+        self._at, self._whole = -1, set()
 
 
 def _move_gradient(parameter: Tensor) -> None:
@@ -238,6 +283,18 @@ def _cut(parameters: list[PlacedParameter], limit: int) -> Iterator[list[PlacedP
         part.append(parameter)
     if part:
         yield part
+
+
+def _by_layer(stage: nn.Module, parameters: list[PlacedParameter]) -> Iterator[list[PlacedParameter]]:
+    """The parameters of a layer together, what belongs to no layer alone: what a forward pass needs at once."""
+    homes = {id(parameter): name for name, parameter in stage.named_parameters()}
+
+    def home(parameter: PlacedParameter) -> str:
+        name = homes[id(parameter)]
+        return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+
+    for _, layer in itertools.groupby(parameters, home):
+        yield list(layer)
 
 
 @dataclass(frozen=True)

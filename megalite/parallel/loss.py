@@ -40,7 +40,7 @@ class _HeadLoss(Function):
         region: TensorRegion = head.region
         hidden_NH = region.gather(hidden_sBH).flatten(0, 1)
         grad_NH = torch.empty_like(hidden_NH) if train else None
-        total = weight.main_grad
+        total = weight.main_grad if train else None
         if train and total is None:
             total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
@@ -108,7 +108,7 @@ class VocabParallelHead(nn.Module):
         self, hidden_nH: Tensor, labels_n: Tensor, scale: float, grad_nH: Tensor | None, total_vH: Tensor | None
     ) -> Tensor:
         """One chunk's scaled loss; writes its hidden gradient to `grad_nH`, adds its weight gradient to `total_vH`."""
-        logits_nv = functional.linear(hidden_nH, self.weight)
+        logits_nv = functional.linear(hidden_nH, self.weight.ready)
         stats = self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=self.first, valid=self.valid)
         if self.region.group.size > 1:
             stats = merge_stats(all_gather_stacked(stats, self.region.group))
@@ -132,6 +132,6 @@ class VocabParallelHead(nn.Module):
     @torch.no_grad()
     def logits(self, hidden_sBH: Tensor) -> Tensor:
         """Logits over the true vocabulary on every tensor rank: [S, B, V], for generation and evaluation."""
-        logits_SBv = functional.linear(self.region.gather(hidden_sBH), self.weight)
+        logits_SBv = functional.linear(self.region.gather(hidden_sBH), self.weight.ready)
         stacked = all_gather_stacked(logits_SBv, self.region.group)
         return stacked.movedim(0, 2).flatten(2)[..., : self.vocab_size]

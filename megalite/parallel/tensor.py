@@ -10,6 +10,7 @@ the product that gives the weight's. Weight gradients are added straight into th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,17 @@ def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None
 
 
 def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
-    """Accumulate grad_output^T @ inputs into `weight.main_grad`, or return it for autograd while there is none."""
+    """Accumulate grad_output^T @ inputs into `weight.main_grad`, or return it for autograd while there is none.
+
+    Where `weight.postpone` is set, it is done later, and the two tensors are kept until then.
+    """
+    if weight.postpone is not None:
+        weight.postpone(functools.partial(_accumulate, weight, grad_output, inputs))
+        return None
+    return _accumulate(weight, grad_output, inputs)
+
+
+def _accumulate(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
     if weight.main_grad is None:
         return grad_NO.t() @ input_NI
@@ -63,13 +74,14 @@ class _ColumnLinear(Function):
     ) -> Any:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.region = weight, bias, region
-        return functional.linear(region.gather(x), weight, bias)
+        return functional.linear(region.gather(x), weight.ready, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (grad_SBo,) = ctx.saved_tensors, grads
         x_SBI, gathered = ctx.region.gather_start(x)
-        grad_x, summed = ctx.region.sum_start(grad_SBo @ ctx.weight) if ctx.needs_input_grad[0] else (None, gathered)
+        product = grad_SBo @ ctx.weight.ready if ctx.needs_input_grad[0] else None
+        grad_x, summed = (None, gathered) if product is None else ctx.region.sum_start(product)
         gathered.wait()
         grad_weight = add_weight_gradient(ctx.weight, grad_SBo, x_SBI)
         grad_bias = add_bias_gradient(ctx.bias, grad_SBo)
@@ -91,13 +103,13 @@ class _RowLinear(Function):
         ctx.save_for_backward(*inputs)
         ctx.weight, ctx.region, ctx.prologue = weight, region, prologue
         x_SBi = prologue(*inputs) if prologue else inputs[0]
-        return region.sum(functional.linear(x_SBi, weight))
+        return region.sum(functional.linear(x_SBi, weight.ready))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_SBO = ctx.region.gather(grads[0])
         inputs = ctx.saved_tensors
-        grad_x = grad_SBO @ ctx.weight
+        grad_x = grad_SBO @ ctx.weight.ready
         if ctx.prologue is None:
             return add_weight_gradient(ctx.weight, grad_SBO, inputs[0]), None, None, grad_x
         with torch.enable_grad():
@@ -117,8 +129,8 @@ class _Embed(Function):
         ctx.weight, ctx.region = weight, region
         ctx.save_for_backward(local_SB, present_SB)
         if region.group.size == 1:
-            return functional.embedding(local_SB, weight)
-        partial_SBH = functional.embedding(local_SB.where(present_SB, 0), weight)
+            return functional.embedding(local_SB, weight.ready)
+        partial_SBH = functional.embedding(local_SB.where(present_SB, 0), weight.ready)
         return region.sum(partial_SBH.mul_(present_SB.unsqueeze(-1)))
 
     @staticmethod

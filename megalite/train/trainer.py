@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from megalite.parallel.loss import IGNORED
 from megalite.parallel.pipeline.engine import Activation, Observer, PipelineEngine, StageForward, unobserved
 from megalite.parallel.pipeline.lowering import lower
 from megalite.parallel.pipeline.schedules import build_schedule, forward_only
-from megalite.placement import initialise
+from megalite.placement import initialise_parameter
 
 Batches = Sequence[Batch | None]
 """The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
@@ -91,9 +92,15 @@ class Trainer:
 
     def initialise(self) -> None:
         """Fill the model with the initial weights of `run.seed`: the same global tensors in every layout."""
-        for stage in self.stages.values():
-            initialise(stage, self.config.run.seed)
+        for buckets in self.buckets.values():
+            buckets.fill(functools.partial(initialise_parameter, seed=self.config.run.seed))
         self.optimizer.restart()
+
+    def settle(self) -> None:
+        """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten
+        other than by a step."""
+        for buckets in self.buckets.values():
+            buckets.settle()
 
     def _engine(self, micro_batches: int, train: bool) -> PipelineEngine:
         key = (micro_batches, train)
@@ -156,7 +163,7 @@ class Trainer:
         """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the loss."""
         valid = self._valid_tokens(batches)
         for buckets in self.buckets.values():
-            buckets.begin()
+            buckets.begin(len(batches))
         engine = self._engine(len(batches), train=True)
         return self._loss_share(engine.run(self._forward(batches, 1.0 / max(valid, 1)), self.buckets, self.observe))
 

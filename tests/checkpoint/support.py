@@ -100,10 +100,11 @@ def held(trainer: Trainer) -> Pieces:
     def enter(kind: str, box: Any, values: Tensor) -> None:
         pieces.setdefault((kind, box.name), []).append((box.shape, box.offset, values.detach().clone()))
 
-    for stage in trainer.stages.values():
-        for parameter in stage.parameters():
-            for box in parameter.placement.boxes:
-                enter("parameter", box, box.view(parameter))
+    for number, stage in trainer.stages.items():
+        with trainer.buckets[number].whole():
+            for parameter in stage.parameters():
+                for box in parameter.placement.boxes:
+                    enter("parameter", box, box.view(parameter))
     for segment in trainer.optimizer.segments:
         for box, where in segment.pieces():
             for kind, values in (
@@ -146,7 +147,7 @@ def save_trained(rank: int, layout: Layout, sections: Tables, run_dir: str, seed
 def forget(trainer: Trainer) -> None:
     """Fill everything that a checkpoint restores, and the padding, with NaN."""
     for segment in trainer.optimizer.segments:
-        segment.bucket.parameters.fill_(torch.nan)
+        segment.bucket.owned.fill_(torch.nan)
         for values in (segment.master.data, segment.exp_avg, segment.exp_avg_sq):
             values.fill_(torch.nan)
 
@@ -162,7 +163,8 @@ def load_all(
         for run_dir in run_dirs:
             forget(trainer)
             state = manager.load(trainer, run_dir)
-            for bucket in (bucket for stage in trainer.buckets.values() for bucket in stage.buckets):
-                assert bucket.parameters.isfinite().all(), "padding was not cleared"
+            for stage in trainer.buckets.values():
+                with stage.whole():
+                    assert all(bucket.parameters.isfinite().all() for bucket in stage.buckets), "padding not cleared"
             results.append((state, trainer.optimizer.step_count, held(trainer)))
     return results

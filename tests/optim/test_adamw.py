@@ -38,7 +38,7 @@ def test_five_steps_as_in_the_paper(dtype, bucket_elements):
     square = {name: torch.zeros_like(value) for name, value in weights.items()}
     for step in range(1, 6):
         lr, scale = 0.1 / step, 1.0 / step
-        buckets.begin()
+        buckets.begin(1)
         for name, parameter in module.named_parameters():
             parameter.main_grad.copy_(torch.randn(parameter.shape))
             gradient = parameter.main_grad.double() * scale
@@ -62,7 +62,7 @@ def test_bf16_keeps_what_it_cannot_show():
             parameter.fill_(1.0)
     optimizer = ShardedAdamW([buckets], OptimizerConfig(weight_decay=0.0, beta1=0.0, beta2=0.0, eps=1e-12))
     for _ in range(40):
-        buckets.begin()
+        buckets.begin(1)
         for parameter in module.parameters():
             parameter.main_grad.fill_(1.0)
         optimizer.step(2e-4, 1.0)
@@ -99,7 +99,7 @@ def test_segments_describe_every_element_once(dp):
             for box, part in segment.pieces():
                 values = segment.master.detach()[part].view(box.size)
                 assert torch.equal(values, box.of(numbers[box.name]))
-                assert segment.decays == (len(box.shape) > 1)
+                assert segment.bucket.decays == (len(box.shape) > 1)
                 seen = whole.setdefault(box.name, torch.zeros(box.shape))
                 box.of(seen).add_(1)
     assert len(whole) == 4 and all((count == 1).all() for count in whole.values())

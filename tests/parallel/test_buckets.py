@@ -20,7 +20,8 @@ def model_of(rank, dtype=torch.float32, replicas=None):
     for name, shape in SHAPES.items():
         holders = (replicas or {}).get(name, (rank,))
         box = row_box(name, shape, 0, shape[0], 0, holders, partial=len(holders) > 1)
-        module.register_parameter(name, PlacedParameter(torch.randn(shape, dtype=dtype), Placement((box,))))
+        values = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(ord(name)))
+        module.register_parameter(name, PlacedParameter(values, Placement((box,))))
     return module
 
 
@@ -29,11 +30,9 @@ def gradient(rank, name, step):
     return torch.randn(SHAPES[name], generator=generator)
 
 
-def backward(module, rank, step, buckets):
-    """Two micro-batches, the second announced as the last; parameters finish from last to first."""
+def backward(module, rank, step):
+    """Two micro-batches; parameters finish from last to first."""
     for micro in range(2):
-        if micro == 1:
-            buckets.expect_last_backward()
         for name, parameter in reversed(list(module.named_parameters())):
             parameter.main_grad.add_(gradient(rank, name, 2 * step + micro))
             parameter.gradient_accumulated()
@@ -46,18 +45,19 @@ def reduce_twice(rank, world, zero, limit):
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     stage = StageBuckets(module, mesh, zero=zero, bucket_elements=limit)
     for name, parameter in module.named_parameters():
-        assert torch.equal(parameter, before[name])  # moving into the bucket keeps the values
+        with stage.whole():
+            assert torch.equal(parameter, before[name])  # moving into the bucket keeps the values
     seen = []
     for step in range(2):
-        stage.begin()
-        backward(module, rank, step, stage)
+        stage.begin(2)
+        backward(module, rank, step)
         launched = stage._launched
         stage.finish()
         groups.verify()
         shard = {}
         for bucket in stage.buckets:
             assert bucket.updated_gradients.numel() == bucket.updated.stop - bucket.updated.start
-            full = torch.full_like(bucket.gradients, torch.nan)
+            full = torch.full((bucket.length,), torch.nan)
             full[bucket.updated] = bucket.updated_gradients
             for slot in bucket.slots:
                 name = next(name for name, value in module.named_parameters() if value is slot.parameter)
@@ -67,7 +67,9 @@ def reduce_twice(rank, world, zero, limit):
 
 
 @pytest.mark.parametrize("limit", [1, 40, 1 << 20])
-@pytest.mark.parametrize(("world", "zero"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (4, 0)])
+@pytest.mark.parametrize(
+    ("world", "zero"), [(1, 0), (1, 1), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (3, 1), (3, 3), (4, 0)]
+)
 def test_gradients_are_summed_over_data_ranks(pool, world, zero, limit):
     """Both micro-batches of all ranks, each once, in both steps; all reductions under way before the end."""
     results = pool.run(reduce_twice, world, world, zero, limit)
@@ -82,7 +84,7 @@ def test_gradients_are_summed_over_data_ranks(pool, world, zero, limit):
             torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
         for _, launched, buckets in (result[step] for result in results):
             assert launched == buckets  # overlapped: nothing was left for the end
-            assert (buckets == 1) == (limit == 1 << 20)
+            assert (buckets == 2) == (limit == 1 << 20 and (zero < 2 or world == 1))  # matrices, vectors
 
 
 def share(rank, world, dtype):
@@ -93,6 +95,7 @@ def share(rank, world, dtype):
         bucket.parameters.fill_(-1)
         bucket.parameters[bucket.shard] = torch.arange(bucket.shard.start, bucket.shard.stop).to(dtype) + number
     stage.gather_parameters()
+    stage.settle()
     groups.verify()
     return {name: value.detach().float() for name, value in module.named_parameters()}, [
         [(slot.start, slot.parameter.shape) for slot in bucket.slots] for bucket in stage.buckets
@@ -122,8 +125,8 @@ def sum_shared(rank):
     mesh = Mesh(dp=2, tp=2, rank=rank, make_group=groups)
     module = model_of(rank, replicas={"c": mesh.ranks_along("tp")})
     stage = StageBuckets(module, mesh, zero=0, bucket_elements=1)
-    stage.begin()
-    backward(module, rank, 0, stage)
+    stage.begin(2)
+    backward(module, rank, 0)
     prompt = stage._launched
     stage.finish()
     groups.verify()
@@ -140,12 +143,57 @@ def test_shared_boxes_are_summed_once_and_the_others_not_at_all(pool):
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_decaying_parameters_come_first():
+def test_what_decays_and_what_does_not_lie_apart():
     stage = StageBuckets(model_of(0), Mesh(make_group=lambda ranks, rank: Group(ranks, rank, None)), zero=1)
-    (bucket,) = stage.buckets
-    decays = [slot.parameter.decays for slot in bucket.slots]
-    assert decays == sorted(decays, reverse=True)
-    for slot in bucket.slots:
-        matrix = slot.parameter.dim() == 2
-        assert slot.stop <= bucket.decaying if matrix else slot.start >= bucket.decaying
-    assert len(bucket.parameters) % 64 == 0
+    assert [bucket.decays for bucket in stage.buckets] == [True, False]
+    for bucket in stage.buckets:
+        assert {slot.parameter.dim() == 2 for slot in bucket.slots} == {bucket.decays}
+        assert bucket.length % 64 == 0
+
+
+def held(rank, world, zero):
+    """Bytes that stay between steps: (parameters, gradients), and the most that one forward and backward pass held."""
+    groups = ChaosGroups(seed=rank)
+    module = nn.Module()
+    module.layers = nn.ModuleList()
+    for layer in range(5):
+        block = nn.Module()
+        box = row_box(f"model.layers.{layer}.w", (64, 60), 0, 64, 0, (rank,))
+        block.w = PlacedParameter(torch.full((64, 60), float(layer)), Placement((box,)))
+        module.layers.append(block)
+    stage = StageBuckets(module, Mesh(dp=world, rank=rank, make_group=groups), zero=zero, bucket_elements=64 * 60)
+
+    def size():
+        parameters = sum(bucket.parameters.untyped_storage().size() for bucket in stage.buckets)
+        return parameters, 4 * sum(bucket.gradients is not None and bucket.length for bucket in stage.buckets)
+
+    peak = [0, 0]
+    for _ in range(2):
+        stage.begin(1)
+        for way in (range(5), reversed(range(5))):
+            for layer in way:
+                weight = module.layers[layer].w
+                assert (weight.ready == layer).all()
+                peak = [max(old, new) for old, new in zip(peak, size())]
+        for layer in reversed(range(5)):
+            weight = module.layers[layer].w
+            weight.main_grad.add_(1.0)
+            peak = [max(old, new) for old, new in zip(peak, size())]
+            weight.gradient_accumulated()
+        stage.finish()
+        stage.gather_parameters()
+        stage.settle()
+    assert all((bucket.updated_gradients == world).all() for bucket in stage.buckets)
+    groups.verify()
+    return size(), tuple(peak)
+
+
+@pytest.mark.parametrize(
+    ("zero", "between", "peak"),
+    [(1, (5, 5), (5, 5)), (2, (5, 0), (5, 1)), (3, (0, 0), (2, 1))],
+)
+def test_what_zero_keeps_whole(pool, zero, between, peak):
+    """In layers: parameters and gradients held whole between steps, and at most within one."""
+    layer = 64 * 60 * 4
+    for result in pool.run(held, 2, 2, zero):
+        assert result == (tuple(layer * n for n in between), tuple(layer * n for n in peak))

@@ -63,7 +63,7 @@ def run_toy(rank, ranks, name, micros, chunks):
 
     for _ in range(2):
         for bucket in buckets.values():
-            bucket.begin()
+            bucket.begin(micros)
         losses = engine.run(watched, buckets)
         groups.verify()
         kept = (engine._inputs, engine._gradients, engine._outputs, engine._edges, engine._forward_sends)

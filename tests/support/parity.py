@@ -23,6 +23,7 @@ from megalite.config.check import check_layout
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh, create_group
+from megalite.model.decoder import Stage
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.loss import IGNORED
 from megalite.placement import Box, placed_parameters
@@ -105,12 +106,12 @@ class Layout:
 
 
 def layouts(limit: int) -> Iterator[Layout]:
-    """Every layout of 2 to `limit` processes out of tensor, sequence, pipeline, schedule, data and ZeRO 0 and 1."""
+    """Every layout of 2 to `limit` processes out of tensor, sequence, pipeline, schedule, data and ZeRO 0 to 3."""
     sizes = range(1, limit + 1)
     for tensor, pipeline, data in ((t, p, d) for t in sizes for p in sizes for d in sizes if 1 < t * p * d <= limit):
         for sequence in (False, True) if tensor > 1 else (False,):
             for schedule in ("gpipe", "1f1b", "interleaved") if pipeline > 1 else ("1f1b",):
-                for zero in (0, 1) if data > 1 else (1,):
+                for zero in (0, 1, 2, 3) if data > 1 else (1,):
                     yield Layout(tensor, sequence, pipeline, schedule, data, zero)
 
 
@@ -148,7 +149,7 @@ class Piece:
 
     @staticmethod
     def of(box: Box, values: Tensor) -> Piece:
-        return Piece(box, values.detach().float().reshape(box.size).numpy().copy())
+        return Piece(box, values.detach().float().reshape(box.size).clone().numpy())
 
 
 @dataclass
@@ -213,17 +214,22 @@ def build_trainer(config: Config, rank: int, world: int, make_group: Any = creat
 def pieces_of_weights(trainer: Trainer) -> list[Piece]:
     """Every box of every parameter; checks that padding, which is in no box, is zero."""
     pieces = []
-    for stage in trainer.stages.values():
-        for parameter in placed_parameters(stage):
-            if parameter.tied_to is not None:  # the same storage as the embedding
-                assert parameter.data_ptr() == parameter.tied_to.data_ptr()
-                continue
-            padding = parameter.detach().clone()
-            for box in parameter.placement.boxes:
-                pieces.append(Piece.of(box, box.view(parameter)))
-                box.view(padding).zero_()
-            assert not padding.any(), f"padding of {parameter.placement} is not zero"
+    for number, stage in trainer.stages.items():
+        with trainer.buckets[number].whole():
+            pieces += pieces_of_stage(stage)
     return pieces
+
+
+def pieces_of_stage(stage: Stage) -> Iterator[Piece]:
+    for parameter in placed_parameters(stage):
+        if parameter.tied_to is not None:  # the same storage as the embedding
+            assert parameter.data_ptr() == parameter.tied_to.data_ptr()
+            continue
+        padding = parameter.detach().clone()
+        for box in parameter.placement.boxes:
+            yield Piece.of(box, box.view(parameter))
+            box.view(padding).zero_()
+        assert not padding.any(), f"padding of {parameter.placement} is not zero"
 
 
 def pieces_of_gradients(trainer: Trainer) -> list[Piece]:

@@ -55,8 +55,6 @@ class PipelineEngine:
     def __init__(self, ops: tuple[Op, ...], stages: int, mesh: Mesh, activation: Activation) -> None:
         self.ops, self.last_stage, self.mesh, self.activation = ops, stages - 1, mesh, activation
         self._group = mesh.group("pp")
-        backwards = [index for index, op in enumerate(ops) if op.kind == "B"]
-        self._last_backward = {ops[index].stage: index for index in backwards}
         self._inputs: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._gradients: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
@@ -75,14 +73,19 @@ class PipelineEngine:
         `buckets` are those of this rank's stages; a plan without backward operations needs none.
         """
         losses: dict[int, Tensor] = {}
-        for index, op in enumerate(self.ops):
+        for op in self.ops:
             with observe(op):
                 if op.kind == "F":
                     self._forward(op, forward, losses)
                 elif op.kind == "B":
-                    if buckets is not None and self._last_backward[op.stage] == index:
-                        buckets[op.stage].expect_last_backward()
                     self._backward(op)
+                elif op.kind == "I":
+                    assert buckets is not None
+                    with buckets[op.stage].postponing(op.micro):
+                        self._backward(op)
+                elif op.kind == "W":
+                    assert buckets is not None
+                    buckets[op.stage].run_postponed(op.micro)
                 elif op.kind in ("SF", "SB", "RF", "RB"):
                     self._communicate(op)
                 elif buckets is not None:

@@ -1,0 +1,229 @@
+"""Flat storage for parameters and their gradients, whole on every data-parallel rank or sharded over them (ZeRO).
+
+A bucket is some parameters one after the other in a flat buffer [length], padded so that the data-parallel ranks can
+cut it in equal shards. This rank's optimizer updates the elements `updated` of it; `owned` are their values, and
+`updated_gradients` their reduced fp32 gradients. What else is held, and for how long, is the difference:
+
+    Bucket, zero = 0      all parameters and gradients, all-reduced once a step; every rank updates everything
+    Bucket, zero = 1      the same, reduce-scattered; each rank updates its shard, and the parameters are gathered
+    ShardedBucket, 2      gradients: only the shard stays; a whole buffer exists from a backward pass to its reduction
+    ShardedBucket, 3      parameters, too: the whole is gathered when it is needed and dropped soon after
+
+Source: Rajbhandari et al. 2020 (ZeRO), stages 1 to 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalite.mesh import Group, Work
+from megalite.placement import PlacedParameter
+
+_ALIGNMENT = 64
+"""Elements; keeps every shard's start on a cache line, and what vectorised updates round differently in the padding."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's place in its bucket: elements [start, start + numel), row-major."""
+
+    parameter: PlacedParameter
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.parameter.numel()
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part of a flat buffer that is this parameter's, in its shape."""
+        return flat[self.start : self.stop].view(self.parameter.shape)
+
+
+class Bucket:
+    """Parameters that all decay or all do not, with whole fp32 gradients, reduced once a step.
+
+    `deferred` says that the gradients of some replicas within the model must be summed first (see `StageBuckets`).
+    """
+
+    def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
+        self.group, self.sharded, self.deferred = group, zero > 0, deferred
+        self.decays = parameters[0].decays
+        self.slots: list[Slot] = []
+        for parameter in parameters:
+            self.slots.append(Slot(parameter, self.slots[-1].stop if self.slots else 0))
+        unit = _ALIGNMENT * group.size
+        self.length = -(-self.slots[-1].stop // unit) * unit
+        self.shard = slice(group.index * self.length // group.size, (group.index + 1) * self.length // group.size)
+        self.updated = self.shard if self.sharded else slice(0, self.length)
+        self.device, self.dtype = parameters[0].device, parameters[0].dtype
+        self.parameters = torch.zeros(self.length, dtype=self.dtype, device=self.device)
+        self._adopt_parameters()
+        self._work: Work | None = None
+        self._gathering: Work | None = None
+        self._missing = 0
+        self._hold_gradients()
+
+    @torch.no_grad()
+    def _adopt_parameters(self) -> None:
+        """Move the parameters' storage into the bucket."""
+        for slot in self.slots:
+            slot.of(self.parameters).copy_(slot.parameter)
+            slot.parameter.data = slot.of(self.parameters)
+            slot.parameter.before_use = self.ensure_parameters
+
+    def _hold_gradients(self) -> None:
+        """Allocate the gradients: whole, and where the reduction leaves this rank's shard."""
+        self.gradients: Tensor | None = torch.zeros(self.length, dtype=torch.float32, device=self.device)
+        separate = self.sharded and self.group.size > 1
+        self.shard_gradients = torch.zeros_like(self.gradients[self.shard]) if separate else self.gradients[self.shard]
+        for slot in self.slots:
+            slot.parameter.main_grad = slot.of(self.gradients)
+
+    @property
+    def owned(self) -> Tensor:
+        """The parameters that this rank's optimizer updates: elements `updated`."""
+        return self.parameters[self.updated]
+
+    @property
+    def updated_gradients(self) -> Tensor:
+        """Their reduced gradients, after `wait`."""
+        if self.sharded:
+            return self.shard_gradients
+        assert self.gradients is not None
+        return self.gradients
+
+    def begin(self, micro_batches: int) -> None:
+        """Clear the gradients; each parameter will report its part of every micro-batch's gradient once."""
+        assert self.gradients is not None
+        self.gradients.zero_()
+        self._missing = len(self.slots) * micro_batches
+
+    def arrived(self, slot: int) -> bool:
+        """A parameter has added the gradient of a micro-batch; True when the bucket can be reduced."""
+        self._missing -= 1
+        return self._missing == 0
+
+    def launch(self) -> None:
+        """Start the reduction over the data-parallel ranks."""
+        assert self.gradients is not None
+        if not self.sharded:
+            self._work = self.group.all_reduce(self.gradients)
+        elif self.group.size > 1:
+            self._work = self.group.reduce_scatter(self.shard_gradients, self.gradients)
+
+    def wait(self) -> None:
+        """Complete a reduction that was launched."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    def gather_parameters(self) -> None:
+        """Start to share the updated shards; `ensure_parameters` completes it."""
+        if self.sharded and self.group.size > 1:
+            self._gathering = self.group.all_gather(self.parameters, self.parameters[self.shard].clone())
+
+    def ensure_parameters(self) -> None:
+        """The parameters can be read from now on."""
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+
+class ShardedBucket(Bucket):
+    """ZeRO-2: gradients live whole only between a backward pass and its reduction. ZeRO-3: parameters come and go, too.
+
+    The gradients of a micro-batch are reduced as soon as every parameter has added to them, and summed in the shard.
+    Under ZeRO-3 the buffer `parameters`, which the parameters are views of, stays the same tensor; its storage is given
+    back by `release` and filled again by `unshard`. Autograd never saves these parameters (all their uses are our own
+    functions, which read them again in backward), so nothing notices.
+    """
+
+    def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
+        self.comes_and_goes = zero == 3
+        super().__init__(parameters, group, zero, deferred=deferred)
+        self._flying: tuple[Tensor, Tensor] | None = None
+        self._arrived: set[int] = set()
+        if self.comes_and_goes:
+            self._owned = self.parameters[self.shard].clone()
+            self.release()
+
+    def _hold_gradients(self) -> None:
+        self.gradients = None
+        self.shard_gradients = torch.zeros(self.length // self.group.size, dtype=torch.float32, device=self.device)
+        for slot in self.slots:
+            slot.parameter.main_grad = None
+            slot.parameter.before_gradient = self._allocate_gradients
+
+    def _allocate_gradients(self) -> None:
+        self.gradients = torch.zeros(self.length, dtype=torch.float32, device=self.device)
+        for slot in self.slots:
+            slot.parameter.main_grad = slot.of(self.gradients)
+
+    @property
+    def owned(self) -> Tensor:
+        return self._owned if self.comes_and_goes else super().owned
+
+    def begin(self, micro_batches: int) -> None:
+        self.shard_gradients.zero_()
+        self._arrived.clear()
+
+    def arrived(self, slot: int) -> bool:
+        self._arrived.add(slot)
+        return len(self._arrived) == len(self.slots)
+
+    def launch(self) -> None:
+        """Start to add what has been accumulated so far to the shard, if anything has."""
+        if self.gradients is None:
+            return
+        self.wait()
+        part = torch.empty_like(self.shard_gradients)
+        self._flying = (part, self.gradients)
+        self._work = self.group.reduce_scatter(part, self.gradients)
+        self.gradients = None
+        self._arrived.clear()
+        for slot in self.slots:
+            slot.parameter.main_grad = None
+
+    def wait(self) -> None:
+        super().wait()
+        if self._flying is not None:
+            self.shard_gradients.add_(self._flying[0])
+            self._flying = None
+
+    # ZeRO-3
+
+    @property
+    def released(self) -> bool:
+        return self.parameters.untyped_storage().size() == 0
+
+    def _allocate_parameters(self) -> None:
+        self.parameters.untyped_storage().resize_(self.length * self.parameters.element_size())
+
+    def unshard(self) -> None:
+        """Start to gather the whole parameters; `ensure_parameters` completes it."""
+        if self.released:
+            self._allocate_parameters()
+            self._gathering = self.group.all_gather(self.parameters, self._owned)
+
+    def release(self) -> None:
+        """Give the whole parameters' memory back."""
+        super().ensure_parameters()
+        self.parameters.untyped_storage().resize_(0)
+
+    def gather_parameters(self) -> None:
+        if not self.comes_and_goes:
+            super().gather_parameters()
+
+    def open(self) -> None:
+        """Make room for all parameters, to be written by the caller and then handed over by `close`."""
+        if self.comes_and_goes and self.released:
+            self._allocate_parameters()
+            self.parameters.zero_()
+
+    def close(self) -> None:
+        if self.comes_and_goes:
+            self._owned.copy_(self.parameters[self.shard])
+            self.release()
