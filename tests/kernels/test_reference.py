@@ -1,7 +1,9 @@
 """The plain PyTorch forms: against torch's own operators and gradcheck, and their selection by configuration."""
 
+import functools
 import importlib
 import inspect
+import itertools
 import subprocess
 import sys
 
@@ -11,18 +13,21 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from megalite.errors import UserError
-from megalite.kernels import OPERATIONS, flash_attention, select_kernels
+from megalite.kernels import OPERATIONS, blocked_attention, flash_attention, select_kernels
+from megalite.kernels import cross_entropy as cross_entropy_file
 from megalite.kernels.adamw import adamw_, square_sum
 from megalite.kernels.cross_entropy import (
+    chunk_rows,
     cross_entropy,
     cross_entropy_grad_,
     cross_entropy_loss,
     cross_entropy_stats,
+    fused_linear_bytes,
     fused_linear_cross_entropy,
     merge_stats,
 )
 from megalite.kernels.dispatch import _REFERENCES
-from megalite.kernels.flash_attention import attention_reference, attention_sdpa
+from megalite.kernels.flash_attention import attention_reference, attention_sdpa, visible_keys
 from megalite.kernels.rms_norm import add_rms_norm, rms_norm
 from megalite.kernels.rope import rope
 from megalite.kernels.swiglu import swiglu
@@ -115,6 +120,26 @@ def test_attention_gradients_and_log_sum_exp():
     torch.testing.assert_close(lse[0, 0, 5], ((k[:, 0, 0] @ q[5, 0, 0]) * 8**-0.5).logsumexp(0))
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 21}, {"documents": True}, {"documents": True, "window": 40}])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(8, 1, 75), (6, 3, 140), (4, 2, 33)])
+def test_attention_in_blocks_has_the_gradients_of_the_definition(heads, kv_heads, length, options, monkeypatch):
+    """Several blocks of queries, and tiles of fewer heads than there are, in float64 against autograd."""
+    monkeypatch.setattr(blocked_attention, "TILE_ELEMENTS", 3 * 64 * length * heads // kv_heads)
+    monkeypatch.setattr(blocked_attention, "TILE_ROWS", 64 * heads // kv_heads)
+    q, k, v = (torch.randn(length, 2, n, 8).double().requires_grad_() for n in (heads, kv_heads, kv_heads))
+    documents = (torch.rand(length, 2) < 0.05).cumsum(0) if options.get("documents") else None
+    options = {"causal": True, "window": options.get("window"), "documents": documents}
+    plain = documents is None and options["window"] is None
+    mask = None if plain else visible_keys(length, length, **options)
+    out = blocked_attention.attention_blocked(q, k, v, scale=0.3, window=options["window"], mask=mask)
+    expected = attention_reference(q, k, v, scale=0.3, **options)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)
+    )
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_cross_entropy_over_shards_is_torchs_over_the_whole(smoothing, ranks):
@@ -158,6 +183,59 @@ def test_fused_linear_cross_entropy_frees_the_logits():
         torch.testing.assert_close(a, b)
     ignored = fused_linear_cross_entropy(hidden, weight, torch.full((13,), -100))
     assert ignored == 0 and (torch.autograd.grad(ignored, hidden)[0] == 0).all()
+
+
+def peak_bytes(run):
+    """The most that `run` had allocated at once, by the profiler's record of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(held))
+
+
+@pytest.mark.parametrize("chunk", [64, 200])
+@pytest.mark.parametrize("with_main_grad", [False, True])
+def test_fused_linear_takes_the_memory_it_predicts(monkeypatch, chunk, with_main_grad):
+    tokens, hidden, vocab = 512, 48, 4096
+    monkeypatch.setattr(cross_entropy_file, "PIECE_BYTES", 1 << 14)  # of the plain form, counted nowhere
+    h, w = (torch.randn(n, hidden, requires_grad=True) for n in (tokens, vocab))
+    targets, main_grad = torch.randint(0, vocab, (tokens,)), torch.zeros(vocab, hidden) if with_main_grad else None
+    loss = functools.partial(fused_linear_cross_entropy, h, w, targets, chunk=chunk, main_grad=main_grad)
+    given_back = 4 * tokens * hidden + (0 if with_main_grad else 4 * vocab * hidden)
+    predicted = given_back + fused_linear_bytes(tokens, hidden, vocab, 4, chunk=chunk, main_grad=with_main_grad)
+    assert predicted <= peak_bytes(lambda: loss().backward()) < 1.05 * predicted
+
+
+def test_fused_linear_stays_within_a_gigabyte_beside_a_main_gradient():
+    """The size of Llama 3 8B's output layer, in bf16; without a main gradient the fp32 sum comes on top."""
+    sizes = (8192, 4096, 128256, 2)
+    assert chunk_rows(128256, 2) == 1024
+    assert fused_linear_bytes(*sizes, main_grad=True) < 0.5e9
+    assert fused_linear_bytes(*sizes) == fused_linear_bytes(*sizes, main_grad=True) + 4 * 128256 * 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_linear_adds_to_a_main_gradient(monkeypatch, dtype):
+    """Two micro-batches add up in fp32; the weight gets no other gradient; without gradients nothing is added."""
+    monkeypatch.setattr(cross_entropy_file, "PRODUCT_BYTES", 7 * 16 * 2)  # 7 rows of the product at a time
+    weight, main_grad = torch.randn(40, 16).to(dtype).requires_grad_(), torch.ones(40, 16)
+    expected = torch.ones(40, 16, dtype=torch.float64)
+    for _ in range(2):
+        hidden, targets = torch.randn(13, 16).to(dtype).requires_grad_(), torch.randint(0, 40, (13,))
+        fused_linear_cross_entropy(hidden, weight, targets, chunk=5, main_grad=main_grad).backward()
+        h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+        wanted = torch.autograd.grad(F.cross_entropy(h @ w.t(), targets), (h, w))
+        expected += wanted[1]
+        limit = 1e-5 if dtype == torch.float32 else 1.5e-2
+        assert weight.grad is None and (hidden.grad - wanted[0]).norm() < limit * wanted[0].norm()
+        assert (main_grad - expected).norm() < limit * (expected - 1).norm()
+    before = main_grad.clone()
+    with torch.no_grad():
+        fused_linear_cross_entropy(hidden, weight, targets, main_grad=main_grad)
+    assert torch.equal(main_grad, before)
+    with pytest.raises(ValueError, match=r"main_grad must be torch.float32 \(40, 16\)"):
+        fused_linear_cross_entropy(hidden, weight, targets, main_grad=main_grad.bfloat16())
 
 
 def test_adamw_is_torchs_and_shards_bitwise():

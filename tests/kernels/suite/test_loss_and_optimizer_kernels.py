@@ -96,11 +96,12 @@ def test_one_launch_for_statistics_and_gradient(device, dtype):
     assert torch.equal(buffer[:, :50], before[:, :50]) and torch.equal(buffer[:, 8350:], before[:, 8350:])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_fused_linear(device, reduction):
+@pytest.mark.parametrize(("reduction", "with_main_grad"), [("mean", False), ("sum", False), ("mean", True)])
+def test_fused_linear(device, reduction, with_main_grad):
     hidden, weight = torch.randn(10, 24, device=device), torch.randn(70, 24, device=device)
     targets, factors = targets_for(10, 64, device), torch.rand(10, device=device)
     losses, grads = [], []
+    main_grad = torch.zeros(70, 24, device=device) if with_main_grad else None
     for wide in (False, True):
         h, w = ((x.double() if wide else x).clone().requires_grad_() for x in (hidden, weight))
         if wide:
@@ -109,10 +110,14 @@ def test_fused_linear(device, reduction):
             loss = each.sum() / total if reduction == "mean" else each.sum()
         else:
             loss = cross_entropy.fused_linear_cross_entropy(
-                h, w, targets, token_weights_N=factors, reduction=reduction, valid=64, chunk=4, ops=cross_entropy_triton
-            )
+                h, w, targets, token_weights_N=factors, reduction=reduction, valid=64, chunk=4, main_grad=main_grad,
+                ops=cross_entropy_triton,
+            )  # fmt: skip
         losses.append(loss)
-        grads.append(torch.autograd.grad(3 * loss, (h, w)))
+        if with_main_grad and not wide:
+            grads.append((torch.autograd.grad(loss, h)[0], main_grad))
+        else:
+            grads.append(torch.autograd.grad(loss if with_main_grad else 3 * loss, (h, w)))
     close("loss", losses[0], losses[1], torch.float32)
     for name, a, b in zip(("hidden", "weight"), *grads):
         close(f"gradient of {name}", a, b, torch.float32)
