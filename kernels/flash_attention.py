@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .blocked_attention import attention_blocked
+
 Made = TypeVar("Made")
 
 EXPLICIT_LONGEST = 512  # keys; above it the explicit bf16 form loses to the fused operator on a CPU
@@ -168,6 +170,10 @@ def attention_sdpa(
         return _explicit_narrow(q_SBHD, k_SBKD, v_SBKD, mask, _scale(scale, q_SBHD))
     plain = documents is None and (window is None or window >= keys) and (queries == keys or not causal)
     mask = None if plain else _mask(q_SBHD, k_SBKD, causal, window, documents)
+    if _blocked_is_faster(q_SBHD, k_SBKD, causal):
+        return attention_blocked(
+            q_SBHD, k_SBKD, v_SBKD, scale=_scale(scale, q_SBHD), window=None if plain else window, mask=mask
+        )
     q_BHSD, k_BKTD, v_BKTD = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBKD, v_SBKD))
     grouped = q_BHSD.shape[1] != k_BKTD.shape[1]
     out_BHSD = F.scaled_dot_product_attention(
@@ -185,6 +191,16 @@ def _explicit_is_faster(q_SBHD: Tensor, keys: int) -> bool:
     """A CPU's matrix units make two bf16 products faster than the fused operator for wide heads and short keys."""
     narrow = q_SBHD.dtype == torch.bfloat16 and q_SBHD.device.type == "cpu"
     return narrow and q_SBHD.shape[-1] >= 128 and keys <= EXPLICIT_LONGEST
+
+
+def _blocked_is_faster(q_SBHD: Tensor, k_SBKD: Tensor, causal: bool) -> bool:
+    """For training in bf16 on a CPU, until the sums over blocks of queries cost more than the products win.
+
+    Measured on two cores with AMX; fixed rules, not a race at the first call, so that every run has the same bits.
+    """
+    narrow = q_SBHD.dtype == torch.bfloat16 and q_SBHD.device.type == "cpu" and torch.is_grad_enabled()
+    (queries, _, heads, _), (keys, _, kv_heads, _) = q_SBHD.shape, k_SBKD.shape
+    return narrow and causal and queries == keys and keys <= EXPLICIT_LONGEST * (heads // kv_heads)
 
 
 def _explicit_narrow(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
