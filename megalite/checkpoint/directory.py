@@ -23,9 +23,9 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def partial_path(final: Path) -> Path:
-    """Where a checkpoint lies while it is written."""
-    return final.with_name(final.name + _PARTIAL)
+def partial_path(final: Path, owner: str = "") -> Path:
+    """Where a checkpoint lies while it is written; `owner` keeps two writers of the same one apart."""
+    return final.with_name(final.name + (f".{owner}" if owner else "") + _PARTIAL)
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -49,9 +49,9 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path} holds no checkpoint ({MANIFEST}, or {CHECKPOINTS}/step_…)")
 
 
-def prepare(final: Path) -> Path:
+def prepare(final: Path, owner: str = "") -> Path:
     """An empty directory to write the checkpoint into; the remains of an interrupted attempt are removed."""
-    partial = partial_path(final)
+    partial = partial_path(final, owner)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)

@@ -1,8 +1,12 @@
 """One run directory, one job: the lock file `run.lock` names host, process and job of the run that writes there.
 
 The file appears with its whole content at once (a hard link of a finished temporary file). A lock is taken over only
-when its holder is known to be gone: the process is dead on this very host, or an earlier start or step of the same
-SLURM job held it. In every other case the run is refused: clocks and file times of two machines prove nothing.
+when its holder is known to be gone: the process is dead on this very host, an earlier start or step of the same SLURM
+job held it, or a job that SLURM calls over (`MEGALITE_ENDED_JOB`, from the job's script). In every other case the run
+is refused: clocks and file times of two machines prove nothing.
+
+What SLURM calls over may live on behind a cut network. So the lock is a fence too: its holder looks at it again before
+it changes checkpoints, and ends if it has been taken over; and `token` keeps the unfinished files of two holders apart.
 """
 
 from __future__ import annotations
@@ -19,6 +23,13 @@ from typing import Any
 from megalite.errors import UserError
 
 LOCK = "run.lock"
+ENDED_JOB_ENVIRONMENT = "MEGALITE_ENDED_JOB"
+"""Names the SLURM job that holds the lock where SLURM knows that it is over."""
+
+
+class TakenOver(RuntimeError):
+    """A later start has taken the run directory over: this process must not write there any more."""
+
 
 
 def _process_start(pid: int) -> str:
@@ -54,12 +65,18 @@ def _number(text: str) -> int:
 
 
 def _gone(holder: dict[str, Any], own: dict[str, Any]) -> bool:
-    if holder["host"] == own["host"]:
-        return not _alive(holder["pid"], holder["started"])
-    if not own["job_id"] or holder["job_id"] != own["job_id"]:
-        return False
-    then, now = ((_number(one["restart_count"]), _number(one["step_id"])) for one in (holder, own))
-    return now > then
+    if own["job_id"] and holder["job_id"] == own["job_id"]:
+        then, now = ((_number(one["restart_count"]), _number(one["step_id"])) for one in (holder, own))
+        if now != then:
+            return now > then
+    elif holder["job_id"] and holder["job_id"] == os.environ.get(ENDED_JOB_ENVIRONMENT):
+        return True
+    return holder["host"] == own["host"] and not _alive(holder["pid"], holder["started"])
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    job = f", job {holder['job_id']} restart {_number(holder['restart_count'])}" if holder["job_id"] else ""
+    return f"process {holder['pid']} on {holder['host']}{job}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -92,13 +109,29 @@ class RunLock:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / LOCK
         self._own = _identity()
-        temporary = run_dir / f"{LOCK}.{self._own['host']}.{self._own['pid']}"
-        with _alone_on_this_host(run_dir):
+        self._acquire()
+
+    @property
+    def token(self) -> str:
+        """A word for file names that no other living holder has."""
+        return f"{self._own['host']}-{self._own['pid']}"
+
+    def _acquire(self) -> None:
+        temporary = self.path.with_name(f"{LOCK}.{self.token}")
+        with _alone_on_this_host(self.path.parent):
             temporary.write_text(json.dumps(self._own) + "\n")
             try:
                 self._take(temporary)
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def verify(self) -> None:
+        """Raise `TakenOver` if another holds the directory now; a lock that was deleted is made again."""
+        if not self.path.exists():
+            self._acquire()
+        holder = _read(self.path)
+        if holder != self._own:
+            raise TakenOver(f"run.dir = {self.path.parent} was taken over by {_describe(holder)}; this start ends")
 
     def _take(self, temporary: Path) -> None:
         try:
@@ -108,9 +141,8 @@ class RunLock:
             pass
         holder = _read(self.path)
         if not _gone(holder, self._own):
-            job = f", job {holder['job_id']}" if holder["job_id"] else ""
             raise UserError(
-                f"run.dir = {self.path.parent} is in use by process {holder['pid']} on {holder['host']}{job}; "
+                f"run.dir = {self.path.parent} is in use by {_describe(holder)}; "
                 f"choose another run.dir, or delete {self.path} if that run is over"
             )
         os.replace(temporary, self.path)

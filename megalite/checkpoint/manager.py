@@ -10,6 +10,7 @@ so that a checkpoint under its final name is complete, and a fault anywhere leav
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -49,6 +50,8 @@ from megalite.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+_LOOK_SECONDS = 10.0
+
 
 @dataclass(frozen=True)
 class _Snapshot:
@@ -87,12 +90,25 @@ class CheckpointManager:
         refusal = _attempt(self._begin) if mesh.rank == 0 else None
         if refusal := self._peers.first(refusal):
             raise UserError(refusal)
+        self._owner = self._peers.first(self._lock.token if self._lock else None)
+        self._looked = time.monotonic()
 
     def _begin(self) -> None:
         self._lock = RunLock(self.folder.parent)
         self.folder.mkdir(exist_ok=True)
         for path in directory.sweep(self.folder):
             log.warning("removed %s, left by an interrupted run", path)
+
+    def _verify(self) -> None:
+        if self._lock is not None:
+            self._lock.verify()
+
+    def guard(self) -> None:
+        """Once a step: raises `TakenOver` on rank 0, every ten seconds at most, if a later start has the directory."""
+        if self._lock is not None and time.monotonic() > self._looked + _LOOK_SECONDS:
+            self._looked = time.monotonic()
+            with contextlib.suppress(OSError, UserError):  # a file system that does not answer for a moment
+                self._verify()
 
     # Saving
 
@@ -137,8 +153,8 @@ class CheckpointManager:
 
     def _write(self, snapshot: _Snapshot) -> bool:
         """The protocol above; True on every rank if the checkpoint is complete."""
-        partial, first = directory.partial_path(snapshot.final), self._peers.rank == 0
-        fault = _attempt(lambda: directory.prepare(snapshot.final)) if first else None
+        partial, first = directory.partial_path(snapshot.final, self._owner), self._peers.rank == 0
+        fault = _attempt(lambda: self._prepare(snapshot.final)) if first else None
         if fault := self._peers.first(fault):
             return self._failed(snapshot, fault)
         report: dict[str, Any] = {}
@@ -155,6 +171,10 @@ class CheckpointManager:
         if first:
             self._prune()
         return True
+
+    def _prepare(self, final: Path) -> None:
+        self._verify()
+        directory.prepare(final, self._owner)
 
     def _failed(self, snapshot: _Snapshot, fault: str) -> bool:
         self.failures += 1
@@ -202,6 +222,7 @@ class CheckpointManager:
         for name, content in self._extras():
             write_durably(partial / name, content)
             manifest.extras[name] = (len(content), zlib.crc32(content))
+        self._verify()
         directory.commit(partial, snapshot.final, manifest)
 
     def _extras(self) -> list[tuple[str, bytes]]:
@@ -256,7 +277,8 @@ class CheckpointManager:
                 log.error("checkpoint %s is unusable, trying the one before: %s", path, error)
                 damaged.append(path)
                 continue
-            if self._peers.rank == 0:
+            if self._peers.rank == 0 and damaged:
+                self._verify()
                 for path in damaged:
                     log.error("the damaged checkpoint was set aside as %s", directory.set_aside(path))
             self._peers.first(None)
@@ -325,6 +347,7 @@ class CheckpointManager:
         """Delete the checkpoints of later steps: after a rollback they belong to a course that was given up."""
         self.wait()
         if self._peers.rank == 0:
+            self._verify()
             for found, path in directory.complete_checkpoints(self.folder):
                 if found > step:
                     directory.retire(path)

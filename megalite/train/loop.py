@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED
@@ -103,6 +105,9 @@ class TrainingRun:
             if self.position.step >= self.last_step:
                 log.info("step %d of %d is done already: nothing to do", self.position.step, self.last_step)
                 return FINISHED
+            if self._asked_to_stop():
+                log.info("stopped on request at step %d, before another was begun", self.position.step)
+                return STOPPED
             return self._train()
         finally:
             self._close()
@@ -142,6 +147,7 @@ class TrainingRun:
         while self.position.step < self.last_step:
             step = self.position.step + 1
             self.watch.beat()
+            self.checkpoints.guard()
             with self.profiler.step(step), self.recorder.step(step):
                 started = time.perf_counter()
                 outcome = self._step(step)
@@ -155,6 +161,7 @@ class TrainingRun:
             validating = time.perf_counter()
             validation = self._validate() if evaluate else None
             validating = time.perf_counter() - validating
+            stopping = stopping or bool(evaluate and self._asked_to_stop())
             interval = self.config.checkpoint.interval
             due = step == self.last_step or stopping or (interval and step % interval == 0)
             stall = self._save() if due else 0.0
@@ -163,6 +170,12 @@ class TrainingRun:
             if stopping and step < self.last_step:
                 return self._saved(STOPPED, f"stopped on request at step {step}, with a checkpoint")
         return self._saved(FINISHED, f"finished at step {self.last_step}")
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank has been asked to stop; asked by all together, after what takes long and is not a step."""
+        asked = torch.tensor([float(self.stop.signal is not None)], device=self.mesh.device)
+        self.mesh.world.all_reduce(asked).wait()
+        return bool(asked.item())
 
     def _save(self) -> float:
         """Make a checkpoint; the seconds for which training stood still."""

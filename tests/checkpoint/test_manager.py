@@ -74,7 +74,7 @@ def test_a_reused_process_number_is_not_the_holder(tmp_path: Path) -> None:
 
 def test_the_lock_of_another_host_stands(tmp_path: Path) -> None:
     holder(tmp_path, host="elsewhere", pid=dead_process(), job_id="77")
-    with pytest.raises(UserError, match=f"on elsewhere, job 77; .* delete {tmp_path / LOCK}"):
+    with pytest.raises(UserError, match=f"on elsewhere, job 77 restart 0; .* delete {tmp_path / LOCK}"):
         RunLock(tmp_path)
 
 
@@ -302,7 +302,7 @@ def bare_stages(layout: Layout, rank: int, **model: object) -> list[Stage]:
     config = make_config(layout, model=dict(model))
     mesh = Mesh(pp=layout.pipeline, tp=layout.tensor, rank=rank, make_group=_no_group)
     kernels = select_kernels({"default": "reference"}, mesh.device)
-    stages = [Stage(config.model, mesh, kernels, stage=mesh.index("pp"), stages=layout.pipeline, sequence=False)]
+    stages = [Stage(config.model, mesh, kernels, stage=mesh.index("pp"), owners=range(layout.pipeline), sequence=False)]
     for parameter in stages[0].parameters():
         parameter.data.fill_(torch.nan)
     return stages

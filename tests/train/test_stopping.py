@@ -1,0 +1,62 @@
+"""A request to stop is heard wherever all ranks can agree: at the end of a step, an evaluation, the start-up."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from megalite.data.indexed import IndexedWriter
+from megalite.errors import FINISHED, STOPPED
+from megalite.train.__main__ import main
+from megalite.train.loop import TrainingRun
+from megalite.train.trainer import Trainer
+
+pytestmark = pytest.mark.fast
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
+        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
+        writer.finish()
+    (tmp_path / "recipe.toml").write_text(f"""
+run = {{ dir = "{tmp_path}/run", device = "cpu" }}
+model = {{ layers = 1, hidden_size = 16, heads = 2, vocab_size = 50, max_positions = 64 }}
+data = {{ train = ["{tmp_path}/tokens"], valid = ["{tmp_path}/tokens"] }}
+train = {{ steps = 9, seq_length = 16, global_batch_size = 2, precision = "fp32", eval_interval = 4, eval_samples = 2 }}
+log.tensorboard = false
+""")
+    return [str(tmp_path / "recipe.toml")]
+
+
+def steps(folder):
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def interrupted(function):
+    """`function`, with a request to stop that arrives while it runs."""
+
+    def wrapper(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "last"),
+    [(Trainer, "evaluate", 4), (TrainingRun, "_save", 8), (TrainingRun, "_start", 0), (Trainer, "accumulate", 2)],
+)
+def test_where_a_request_is_heard(arguments, tmp_path, monkeypatch, owner, name, last):
+    arguments += ["--checkpoint.interval", "7"]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, interrupted(getattr(owner, name)))
+        assert main(arguments) == STOPPED
+    assert steps(tmp_path) == list(range(1, last + 1))
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert saved[-1:] == ([f"step_{last:08d}"] if last else [])
+    assert main(arguments) == FINISHED
+    assert steps(tmp_path) == list(range(1, 10))
