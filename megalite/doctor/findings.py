@@ -1,0 +1,67 @@
+"""A finding is one line: how bad, what was looked at, where, what was found, what to do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+OK, WARNING, FAULT = "ok", "warning", "fault"
+_ORDER = {FAULT: 0, WARNING: 1, OK: 2}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`where` names the node, GPU or rank; `remedy` is empty where nothing is to be done."""
+
+    level: str
+    check: str
+    where: str
+    value: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<7}  {self.where:<14}  {self.check}: {self.value}" + (
+            f"; {self.remedy}" if self.remedy else ""
+        )
+
+    @staticmethod
+    def read(row: Mapping[str, Any]) -> Finding:
+        return Finding(*(str(row[name]) for name in ("level", "check", "where", "value", "remedy")))
+
+
+def rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    return [asdict(finding) for finding in findings]
+
+
+def sort(findings: Iterable[Finding]) -> list[Finding]:
+    """Faults first; otherwise in the order in which things were looked at."""
+    return sorted(findings, key=lambda finding: _ORDER[finding.level])
+
+
+def healthy(findings: Iterable[Finding]) -> bool:
+    return all(finding.level != FAULT for finding in findings)
+
+
+class TimeLimit:
+    """Ends the process, with a finding, when a check does not end: a driver may hang in the kernel."""
+
+    def __init__(self, where: str, seconds: float) -> None:
+        self.where, self.seconds, self.check = where, seconds, "start"
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _expire(self) -> NoReturn:
+        found = f"not finished after {self.seconds:.0f} s"
+        print(
+            Finding(FAULT, self.check, self.where, found, "look at this node; --time-limit sets the limit"), flush=True
+        )
+        sys.stdout.flush()
+        os._exit(1)
+
+    def cancel(self) -> None:
+        self._timer.cancel()

@@ -1,0 +1,85 @@
+"""What this machine or node can do, and what is wrong with it.
+
+python tools/doctor.py [--run-dir DIR] [--json]
+srun python tools/doctor.py --preflight RECIPE.toml [--section.field value ...]
+
+Alone it looks at one machine. As a preflight it runs on every node of a job (srun or torchrun, one process a node or
+one a GPU) and looks at what they must share as well: versions, file system, data files, the collectives along every
+axis of the recipe's mesh, and which of them is slow. Exit code 0: healthy; 1: something is wrong, one line for each
+finding with node or rank, value and remedy; 2: unusable arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from megalite.doctor.findings import OK, Finding, TimeLimit, healthy, rows, sort
+from megalite.doctor.gpus import look_at_gpus
+from megalite.doctor.job import compare_rates, preflight
+from megalite.doctor.machine import devices_here, look_at_devices, look_at_disk, look_at_limits, look_at_software
+from megalite.errors import UserError, exit_on_user_error
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python tools/doctor.py", allow_abbrev=False, description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are to live (default: runs)")
+    parser.add_argument("--preflight", metavar="RECIPE", help="check all nodes of a job for this recipe")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS", help="for everything (300)")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.preflight:
+        raise UserError(f"{rest[0]} is not an option of doctor; overrides of a recipe need --preflight RECIPE")
+    if options.time_limit <= 0:
+        raise UserError(f"--time-limit {options.time_limit} is not a time; give seconds above 0")
+    return options, rest
+
+
+def examine(run_dir: Path) -> list[Finding]:
+    """Everything about this machine."""
+    host = socket.gethostname()
+    findings = [*look_at_software(host), *look_at_limits(host), *look_at_disk(host, run_dir)]
+    findings += look_at_gpus(host)[0]
+    products, rates = look_at_devices(host, devices_here())
+    return findings + products + compare_rates({f"{host} {name}": rate for name, rate in rates.items()})
+
+
+def show(findings: list[Finding], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"healthy": healthy(findings), "findings": rows(findings)}))
+        return
+    for finding in sort(findings):
+        print(finding)
+    wrong = sum(finding.level != OK for finding in findings)
+    print(
+        "healthy" + (f", {wrong} warnings" if wrong else "") if healthy(findings) else "something is wrong: see above"
+    )
+
+
+@exit_on_user_error
+def main() -> int:
+    options, overrides = parse(sys.argv[1:])
+    limit = TimeLimit(socket.gethostname(), options.time_limit)
+    if options.preflight:
+        findings, verdict = preflight([options.preflight, *overrides], limit)
+    else:
+        limit.check = "this machine"
+        findings = examine(options.run_dir)
+        verdict = healthy(findings)
+    limit.cancel()
+    if findings:
+        show(findings, options.json)
+    return 0 if verdict else 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a thread of a backend that waits for a dead peer must not keep the node
