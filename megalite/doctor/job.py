@@ -20,7 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from megalite.config import Config, check, parse_command_line
@@ -28,7 +27,14 @@ from megalite.data.indexed import IndexedDataset
 from megalite.doctor.collectives import look_at_collectives
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, healthy, rows
 from megalite.doctor.gpus import look_at_gpus
-from megalite.doctor.machine import look_at_devices, look_at_disk, look_at_limits, look_at_software, versions
+from megalite.doctor.machine import (
+    devices_here,
+    look_at_devices,
+    look_at_disk,
+    look_at_limits,
+    look_at_software,
+    versions,
+)
 from megalite.errors import UNUSABLE, UserError
 from megalite.train.flops import parameter_count
 from megalite.train.runtime import World
@@ -40,6 +46,8 @@ _SLOW = {"gpu": 0.90, "cpu": 0.60}
 _SLOW_LINK = 0.5
 _CLOCK_SKEW = 5.0
 _SHARE_SECONDS = 30.0
+_FAREWELL_SECONDS = 0.5
+"""The store lives in rank 0: the others read the verdict before it ends."""
 _MEET_SHARE, _WORK_SHARE = 0.3, 0.9
 """Of the time limit: until all have come, and until all have reported."""
 
@@ -49,7 +57,6 @@ def preflight(arguments: Sequence[str], limit: TimeLimit) -> tuple[list[Finding]
 
     Raises UserError for an unusable recipe, on rank 0; the others leave with the same exit code.
     """
-    began = time.monotonic()
     world = World.from_environment()
     host = socket.gethostname()
     limit.where = f"rank {world.rank} ({host})"
@@ -61,22 +68,36 @@ def preflight(arguments: Sequence[str], limit: TimeLimit) -> tuple[list[Finding]
             time.sleep(2.0)  # rank 0 speaks for all
             sys.exit(UNUSABLE)
         raise
-    limit.check = "meeting of the ranks"
     try:
-        store = _meet(world, began + _MEET_SHARE * limit.seconds)
-    except (RuntimeError, TimeoutError):
+        return _meet_and_examine(config, world, host, limit, on_mesh)
+    except (RuntimeError, TimeoutError, OSError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        remedy = "check MASTER_ADDR, MASTER_PORT, name resolution and firewalls between the nodes"
-        print(Finding(FAULT, "meeting of the ranks", limit.where, f"{address} is not within reach", remedy), flush=True)
+        remedy = f"is rank 0 alive, and {address} within reach (name resolution, firewall)?"
+        print(Finding(FAULT, limit.check, limit.where, f"rank 0 is lost: {said[0][:160]}", remedy), flush=True)
         return [], False
+
+
+def _meet_and_examine(
+    config: Config, world: World, host: str, limit: TimeLimit, on_mesh: bool
+) -> tuple[list[Finding], bool]:
+    limit.check = "meeting of the ranks"
+    began = time.monotonic()
+    store = _connect(world, _MEET_SHARE * limit.seconds)
     store.set(f"here/{world.rank}", host)
-    if world.rank == 0 and (missing := _absent(store, "here", world.size, began + _MEET_SHARE * limit.seconds)):
-        remedy = "look at their nodes' logs: did the tasks start, can they reach rank 0?"
-        finding = Finding(FAULT, "meeting of the ranks", _ranks(missing), "did not come", remedy)
-        store.set("verdict", "0")
-        return [finding], False
+    if world.rank == 0:
+        missing = _absent(store, "here", world.size, began + _MEET_SHARE * limit.seconds)
+        store.set("all here", str(int(not missing)))
+        if missing:
+            time.sleep(_FAREWELL_SECONDS)
+            remedy = "look at the logs of their nodes: did the tasks start, can they reach rank 0?"
+            return [Finding(FAULT, limit.check, _ranks(missing), "did not come", remedy)], False
+    store.wait(["all here"], timedelta(seconds=limit.seconds))
+    if store.get("all here") != b"1":
+        return [], False
     report = _examine(config, world, host, store, limit, on_mesh)
     store.set(f"report/{world.rank}", json.dumps(report))
+    limit.check = "waiting for the others"
     if world.rank:
         store.wait(["verdict"], timedelta(seconds=limit.seconds))
         return [], store.get("verdict") == b"1"
@@ -85,12 +106,10 @@ def preflight(arguments: Sequence[str], limit: TimeLimit) -> tuple[list[Finding]
     findings = compare(reports)
     for rank in missing:
         where = f"rank {rank} ({store.get(f'here/{rank}').decode()})"
-        findings.append(
-            Finding(FAULT, "checks", where, "did not finish", "look at this node: it hangs or is very slow")
-        )
+        findings.append(Finding(FAULT, "checks", where, "did not finish", "look at this node: it hangs or is slow"))
     verdict = healthy(findings)
-    store.set("verdict", "1" if verdict else "0")
-    time.sleep(0.5)  # the store lives here: the others read the verdict first
+    store.set("verdict", str(int(verdict)))
+    time.sleep(_FAREWELL_SECONDS)
     return findings, verdict
 
 
@@ -103,12 +122,11 @@ def _fits(config: Config, world: World) -> bool:
     return True
 
 
-def _meet(world: World, deadline: float) -> Store:
+def _connect(world: World, seconds: float) -> Store:
     """The store that all ranks share; torchrun's agent has one on the port already."""
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    timeout = timedelta(seconds=max(5.0, deadline - time.monotonic()))
-    store = TCPStore(host, port, None, serves, timeout, wait_for_workers=False)
+    store = TCPStore(host, port, None, serves, timedelta(seconds=seconds), wait_for_workers=False)
     return PrefixStore("megalite/doctor", store)
 
 
@@ -128,7 +146,7 @@ def _examine(config: Config, world: World, host: str, store: Store, limit: TimeL
     findings: list[Finding] = []
     report: dict[str, Any] = {"host": host, "versions": versions(), "time": time.time()}
     run_dir = Path(config.run.dir)
-    on_cpu = config.run.device == "cpu"
+    gpus = config.run.device != "cpu"
 
     def look(name: str, action: Callable[[], None]) -> None:
         limit.check = name
@@ -142,16 +160,16 @@ def _examine(config: Config, world: World, host: str, store: Store, limit: TimeL
         findings.extend([*look_at_software(host), *look_at_limits(host)])
         needed = _BYTES_A_PARAMETER * parameter_count(config.model) * (max(config.checkpoint.keep, 1) + 1)
         findings.extend(look_at_disk(host, run_dir, needed if config.model.vocab_size else 0))
-        if not on_cpu:
+        if gpus:
             expected = int(os.environ.get("SLURM_GPUS_ON_NODE", "0") or 0) or None
             found, common = look_at_gpus(host, expected)
             findings.extend(found)
             report["versions"].update(common)
 
     def devices() -> None:
-        if on_cpu:
-            torch.cuda.is_available = lambda: False  # type: ignore[assignment]
-        found, report["rates"] = look_at_devices(host, world.local_rank if on_mesh else None)
+        here = devices_here(gpus)
+        own = here[world.local_rank % len(here) :][:1] if on_mesh else here
+        found, report["rates"] = look_at_devices(host, own)
         findings.extend(found)
 
     if world.local_rank == 0:
@@ -174,9 +192,9 @@ def _look_for_token(run_dir: Path, world: World, host: str, store: Store) -> lis
         token = secrets.token_hex(16)
         path.write_text(token)
         store.set("token", token)
-        for rank in range(1, world.size):  # a rank that looks no more has its own time limit
-            store.wait([f"token/{rank}"], timedelta(seconds=2 * _SHARE_SECONDS))
-        path.unlink()
+        store.set("token/0", "1")
+        _absent(store, "token", world.size, time.monotonic() + 2 * _SHARE_SECONDS)
+        path.unlink(missing_ok=True)
         return []
     store.wait(["token"], timedelta(seconds=_SHARE_SECONDS))
     token, deadline = store.get("token").decode(), time.monotonic() + _SHARE_SECONDS
@@ -222,9 +240,9 @@ def compare(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
     findings = [Finding.read(row) for report in reports.values() for row in report["findings"]]
     findings += _compare_facts("versions", reports, "install the same everywhere")
     findings += _compare_facts("data", reports, "the files differ: copy them again")
-    median = statistics.median(report["time"] for report in reports.values())
+    median = statistics.median_low(report["time"] for report in reports.values())
     for rank, report in reports.items():
-        if abs(report["time"] - median) > _CLOCK_SKEW + 60.0:
+        if abs(report["time"] - median) > _CLOCK_SKEW:
             skew = report["time"] - median
             where = f"rank {rank} ({report['host']})"
             findings.append(Finding(WARNING, "clock", where, f"{skew:+.0f} s from the others", "start an NTP client"))
