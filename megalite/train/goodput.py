@@ -64,7 +64,7 @@ def account(events: Sequence[Row], metrics: Iterable[Row], now: float | None = N
         if now is not None and following is None:
             signs.append(now)
         stops = [event["time"] for event in session if event["event"] == "stop"]
-        end = max(stops or signs)
+        end = max(stops or signs, default=start)
         _divide(seconds, start, end, session, made, lost)
     return Goodput(end - begin, seconds, len(starts))
 
