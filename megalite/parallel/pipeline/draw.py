@@ -12,9 +12,9 @@ from matplotlib.patches import Patch, Rectangle
 from megalite.errors import UserError
 from megalite.parallel.pipeline.simulate import Event, Simulation
 
-_COLOURS = {"F": "#8ab6e8", "B": "#8fce9b", "I": "#8fd6cf", "W": "#e3b983"}
-_NAMES = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
-_IDLE = "#f1f1f1"
+COLOURS = {"F": "#8ab6e8", "B": "#8fce9b", "I": "#8fd6cf", "W": "#e3b983"}
+NAMES = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}
+IDLE = "#f1f1f1"
 _INCHES_A_DIGIT = 0.085
 
 
@@ -42,12 +42,12 @@ def draw(simulation: Simulation, path: Path, title: str) -> None:
     inches_a_unit = 0.8 * width / simulation.makespan
     legend: dict[tuple[str, int], Patch] = {}
     for rank, events in enumerate(simulation.timeline):
-        axes.add_patch(Rectangle((0, rank - 0.45), simulation.makespan, 0.9, facecolor=_IDLE, edgecolor="none"))
+        axes.add_patch(Rectangle((0, rank - 0.45), simulation.makespan, 0.9, facecolor=IDLE, edgecolor="none"))
         chunk_of = {stage: chunk for chunk, stage in enumerate(sorted({event.op.stage for event in events}))}
         for event in events:
             chunk = chunk_of[event.op.stage]
-            colour = _shade(_COLOURS[event.op.kind], chunk, len(chunk_of))
-            name = _NAMES[event.op.kind] + (f", stage {chunk + 1} of the rank" if len(chunk_of) > 1 else "")
+            colour = shade(COLOURS[event.op.kind], chunk, len(chunk_of))
+            name = NAMES[event.op.kind] + (f", stage {chunk + 1} of the rank" if len(chunk_of) > 1 else "")
             legend.setdefault((event.op.kind, chunk), Patch(facecolor=colour, edgecolor="white", label=name))
             duration = event.end - event.start
             axes.add_patch(
@@ -58,7 +58,7 @@ def draw(simulation: Simulation, path: Path, title: str) -> None:
                 axes.text(event.start + duration / 2, rank, label, ha="center", va="center", fontsize=8)
         held = f" holds {simulation.peak_live[rank]}"
         axes.text(simulation.makespan, rank, held, ha="left", va="center", fontsize=9, color="#555555")
-    legend[("", 0)] = Patch(facecolor=_IDLE, edgecolor="#cccccc", label="idle")
+    legend[("", 0)] = Patch(facecolor=IDLE, edgecolor="#cccccc", label="idle")
     axes.set(xlim=(0, simulation.makespan), ylim=(ranks - 0.5, -0.5), title=title)
     axes.set_xlabel("time, in units of one stage's forward; right: activations that the rank holds at most")
     axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
@@ -91,7 +91,7 @@ def _shortest(simulation: Simulation) -> float:
     return min(event.end - event.start for events in simulation.timeline for event in events)
 
 
-def _shade(colour: str, chunk: int, chunks: int) -> str:
+def shade(colour: str, chunk: int, chunks: int) -> str:
     """Darker for later chunks, still light enough for black digits."""
     light = 1.0 - 0.28 * chunk / max(chunks - 1, 1)
     red, green, blue = to_rgb(colour)
