@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels"],
     package_dir={"megalite.kernels": "kernels"},
-    package_data={"": ["*.pyi", "*.toml"]},
+    package_data={"": ["*.pyi", "*.toml", "*.html"]},
     ext_modules=[Pybind11Extension("megalite.data._index", ["megalite/data/_index.cpp"], cxx_std=17)],
     cmdclass={"build_ext": build_ext},
 )
