@@ -19,9 +19,9 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from megalite.kernels import Kernels
-from megalite.kernels.cross_entropy import cross_entropy_loss, merge_stats
+from megalite.kernels.cross_entropy import add_product_, cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
-from megalite.parallel.tensor import accumulate_product, vocabulary_box
+from megalite.parallel.tensor import vocabulary_box
 from megalite.placement import PlacedParameter, Placement
 
 IGNORED = -100
@@ -109,25 +109,40 @@ class VocabParallelHead(nn.Module):
     ) -> Tensor:
         """One chunk's scaled loss; writes its hidden gradient to `grad_nH`, adds its weight gradient to `total_vH`."""
         logits_nv = functional.linear(hidden_nH, self.weight.ready)
+        if grad_nH is None or total_vH is None:
+            stats = self._stats(logits_nv, labels_n)
+        else:
+            scale_n = torch.where(labels_n == IGNORED, 0.0, scale).to(torch.float32)
+            stats = self._stats_and_gradient(logits_nv, labels_n, scale_n)
+            torch.mm(logits_nv, self.weight, out=grad_nH)
+            add_product_(total_vH, logits_nv, hidden_nH)
+        loss_n = cross_entropy_loss(stats, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
+        return loss_n.sum(dtype=torch.float64) * scale
+
+    def _stats(self, logits_nv: Tensor, labels_n: Tensor) -> Tensor:
         stats = self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=self.first, valid=self.valid)
         if self.region.group.size > 1:
             stats = merge_stats(all_gather_stacked(stats, self.region.group))
-        loss_n = cross_entropy_loss(stats, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
-        if grad_nH is not None and total_vH is not None:
-            scale_n = torch.where(labels_n == IGNORED, 0.0, scale).to(torch.float32)
-            grad_nv = self.kernels.cross_entropy_grad_(
-                logits_nv,
-                labels_n,
-                stats,
-                scale_n,
-                vocab_start=self.first,
-                valid=self.valid,
-                z_loss=self.z_loss,
-                vocab_size=self.vocab_size,
+        return stats
+
+    def _stats_and_gradient(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor) -> Tensor:
+        """The statistics; the logits become their gradient, in one launch where no other rank has a part in them."""
+        if self.region.group.size == 1:
+            return self.kernels.cross_entropy_stats_grad_(
+                logits_nv, labels_n, scale_n, valid=self.valid, z_loss=self.z_loss
             )
-            torch.mm(grad_nv, self.weight, out=grad_nH)
-            accumulate_product(total_vH, grad_nv, hidden_nH)
-        return loss_n.sum(dtype=torch.float64) * scale
+        stats = self._stats(logits_nv, labels_n)
+        self.kernels.cross_entropy_grad_(
+            logits_nv,
+            labels_n,
+            stats,
+            scale_n,
+            vocab_start=self.first,
+            valid=self.valid,
+            z_loss=self.z_loss,
+            vocab_size=self.vocab_size,
+        )
+        return stats
 
     @torch.no_grad()
     def logits(self, hidden_sBH: Tensor) -> Tensor:
