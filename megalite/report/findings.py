@@ -1,0 +1,137 @@
+"""What stands out in a run, in words: who was lost, who is slow, what could not be saved, what was rolled back."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from megalite.report.run import RankTimes, Run
+
+SLOW = 1.25
+"""A rank whose own work takes this many times that of its peers is slow."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A sentence; `serious` where someone should act."""
+
+    serious: bool
+    text: str
+
+
+def slow_ranks(ranks: list[RankTimes]) -> dict[int, tuple[str, bool]]:
+    """{rank: (why it is called slow, whether that is certain)}: against its peers in the same stage, else against all.
+
+    A rank that is alone in its stage may be slow because the stage has more to do.
+    """
+    working = [rank for rank in ranks if rank.work > 0]
+    stages: dict[int, list[RankTimes]] = defaultdict(list)
+    for rank in working:
+        stages[rank.coordinate.get("pp", 0)].append(rank)
+    found = {}
+    for stage, members in stages.items():
+        certain = len(members) > 1 or len(stages) == 1
+        peers = members if certain else working
+        usual = statistics.median_low(peer.work for peer in peers)
+        for rank in members:
+            if rank.work > SLOW * usual:
+                why = f"{rank.work / usual:.2f} times the work of " + ("its peers" if certain else "the median rank")
+                found[rank.rank] = (why if certain else f"{why}, unless stage {stage} has more to do", certain)
+    return found
+
+
+def remarks(run: Run) -> list[Remark]:
+    """All that stands out, the serious first."""
+    return sorted(_remarks(run), key=lambda remark: not remark.serious)
+
+
+def _remarks(run: Run) -> Iterator[Remark]:
+    hosts = {rank.rank: rank.host for rank in run.ranks}
+
+    def named(rank: int) -> str:
+        return f"rank {rank}" + (f" ({hosts[rank]})" if rank in hosts else "")
+
+    for event in run.happened("no_answer"):
+        lost = ", ".join(named(rank) for rank in event.get("ranks", []))
+        yield Remark(True, f"No answer from {lost} at {when(event)}: dead or hung.")
+    for rank, (why, certain) in slow_ranks(run.ranks).items():
+        name = named(rank)
+        yield Remark(certain, f"{name[0].upper()}{name[1:]} is slow: {why}.")
+    told = {event["rank"]: event for event in run.happened("slow") if "rank" in event}
+    for rank, event in told.items():
+        count = times(sum(other.get("rank") == rank for other in run.happened("slow")))
+        took = f"{event.get('seconds', 0):.3f} s where {event.get('median', 0):.3f} s were usual"
+        text = f"While it ran, {named(rank)} was called slow {count}, last at step {event.get('step')}: {took}."
+        yield Remark(True, text)
+    if failed := run.happened("save_failed"):
+        last = f"last at step {failed[-1].get('step')}: {failed[-1].get('why')}"
+        yield Remark(True, f"A checkpoint could not be saved, {times(len(failed))}, {last}")
+    if refused := run.happened("refused"):
+        last = f"last step {refused[-1].get('step')}"
+        yield Remark(True, f"Loss or gradient was not finite, and the step refused, {times(len(refused))}, {last}.")
+    if not run.rows:
+        yield Remark(False, "No step has been made.")
+    yield from _endings(run)
+
+
+def _endings(run: Run) -> Iterator[Remark]:
+    starts, stops = run.happened("start"), run.happened("stop")
+    if len(starts) > len(stops):
+        count = len(starts) - len(stops)
+        yield Remark(False, f"{count} of {len(starts)} starts ended without a word: killed, or still running.")
+    rollbacks = run.happened("rollback")
+    if rollbacks:
+        yield Remark(False, f"Rolled back {times(len(rollbacks))}; the data around the trouble was left out.")
+
+
+def times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def when(event: dict[str, Any]) -> str:
+    return datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def history(run: Run) -> list[tuple[str, str, str]]:
+    """(when, what, details) of everything that happened, for a table."""
+    lines = []
+    for event in run.events:
+        kind = event["event"]
+        details = {key: value for key, value in event.items() if key not in ("event", "time")}
+        lines.append((when(event), _WORDS.get(kind, kind), _sentence(kind, details)))
+    return lines
+
+
+_WORDS = {
+    "start": "start", "ready": "training begins", "stop": "end", "rollback": "rollback", "lost": "steps to make again",
+    "refused": "step refused", "slow": "slow rank", "no_answer": "rank lost", "save_failed": "checkpoint failed",
+}  # fmt: skip
+
+
+def _sentence(kind: str, details: dict[str, Any]) -> str:
+    """The details of an event in words; of unknown ones, as they are."""
+    try:
+        if kind == "start":
+            job = f", job {details['job']}" if "job" in details else ""
+            return f"{details['ranks']} ranks, rank 0 on {details['host']}{job}"
+        if kind == "ready":
+            return f"after step {details['step']}"
+        if kind == "stop":
+            return f"exit code {details['code']}" + (f" after {details['signal']}" if details.get("signal") else "")
+        if kind == "rollback":
+            skipped = "samples {} to {} left out".format(details["samples"][0], details["samples"][1] - 1)
+            return f"step {details['step']} to {details['to_step']}: {details['why']}; {skipped}"
+        if kind == "lost":
+            return f"{details['steps']} after step {details['to_step']}, {details['seconds']:.0f} s of work"
+        if kind == "slow":
+            took = f"{details['seconds']:.3f} s of work where {details['median']:.3f} s were usual"
+            return f"rank {details['rank']} at step {details['step']}: {took}"
+        if kind == "no_answer":
+            return "rank " + ", ".join(map(str, details["ranks"])) + ": dead or hung"
+    except (KeyError, IndexError, TypeError, ValueError):
+        pass
+    return ", ".join(f"{key} {value}" for key, value in details.items())

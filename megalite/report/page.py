@@ -1,0 +1,182 @@
+"""Puts pictures, remarks and tables on one page that needs nothing else: pictures lie in it, and beside it as files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from matplotlib.figure import Figure
+
+from megalite.errors import UserError
+from megalite.report import curves, timing
+from megalite.report.findings import history, remarks, times
+from megalite.report.run import Run
+from megalite.report.style import styled, to_png, write_file
+
+_SUMMARY = (
+    "state", "steps", "tokens", "loss", "validation", "tokens/s", "MFU", "memory", "training time", "of", "rollbacks",
+    "samples skipped",
+)  # fmt: skip
+_MOST_EVENTS = 200
+_MOST_COMPLAINTS = 200
+_ABSENT = "–"
+
+
+def write_report(runs: Sequence[Run], output: Path) -> Path:
+    """Write report.html and its pictures to the directory `output`; the page's path."""
+    template = _template()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made ({error.strerror}); name a directory") from error
+    pictures: dict[str, str] = {}
+    with styled():
+        for name, figure in _pictures(runs):
+            if figure is None:
+                continue
+            content = to_png(figure)
+            write_file(output / f"{name}.png", content)
+            pictures[name] = base64.b64encode(content).decode()
+    text = template.render(**_content(runs, pictures))
+    page = output / "report.html"
+    write_file(page, text.encode())
+    return page
+
+
+def _template() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise UserError("jinja2 is missing, and the page is made with it; install it: pip install jinja2") from error
+    text = resources.files("megalite.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text)
+
+
+def _pictures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
+    yield "loss", curves.draw_loss(runs)
+    yield "gradient_norm", curves.draw_gradient_norm(runs)
+    yield "learning_rate", curves.draw_learning_rate(runs)
+    yield "throughput", curves.draw_throughput(runs)
+    yield "utilisation", curves.draw_utilisation(runs)
+    yield "step_time", curves.draw_step_time(runs)
+    yield "memory", curves.draw_memory(runs)
+    yield "goodput", timing.draw_goodput([(run.name, run.goodput) for run in runs if run.goodput is not None])
+    for number, run in enumerate(runs):
+        names = _timing_names(runs, number)
+        yield names[0], timing.draw_breakdown(run)
+        yield names[1], timing.draw_breakdown_over_steps(run)
+        sample = timing.find_sample(run)
+        yield names[2], timing.draw_pipeline(sample) if sample is not None else None
+
+
+def _timing_names(runs: Sequence[Run], number: int) -> list[str]:
+    """Names of the pictures that each run has for itself."""
+    end = f"_{number + 1}" if len(runs) > 1 else ""
+    return [f"{name}{end}" for name in ("breakdown_ranks", "breakdown_steps", "pipeline")]
+
+
+def _content(runs: Sequence[Run], pictures: dict[str, str]) -> dict[str, Any]:
+    several = len(runs) > 1
+    timed = [
+        (run, [name for name in _timing_names(runs, number) if name in pictures]) for number, run in enumerate(runs)
+    ]
+    return {
+        "title": f"{len(runs)} runs" if several else runs[0].name,
+        "subtitle": "compared with each other" if several else _describe(runs[0]),
+        "several": several,
+        "names": [run.name for run in runs],
+        "pictures": dict.fromkeys(["loss"], "") | pictures,
+        "heads": [{"name": run.name, "colour": curves.colour(number)} for number, run in enumerate(runs)],
+        "summary": list(zip(_SUMMARY, zip(*map(_summary, runs)))),
+        "remarks": [
+            {"run": run.name, "serious": remark.serious, "text": remark.text} for run in runs for remark in remarks(run)
+        ],
+        "timing": [{"name": run.name, "pictures": names} for run, names in timed if names],
+        "any_timeline": any(names for _, names in timed),
+        "differences": differences(runs),
+        "histories": [
+            {
+                "name": run.name,
+                "lines": history(run)[-_MOST_EVENTS:],
+                "complaints": run.complaints[-_MOST_COMPLAINTS:],
+                "config": tomli_w.dumps(run.config) if run.config else "",
+            }
+            for run in runs
+        ],
+    }
+
+
+def _describe(run: Run) -> str:
+    """One line: how the run was laid out."""
+    if not run.config:
+        return "no configuration was found"
+    model = f"{run.setting('model', 'layers')} layers of width {run.setting('model', 'hidden_size')}"
+    starts = run.happened("start")
+    ranks = f", {starts[-1]['ranks']} ranks" if starts and "ranks" in starts[-1] else ""
+    axes = [f"{name} {run.setting('parallel', name)}" for name in ("tensor", "pipeline", "context")]
+    layout = ", ".join(axis for axis in axes if not axis.endswith((" 1", " None")))
+    schedule = f" ({run.setting('parallel', 'schedule')})" if (run.setting("parallel", "pipeline") or 1) > 1 else ""
+    parts = f": {layout}{schedule}" if layout else ""
+    return f"{model}{ranks}{parts}, {run.setting('train', 'precision')}"
+
+
+def state_of(run: Run) -> str:
+    """Whether the run is finished, was stopped, or ended otherwise."""
+    stops, starts = run.happened("stop"), run.happened("start")
+    if not starts:
+        return _ABSENT
+    if not stops or stops[-1]["time"] < starts[-1]["time"]:
+        return "running or killed"
+    code = stops[-1].get("code", 1)
+    if code == 0:
+        steps, made = run.setting("train", "steps"), run.last("step")
+        return "finished" if not steps or not made or made >= steps else "stopped early"
+    known = {75: "stopped on request", 130: "interrupted", 2: "refused"}
+    return known.get(int(code), f"failed (exit code {code})")
+
+
+def _summary(run: Run) -> list[str]:
+    def text(value: float | None, form: str, factor: float = 1.0) -> str:
+        return _ABSENT if value is None else form.format(value * factor)
+
+    goodput, plan = run.goodput, run.setting("train", "steps")
+    training = f"{goodput.share:.1%}" if goodput else _ABSENT
+    starts = f" ({times(goodput.starts)} started)" if goodput and goodput.starts > 1 else ""
+    wall = f"{timedelta(seconds=round(goodput.wall))}{starts}" if goodput else _ABSENT
+    return [
+        state_of(run),
+        text(run.last("step"), "{:,.0f}") + (f" of {plan:,}" if plan else ""),
+        text(run.last("tokens"), "{:,.2f} M", 1e-6),
+        text(run.last("loss"), "{:.4f}"),
+        text(run.last("validation_loss"), "{:.4f}"),
+        text(run.median("tokens_per_second"), "{:,.0f}"),
+        text(run.median("mfu"), "{:.1%}"),
+        text(run.last("memory_gib"), "{:.2f} GiB"),
+        training,
+        wall,
+        text(run.last("rollbacks"), "{:.0f}"),
+        text(run.last("skipped_samples"), "{:,.0f}"),
+    ]
+
+
+def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """(section.field, its value in each run) where the resolved configurations differ, but for run.dir."""
+    if len(runs) < 2:
+        return []
+    flat = [_flat(run.config) for run in runs]
+    found = []
+    for field in dict.fromkeys(field for each in flat for field in each):
+        values = [each.get(field, _ABSENT) for each in flat]
+        if field != "run.dir" and any(value != values[0] for value in values):
+            found.append((field, [str(value) for value in values]))
+    return found
+
+
+def _flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}

@@ -1,0 +1,96 @@
+"""How the pictures look: one quiet style, the same colours for the same things everywhere."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from megalite.errors import UserError
+
+RUNS = ("#3b6ea8", "#c8743c", "#4f9a6a", "#9a5ba0", "#b8a23a", "#5c6b73", "#c25b6a", "#4aa3a3")
+"""Colours of the runs, in the order in which they are named; more runs take them again."""
+PHASES = {
+    "data": ("reading data", "#b9a3d0"),
+    "forward": ("forward", "#8ab6e8"),
+    "backward": ("backward", "#8fce9b"),
+    "optimizer": ("optimizer", "#4f9a8a"),
+    "gather": ("parameter gather", "#7fb3b0"),
+    "reduce": ("gradient reduction", "#e3b983"),
+    "wait_tensor": ("tensor parallel", "#f0d28a"),
+    "wait_context": ("context parallel", "#e6c0a0"),
+    "wait_pipeline": ("pipeline", "#e8c7a5"),
+    "wait_others": ("waiting for all ranks", "#d9d9d9"),
+    "other": ("other", "#a9a9a9"),
+}
+"""Label and colour of each part of a step; forward and backward as in the pictures of schedules."""
+PARTS = {
+    "training": "#4f9a6a",
+    "start-up": "#8ab6e8",
+    "checkpoints": "#b9a3d0",
+    "validation": "#7fb3b0",
+    "lost": "#c25b6a",
+    "down": "#e3a483",
+    "other": "#c4c4c4",
+}
+INK, FAINT, ALARM = "#333333", "#777777", "#b3261e"
+
+_STYLE: Any = {
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 9,
+    "axes.edgecolor": "#999999", "axes.linewidth": 0.7, "axes.labelcolor": INK, "text.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7, "axes.axisbelow": True, "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelsize": 8,
+    "ytick.labelsize": 8, "legend.frameon": False, "legend.fontsize": 8, "lines.linewidth": 1.4,
+    "xtick.major.width": 0.7, "ytick.major.width": 0.7,
+}  # fmt: skip
+WIDE, HALF = (9.6, 3.6), (4.7, 2.7)
+_DPI = 140
+
+
+def styled() -> AbstractContextManager[None]:
+    """The style, for as long as a picture is made."""
+    return rc_context(_STYLE)
+
+
+def new_figure(size: tuple[float, float] = HALF) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def token_axis(axes: Axes) -> None:
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+
+
+def legend_below(figure: Figure, entries: int) -> None:
+    """Under the axes, in one row or in two of about the same length."""
+    figure.legend(loc="outside lower center", ncols=entries if entries <= 6 else -(-entries // 2))
+
+
+def to_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Under its final name only when whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"--output: {path} cannot be written ({error.strerror}); name a writable directory") from error
