@@ -21,8 +21,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", default="1f1b", help=summaries)
     parser.add_argument("--ranks", type=int, default=4, help="pipeline ranks (default 4)")
     parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches in a step (default 8)")
-    parser.add_argument("--virtual-stages", type=int, default=1, help="stages on each rank (interleaved: 2 or more)")
-    parser.add_argument("--backward-cost", type=float, default=2.0, help="backward time, forward = 1; recompute: 3")
+    parser.add_argument("--virtual-stages", type=int, help="stages on each rank (default: what the schedule needs)")
+    parser.add_argument("--backward-cost", type=float, default=2.0, help="whole backward, forward = 1; recompute: 3")
     parser.add_argument("--transfer", type=float, default=0.0, help="time an activation travels, forward = 1")
     parser.add_argument("--output", type=Path, help="image to write: .png, .svg or .pdf")
     parser.add_argument("--text", action="store_true", help="print the timeline")
@@ -41,10 +41,12 @@ def main() -> None:
     arguments = parse_arguments()
     if not (arguments.output or arguments.text or arguments.operations):
         raise UserError("nothing to do: give --output IMAGE, --text or --operations")
-    plan = build_schedule(arguments.schedule, arguments.ranks, arguments.micro_batches, arguments.virtual_stages)
+    schedule, backward = SCHEDULES.get(arguments.schedule), arguments.backward_cost
+    chunks = arguments.virtual_stages or (schedule.least_chunks if schedule else 1)
+    plan = build_schedule(arguments.schedule, arguments.ranks, arguments.micro_batches, chunks)
     lowered = lower(plan, tied=arguments.tied)
     check_deadlock(lowered)
-    simulation = simulate(plan, {**UNIT_COST, "B": arguments.backward_cost}, arguments.transfer)
+    simulation = simulate(plan, {**UNIT_COST, "B": backward, "I": backward / 2, "W": backward / 2}, arguments.transfer)
     title = headline(arguments.schedule, simulation, arguments.micro_batches)
     print(title)
     if arguments.text:

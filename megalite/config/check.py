@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from megalite.config.schema import Config
 from megalite.errors import UserError
+from megalite.parallel.pipeline.schedules import SCHEDULES
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -202,9 +203,12 @@ def _check_split(config: Config) -> None:
         remedy = f"use {_nearest_multiples(config.train.seq_length, parallel.tensor)}, or parallel.sequence = false"
         problem = f"is not divisible by parallel.tensor = {parallel.tensor}, which parallel.sequence needs"
         _refuse(config, "train.seq_length", problem, remedy)
-    if parallel.virtual_stages > 1 and parallel.schedule != "interleaved":
-        remedy = "use parallel.schedule = interleaved, or 1"
+    chunks = SCHEDULES[parallel.schedule].chunks
+    if parallel.schedule != "interleaved" and parallel.virtual_stages != chunks:
+        remedy = f"use {chunks}, or parallel.schedule = interleaved"
         _refuse(config, "parallel.virtual_stages", f"does not fit parallel.schedule = {parallel.schedule}", remedy)
+    if parallel.schedule == "zb_v" and parallel.pipeline < 2:
+        _refuse(config, "parallel.pipeline", "is too small for parallel.schedule = zb_v", "use 2 or more")
     if parallel.schedule == "interleaved":
         if parallel.virtual_stages < 2:
             remedy = "use 2 or more, or parallel.schedule = 1f1b"

@@ -98,10 +98,10 @@ class ParallelConfig:
     """Split the activations between the matrices along the sequence; by default on where tensor > 1, and off at 1."""
     zero: int = 1
     """What the data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 and the gradients, 3 and the parameters."""
-    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = "1f1b"
     """Order of the micro-batches in the pipeline."""
     virtual_stages: int = 1
-    """Stages that each pipeline rank holds (schedule interleaved)."""
+    """Stages that each pipeline rank holds: 2 or more for schedule interleaved, 2 for zb_v."""
 
     def __post_init__(self) -> None:
         _derive(self, sequence=self.tensor > 1)

@@ -126,8 +126,8 @@ def score(
         for first in range(0, len(windows), block):
             part = batches.next_batch(first, min(block, len(windows) - first))
             if len(part) not in engines:
-                plan = lower(forward_only(mesh.pp, len(part)), tied=False)
-                engines[len(part)] = PipelineEngine(plan[mesh.index("pp")], mesh.pp, mesh, activation)
+                plan = lower(forward_only(range(mesh.pp), len(part)), tied=False)
+                engines[len(part)] = PipelineEngine(plan[mesh.index("pp")], range(mesh.pp), mesh, activation)
             losses = engines[len(part)].run(_forward(stage, part))
             if losses and mesh.index("tp") == 0:  # tensor ranks hold the same sums
                 total[0] += torch.stack(list(losses.values())).sum()

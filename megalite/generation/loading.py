@@ -165,7 +165,7 @@ def load_model(
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
     dtype = DTYPES[config.train.precision]
-    stage = Stage(config.model, mesh, kernels, stage=mesh.index("pp"), stages=mesh.pp, dtype=dtype)
+    stage = Stage(config.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp), dtype=dtype)
     load_weights([stage], opened.source)
     yield Loaded(config, mesh, stage)
     mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks

@@ -8,6 +8,7 @@ Source: Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Shaz
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,18 +85,36 @@ class Block(nn.Module):
         return x_sBH + self.feed_forward(normed_sBH, recompute=selective)
 
 
-def layers_of_stage(layers: int, stages: int, stage: int) -> range:
-    """The global numbers of the layers on a stage; the first stages hold one more where they do not divide evenly."""
-    first, length = split_evenly(layers, stages, stage)
+def layers_of_stage(model: ModelConfig, stages: int, stage: int) -> range:
+    """The global numbers of the layers on a stage.
+
+    The last stage also multiplies by the vocabulary, and holds as many layers fewer as makes the slowest stage fastest,
+    counted in matrix elements; the embedding costs next to nothing. The others are even, the first ones one longer
+    where they must be. Every stage holds a layer.
+    """
+    if stages == 1:
+        return range(model.layers)
+    projections = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    output = model.vocab_size / (projections + 3 * model.ffn_hidden_size)  # in layers: the hidden size cancels
+
+    def slowest(last: int) -> float:
+        return max(-(-(model.layers - last) // (stages - 1)), last + output)
+
+    last = min(range(1, max(2, model.layers - stages + 2)), key=lambda count: (slowest(count), -count))
+    if stage == stages - 1:
+        return range(model.layers - last, model.layers)
+    first, length = split_evenly(model.layers - last, stages - 1, stage)
     return range(first, first + length)
 
 
 class Stage(nn.Module):
     """The part of the decoder on one pipeline stage: perhaps the embedding, some layers, perhaps norm and output.
 
-    `stage` counts over pipeline ranks times virtual stages. Parameters are allocated but not initialised: fill them
-    with `megalite.placement.initialise` or from a checkpoint. `recompute` is `none`, `selective` (attention between
-    its projections, and SwiGLU, are evaluated again in backward) or `full` (whole layers are).
+    `stage` counts over pipeline ranks times virtual stages; `owners` says for each stage which pipeline rank holds it.
+    `embedding` is that of the first stage where it is in this process, for a tied output layer. Parameters are
+    allocated but not initialised: fill them with `megalite.placement.initialise` or from a checkpoint. `recompute` is
+    `none`, `selective` (attention between its projections, and SwiGLU, are evaluated again in backward) or `full`
+    (whole layers are).
     """
 
     def __init__(
@@ -105,13 +124,15 @@ class Stage(nn.Module):
         kernels: Kernels,
         *,
         stage: int = 0,
-        stages: int = 1,
+        owners: Sequence[int] = (0,),
+        embedding: VocabParallelEmbedding | None = None,
         sequence: bool = False,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
+        stages = len(owners)
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
         self.recompute = recompute
         self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1)
@@ -119,11 +140,10 @@ class Stage(nn.Module):
         kwargs: dict[str, Any] = {"dtype": dtype, "device": mesh.device}
         vocabulary = (model.vocab_size, model.hidden_size)
         tied = model.tie_embeddings and stages > 1
-        ends = tuple(sorted({mesh.rank_at(pp=0), mesh.rank_at(pp=mesh.pp - 1)})) if tied else (mesh.rank,)
+        ends = tuple(sorted({mesh.rank_at(pp=owners[0]), mesh.rank_at(pp=owners[-1])})) if tied else (mesh.rank,)
         self.embedding = VocabParallelEmbedding(EMBEDDING, *vocabulary, ends, region, **kwargs) if self.first else None
         self.layers = nn.ModuleList(
-            Block(model, layer, mesh, region, kernels, **kwargs)
-            for layer in layers_of_stage(model.layers, stages, stage)
+            Block(model, layer, mesh, region, kernels, **kwargs) for layer in layers_of_stage(model, stages, stage)
         )
         self.norm = self.head = None
         if self.last:
@@ -137,7 +157,8 @@ class Stage(nn.Module):
                 **kwargs,
             )
             name = EMBEDDING if model.tie_embeddings else OUTPUT
-            shared = self.embedding.weight if model.tie_embeddings and self.embedding is not None else None
+            embedding = self.embedding or embedding
+            shared = embedding.weight if model.tie_embeddings and embedding is not None else None
             self.head = VocabParallelHead(
                 name, *vocabulary, ends, region, kernels, z_loss=z_loss, tied_to=shared, **kwargs
             )

@@ -44,7 +44,7 @@ class StageBuckets:
     them; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything. Where backward is
     split in two, `postponing` collects the weights' part and `run_postponed` does it.
 
-    `aliases` are parameters of the rank's other stages that share the storage of one of this stage's.
+    `aliases` are parameters of any of this rank's stages that share the storage of another one (tied embeddings).
     """
 
     def __init__(
@@ -61,8 +61,7 @@ class StageBuckets:
         parameters = list(placed_parameters(stage))
         own = [parameter for parameter in parameters if parameter.tied_to is None]
         mine = set(map(id, own))
-        candidates = [*aliases, *(parameter for parameter in parameters if parameter.tied_to is not None)]
-        self.aliases = [alias for alias in candidates if id(alias.tied_to) in mine]
+        self.aliases = [alias for alias in aliases if id(alias.tied_to) in mine]
         self.buckets = list(self._build_buckets(stage, own, zero, bucket_elements))
         for alias in self.aliases:
             assert alias.tied_to is not None

@@ -119,20 +119,4 @@ def vocabulary_rows(architecture: Architecture, tensor: int) -> int:
 
 
 def layers_on(architecture: Architecture, stages: int, stage: int) -> int:
-    return len(layers_of_stage(architecture.model.layers, stages, stage))
-
-
-def stage_parameters(architecture: Architecture, tensor: int, stages: int, stage: int, index: int = -1) -> int:
-    """Elements of the parameters that one tensor rank stores for a pipeline stage, padded vocabulary rows included.
-
-    A tied output layer in the same process shares the embedding's storage and counts once.
-    """
-    model = architecture.model
-    vocabulary = vocabulary_rows(architecture, tensor) * model.hidden_size
-    total = layers_on(architecture, stages, stage) * layer_share(architecture, tensor, index).parameters
-    if stage == 0:
-        total += vocabulary + architecture.learned_positions * model.hidden_size
-    if stage == stages - 1:
-        total += model.hidden_size * (2 if architecture.biases else 1)
-        total += 0 if model.tie_embeddings and stages == 1 else vocabulary
-    return total
+    return len(layers_of_stage(architecture.model, stages, stage))

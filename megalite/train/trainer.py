@@ -26,8 +26,8 @@ from megalite.parallel.data import StageBuckets
 from megalite.parallel.loss import IGNORED
 from megalite.parallel.pipeline.engine import Activation, Observer, PipelineEngine, StageForward, unobserved
 from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.schedules import build_schedule, forward_only
-from megalite.placement import initialise_parameter
+from megalite.parallel.pipeline.schedules import build_schedule, forward_only, place_stages
+from megalite.placement import initialise_parameter, placed_parameters
 
 Batches = Sequence[Batch | None]
 """The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
@@ -54,25 +54,27 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh, kernels: Kernels) -> None:
         self.config, self.mesh = config, mesh
-        self.chunks = config.parallel.virtual_stages
-        self.stage_count = mesh.pp * self.chunks
+        self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
+        self.stage_count = len(self.owners)
         self.dtype = DTYPES[config.train.precision]
         self.stages: dict[int, Stage] = {}
-        for chunk in range(self.chunks):
-            stage = chunk * mesh.pp + mesh.index("pp")
+        for stage in (stage for stage, owner in enumerate(self.owners) if owner == mesh.index("pp")):
             self.stages[stage] = Stage(
                 config.model,
                 mesh,
                 kernels,
                 stage=stage,
-                stages=self.stage_count,
+                owners=self.owners,
+                embedding=self.stages[0].embedding if 0 in self.stages else None,
                 sequence=bool(config.parallel.sequence),
                 dtype=self.dtype,
                 recompute=config.train.recompute,
                 z_loss=config.train.z_loss,
             )
+        aliases = [p for stage in self.stages.values() for p in placed_parameters(stage) if p.tied_to is not None]
         self.buckets = {
-            number: StageBuckets(stage, mesh, zero=config.parallel.zero) for number, stage in self.stages.items()
+            number: StageBuckets(stage, mesh, zero=config.parallel.zero, aliases=aliases)
+            for number, stage in self.stages.items()
         }
         self.optimizer = ShardedAdamW(list(self.buckets.values()), config.optimizer)
         self.norm = GradientNorm(list(self.buckets.values()), mesh.rank)
@@ -107,14 +109,14 @@ class Trainer:
         if key not in self._engines:
             parallel, train_config, ranks = self.config.parallel, self.config.train, self.mesh.pp
             if train:
-                plan = build_schedule(parallel.schedule, ranks, micro_batches, self.chunks)
+                plan = build_schedule(parallel.schedule, ranks, micro_batches, parallel.virtual_stages)
             else:
-                plan = forward_only(ranks, micro_batches, self.chunks)
+                plan = forward_only(self.owners, micro_batches)
             lowered = lower(plan, tied=self.config.model.tie_embeddings)
             split = next(iter(self.stages.values())).region.split
             shape = (train_config.seq_length // split, train_config.micro_batch_size, self.config.model.hidden_size)
             activation = Activation(shape, self.dtype, self.mesh.device)
-            self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.stage_count, self.mesh, activation)
+            self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.owners, self.mesh, activation)
         return self._engines[key]
 
     def _forward(self, batches: Batches, scale: float) -> StageForward:

@@ -95,7 +95,7 @@ def test_a_rank_of_any_layout(sharded: Path, layout: dict[str, int]) -> None:
     mesh = Mesh(**layout, make_group=lambda ranks, rank: _NoGroup(ranks, rank))  # type: ignore[arg-type,return-value]
     with HuggingFaceSource(sharded) as source:
         kernels = select_kernels({}, golden.CPU)
-        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), stages=mesh.pp)
+        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp))
         load_weights([stage], source)
     for parameter in placed_parameters(stage):
         covered = torch.zeros_like(parameter)

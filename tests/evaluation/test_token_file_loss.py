@@ -38,7 +38,7 @@ def prefix(tmp_path: Path) -> str:
 def _score(rank: int, layout: dict[str, int], prefix: str, seq_length: int, **options: Any) -> Score:
     mesh = Mesh(rank=rank, **layout)
     with HuggingFaceSource(golden.folder(NAME)) as source:
-        stage = Stage(source.model, mesh, select_kernels({}, golden.CPU), stage=mesh.index("pp"), stages=mesh.pp)
+        stage = Stage(source.model, mesh, select_kernels({}, golden.CPU), stage=mesh.index("pp"), owners=range(mesh.pp))
         load_weights([stage], source)
     windows = Windows(IndexedDataset(prefix), seq_length, VOCABULARY, options.pop("max_samples", None))
     return score(windows, stage, mesh, source.model.hidden_size, **options)

@@ -28,7 +28,7 @@ def _generator(name: str, rank: int = 0, **layout: int) -> Generator:
     mesh = Mesh(rank=rank, **layout)
     with HuggingFaceSource(golden.folder(name)) as source:
         kernels = select_kernels({}, golden.CPU)
-        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), stages=mesh.pp)
+        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp))
         load_weights([stage], source)
         return Generator(stage, mesh, source.model)
 

@@ -37,7 +37,7 @@ def test_recipe(name):
     for world_size in world_sizes:
         check_layout(config, world_size)
     assert parameter_count(config.model) / 1e6 == pytest.approx(millions, rel=1e-3)
-    stages = [layers_of_stage(config.model.layers, config.stages, stage) for stage in range(config.stages)]
+    stages = [layers_of_stage(config.model, config.stages, stage) for stage in range(config.stages)]
     assert [layer for stage in stages for layer in stage] == list(range(config.model.layers)) and all(stages)
 
 

@@ -28,7 +28,7 @@ def every_plan(most_ranks=8, most_micro_batches=16):
     for name, schedule in SCHEDULES.items():
         for ranks in range(1, most_ranks + 1):
             for micro_batches in range(1, most_micro_batches + 1):
-                for chunks in (2, 3) if schedule.interleaves else (1,):
+                for chunks in (2, 3) if schedule.interleaves else (schedule.chunks,):
                     if not schedule.interleaves or micro_batches % ranks == 0:
                         yield build_schedule(name, ranks, micro_batches, chunks)
 
@@ -76,7 +76,7 @@ def test_sends_follow_their_compute_at_once():
         for ops in lower(plan):
             for before, op in itertools.pairwise(ops):
                 if op.kind in SENDS:
-                    following = [Op({"F": "SF", "B": "SB"}[before.kind], before.stage, before.micro)]
+                    following = [Op({"F": "SF", "B": "SB", "I": "SB"}[before.kind], before.stage, before.micro)]
                     assert [op] == following
 
 
@@ -149,8 +149,8 @@ def test_stages_may_turn_round_on_a_rank():
 
 
 def test_forward_only_plans_lower_without_collectives():
-    for ranks, micro_batches, chunks in [(1, 3, 1), (4, 6, 2), (3, 7, 1), (8, 3, 2)]:
-        lowered = lower(forward_only(ranks, micro_batches, chunks), tied=True)
+    for owners, micro_batches in [([0], 3), ([0, 1, 2, 3] * 2, 6), ([0, 1, 2], 7), ([0, 1, 2, 2, 1, 0], 3)]:
+        lowered = lower(forward_only(owners, micro_batches), tied=True)
         check_deadlock(lowered)
         assert {op.kind for ops in lowered for op in ops} <= {"F", "SF", "RF"}
 
@@ -181,7 +181,7 @@ def test_plan_for_16_ranks_8_chunks_128_micro_batches_takes_seconds():
     """The pipeline of a 16,384-rank job (tensor 8 x pipeline 16 x data 128), all schedules; linear, not quadratic."""
     began = time.process_time()
     for name, schedule in SCHEDULES.items():
-        chunks = 8 if schedule.interleaves else 1
+        chunks = 8 if schedule.interleaves else schedule.chunks
         check_deadlock(lower(build_schedule(name, 16, 128, chunks), tied=True))
     assert time.process_time() - began < 20
 

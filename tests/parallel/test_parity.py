@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 
+from megalite.parallel.pipeline.schedules import SCHEDULES
 from tests.support.parity import EVERYTHING, Case, Layout, assert_close, assert_same_bits, layouts, train, train_alone
 
 ALL = list(layouts(4))
@@ -15,6 +16,7 @@ REPRESENTATIVE = [
     Layout(data=2),
     Layout(tensor=2, sequence=True),
     Layout(pipeline=2, schedule="interleaved"),
+    Layout(pipeline=2, schedule="zb_v"),
     Layout(tensor=2, pipeline=2),
     Layout(tensor=2, sequence=True, pipeline=2),
     Layout(pipeline=2, data=2, zero=1),
@@ -26,7 +28,7 @@ REPRESENTATIVE = [
 
 def case_for(layout, fields):
     """3 layers, or one more than the stages, so that stages differ; 4 samples a step, or 6 for 3 ranks."""
-    stages = layout.pipeline * (2 if layout.schedule == "interleaved" else 1)
+    stages = layout.pipeline * SCHEDULES[layout.schedule].least_chunks
     samples = 6 if 3 in (layout.pipeline, layout.data) else 4
     return Case.of({**fields, "model.layers": max(3, stages + 1), "train.global_batch_size": samples})
 
@@ -56,7 +58,7 @@ def compare(layout, ours, theirs):
 
 
 def test_all_layouts_are_here():
-    assert len(ALL) == len({layout.name for layout in ALL}) == 53
+    assert len(ALL) == len({layout.name for layout in ALL}) == 69
     assert set(REPRESENTATIVE) <= set(ALL)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megalite.errors import UserError
 from megalite.parallel.pipeline.ops import Op, ScheduleError, compute_ops, format_plan, parse_op, parse_plan
-from megalite.parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
+from megalite.parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only, place_stages
 
 pytestmark = pytest.mark.fast
 
@@ -61,33 +61,42 @@ def test_interleaved_is_loaded_by_torch_from_our_text(tmp_path):
 @pytest.mark.parametrize("ranks", range(1, 9))
 def test_every_micro_batch_once_and_backwards_in_order(name, ranks):
     """Gradients are summed in micro-batch order on every stage: what makes all layouts bitwise equal to one process."""
-    chunks = 3 if SCHEDULES[name].interleaves else 1
-    for micro_batches in range(ranks, 17, ranks) if chunks > 1 else range(1, 17):
+    schedule = SCHEDULES[name]
+    chunks = 3 if schedule.interleaves else schedule.chunks
+    owners = place_stages(name, ranks, chunks)
+    for micro_batches in range(ranks, 17, ranks) if schedule.interleaves else range(1, 17):
         plan = build_schedule(name, ranks, micro_batches, chunks)
         for rank, ops in enumerate(plan):
-            assert {op.stage for op in ops} == {chunk * ranks + rank for chunk in range(chunks)}
+            assert {op.stage for op in ops} == {stage for stage, owner in enumerate(owners) if owner == rank}
             for stage in {op.stage for op in ops}:
-                for kind in "FB":
+                for kind in "FIW" if name.startswith("zb") else "FB":
                     micros = [op.micro for op in ops if (op.kind, op.stage) == (kind, stage)]
                     assert micros == list(range(micro_batches))
 
 
 def test_forward_only_has_each_forward_once_for_any_count():
-    for ranks, micro_batches, chunks in [(1, 1, 1), (4, 6, 2), (3, 2, 4), (4, 9, 1)]:
-        plan = forward_only(ranks, micro_batches, chunks)
+    for owners, micro_batches in [([0], 1), ([0, 1, 2, 3] * 2, 6), ([0, 1, 2] * 4, 2), ([0, 1, 1, 0], 5)]:
+        plan = forward_only(owners, micro_batches)
         assert sorted(op for ops in plan for op in ops) == [
-            Op("F", stage, micro) for stage in range(ranks * chunks) for micro in range(micro_batches)
+            Op("F", stage, micro) for stage in range(len(owners)) for micro in range(micro_batches)
         ]
+        assert all(owners[op.stage] == rank for rank, ops in enumerate(plan) for op in ops)
+
+
+def test_a_v_turns_at_the_last_rank():
+    assert place_stages("zb_v", 3, 2) == (0, 1, 2, 2, 1, 0)
+    assert place_stages("interleaved", 3, 2) == (0, 1, 2, 0, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("arguments", "field", "value", "remedy"),
     [
         (("1fb1", 4, 8, 1), "parallel.schedule", '"1fb1"', 'did you mean "1f1b"'),
-        (("zb", 4, 8, 1), "parallel.schedule", '"zb"', "gpipe, 1f1b, interleaved"),
+        (("afab", 4, 8, 1), "parallel.schedule", '"afab"', "gpipe, 1f1b, interleaved"),
         (("gpipe", 0, 8, 1), "parallel.pipeline", "= 0", "at least 1"),
         (("1f1b", 4, 0, 1), "train.global_batch_size", "0 micro-batches", "at least train.micro_batch_size"),
         (("1f1b", 4, 8, 2), "parallel.virtual_stages", "= 2", 'parallel.schedule = "interleaved"'),
+        (("zb_v", 4, 8, 1), "parallel.virtual_stages", "= 1", "parallel.virtual_stages = 2"),
         (("interleaved", 4, 8, 1), "parallel.virtual_stages", "= 1", "parallel.virtual_stages = 2 or more"),
         (("interleaved", 4, 10, 2), "train.global_batch_size", "10 micro-batches", "8 or 12"),
         (("interleaved", 4, 3, 2), "train.global_batch_size", "3 micro-batches", "there are 4,"),
@@ -100,7 +109,7 @@ def test_impossible_requests_name_field_value_and_remedy(arguments, field, value
     assert field in message and value in message and remedy in message and "\n" not in message
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 2), ("1f1b", 0), ("interleaved", 1)])
+@pytest.mark.parametrize(("name", "chunks"), [("gpipe", 2), ("1f1b", 0), ("interleaved", 1), ("zb_h1", 2), ("zb_v", 1)])
 def test_schedule_functions_refuse_chunks_they_cannot_place(name, chunks):
     with pytest.raises(ValueError, match=re.escape(f"{name} cannot place {chunks} chunks")):
         SCHEDULES[name].build(4, 8, chunks)

@@ -17,8 +17,6 @@ from megalite.parallel.pipeline.simulate import DeadlockError, check_deadlock, s
 pytestmark = pytest.mark.fast
 
 TOOL = Path(__file__).parents[2] / "tools" / "draw_schedule.py"
-# The input-gradient-first schedule of Qi et al. (arXiv:2401.10241, ZB-H1) on 2 ranks, 3 micro-batches, by hand.
-SPLIT = "0F0,0F1,0I0,0W0,0F2,0I1,0W1,0I2,0W2\n1F0,1I0,1F1,1I1,1W0,1F2,1I2,1W1,1W2"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
@@ -55,10 +53,23 @@ def test_peak_live_equals_theory():
 
 
 def test_split_backward_fills_the_bubble_and_holds_activations_until_w():
-    whole = simulate(build_schedule("1f1b", 2, 3))
-    split = simulate(parse_plan(SPLIT))
+    by_hand = "0F0,0F1,0I0,0W0,0F2,0I1,0W1,0I2,0W2\n1F0,1I0,1F1,1I1,1W0,1F2,1I2,1W1,1W2"
+    assert parse_plan(by_hand) == build_schedule("zb_h1", 2, 3)
+    whole, split = simulate(build_schedule("1f1b", 2, 3)), simulate(parse_plan(by_hand))
     assert (whole.makespan, split.makespan) == (12, 10)
     assert split.peak_live == (2, 2)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6, 8])
+def test_zero_bubble_schedules_are_as_good_as_their_papers_say(ranks):
+    """Idle (p-1)/(3m+p-1) and (p-1)/(6m+p-1) with F = I = W = 1, at no more than 1F1B's memory on its first rank."""
+    for micro_batches in range(ranks, 4 * ranks + 1):
+        for name, chunks, work in (("zb_h1", 1, 3), ("zb_v", 2, 6)):
+            simulation = simulate(build_schedule(name, ranks, micro_batches, chunks))
+            ideal = (ranks - 1) / (work * micro_batches + ranks - 1)
+            between = name == "zb_v" and ranks < micro_batches < 1.5 * ranks
+            assert ideal - 1e-9 <= simulation.bubble <= ideal * (1.8 if between else 1) + 1e-9, (name, micro_batches)
+            assert max(simulation.peak_live) <= chunks * ranks
 
 
 def test_uneven_stages_slow_the_pipeline_to_its_slowest():
@@ -158,7 +169,7 @@ def test_text_picture_shows_time_order_and_idleness():
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_picture_is_written_whole_for_a_split_uneven_plan(tmp_path, suffix):
-    simulation = simulate(parse_plan(SPLIT), {"F": (1.0, 2.0), "B": 2.0, "I": 1.0, "W": 0.5}, transfer=0.1)
+    simulation = simulate(build_schedule("zb_h1", 2, 3), {"F": (1.0, 2.0), "B": 2.0, "I": 1.0, "W": 0.5}, transfer=0.1)
     path = tmp_path / f"plan.{suffix}"
     draw(simulation, path, headline("by hand", simulation, 3))
     start = path.read_bytes()[:200]

@@ -26,6 +26,7 @@ from megalite.mesh import Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.optim.schedule import learning_rate
 from megalite.parallel.loss import IGNORED
+from megalite.parallel.pipeline.schedules import SCHEDULES
 from megalite.placement import Box, placed_parameters
 from megalite.train.trainer import Trainer
 from tests.support.chaos import ChaosGroups
@@ -92,7 +93,7 @@ class Layout:
             "parallel.sequence": self.sequence,
             "parallel.pipeline": self.pipeline,
             "parallel.schedule": self.schedule,
-            "parallel.virtual_stages": 2 if self.schedule == "interleaved" else 1,
+            "parallel.virtual_stages": SCHEDULES[self.schedule].least_chunks,
             "parallel.zero": self.zero,
         }
 
@@ -110,8 +111,8 @@ def layouts(limit: int) -> Iterator[Layout]:
     sizes = range(1, limit + 1)
     for tensor, pipeline, data in ((t, p, d) for t in sizes for p in sizes for d in sizes if 1 < t * p * d <= limit):
         for sequence in (False, True) if tensor > 1 else (False,):
-            for schedule in ("gpipe", "1f1b", "interleaved") if pipeline > 1 else ("1f1b",):
-                for zero in (0, 1, 2, 3) if data > 1 else (1,):
+            for schedule in SCHEDULES if pipeline > 1 else ("1f1b",):
+                for zero in (0, 1, 2, 3) if data > 1 and schedule != "gpipe" else (0, 1) if data > 1 else (1,):
                     yield Layout(tensor, sequence, pipeline, schedule, data, zero)
 
 

@@ -7,7 +7,7 @@ last stage is the loss of a micro-batch (fp64 scalar), whose gradient is 1.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -48,12 +48,13 @@ class Activation:
 class PipelineEngine:
     """Runs this rank's operations of one step; built once for a plan, used every step.
 
-    Stage s lives on pipeline rank s % ranks. An output is dropped as soon as it has been sent: backward needs only the
-    edge of the graph that it left behind.
+    `owners` says for each stage which pipeline rank holds it. An output is dropped as soon as it has been sent:
+    backward needs only the edge of the graph that it left behind.
     """
 
-    def __init__(self, ops: tuple[Op, ...], stages: int, mesh: Mesh, activation: Activation) -> None:
-        self.ops, self.last_stage, self.mesh, self.activation = ops, stages - 1, mesh, activation
+    def __init__(self, ops: tuple[Op, ...], owners: Sequence[int], mesh: Mesh, activation: Activation) -> None:
+        self.ops, self.owners, self.mesh, self.activation = ops, owners, mesh, activation
+        self.last_stage = len(owners) - 1
         self._group = mesh.group("pp")
         self._inputs: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._gradients: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
@@ -112,7 +113,7 @@ class PipelineEngine:
             self._edges[key] = (hidden, get_gradient_edge(output))
         if op.stage == self.last_stage:
             losses[op.micro] = output.detach()
-        elif self._owner(op.stage + 1) == self.mesh.index("pp"):
+        elif self.owners[op.stage + 1] == self.mesh.index("pp"):
             self._inputs[op.stage + 1, op.micro] = (output.detach(), None)
         else:
             self._outputs[key] = output.detach().contiguous()
@@ -132,14 +133,14 @@ class PipelineEngine:
         if hidden is None:
             return
         assert hidden.grad is not None
-        if self._owner(op.stage - 1) == self.mesh.index("pp"):
+        if self.owners[op.stage - 1] == self.mesh.index("pp"):
             self._gradients[op.stage - 1, op.micro] = (hidden.grad, None)
         else:
             self._outputs[key] = hidden.grad.contiguous()
 
     def _communicate(self, op: Op) -> None:
         key = (op.stage, op.micro)
-        neighbour = self._owner(op.stage + (1 if op.kind in ("SF", "RB") else -1))
+        neighbour = self.owners[op.stage + (1 if op.kind in ("SF", "RB") else -1)]
         if op.kind in ("RF", "RB"):
             buffer = self.activation.empty()
             arriving = self._inputs if op.kind == "RF" else self._gradients
@@ -161,6 +162,3 @@ class PipelineEngine:
             work.wait()
         self._forward_sends.clear()
         self._backward_sends.clear()
-
-    def _owner(self, stage: int) -> int:
-        return stage % self.mesh.pp

@@ -1,17 +1,19 @@
 """Pipeline schedules: pure functions `(ranks, micro_batches, chunks) -> Plan`, compute operations only, order only.
 
-Stage s lives on rank s % ranks; with `chunks` > 1 a rank holds that many stages (virtual stages), which are not
-neighbours. Every schedule runs the backward of each stage in micro-batch order, so the gradients it accumulates are
-bitwise those of one process. docs/schedules.md tells how to add a schedule.
+With `chunks` > 1 a rank holds that many stages (virtual stages). Stage s lives on rank s % ranks, or, where a schedule
+is placed `v`, on the ranks downwards and then upwards again. Every schedule runs the backward of each stage in
+micro-batch order, so the gradients it accumulates are bitwise those of one process. docs/schedules.md tells how to add
+a schedule.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from megalite.errors import UserError
-from megalite.parallel.pipeline.ops import Op, Plan
+from megalite.parallel.pipeline.ops import Op, Plan, Value, inputs_of, output_of
 
 
 def gpipe(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
@@ -62,10 +64,77 @@ def interleaved(ranks: int, micro_batches: int, chunks: int) -> Plan:
     return tuple(operations(rank) for rank in range(ranks))
 
 
-def forward_only(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
-    """Forwards alone, for validation and scoring: any number of micro-batches and chunks."""
-    way = _grouped(ranks, micro_batches, chunks)
-    return tuple(tuple(Op("F", chunk * ranks + rank, micro) for chunk, micro in way) for rank in range(ranks))
+def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
+    """1F1B with the backward split: weight gradients fill what was idle (Qi et al., arXiv:2401.10241, section 2.1).
+
+    Rank r puts the weight gradients off by r micro-batches, so that every rank keeps at most p activations. With equal
+    F, I and W the idle share is (p-1)/(3m+p-1), a third of 1F1B's.
+    """
+    _expect_chunks("zb_h1", chunks, chunks == 1)
+
+    def operations(rank: int) -> Iterator[Op]:
+        warm = min(ranks - 1 - rank, micro_batches)
+        yield from (Op("F", rank, micro) for micro in range(warm))
+        for micro in range(micro_batches):
+            if warm + micro < micro_batches:
+                yield Op("F", rank, warm + micro)
+            yield Op("I", rank, micro)
+            if micro >= rank:
+                yield Op("W", rank, micro - rank)
+        yield from (Op("W", rank, micro) for micro in range(max(0, micro_batches - rank), micro_batches))
+
+    return tuple(tuple(operations(rank)) for rank in range(ranks))
+
+
+_V_PREFERENCE = (("F", 1), ("F", 0), ("I", 0), ("I", 1), ("W", 1), ("W", 0))
+"""What a rank of `zb_v` does first if it can: (kind, chunk). Of all orders this one leaves the fewest idle."""
+
+
+def zb_v(ranks: int, micro_batches: int, chunks: int = 2) -> Plan:
+    """Two stages on each rank, down the ranks and up again, backward split (Qi et al., arXiv:2405.15362, V-schedules).
+
+    The loss is on rank 0, where the first gradient is needed soonest. The plan is dealt out in unit steps: at each,
+    every rank takes the first of `_V_PREFERENCE` whose inputs are there, and holds at most 2p activations of half-size
+    stages, as much as 1F1B. With equal F, I and W the idle share is (p-1)/(6m+p-1) for m = p and from m = 1.5 p on,
+    and up to 1.8 times that between.
+    """
+    _expect_chunks("zb_v", chunks, chunks == 2)
+    last = 2 * ranks - 1
+    plan: list[list[Op]] = [[] for _ in range(ranks)]
+    following: Counter[tuple[str, int]] = Counter()
+    made: set[Value] = set()
+    live = [0] * ranks
+
+    def choose(rank: int) -> Op | None:
+        for kind, chunk in _V_PREFERENCE:
+            stage = last - rank if chunk else rank
+            op = Op(kind, stage, following[kind, stage])
+            fits = op.micro < micro_batches and (kind != "F" or live[rank] < 2 * ranks)
+            if fits and made.issuperset(inputs_of(op, last)):
+                return op
+        return None
+
+    while sum(map(len, plan)) < 6 * ranks * micro_batches:
+        for rank, op in enumerate([choose(rank) for rank in range(ranks)]):
+            if op is not None:
+                plan[rank].append(op)
+                following[op.kind, op.stage] += 1
+                live[rank] += {"F": 1, "I": 0, "W": -1}[op.kind]
+                made.update(value for value in (output_of(op),) if value is not None)
+    return tuple(map(tuple, plan))
+
+
+def forward_only(owners: Sequence[int], micro_batches: int) -> Plan:
+    """Forwards alone, for validation and scoring: any number of micro-batches, any place of the stages.
+
+    Args:
+        owners: for each stage the rank that holds it, as many stages on each (see `place_stages`).
+        micro_batches: at least 1.
+    """
+    ranks = max(owners) + 1
+    way = _grouped(ranks, micro_batches, len(owners) // ranks)
+    held = [[stage for stage, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
+    return tuple(tuple(Op("F", held[rank][chunk], micro) for chunk, micro in way) for rank in range(ranks))
 
 
 def _grouped(ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
@@ -99,7 +168,15 @@ class Schedule:
     build: Callable[[int, int, int], Plan]
     summary: str
     interleaves: bool = False
-    """True: at least 2 stages on each rank, micro-batches a multiple of the ranks. False: one stage on each rank."""
+    """At least 2 stages on each rank, micro-batches a multiple of the ranks. Else `chunks` stages on each."""
+    chunks: int = 1
+    v: bool = False
+    """The second half of the stages goes back up the ranks."""
+
+    @property
+    def least_chunks(self) -> int:
+        """The fewest stages on a rank."""
+        return 2 if self.interleaves else self.chunks
 
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
@@ -107,9 +184,19 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "gpipe": Schedule(gpipe, "all forwards, then all backwards"),
         "1f1b": Schedule(one_f_one_b, "one forward, one backward; activations of at most p micro-batches"),
         "interleaved": Schedule(interleaved, "1f1b with several stages on each rank; smaller bubble", interleaves=True),
+        "zb_h1": Schedule(zb_h1, "1f1b with backward in two parts; a third of its bubble at its memory"),
+        "zb_v": Schedule(zb_v, "two stages on each rank, down and up again; a sixth of its bubble", chunks=2, v=True),
     }
 )
 """Every schedule by the name that `parallel.schedule` calls it."""
+
+
+def place_stages(name: str, ranks: int, chunks: int = 1) -> tuple[int, ...]:
+    """For each stage of the schedule `name` the pipeline rank that holds it; arguments as in `build_schedule`."""
+    stages = range(ranks * chunks)
+    if SCHEDULES[name].v:
+        return tuple(min(stage, len(stages) - 1 - stage) for stage in stages)
+    return tuple(stage % ranks for stage in stages)
 
 
 def build_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
@@ -135,10 +222,11 @@ def build_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) -
         )
     if schedule.interleaves:
         _require_interleavable(name, ranks, micro_batches, chunks)
-    elif chunks != 1:
+    elif chunks != schedule.chunks:
+        count = {1: "one stage", 2: "two stages"}[schedule.chunks]
         raise UserError(
-            f'parallel.virtual_stages = {chunks}: the schedule "{name}" puts one stage on each rank; set '
-            'parallel.virtual_stages = 1, or parallel.schedule = "interleaved"'
+            f'parallel.virtual_stages = {chunks}: the schedule "{name}" puts {count} on each rank; set '
+            f'parallel.virtual_stages = {schedule.chunks}, or parallel.schedule = "interleaved"'
         )
     return schedule.build(ranks, micro_batches, chunks)
 
