@@ -14,13 +14,13 @@ from matplotlib.figure import Figure
 
 from megalite.errors import UserError
 from megalite.report import curves, timing
-from megalite.report.findings import history, remarks, times
+from megalite.report.findings import history, remarks
 from megalite.report.run import Run
 from megalite.report.style import styled, to_png, write_file
 
 _SUMMARY = (
-    "state", "steps", "tokens", "loss", "validation", "tokens/s", "MFU", "memory", "training time", "of", "rollbacks",
-    "samples skipped",
+    "state", "steps", "tokens", "loss", "validation", "tokens/s", "MFU", "memory", "effective training time",
+    "rollbacks", "samples skipped",
 )  # fmt: skip
 _MOST_EVENTS = 200
 _MOST_COMPLAINTS = 200
@@ -146,9 +146,8 @@ def _summary(run: Run) -> list[str]:
         return _ABSENT if value is None else form.format(value * factor)
 
     goodput, plan = run.goodput, run.setting("train", "steps")
-    training = f"{goodput.share:.1%}" if goodput else _ABSENT
-    starts = f" ({times(goodput.starts)} started)" if goodput and goodput.starts > 1 else ""
-    wall = f"{timedelta(seconds=round(goodput.wall))}{starts}" if goodput else _ABSENT
+    starts = f", {goodput.starts} starts" if goodput and goodput.starts > 1 else ""
+    training = f"{goodput.share:.1%} of {timedelta(seconds=round(goodput.wall))}{starts}" if goodput else _ABSENT
     return [
         state_of(run),
         text(run.last("step"), "{:,.0f}") + (f" of {plan:,}" if plan else ""),
@@ -159,7 +158,6 @@ def _summary(run: Run) -> list[str]:
         text(run.median("mfu"), "{:.1%}"),
         text(run.last("memory_gib"), "{:.2f} GiB"),
         training,
-        wall,
         text(run.last("rollbacks"), "{:.0f}"),
         text(run.last("skipped_samples"), "{:,.0f}"),
     ]

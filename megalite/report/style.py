@@ -27,7 +27,7 @@ PHASES = {
     "reduce": ("gradient reduction", "#e3b983"),
     "wait_tensor": ("tensor parallel", "#f0d28a"),
     "wait_context": ("context parallel", "#e6c0a0"),
-    "wait_pipeline": ("pipeline", "#e8c7a5"),
+    "wait_pipeline": ("pipeline", "#dba17f"),
     "wait_others": ("waiting for all ranks", "#d9d9d9"),
     "other": ("other", "#a9a9a9"),
 }

@@ -94,7 +94,7 @@ def draw_breakdown_over_steps(run: Run) -> Figure | None:
     kept = {name: layer for name, layer in kept.items() if layer.sum() > 0.002 * total.sum()}
     labels, colours = [PHASES[name][0] for name in kept], [PHASES[name][1] for name in kept]
     axes.stackplot(middle, list(kept.values()), labels=labels, colors=colours, linewidth=0)
-    limit = 1.15 * float(np.quantile(total, 0.98))
+    limit = min(1.5 * float(np.quantile(total, 0.9)), 1.05 * float(total.max()))  # the first steps may leave the frame
     axes.set(xlim=(first, last), ylim=(0, limit), xlabel="step", ylabel="milliseconds, mean of the ranks")
     axes.set_title("Step time over the run")
     legend_below(figure, len(axes.get_legend_handles_labels()[1]))

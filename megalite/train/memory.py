@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.train.timeline import memory_gib
 from megalite.train.trainer import Trainer
@@ -89,8 +90,20 @@ def explain_memory(error: BaseException, config: Config, mesh: Mesh, trainer: Tr
     log.error("%s", "\n".join(lines))
 
 
-def planned_bytes(config: Config, mesh: Mesh) -> dict[str, int]:
-    return {}
+def planned_bytes(config: Config, mesh: Mesh) -> Mapping[str, float]:
+    """What the planner expects this rank's pipeline rank to need, by part; empty where it cannot tell."""
+    from megalite.planning import DEVICES, Job
+    from megalite.planning.memory import rank_memory
+
+    name = torch.cuda.get_device_name(mesh.device).lower() if mesh.device.type == "cuda" else "cpu"
+    kind = next((kind for kind in DEVICES if kind in name), None)
+    if kind is None:
+        return {}
+    try:
+        return rank_memory(Job.of(config, mesh.size, DEVICES[kind]), mesh.index("pp")).parts
+    except (UserError, ValueError, KeyError) as error:
+        log.info("the planner cannot tell what was to be expected: %s", error)
+        return {}
 
 
 def _remedy(config: Config) -> str:

@@ -11,7 +11,7 @@ import faulthandler
 import logging
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,10 +27,25 @@ _WARM_STEPS = 3
 _REPORT_STEPS = 50
 """Steps over which a rank's median work is taken before ranks are compared."""
 _SLOW = 1.25
-"""A rank whose own work takes this many times the median's is called slow."""
+"""A rank whose own work takes this many times the median of its peers is called slow."""
 
 _ANSWER_SECONDS = 5.0
 """How long a roll call waits: peers notice a loss at about the same time, within a collective's timeout granularity."""
+
+
+def find_slowest(seconds: Sequence[float], stage_size: int) -> tuple[int, float, float]:
+    """(rank, its seconds, its peers' median) of the rank that stands out most.
+
+    Peers are the ranks of the same pipeline stage, `stage_size` in a row: stages differ in work by design. A rank
+    that is alone in its stage has all ranks for peers.
+    """
+    usual = []
+    for rank in range(len(seconds)):
+        first = rank - rank % stage_size
+        peers = seconds[first : first + stage_size] if stage_size > 1 else seconds
+        usual.append(statistics.median_low(peers))
+    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank] / max(usual[rank], 1e-9))
+    return slowest, seconds[slowest], usual[slowest]
 
 
 class Watch:
@@ -77,16 +92,14 @@ class Watch:
         world = self.mesh.world
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
         world.all_gather(seconds, seconds.new_tensor([work])).wait()
-        median = float(seconds.median())
-        slowest = int(seconds.argmax())
         if self.mesh.rank == 0:
-            slow = float(seconds[slowest]) > _SLOW * median
+            slowest, own, usual = find_slowest(seconds.tolist(), world.size // self.mesh.pp)
+            slow = own > _SLOW * usual
             level = logging.WARNING if slow else logging.DEBUG
-            line = "step %d: rank %d works longest, %.3f s a step where the median is %.3f s"
-            log.log(level, line, step, slowest, float(seconds[slowest]), median)
+            line = "step %d: rank %d works longest, %.3f s a step where the median of its peers is %.3f s"
+            log.log(level, line, step, slowest, own, usual)
             if slow:
-                took, usual = round(float(seconds[slowest]), 6), round(median, 6)
-                self.events.write("slow", step=step, rank=slowest, seconds=took, median=usual)
+                self.events.write("slow", step=step, rank=slowest, seconds=round(own, 6), median=round(usual, 6))
 
     def roll_call(self, ended: Callable[[], bool]) -> list[int]:
         """After a communication has failed: the ranks that do not answer, because they are dead or hang.
