@@ -188,6 +188,32 @@ def test_recipes_that_cannot_be_read(capsys, tmp_path):
         assert code == 2 and message in errors and errors.count("\n") == 1
 
 
+# The task that runs a rank
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "code", "outcome", "says"),
+    [
+        ("exit 0", 0, None, ""),
+        ("exit 75", 0, "75", ""),
+        ("exit 2", 2, "2", ""),
+        ("exit 5", 5, None, "error: rank 0 on n0 ended with code 5"),
+        ("kill -KILL $$", 137, None, "error: rank 0 on n0 was ended by SIGKILL"),
+        ("kill -USR1 $$ $PPID; exit 7", 7, None, "error: rank 0 on n0 ended with code 7"),
+        ("trap 'exit 75' TERM; kill -TERM $$ $PPID; sleep 9", 0, "75", ""),
+    ],
+)
+def test_what_becomes_of_a_ranks_exit_code(tmp_path, ends_with, code, outcome, says):
+    path = tmp_path / "outcome"
+    place = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "n0"}
+    place |= {"MEGALITE_OUTCOME": str(path), "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
+    command = ["bash", str(ROOT / "launch/entry.sh"), "bash", "-c", ends_with]
+    done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == code and says in done.stderr
+    assert ("error: rank" in done.stderr) == bool(says)
+    assert (path.read_text().strip() if path.exists() else None) == outcome
+
+
 # Submitting, with a stand-in for sbatch
 
 
