@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megalite.kernels import attention_choice as choice
+from megalite.kernels import select_kernels
 from megalite.kernels.flash_attention import Documents, attention_reference
 
 pytestmark = pytest.mark.fast
@@ -169,3 +170,19 @@ def test_a_backend_of_sdpa_refuses_what_it_would_not_do_itself():
                 call(*heads(), **options)
         with pytest.raises(RuntimeError, match="fused"):
             call(*heads(9, 8))
+
+
+def test_auto_on_a_cuda_device_chooses_among_ours_and_torchs(monkeypatch, tmp_path):
+    """The wiring of `select_kernels`, with a device that is only named."""
+    pytest.importorskip("triton")
+    seen = {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake 9000")
+    monkeypatch.setattr(
+        choice, "fastest", lambda candidates, kept: seen.update(names=list(candidates), kept=kept) or len
+    )
+    kernels = select_kernels({}, torch.device("cuda"))
+    assert kernels.attention is len and seen["names"] == ["triton", "sdpa-flash", "sdpa-cudnn"]
+    assert seen["kept"].path.parent.parent == tmp_path and seen["kept"].environment.startswith("Fake 9000, torch")
+    assert "measured" in kernels.choices["attention"]
+    assert select_kernels({"attention": "triton"}, torch.device("cuda")).attention is not len

@@ -45,13 +45,26 @@ memory = torch.empty(2 * STEP + 256)
 rows = memory.as_strided((3, 64), (STEP, 1))
 rows.normal_()
 near = rows.clone()
-torch.testing.assert_close(rms_norm_triton.rms_norm(rows, torch.ones(64), 1e-5),
-                           rms_norm_triton.rms_norm(near, torch.ones(64), 1e-5))
-torch.testing.assert_close(swiglu_triton.swiglu(rows), swiglu_triton.swiglu(near))
+upstream = memory.as_strided((3, 64), (STEP, 1), 128)  # gradients far apart as well
+upstream.normal_()
+def both_ways(op, x):
+    # values and gradients, for the upstream gradient in far rows and in near ones
+    x = x.detach().requires_grad_()
+    y = op(x)
+    far = upstream[..., : y.shape[-1]] if y.dim() == 2 else upstream.view_as(y)
+    assert far.stride(0) == STEP
+    return [y.detach(), *(torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in (far, far.clone()))]
+def agree(op, far, near):
+    first, second = both_ways(op, far), both_ways(op, near)
+    for result in (*first[2:], *second[1:]):
+        torch.testing.assert_close(result, first[1])
+    torch.testing.assert_close(first[0], second[0])
+weight, tables = torch.ones(64), (torch.randn(3, 32), torch.randn(3, 32))
 heads, near_heads = rows.view(3, 1, 2, 32), near.view(3, 1, 2, 32)
-tables = torch.randn(3, 32), torch.randn(3, 32)
-for a, b in zip(rope_triton.rope(heads, heads, *tables), rope_triton.rope(near_heads, near_heads, *tables)):
-    torch.testing.assert_close(a, b)
+agree(lambda x: rms_norm_triton.rms_norm(x, weight, 1e-5), rows, near)
+agree(lambda x: rms_norm_triton.add_rms_norm(x, x, weight, 1e-5)[1], rows, near)
+agree(swiglu_triton.swiglu, rows, near)
+agree(lambda x: rope_triton.rope(x, x, *tables)[0], heads, near_heads)
 targets = torch.tensor([1, 2, 3])
 stats = cross_entropy_triton.cross_entropy_stats(rows, targets)
 torch.testing.assert_close(stats, cross_entropy_triton.cross_entropy_stats(near, targets))

@@ -3,7 +3,16 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megalite.kernels import OPERATIONS, flash_attention_triton, rms_norm_triton, select_kernels, swiglu_triton
+from megalite.kernels import (
+    OPERATIONS,
+    adamw_triton,
+    cross_entropy_triton,
+    flash_attention_triton,
+    rms_norm_triton,
+    rope_triton,
+    select_kernels,
+    swiglu_triton,
+)
 from megalite.kernels.rms_norm import rms_norm
 
 
@@ -42,6 +51,44 @@ def test_a_compiled_block_equals_the_eager_one(device):
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for a, b in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), eager):
         torch.testing.assert_close(a, b)
+
+
+def test_a_compiled_attention_layer_equals_the_eager_one(device):
+    """Fused norm, rotation and attention by documents: no graph break, forward or backward."""
+    documents = torch.tensor([0, 0, 1, 1, 1, 2], device=device)[:, None]
+    cos, sin = torch.randn(6, 16, device=device), torch.randn(6, 16, device=device)
+
+    def layer(x, residual, weight):
+        total, y = rms_norm_triton.add_rms_norm(x, residual, weight, 1e-5)
+        q, k, v = (part.unflatten(-1, (-1, 16)) for part in y.split([32, 16, 16], -1))
+        q, k = rope_triton.rope(q, k, cos, sin)
+        return flash_attention_triton.attention(q, k, v, documents=documents).square().sum() + total.sum()
+
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 1, 64), (6, 1, 64), (64,))]
+    eager = torch.autograd.grad(layer(*leaves), leaves)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), eager):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_compiled_loss_and_update_equal_the_eager_ones(device):
+    """Operators that write into their arguments, under torch.compile."""
+    logits, targets = torch.randn(5, 40, device=device), torch.randint(0, 40, (5,), device=device)
+
+    def loss(z):
+        stats = cross_entropy_triton.cross_entropy_stats_grad_(z, targets, torch.ones(5, device=device))
+        return stats, adamw_triton.square_sum(z.flatten())
+
+    def update(w, m, v):
+        adamw_triton.adamw_(w, logits.flatten(), m, v, lr=0.1, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1, step=1)
+        return w
+
+    for call, make in ((loss, lambda: [logits.clone()]), (update, lambda: list(torch.ones(3, 200, device=device)))):
+        eager, compiled = make(), make()
+        wanted = call(*eager)
+        got = torch.compile(call, backend="aot_eager", fullgraph=True)(*compiled)
+        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_selection_takes_triton_here_and_says_so(device):

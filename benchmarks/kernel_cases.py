@@ -1,0 +1,374 @@
+"""What `benchmarks/kernels.py` measures: every operation at the sizes of Llama 3 8B, beside everyone else who does it.
+
+A peer is called as its own documentation says, on inputs in the layout that it prefers; layouts are made beforehand.
+The first implementation of a case is ours, under the name of what was chosen ("megalite triton", "megalite
+reference"); the eager formulas here are those of Hugging Face's Llama, written out, and share no code with ours.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalite.kernels import Kernels, cross_entropy
+from megalite.kernels.flash_attention import Documents
+
+EPS = 1e-5
+
+Call = Callable[..., Any]
+
+
+@dataclass
+class Case:
+    """One operation in one direction: what it must move or multiply, and who does it, ours first."""
+
+    name: str
+    bytes: float
+    flop: float
+    implementations: dict[str, Callable[[], Any]]
+    prepare: Callable[[], Any] | None = None
+    absent: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    tokens: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    width: int
+    vocab: int
+    lengths: tuple[int, ...]
+    attention_tokens: int
+
+
+LLAMA_8B = Sizes(8192, 4096, 14336, 32, 8, 128, 128256, (1024, 2048, 4096, 8192), 16384)
+SMALL = Sizes(1024, 256, 688, 8, 4, 32, 8192, (512,), 1024)
+
+
+@dataclass(frozen=True)
+class Setting:
+    kernels: Kernels
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+    with_compile: bool
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def name(self, operation: str) -> str:
+        return f"megalite {self.kernels.choices[operation].split()[0]}"
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(self.dtype)
+
+    def compiled(self, call: Call) -> dict[str, Call]:
+        return {"torch.compile": torch.compile(call, dynamic=False)} if self.with_compile else {}
+
+
+def optional(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def liger(at: Setting) -> Any:
+    return optional("liger_kernel.transformers.functional") if at.gpu else None
+
+
+def missing(at: Setting, *modules: tuple[str, Any]) -> list[str]:
+    gone = [name for name, module in modules if module is None and at.gpu]
+    return gone if at.with_compile else [*gone, "torch.compile"]
+
+
+def working(calls: dict[str, Callable[[], Any]], absent: list[str]) -> dict[str, Callable[[], Any]]:
+    """Without the peers that fail at their first call; `absent` is told why. Ours has to work."""
+    kept = {}
+    for number, (who, call) in enumerate(calls.items()):
+        try:
+            call()
+            kept[who] = call
+        except Exception as error:
+            if number == 0:
+                raise
+            absent.append(f"{who} ({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:120]})")
+    return kept
+
+
+def both_ways(forward: Call, inputs: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The forward without a graph, and the backward alone, over one graph that is kept."""
+    kept: list[Any] = []
+
+    def run_forward() -> Any:
+        with torch.no_grad():
+            return forward(*inputs)
+
+    def run_backward() -> Any:
+        if not kept:
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            outputs = forward(*leaves)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            kept.extend((outputs, leaves, [torch.randn_like(x) for x in outputs]))
+        return torch.autograd.grad(*kept, retain_graph=True)
+
+    return run_forward, run_backward
+
+
+def directions(
+    name: str, contenders: dict[str, tuple[Call, list[Tensor]]], cost: str, amounts: tuple[float, float],
+    absent: list[str],
+) -> Iterator[Case]:  # fmt: skip
+    """Forward and backward of one operation; cost: what `amounts` are, "bytes" or "flop"."""
+    pairs = {who: both_ways(call, inputs) for who, (call, inputs) in contenders.items()}
+    for index, direction in enumerate(("forward", "backward")):
+        gone = list(absent)
+        calls = working({who: pair[index] for who, pair in pairs.items()}, gone)
+        moved, flop = (amounts[index], 0.0) if cost == "bytes" else (0.0, amounts[index])
+        yield Case(f"{name} {direction}", moved, flop, calls, None, gone)
+
+
+def eager_norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def eager_add_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, eager_norm(total, weight)
+
+
+def norm_cases(at: Setting) -> Iterator[Case]:
+    x, residual = (at.randn(at.sizes.tokens, at.sizes.hidden) for _ in range(2))
+    weight, theirs = at.randn(at.sizes.hidden), liger(at)
+    once, ours, absent = x.numel() * x.element_size(), at.name("rms_norm"), missing(at, ("Liger-Kernel", theirs))
+    calls: dict[str, Call] = {
+        ours: lambda x, w: at.kernels.rms_norm(x, w, EPS),
+        "torch eager": eager_norm,
+        "torch F.rms_norm": lambda x, w: F.rms_norm(x, (at.sizes.hidden,), w, EPS),
+        **at.compiled(eager_norm),
+    }
+    if theirs:
+        calls["Liger-Kernel"] = lambda x, w: theirs.liger_rms_norm(x, w, EPS)
+    contenders = {who: (call, [x, weight]) for who, call in calls.items()}
+    yield from directions("rms_norm", contenders, "bytes", (2 * once, 3 * once), absent)
+    calls = {
+        ours: lambda x, r, w: at.kernels.add_rms_norm(x, r, w, EPS),
+        "torch eager": eager_add_norm,
+        **at.compiled(eager_add_norm),
+    }
+    if theirs:
+        calls["Liger-Kernel"] = lambda x, r, w: theirs.liger_fused_add_rms_norm(x, r, w, EPS)
+    contenders = {who: (call, [x, residual, weight]) for who, call in calls.items()}
+    yield from directions("add_rms_norm", contenders, "bytes", (4 * once, 4 * once), absent)
+
+
+def eager_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, heads, S, D] with cos and sin [S, D]."""
+
+    def turned(x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+    return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+
+def rope_cases(at: Setting) -> Iterator[Case]:
+    q, k = (at.randn(at.sizes.tokens, 1, heads, at.sizes.width) for heads in (at.sizes.heads, at.sizes.kv_heads))
+    angle = torch.rand(at.sizes.tokens, at.sizes.width // 2, device=at.device)
+    cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
+    narrow_cos, narrow_sin, theirs = cos.to(at.dtype), sin.to(at.dtype), liger(at)
+
+    def eager(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return eager_rope(q, k, narrow_cos, narrow_sin)
+
+    batched = [x.permute(1, 2, 0, 3).contiguous() for x in (q, k)]
+    contenders: dict[str, tuple[Call, list[Tensor]]] = {
+        at.name("rope"): (lambda q, k: at.kernels.rope(q, k, cos, sin), [q, k]),
+        "torch eager": (eager, batched),
+        **{who: (call, batched) for who, call in at.compiled(eager).items()},
+    }
+    if theirs:
+        strided = [x.permute(1, 2, 0, 3) for x in (q.clone(), k.clone())]  # as a projection gives them; in place
+        contenders["Liger-Kernel"] = lambda q, k: theirs.liger_rope(q, k, narrow_cos[None], narrow_sin[None]), strided
+    moved = 2.0 * (q.numel() + k.numel()) * q.element_size()
+    yield from directions("rope", contenders, "bytes", (moved, moved), missing(at, ("Liger-Kernel", theirs)))
+
+
+def swiglu_cases(at: Setting) -> Iterator[Case]:
+    gate_up, theirs = at.randn(at.sizes.tokens, 2 * at.sizes.ffn), liger(at)
+    halves = [x.contiguous() for x in gate_up.chunk(2, dim=-1)]
+
+    def eager(x: Tensor) -> Tensor:
+        return F.silu(x[..., : at.sizes.ffn]) * x[..., at.sizes.ffn :]
+
+    calls: dict[str, Call] = {at.name("swiglu"): at.kernels.swiglu, "torch eager": eager, **at.compiled(eager)}
+    contenders = {who: (call, [gate_up]) for who, call in calls.items()}
+    if theirs:
+        contenders["Liger-Kernel"] = theirs.liger_swiglu, halves
+    half = gate_up.numel() * gate_up.element_size() / 2
+    yield from directions("swiglu", contenders, "bytes", (3 * half, 5 * half), missing(at, ("Liger-Kernel", theirs)))
+
+
+def loss_cases(at: Setting) -> Iterator[Case]:
+    logits, theirs = at.randn(at.sizes.tokens, at.sizes.vocab), liger(at)
+    source, leaf = logits.clone(), logits.clone().requires_grad_()
+    targets = torch.randint(0, at.sizes.vocab, (at.sizes.tokens,), device=at.device)
+    grad_N, name = torch.full((at.sizes.tokens,), 1 / at.sizes.tokens, device=at.device), at.name("cross_entropy")
+
+    def eager(z: Tensor) -> Tensor:
+        return F.cross_entropy(z.float(), targets)
+
+    def with_gradient(loss: Call) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(loss(leaf), leaf)
+
+    calls: dict[str, Callable[[], Any]] = {
+        name: lambda: at.kernels.cross_entropy_stats_grad_(logits, targets, grad_N),
+        "torch eager": with_gradient(eager),
+        **{who: with_gradient(call) for who, call in at.compiled(eager).items()},
+    }
+    if theirs:  # it, too, writes the gradient over its input
+        calls["Liger-Kernel"] = lambda: theirs.liger_cross_entropy(logits.requires_grad_(), targets).backward()
+
+    def prepare() -> None:
+        logits.requires_grad_(False).copy_(source)
+        logits.grad = None
+
+    absent, once = missing(at, ("Liger-Kernel", theirs)), float(logits.numel() * logits.element_size())
+    yield Case("cross_entropy forward + gradient", 2 * once, 0, working(calls, absent), prepare, absent)
+    width = at.sizes.vocab // 8
+    shard = source[:, :width].clone()
+
+    def sharded() -> Any:
+        stats = at.kernels.cross_entropy_stats(shard, targets)
+        return at.kernels.cross_entropy_grad_(shard, targets, stats, grad_N, vocab_size=at.sizes.vocab)
+
+    def restore() -> None:
+        shard.copy_(source[:, :width])
+
+    what = "cross_entropy shard of 8, without the collective"
+    yield Case(what, 3 * once / 8, 0, {name: sharded}, restore, ["peers (none splits at the collective)"])
+
+
+def fused_loss_cases(at: Setting) -> Iterator[Case]:
+    hidden = at.randn(at.sizes.tokens, at.sizes.hidden).requires_grad_()
+    weight = at.randn(at.sizes.vocab, at.sizes.hidden).div_(64).requires_grad_()
+    targets, theirs = torch.randint(0, at.sizes.vocab, (at.sizes.tokens,), device=at.device), liger(at)
+    main_grad, name = torch.zeros(weight.shape, device=at.device), at.name("cross_entropy")
+
+    def ours(main_grad: Tensor | None) -> Any:
+        loss = cross_entropy.fused_linear_cross_entropy(hidden, weight, targets, ops=at.kernels, main_grad=main_grad)
+        return torch.autograd.grad(loss, (hidden,) if main_grad is not None else (hidden, weight))
+
+    def eager() -> Any:
+        return torch.autograd.grad(F.cross_entropy((hidden @ weight.t()).float(), targets), (hidden, weight))
+
+    calls: dict[str, Callable[[], Any]] = {
+        f"{name}, main gradient": lambda: ours(main_grad),
+        f"{name}, own gradient": lambda: ours(None),
+        "torch eager": eager,
+    }
+    if theirs:
+        calls["Liger-Kernel"] = lambda: torch.autograd.grad(
+            theirs.liger_fused_linear_cross_entropy(hidden, weight, targets), (hidden, weight)
+        )
+    absent = missing(at, ("Liger-Kernel", theirs))
+    flop = 6.0 * at.sizes.tokens * at.sizes.hidden * at.sizes.vocab
+    yield Case("linear + cross_entropy", 0, flop, working(calls, absent), None, absent)
+
+
+def sdpa(backend: SDPBackend | None) -> Call:
+    """Torch's operator on [S, B, heads, D], causal, with one backend or with whichever it takes."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
+
+    def limited(*tensors: Tensor) -> Any:
+        with sdpa_kernel(backend):
+            return call(*tensors)
+
+    return call if backend is None else limited
+
+
+def attention_peers(at: Setting) -> tuple[dict[str, Call], list[str]]:
+    """Everyone else who computes causal attention here, and who is not installed."""
+    peers: dict[str, Call] = {"SDPA default": sdpa(None)}
+    if not at.gpu:
+        return peers, []
+    peers |= {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    other = optional("flash_attn")
+    if other is None:
+        return peers, ["flash-attn"]
+    peers["flash-attn"] = lambda q, k, v: other.flash_attn_func(*(x.transpose(0, 1) for x in (q, k, v)), causal=True)
+    return peers, []
+
+
+def attention_cases(at: Setting) -> Iterator[Case]:
+    (peers, absent), name, heads = attention_peers(at), at.name("attention"), at.sizes.heads
+
+    def inputs(length: int, batch: int, width: int) -> list[Tensor]:
+        counts = (heads, at.sizes.kv_heads, at.sizes.kv_heads)
+        return [at.randn(length, batch, count, width) for count in counts]
+
+    def cost(length: int, batch: int, width: int) -> tuple[float, float]:
+        forward = 2.0 * batch * heads * length * length * width
+        return forward, 2.5 * forward
+
+    longest = at.sizes.lengths[-1]
+    shapes = [(length, at.sizes.width) for length in at.sizes.lengths] + [(longest, at.sizes.width // 2)]
+    for length, width in shapes:
+        batch = max(1, at.sizes.attention_tokens // length)
+        tensors = inputs(length, batch, width)
+        contenders = {who: (call, tensors) for who, call in {name: at.kernels.attention, **peers}.items()}
+        amounts = cost(length, batch, width)
+        yield from directions(f"attention causal s{length} d{width}", contenders, "flop", amounts, absent)
+    length, packed = longest // 8, inputs(longest, 1, at.sizes.width)
+    documents = Documents(torch.arange(8, device=at.device).repeat_interleave(length)[:, None])
+    batched = [x.view(8, length, *x.shape[2:]).transpose(0, 1).contiguous() for x in packed]
+    contenders = {
+        name: (lambda q, k, v: at.kernels.attention(q, k, v, documents=documents), packed),
+        **{f"{who}, batched": (call, batched) for who, call in peers.items()},
+    }
+    amounts = cost(length, 8, at.sizes.width)
+    yield from directions(f"attention 8 documents of {length}", contenders, "flop", amounts, absent)
+
+
+def optimizer_cases(at: Setting) -> Iterator[Case]:
+    count = at.sizes.tokens * at.sizes.hidden
+    w, g, m, v = (torch.rand(count, device=at.device) for _ in range(4))
+    options = {"lr": 1e-6, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    param, theirs = torch.empty(count, dtype=torch.bfloat16, device=at.device), torch.nn.Parameter(w.clone())
+    theirs.grad = g
+    fused, foreach = (torch.optim.AdamW([theirs], lr=1e-6, **kind) for kind in ({"fused": True}, {"foreach": True}))
+    calls: dict[str, Callable[[], Any]] = {
+        at.name("adamw"): lambda: at.kernels.adamw_(w, g, m, v, step=10, param_out=param, **options),
+        "torch fused AdamW (no bf16 copy)": fused.step,
+        "torch foreach AdamW (no bf16 copy)": foreach.step,
+    }
+    absent: list[str] = []
+    yield Case("adamw", 30.0 * count, 0, working(calls, absent), None, absent)
+    calls = {
+        at.name("adamw"): lambda: at.kernels.square_sum(g),
+        "torch vector_norm fp64": lambda: torch.linalg.vector_norm(g, dtype=torch.float64),
+    }
+    yield Case("square_sum", 4.0 * count, 0, calls)
+
+
+GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+    "rms_norm": norm_cases,
+    "rope": rope_cases,
+    "swiglu": swiglu_cases,
+    "cross_entropy": loss_cases,
+    "linear_cross_entropy": fused_loss_cases,
+    "attention": attention_cases,
+    "adamw": optimizer_cases,
+}
