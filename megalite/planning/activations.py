@@ -17,14 +17,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megalite.planning.architecture import LayerShare, layer_share, layers_on, vocabulary_rows
+from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 
 # Elements of one chunk of logits (megalite.parallel.loss).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 EXPLICIT_WIDTH, EXPLICIT_LONGEST = 128, 512
-"""On CPUs, bf16 attention with heads this wide and keys this few is computed explicitly and keeps its scores."""
+"""On CPUs, bf16 attention with heads this wide and keys this few is computed explicitly and keeps its scores; with so
+few keys for each query head of a group, or fewer, it makes everything again in backward."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class StageMemory:
     """Beyond that, at most, while backward runs."""
     loss: float
     """Beyond that, while the output layer runs in forward; 0 but on the last stage."""
+    postponed: float
+    """What the weights' part of a split backward still needs after the inputs' part."""
 
 
 def _norm_kept(job: Job, width: float) -> float:
@@ -68,16 +71,22 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     norms = _query_key_norm_kept(job, layer)
     if not grouped:  # every query head gets its own copy of keys and values
         return size * (4 * layer.query) + 4 * layer.queries + norms
-    kept = size * (3 * layer.query + 3 * layer.key) + 4 * layer.queries + norms
-    model = job.architecture.model
-    if not job.device.is_gpu and size == 2 and model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST:
-        kept += size * layer.queries * job.seq_length - 4 * layer.queries
-    return kept
+    return size * (3 * layer.query + 3 * layer.key) + _attention_statistics(job, layer) + norms
+
+
+def _attention_statistics(job: Job, layer: LayerShare) -> float:
+    """Bytes a token that attention itself keeps: the log-sum-exp of each head, but for bf16 on CPUs."""
+    if job.device.is_gpu or job.element_bytes == 4:
+        return 4.0 * layer.queries
+    if job.architecture.model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST:
+        return 2.0 * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size  # scores and mask
+    blocked = job.seq_length <= EXPLICIT_LONGEST * (layer.queries // layer.kvs)
+    return 0.0 if blocked else 4.0 * layer.queries
 
 
 def layer_kept(job: Job) -> float:
     """Bytes that one layer keeps of a micro-batch until its backward."""
-    layer = layer_share(job.architecture, job.tensor)
+    layer = job.layer
     size, hidden = job.element_bytes, layer.hidden / job.split
     if job.recompute == "full":
         return job.tokens * size * hidden
@@ -98,7 +107,7 @@ def _layer_working(job: Job) -> tuple[float, float]:
     over the ranks, the sum. Backward is widest in SwiGLU: the gradients of the stream, of its output and its inputs,
     and the same output once more where it was recomputed; the weight's gradient waits beside them in bf16.
     """
-    layer = layer_share(job.architecture, job.tensor)
+    layer = job.layer
     size, hidden, whole = job.element_bytes, layer.hidden / job.split, float(layer.hidden)
     gathered = whole if job.split > 1 else 0.0
     recomputes = job.recompute == "selective"
@@ -130,7 +139,7 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     architecture, hidden = job.architecture, job.architecture.model.hidden_size / job.split
     stream = job.tokens * job.element_bytes * hidden
     forward, backward = _layer_working(job)
-    kept = layers_on(architecture, job.stages, stage) * layer_kept(job)
+    kept = job.layers[stage] * layer_kept(job)
     loss = 0.0
     if stage == 0:
         kept += job.tokens * (8 + 1)  # the ids, and which of them this rank holds
@@ -138,6 +147,12 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
         # The final norm's input, and the gradient that the output layer has made already; its own output goes.
         kept += job.tokens * _norm_kept(job, architecture.model.hidden_size) / job.split + stream
         loss = loss_working(job)
-    elif job.pipeline > 1:
+    elif job.owners[stage] != job.owners[stage + 1]:
         kept += stream  # the output that was sent is held until its gradient comes back
-    return StageMemory(kept, forward, backward, loss)
+    if stage > 0 and not job.device.is_gpu and job.element_bytes == 2:
+        kept += stream  # the first norm keeps its input in fp32 only
+    layer = job.layer
+    # The four products' inputs and output gradients, those of the stream whole.
+    wide = 4 * layer.hidden + 2 * layer.query + 2 * layer.key + 3 * layer.ffn
+    postponed = job.layers[stage] * job.tokens * job.element_bytes * wide
+    return StageMemory(kept, forward, backward, loss, postponed)

@@ -9,7 +9,7 @@ from megalite.config import Config
 from megalite.errors import UserError
 from megalite.parallel.pipeline.ops import Plan, stage_owners
 from megalite.parallel.pipeline.schedules import build_schedule
-from megalite.planning.architecture import Architecture
+from megalite.planning.architecture import Architecture, LayerShare, layer_share, layers_on
 from megalite.planning.hardware import Device
 
 
@@ -35,8 +35,6 @@ class Practice:
     """Tensor-parallel collectives of backward run under its products."""
     gather_efficiency: float = 1.0
     """Share of the link's rate at which ZeRO-3 gathers parameters."""
-    reductions: str = "step"
-    """ZeRO-2 and 3 reduce gradients once a `step`, or once a `micro` batch."""
 
 
 MEGALITE = Practice()
@@ -112,14 +110,42 @@ class Job:
         micro_batches = self.micro_batches if micro_batches is None else micro_batches
         return _plan(self.schedule, self.pipeline, micro_batches, self.virtual_stages)
 
+    @functools.cached_property
+    def layer(self) -> LayerShare:
+        """One layer on the tensor rank that holds most."""
+        return layer_share(self.architecture, self.tensor)
+
+    @functools.cached_property
+    def layers(self) -> tuple[int, ...]:
+        """How many layers each stage holds."""
+        return tuple(layers_on(self.architecture, self.stages, stage) for stage in range(self.stages))
+
+    @functools.cached_property
     def owners(self) -> tuple[int, ...]:
         """The pipeline rank of each stage."""
-        return stage_owners(self.plan(self.pipeline))
+        return _owners(self.schedule, self.pipeline, self.virtual_stages)
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether one rank holds embedding and output layer as one tensor."""
+        owners = self.owners
+        return self.architecture.model.tie_embeddings and owners[0] == owners[-1]
 
     def stages_of(self, rank: int) -> list[int]:
-        return [stage for stage, owner in enumerate(self.owners()) if owner == rank]
+        return [stage for stage, owner in enumerate(self.owners) if owner == rank]
+
+    def alike(self, stage: int) -> tuple[int, bool, bool, bool]:
+        """Stages with equal answers cost the same: layers, first, last, whether the next one is elsewhere."""
+        last = stage == self.stages - 1
+        elsewhere = last or self.owners[stage] != self.owners[stage + 1]
+        return self.layers[stage], stage == 0, last, elsewhere
 
 
 @functools.lru_cache(maxsize=128)
 def _plan(schedule: str, ranks: int, micro_batches: int, chunks: int) -> Plan:
     return build_schedule(schedule, ranks, micro_batches, chunks)
+
+
+@functools.lru_cache(maxsize=256)
+def _owners(schedule: str, ranks: int, chunks: int) -> tuple[int, ...]:
+    return stage_owners(build_schedule(schedule, ranks, ranks, chunks))

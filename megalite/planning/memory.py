@@ -7,22 +7,27 @@ that is being computed on top) counts. The optimizer's step is looked at as a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megalite.planning.activations import StageMemory, stage_memory
-from megalite.planning.architecture import layer_share, stage_parameters, vocabulary_rows
+from megalite.parallel.pipeline.ops import Op
+from megalite.planning.activations import stage_memory
+from megalite.planning.architecture import vocabulary_rows
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
 
-BUCKET_ELEMENTS = 1 << 23
-"""Elements of a gradient bucket (megalite.parallel.data)."""
+REDUCTIONS = 3
+"""Layers whose gradients ZeRO-2 and 3 have whole: one that is being added to, two on their way (parallel.data)."""
 
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.02}
 """What torch's allocator (CPU: the C library's) reserves beyond the tensors, as a share of them."""
 
 CONTEXT_BYTES = (0.8 * GIB, 1.6 * GIB)
 """CUDA context, cuBLAS workspace and kernels of one process alone, and with NCCL's buffers."""
+
+STEADY = 6
+"""Micro-batches for each pipeline rank after which every schedule but GPipe repeats itself."""
 
 TRANSFER_BUFFERS = 4
 """Activations on their way: one received ahead in each direction, and two gradients still being sent."""
@@ -58,77 +63,111 @@ def state_bytes(
     }
 
 
+def stage_elements(job: Job, stage: int) -> int:
+    """Elements of the parameters that a stage stores on one tensor rank, padded vocabulary rows included.
+
+    An output layer that shares the embedding's storage counts with the first stage.
+    """
+    architecture, hidden = job.architecture, job.architecture.model.hidden_size
+    vocabulary = vocabulary_rows(architecture, job.tensor) * hidden
+    total = job.layers[stage] * job.layer.parameters
+    if stage == 0:
+        total += vocabulary + architecture.learned_positions * hidden
+    if stage == job.stages - 1:
+        total += hidden * (2 if architecture.biases else 1)
+        total += 0 if job.shares_vocabulary else vocabulary
+    return total
+
+
 def rank_parameters(job: Job, rank: int) -> int:
-    """Elements of the parameters that a pipeline rank's stages hold on one tensor rank."""
-    return sum(stage_parameters(job.architecture, job.tensor, job.stages, stage) for stage in job.stages_of(rank))
+    """The same of all stages of a pipeline rank."""
+    return sum(stage_elements(job, stage) for stage in job.stages_of(rank))
 
 
 def rank_states(job: Job, rank: int) -> dict[str, float]:
-    """What the rank holds all the time: states, the gradient shards of ZeRO-1, what ZeRO has in flight, tables."""
-    parameters = rank_parameters(job, rank)
+    """What the rank holds all the time: states, what ZeRO has whole beside its shards, tables."""
+    parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
-    parts = state_bytes(parameters, job.data, job.zero, weight=job.element_bytes, master=master)
-    bucket = min(parameters, max(BUCKET_ELEMENTS, _largest_parameter(job, rank)))
-    if job.data > 1 and job.zero == 1:
+    zero = job.zero if job.data > 1 else 0
+    parts = state_bytes(parameters, job.data, zero, weight=job.element_bytes, master=master)
+    if zero == 1:
         parts["gradients"] += 4.0 * parameters / job.data  # the reduced shard has its own buffer
-    elif job.data > 1 and job.zero >= 2:
-        parts["gradients"] += 4.0 * bucket
-    if job.data > 1 and job.zero == 3:
-        layer = layer_share(job.architecture, job.tensor).parameters
-        parts["weights"] += job.element_bytes * (2.0 * layer + _vocabulary(job, rank))
+    whole = [_whole_buckets(job, stage) for stage in stages]
+    if zero >= 2:
+        parts["gradients"] += 4.0 * max(REDUCTIONS * layer + ends for layer, ends in whole)
+    if zero == 3:
+        parts["weights"] += job.element_bytes * sum(layer + max(layer, ends) for layer, ends in whole)
     model = job.architecture.model
-    if model.tie_embeddings and job.stages == 1:
-        parts["gradients"] += 4.0 * _vocabulary(job, rank)  # the output layer's own, until both are added
-    ends = len({0, job.stages - 1} & set(job.stages_of(rank)))
-    tables = 8.0 * model.max_positions * model.head_dim * len(job.stages_of(rank))
-    parts["tokens and tables"] = tables + 16.0 * job.tokens * job.micro_batches * min(1, ends)
+    ends = bool({0, job.stages - 1} & set(stages))
+    if job.shares_vocabulary and ends:  # the output layer's own gradients, until both are added
+        parts["gradients"] += 4.0 * vocabulary_rows(job.architecture, job.tensor) * model.hidden_size
+    tables = 8.0 * model.max_positions * model.head_dim * len(stages)
+    parts["tokens and tables"] = tables + 16.0 * job.tokens * job.micro_batches * ends
     return parts
 
 
-def _vocabulary(job: Job, rank: int) -> float:
-    ends = {0, job.stages - 1} & set(job.stages_of(rank))
-    return float(vocabulary_rows(job.architecture, job.tensor) * job.architecture.model.hidden_size * bool(ends))
+def _whole_buckets(job: Job, stage: int) -> tuple[float, float]:
+    """(layer, vocabulary) elements that ZeRO-2 and 3 have whole at a time; 0 for a stage without the latter."""
+    vocabulary = vocabulary_rows(job.architecture, job.tensor) * job.architecture.model.hidden_size
+    ends = vocabulary if stage in (0, job.stages - 1) else 0
+    return float(job.layer.parameters), float(ends)
 
 
-def _largest_parameter(job: Job, rank: int) -> int:
-    return max(layer_share(job.architecture, job.tensor).largest_matrix, int(_vocabulary(job, rank)))
+class _Moment(NamedTuple):
+    """An operation and what lives while it runs, bytes; `in_flight` counts (stage, micro-batch) pairs."""
 
-
-@dataclass(frozen=True)
-class _Moment:
-    name: str
+    total: float
     kept: float
     working: float
     loss: float
     in_flight: int
+    op: Op | None = None
 
     @property
-    def total(self) -> float:
-        return self.kept + self.working + self.loss
+    def name(self) -> str:
+        if self.op is None:
+            return "the optimizer's step"
+        kind = {"F": "forward", "W": "weight gradients"}.get(self.op.kind, "backward")
+        return f"{kind} of stage {self.op.stage}, micro-batch {self.op.micro}"
 
 
-def _moments(job: Job, rank: int) -> Iterator[_Moment]:
-    """Every compute operation of the rank, with what lives while it runs."""
-    stages = {stage: stage_memory(job, stage) for stage in job.stages_of(rank)}
-    live, count = 0.0, 0
-    split = {op.stage for op in job.plan()[rank] if op.kind == "W"}
-    for op in job.plan()[rank]:
-        memory: StageMemory = stages[op.stage]
-        where = f"stage {op.stage}, micro-batch {op.micro}"
+def _worst_moment(job: Job, rank: int) -> _Moment:
+    """Of all compute operations of the rank."""
+    alike = {job.alike(stage): stage for stage in job.stages_of(rank)}
+    known = {kind: stage_memory(job, stage) for kind, stage in alike.items()}
+    stages = {stage: known[job.alike(stage)] for stage in job.stages_of(rank)}
+    live, count, worst = 0.0, 0, _Moment(-1.0, 0.0, 0.0, 0.0, 0)
+    for op in _operations(job, rank):
+        memory = stages[op.stage]
         if op.kind == "F":
             live, count = live + memory.kept, count + 1
-            working, loss = (memory.forward, memory.loss) if memory.loss <= memory.forward else (0.0, memory.loss)
-            yield _Moment(f"forward of {where}", live, working, loss, count)
+            working = max(memory.forward, memory.loss)
         else:
-            yield _Moment(f"backward of {where}", live, memory.backward, 0.0, count)
-        if op.kind == "W" or (op.kind == "B" and op.stage not in split):
-            live, count = live - memory.kept, count - 1
+            working = memory.backward
+        if live + working > worst.total:
+            at_loss = op.kind == "F" and memory.loss >= memory.forward
+            worst = _Moment(live + working, live, 0.0 if at_loss else working, working if at_loss else 0.0, count, op)
+        if op.kind != "F":
+            live -= {"B": memory.kept, "I": memory.kept - memory.postponed, "W": memory.postponed}[op.kind]
+            count -= op.kind != "I"
+    return worst
+
+
+def _operations(job: Job, rank: int) -> tuple[Op, ...]:
+    """The rank's operations, of fewer micro-batches where more change nothing: once backwards follow forwards."""
+    few = STEADY * job.pipeline
+    if job.micro_batches <= few:
+        return job.plan()[rank]
+    short = job.plan(few)[rank]
+    kinds = [op.kind for op in short]
+    filled = len(kinds) - kinds[::-1].index("F") < kinds.index("F") + kinds.count("F") + 1
+    return job.plan()[rank] if filled else short
 
 
 def rank_memory(job: Job, rank: int) -> RankMemory:
     """The worst moment of one pipeline rank."""
     parts = rank_states(job, rank)
-    worst = max(_moments(job, rank), key=lambda moment: moment.total)
+    worst = _worst_moment(job, rank)
     transfers = 0.0
     if job.pipeline > 1:
         hidden = job.architecture.model.hidden_size / job.split
@@ -136,7 +175,7 @@ def rank_memory(job: Job, rank: int) -> RankMemory:
     # The optimizer's step: activations are gone, the new parameters are being gathered.
     gather = job.element_bytes * rank_parameters(job, rank) / job.data if job.data > 1 and job.zero >= 1 else 0.0
     if gather > worst.total + transfers:
-        worst, transfers = _Moment("the optimizer's step", 0.0, gather, 0.0, 0), 0.0
+        worst, transfers = _Moment(gather, 0.0, gather, 0.0, 0), 0.0
     parts["activations"] = worst.kept
     parts["pipeline transfers"] = transfers
     parts["layer at work"] = worst.working

@@ -8,13 +8,17 @@ attention, element-wise work (bytes over the memory's rate) and collectives that
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megalite.parallel.pipeline.simulate import simulate
-from megalite.planning.architecture import LayerShare, layer_share, layers_on, stage_parameters, vocabulary_rows
+from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
 from megalite.planning.job import Job
+from megalite.planning.memory import stage_elements
 
 SMALL = 160.0
 """A product reaches half its rate where one of its dimensions is this small: tiles are cut, pipelines fill."""
@@ -29,8 +33,7 @@ SCORE_BYTES = (13.0, 22.0)
 """Bytes moved for each attention score, forward and backward, where scores are written out (with dropout)."""
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Seconds of one rank by kind; `launch` is what waiting for the host adds."""
 
     products: float = 0.0
@@ -40,15 +43,15 @@ class Work:
     data: float = 0.0
     launch: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+    def plus(self, other: Work) -> Work:
+        return Work(*map(operator.add, self, other))
 
-    def __mul__(self, times: float) -> Work:
-        return Work(*(times * value for value in dataclasses.astuple(self)))
+    def times(self, count: float) -> Work:
+        return Work(*(count * value for value in self))
 
     @property
     def seconds(self) -> float:
-        return sum(dataclasses.astuple(self))
+        return sum(self)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class StageWork:
 
     @property
     def backward(self) -> Work:
-        return self.input_gradient + self.weight_gradient
+        return self.input_gradient.plus(self.weight_gradient)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _exposed(communication: float, beside: float) -> float:
 
 def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
-    layer, exchange = layer_share(job.architecture, job.tensor), _exchange(job)
+    layer, exchange = job.layer, _exchange(job)
     products = [_product(job, job.tokens, inner, outer) for inner, outer in layer.matrices]
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
@@ -147,9 +150,9 @@ def layer_work(job: Job) -> StageWork:
     input_gradient = Work(total, attention[1], elementwise[1], talk_input)
     weight_gradient = Work(total, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
-        input_gradient += forward
+        input_gradient = input_gradient.plus(forward)
     elif job.recompute == "selective":
-        input_gradient += Work(0.0, attention[0], 0.4 * elementwise[0])
+        input_gradient = input_gradient.plus(Work(0.0, attention[0], 0.4 * elementwise[0]))
     return StageWork(forward, input_gradient, weight_gradient)
 
 
@@ -163,42 +166,48 @@ def _loss_work(job: Job) -> StageWork:
     forward, gradient = Work(product, 0.0, moved, exchange), Work(product, 0.0, 0.0, exchange)
     weights = Work(product, 0.0, weight_sum)
     if job.practice.loss_in_forward:
-        return StageWork(forward + gradient + weights, Work(), Work())
+        return StageWork(forward.plus(gradient).plus(weights), Work(), Work())
     return StageWork(forward, gradient, weights)
 
 
 def _with_launch(work: Work, floor: float) -> Work:
-    return dataclasses.replace(work, launch=max(0.0, floor - work.seconds))
+    return work._replace(launch=max(0.0, floor - work.seconds))
 
 
 def stage_work(job: Job, stage: int) -> StageWork:
     """One stage and micro-batch, what ZeRO moves for each micro-batch included."""
-    layers = layers_on(job.architecture, job.stages, stage)
+    layers = job.layers[stage]
     layer, overhead = layer_work(job), job.device.layer_overhead * layers
     recomputes = job.recompute == "full"
-    forward, inputs = layer.forward * layers, layer.input_gradient * layers
-    weights = layer.weight_gradient * layers
+    forward, inputs = layer.forward.times(layers), layer.input_gradient.times(layers)
+    weights = layer.weight_gradient.times(layers)
     forward = _with_launch(forward, overhead)
     inputs = _with_launch(inputs, overhead * (2 if recomputes else 1))
     weights = _with_launch(weights, overhead / 2)
     if stage == job.stages - 1:
         loss = _loss_work(job)
-        forward, inputs, weights = forward + loss.forward, inputs + loss.input_gradient, weights + loss.weight_gradient
+        forward, inputs = forward.plus(loss.forward), inputs.plus(loss.input_gradient)
+        weights = weights.plus(loss.weight_gradient)
     if stage == 0:
-        forward += Work(tensor=_exchange(job))
-        weights += Work(tensor=_exchange(job) if job.split > 1 else 0.0)
+        forward = forward.plus(Work(tensor=_exchange(job)))
+        weights = weights.plus(Work(tensor=_exchange(job) if job.split > 1 else 0.0))
     if job.zero == 3 and job.data > 1:
         gather = _gather_parameters(job, stage)
         first = gather / max(1, layers)  # nothing to hide the first layer's under
-        forward += Work(data=max(first, _exposed(gather, forward.seconds)))
-        inputs += Work(data=max(first, _exposed(gather, inputs.seconds + weights.seconds)))
-    if job.zero >= 2 and job.data > 1 and job.practice.reductions == "micro":
-        weights += Work(data=_exposed(_reduce_gradients(job, stage), inputs.seconds + weights.seconds))
+        forward = forward.plus(Work(data=max(first, _exposed(gather, forward.seconds))))
+        inputs = inputs.plus(Work(data=max(first, _exposed(gather, inputs.seconds + weights.seconds))))
+    if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch
+        weights = weights.plus(Work(data=_exposed(_reduce_gradients(job, stage), inputs.seconds + weights.seconds)))
     return StageWork(forward, inputs, weights)
 
 
-def _stage_elements(job: Job, stage: int) -> int:
-    return stage_parameters(job.architecture, job.tensor, job.stages, stage)
+def stage_works(job: Job) -> list[StageWork]:
+    """The work of every stage; of stages that are alike, once computed."""
+    known: dict[object, StageWork] = {}
+    for stage in range(job.stages):
+        if job.alike(stage) not in known:
+            known[job.alike(stage)] = stage_work(job, stage)
+    return [known[job.alike(stage)] for stage in range(job.stages)]
 
 
 def _data_link(job: Job) -> Link:
@@ -211,28 +220,32 @@ def _gather_parameters(job: Job, stage: int) -> float:
     over = dataclasses.replace(
         over, bandwidth=over.bandwidth * (job.practice.gather_efficiency if job.zero == 3 else 1)
     )
-    return gather_seconds(job.element_bytes * _stage_elements(job, stage), job.data, over)
+    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.data, over)
 
 
 def _reduce_gradients(job: Job, stage: int) -> float:
     """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
-    over, elements = _data_link(job), _stage_elements(job, stage)
+    over, elements = _data_link(job), stage_elements(job, stage)
     buckets = -(-elements // (1 << 23))
     once = gather_seconds(4.0 * elements, job.data, over) + (buckets - 1) * over.latency
     return once * (2 if job.zero == 0 else 1) if job.data > 1 else 0.0
 
 
-def _after_backward(job: Job, rank: int, last_backwards: float) -> tuple[float, float]:
-    """(communication that is not hidden, optimizer) at the end of the step on one pipeline rank, seconds."""
-    stages = job.stages_of(rank)
-    elements = sum(_stage_elements(job, stage) for stage in stages)
-    reduce = sum(_reduce_gradients(job, stage) for stage in stages)
-    if job.zero >= 2 and job.practice.reductions == "micro":
-        reduce = 0.0
-    last_bucket = reduce * min(1.0, (1 << 23) / elements)
-    exposed = max(last_bucket, _exposed(reduce, last_backwards))
-    if job.zero in (1, 2) and job.data > 1:
-        exposed += sum(_gather_parameters(job, stage) for stage in stages)
+def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
+    """(communication that is not hidden, optimizer) of the first pipeline rank, whose backwards are the last; seconds.
+
+    The reductions run under the last backwards, the new parameters' gathering under the next step's first forwards.
+    """
+    stages = job.stages_of(0)
+    elements = sum(stage_elements(job, stage) for stage in stages)
+    exposed = 0.0
+    if job.zero < 2:
+        reduce = sum(_reduce_gradients(job, stage) for stage in stages)
+        last_bucket = reduce * min(1.0, (1 << 23) / elements)
+        exposed = max(last_bucket, _exposed(reduce, sum(works[stage].backward.seconds for stage in stages)))
+    if job.zero in (1, 2):
+        gather = sum(_gather_parameters(job, stage) for stage in stages)
+        exposed += _exposed(gather, sum(works[stage].forward.seconds for stage in stages))
     updated = elements / (job.data if job.zero >= 1 else 1)
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
@@ -251,9 +264,25 @@ def _makespan(job: Job, costs: Mapping[str, list[float]], transfer: float) -> fl
     return first + (second - first) * (whole + more / job.pipeline)
 
 
+def _busiest(job: Job, works: list[StageWork]) -> tuple[int, Work]:
+    """The pipeline rank with most to do, and its work of one micro-batch."""
+    ranks = [
+        functools.reduce(Work.plus, (works[stage].forward.plus(works[stage].backward) for stage in job.stages_of(rank)))
+        for rank in range(job.pipeline)
+    ]
+    busiest = max(range(job.pipeline), key=lambda rank: ranks[rank].seconds)
+    return busiest, ranks[busiest]
+
+
+def least_step_seconds(job: Job) -> float:
+    """A bound from below on `step_time`, without simulation: the busiest rank never idle."""
+    works = stage_works(job)
+    return _busiest(job, works)[1].seconds * job.micro_batches + sum(_after_backward(job, works)) + STEP_OVERHEAD
+
+
 def step_time(job: Job) -> StepTime:
     """Predict one step of the full global batch."""
-    works = [stage_work(job, stage) for stage in range(job.stages)]
+    works = stage_works(job)
     costs = {
         "F": [work.forward.seconds for work in works],
         "B": [work.backward.seconds for work in works],
@@ -263,14 +292,9 @@ def step_time(job: Job) -> StepTime:
     over = transfer_link(job.device, job.data * job.tensor)
     activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
     makespan = _makespan(job, costs, over.latency + activation / over.bandwidth)
-    ranks = [
-        sum(((works[s].forward + works[s].backward) for s in job.stages_of(r)), Work()) for r in range(job.pipeline)
-    ]
-    busiest = max(range(job.pipeline), key=lambda rank: ranks[rank].seconds)
-    work = ranks[busiest] * job.micro_batches
-    # The first rank's backwards are the last of the step, so its reduction is what is waited for.
-    first = sum(works[stage].backward.seconds for stage in job.stages_of(0))
-    exposed, optimizer = _after_backward(job, 0, first)
+    busiest, once = _busiest(job, works)
+    work = once.times(job.micro_batches)
+    exposed, optimizer = _after_backward(job, works)
     idle = max(0.0, makespan - work.seconds)
     parts = {
         "matrix products": work.products,

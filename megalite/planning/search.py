@@ -1,0 +1,111 @@
+"""All layouts of a job, ranked by predicted speed among those that fit.
+
+What is tried: tensor sizes within a node, pipeline sizes, schedules with their virtual stages, ZeRO levels, micro-batch
+sizes and recomputation. The model, the global batch, the sequence and the number of devices stay. Whether a layout is
+allowed is asked of `check_layout`, the trainer's own rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megalite.config import Config
+from megalite.config.check import check_layout
+from megalite.errors import UserError
+from megalite.parallel.pipeline.schedules import SCHEDULES
+from megalite.planning.estimate import Plan
+from megalite.planning.hardware import Device
+from megalite.planning.job import Job
+from megalite.planning.memory import RankMemory, worst_rank
+from megalite.planning.step_time import least_step_seconds, step_time
+
+VIRTUAL_STAGES = (1, 2, 3, 4, 5, 6, 8)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+RECOMPUTE = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The fastest layouts first, and what became of the others."""
+
+    plans: tuple[Plan, ...]
+    refused: int
+    too_large: int
+    fitting: int
+    smallest: RankMemory | None
+    """Least memory that any allowed layout needs; of use where none fits."""
+
+
+def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]:
+    """Configurations to try, allowed or not, none of them twice over."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    tensors = [size for size in sizes if size <= device.per_node]
+    for tensor, pipeline in itertools.product(tensors, sizes):
+        if devices % (tensor * pipeline) or pipeline > config.model.layers:
+            continue
+        schedules = list(SCHEDULES) if pipeline > 1 else ["1f1b"]
+        levels = (0, 1, 2, 3) if devices // (tensor * pipeline) > 1 else (1,)
+        for schedule, virtual in itertools.product(schedules, VIRTUAL_STAGES if pipeline > 1 else (1,)):
+            for zero, micro, recompute in itertools.product(levels, MICRO_BATCHES, RECOMPUTE):
+                layout: dict[str, Any] = {
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "sequence": tensor > 1,
+                    "schedule": schedule,
+                    "virtual_stages": virtual,
+                    "zero": zero,
+                }
+                batches: dict[str, Any] = {"micro_batch_size": micro, "recompute": recompute}
+                parallel = dataclasses.replace(config.parallel, **layout)
+                yield dataclasses.replace(config, parallel=parallel, train=dataclasses.replace(config.train, **batches))
+
+
+def _allowed(config: Config, devices: int) -> bool:
+    try:
+        check_layout(config, devices)
+    except UserError:
+        return False
+    return True
+
+
+def search(
+    config: Config,
+    devices: int,
+    device: Device,
+    tokens: float,
+    price_per_hour: float | None,
+    count: int = 10,
+    memory: float | None = None,
+) -> Ranking:
+    """The `count` fastest layouts of `config` on `devices`; `memory` (bytes) replaces the device's, where it is known.
+
+    Exact: layouts are timed in the order of a bound from below, until none that is left can be among the fastest.
+    """
+    limit = memory if memory is not None else device.memory or float("inf")
+    tally: Counter[str] = Counter()
+    fitting: list[tuple[float, int, Job, RankMemory]] = []
+    smallest: RankMemory | None = None
+    for number, candidate in enumerate(candidates(config, devices, device)):
+        if not _allowed(candidate, devices):
+            tally["refused"] += 1
+            continue
+        job = Job.of(candidate, devices, device)
+        needs = worst_rank(job)
+        if smallest is None or needs.total < smallest.total:
+            smallest = needs
+        if needs.total > limit:
+            tally["too large"] += 1
+            continue
+        fitting.append((least_step_seconds(job), number, job, needs))
+    plans: list[Plan] = []
+    for least, _, job, needs in sorted(fitting, key=lambda entry: entry[:2]):
+        if len(plans) >= count and least >= plans[count - 1].time.seconds:
+            break
+        plans.append(Plan(job, tokens, price_per_hour, needs, step_time(job)))
+        plans.sort(key=lambda plan: plan.time.seconds)
+    return Ranking(tuple(plans[:count]), tally["refused"], tally["too large"], len(fitting), smallest)

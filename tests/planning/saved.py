@@ -1,0 +1,92 @@
+"""What autograd really keeps: a stage is run once, and every tensor saved for backward is counted by its storage."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config import ModelConfig
+from megalite.kernels import Kernels, select_kernels
+from megalite.mesh import Group, Mesh
+from megalite.model.decoder import Stage
+
+META = torch.device("meta")
+
+
+class SilentGroup(Group):
+    """Ranks of which only this one exists: collectives on tensors without data have nothing to move."""
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Any:
+        return _Done()
+
+    def all_gather(self, output: Tensor, tensor: Tensor) -> Any:
+        return _Done()
+
+    def reduce_scatter(self, output: Tensor, tensor: Tensor) -> Any:
+        return _Done()
+
+
+class _Done:
+    def wait(self) -> None:
+        return None
+
+
+def silent_mesh(device: torch.device = META, **sizes: int) -> Mesh:
+    return Mesh(device=device, make_group=lambda ranks, rank: SilentGroup(ranks, rank, None), **sizes)
+
+
+def fused_kernels() -> Kernels:
+    """The Triton kernels' autograd functions; on tensors without data only their shapes are computed."""
+    from megalite.kernels import (
+        adamw,
+        cross_entropy,
+        flash_attention_triton,
+        rms_norm_triton,
+        rope_triton,
+        swiglu_triton,
+    )
+
+    return Kernels(
+        rms_norm=rms_norm_triton.rms_norm,
+        add_rms_norm=rms_norm_triton.add_rms_norm,
+        rope=rope_triton.rope,
+        attention=flash_attention_triton.attention,
+        swiglu=swiglu_triton.swiglu,
+        cross_entropy_stats=cross_entropy.cross_entropy_stats,
+        cross_entropy_grad_=cross_entropy.cross_entropy_grad_,
+        cross_entropy_stats_grad_=cross_entropy.cross_entropy_stats_grad_,
+        adamw_=adamw.adamw_,
+        square_sum=adamw.square_sum,
+        choices=MappingProxyType({}),
+    )
+
+
+def plain_kernels() -> Kernels:
+    return select_kernels({}, torch.device("cpu"))
+
+
+def saved_bytes(
+    model: ModelConfig, mesh: Mesh, kernels: Kernels, *, tokens: tuple[int, int], recompute: str, dtype: torch.dtype
+) -> int:
+    """Bytes that the middle one of three stages keeps of a micro-batch of `tokens` = (sequence, samples)."""
+    sequence = mesh.tp > 1
+    owners = (0, 1, 2)
+    stage = Stage(model, mesh, kernels, stage=1, owners=owners, sequence=sequence, dtype=dtype, recompute=recompute)
+    known = {tensor.untyped_storage()._cdata for tensor in (*stage.parameters(), *stage.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in known:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    length, samples = tokens
+    local = length // mesh.tp if sequence else length
+    x = torch.zeros(local, samples, model.hidden_size, dtype=dtype, device=mesh.device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = stage(x, stage.positions(length))
+    assert out.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
