@@ -7,14 +7,24 @@ nothing around them: what megalite costs beyond it is the framework's own overhe
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.kernels.cross_entropy import cross_entropy_loss
 from megalite.model.rope import rope_table
+
+
+def fastest_attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU cuDNN's fused attention where it takes the call, then FlashAttention; a CPU has one."""
+    if device.type == "cpu":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True)
 
 
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -61,6 +71,8 @@ class PlainLlama(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(model) for _ in range(model.layers))
         self.norm = nn.RMSNorm(model.hidden_size, model.norm_eps)
         self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        if model.tie_embeddings:
+            self.head.weight = self.embedding.weight
         cos, sin = rope_table(model.head_dim, model.max_positions, model.rope_theta, model.rope_scaling)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)

@@ -1,0 +1,118 @@
+"""Runs one row of `benchmarks/train.py` in this process: megalite or a yardstick of benchmarks/plain.py."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain import BareLlama, PlainLlama, fastest_attention
+from train_job import Job, Meter, finish, job_from_arguments, micro_batches, rank, start_process
+
+from megalite.config import Config, build_config
+from megalite.data.batches import Batch
+from megalite.kernels import select_kernels
+from megalite.kernels.compiled import compile_kernels
+from megalite.mesh import Mesh
+from megalite.train.lines import read_lines
+from megalite.train.timeline import Recorder
+from megalite.train.trainer import Trainer
+
+OBSERVED = 3
+"""Steps under the recorder after the measured ones; of the third it keeps every operation."""
+
+
+def configuration(job: Job) -> Config:
+    parallel = {axis: size for axis, size in job.layout.items() if axis != "data"} | {"schedule": job.schedule}
+    train = {
+        "seq_length": job.preset.seq_length,
+        "micro_batch_size": job.micro,
+        "global_batch_size": job.preset.global_batch,
+        "precision": job.precision,
+        "recompute": job.recompute,
+    }
+    return build_config({"model": job.shape, "parallel": parallel, "train": train, "kernels": {"default": job.kernels}})
+
+
+def run_megalite(job: Job, device: torch.device) -> None:
+    config = configuration(job)
+    mesh = Mesh(pp=job.pipeline, tp=job.tensor, dp=job.data, rank=rank(), device=device)
+    kernels = select_kernels({"default": job.kernels}, device)
+    if job.compile:
+        kernels = compile_kernels(kernels)
+    trainer = Trainer(config, mesh, kernels)
+    trainer.initialise()
+    batches = [Batch(tokens, labels) for tokens, labels in micro_batches(job, mesh.index("dp"))]
+
+    def step() -> float:
+        return trainer.step([batch.to(device) for batch in batches], 1e-3).loss
+
+    meter = Meter(job)
+    meter.run(step)
+    finish(meter, **observe(trainer, mesh, batches), kernels=dict(kernels.choices))
+
+
+def observe(trainer: Trainer, mesh: Mesh, batches: list[Batch]) -> dict[str, Any]:
+    """A few more steps under the recorder: seconds of every phase, and the operations of one step."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "log").mkdir()
+        recorder = Recorder(mesh, folder)
+        trainer.observe = recorder.observe
+        for number in range(1, OBSERVED + 2):
+            with recorder.step(number):
+                with recorder.phase("data"):
+                    local = [batch.to(mesh.device) for batch in batches]
+                trainer.step(local, 1e-3)
+        recorder.close()
+        rows = [row for path in Path(folder).rglob("timeline_rank_*.jsonl") for row in read_lines(path)]
+    timed = [row for row in rows if "seconds" in row]
+    steps = sum(row["steps"] for row in timed)
+    phases = {name for row in timed for name in row["seconds"]}
+    seconds = {name: sum(row["seconds"].get(name, 0.0) * row["steps"] for row in timed) / steps for name in phases}
+    sampled = [row for row in rows if "operations" in row][-1]
+    return {"phases": seconds, "operations": sampled["operations"], "waits": sampled["waits"]}
+
+
+def run_yardstick(job: Job, device: torch.device) -> None:
+    """Weights and optimizer in fp32; bf16 is autocast, as one would write it."""
+    config = configuration(job)
+    kernels = select_kernels({"default": job.kernels}, device)
+    model = PlainLlama(config.model) if job.runner == "plain" else BareLlama(config.model, kernels)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    forward = torch.compile(model, dynamic=False) if job.compile else model
+    batches = micro_batches(job, 0)
+
+    def precision() -> AbstractContextManager[Any]:
+        narrow = job.precision == "bf16"
+        return torch.autocast(device.type, torch.bfloat16) if narrow else nullcontext()
+
+    def step() -> float:
+        total = 0.0
+        for tokens, labels in batches:
+            with precision(), fastest_attention(device):
+                loss = forward(tokens.to(device), labels.to(device)) / len(batches)
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+    meter = Meter(job)
+    meter.run(step)
+    finish(meter)
+
+
+RUNNERS: dict[str, Callable[[Job, torch.device], None]] = {
+    "megalite": run_megalite,
+    "plain": run_yardstick,
+    "bare": run_yardstick,
+}
+
+if __name__ == "__main__":
+    own = job_from_arguments()
+    RUNNERS[own.runner](own, start_process(own))
