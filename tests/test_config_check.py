@@ -76,6 +76,8 @@ def layout(*overrides, world_size=1):
         (1, "--train.eval_interval -1", "train.eval_interval = -1 is too small; it must be at least 0"),
         (1, "--run.seed 4294967296", "run.seed = 4294967296 is too large"),
         (1, "--parallel.zero 4", "parallel.zero = 4 is out of range"),
+        (1, "--train.fp8 row --train.precision fp32", "train.fp8 = row needs train.precision = bf16, not fp32"),
+        (1, "--train.fp8 row --train.precision bf16 --model.ffn_hidden_size 40", "needs multiples of 16"),
         (2, "--parallel.context 2", "parallel.context = 2 is not built yet"),
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),

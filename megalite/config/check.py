@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,6 +39,8 @@ _ABOVE_ZERO = {
     "optimizer": ("lr", "eps"),
 }
 
+_FP8_ALIGNMENT = 16  # matrix sizes of the hardware's FP8 products
+
 # Keys that each type of model.rope_scaling needs, and those that it may have.
 _ROPE_SCALING: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, set()),
@@ -63,6 +66,7 @@ def check_layout(config: Config, world_size: int) -> None:
             _refuse(config, path, "is not built yet", remedy)
     _check_model(config)
     _check_split(config)
+    _check_fp8(config)
     _check_world(config, world_size)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
@@ -88,11 +92,14 @@ def check_machine(config: Config) -> None:
     for package in ("tensorboard", "wandb"):
         if _value(config, f"log.{package}") and importlib.util.find_spec(package) is None:
             _refuse(config, f"log.{package}", "needs a package", f"pip install {package}, or set it to false")
-    if config.run.device == "cuda":
+    if config.run.device == "cuda" or config.train.fp8 != "none":
         import torch
 
-        if not torch.cuda.is_available():
+        if config.run.device == "cuda" and not torch.cuda.is_available():
             _refuse(config, "run.device", "but torch sees no GPU here", "use cpu or auto")
+        on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
+        if config.train.fp8 != "none" and on_gpu and torch.cuda.get_device_capability() < (8, 9):
+            _refuse(config, "train.fp8", "needs a GPU of compute capability 8.9 (Ada, Hopper) or later", "use none")
 
 
 def _value(config: Config, path: str) -> Any:
@@ -221,6 +228,25 @@ def _check_split(config: Config) -> None:
         if parallel.virtual_stages > 1:
             stages += f" times parallel.virtual_stages = {parallel.virtual_stages}"
         _refuse(config, "model.layers", f"is fewer than {stages}", "use fewer stages or more layers")
+
+
+def _check_fp8(config: Config) -> None:
+    """FP8 products need bf16 and sizes that are multiples of 16 on every tensor rank."""
+    if config.train.fp8 == "none":
+        return
+    if config.train.precision != "bf16":
+        _refuse(config, "train.fp8", f"needs train.precision = bf16, not {config.train.precision}", "use none, or bf16")
+    model, ranks = config.model, config.parallel.tensor
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.ffn_hidden_size": model.ffn_hidden_size // ranks,
+        "model.heads": model.heads // ranks * model.head_dim,
+        "model.kv_heads": model.kv_heads * model.head_dim // math.gcd(model.kv_heads, ranks),
+    }
+    for path, size in sizes.items():
+        if size % _FP8_ALIGNMENT:
+            problem = f"gives a tensor rank a matrix of {size} rows or columns, and train.fp8 = {config.train.fp8}"
+            _refuse(config, path, f"{problem} needs multiples of {_FP8_ALIGNMENT}", "use none, or other sizes")
 
 
 def _check_world(config: Config, world_size: int) -> None:

@@ -22,6 +22,7 @@ from megalite.model.attention import Attention, KeyValueCache, Positions
 from megalite.model.norm import RMSNorm
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.fp8 import products_of
 from megalite.parallel.loss import VocabParallelHead
 from megalite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megalite.placement import row_box, split_evenly
@@ -114,7 +115,7 @@ class Stage(nn.Module):
     `embedding` is that of the first stage where it is in this process, for a tied output layer. Parameters are
     allocated but not initialised: fill them with `megalite.placement.initialise` or from a checkpoint. `recompute` is
     `none`, `selective` (attention between its projections, and SwiGLU, are evaluated again in backward) or `full`
-    (whole layers are).
+    (whole layers are); `fp8` is `none`, `tensor` or `row` (see `megalite.parallel.fp8`).
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Stage(nn.Module):
         sequence: bool = False,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
+        fp8: str = "none",
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
@@ -145,6 +147,9 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(
             Block(model, layer, mesh, region, kernels, **kwargs) for layer in layers_of_stage(model, stages, stage)
         )
+        for layer in self.layers.modules():
+            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+                layer.products = products_of(fp8)
         self.norm = self.head = None
         if self.last:
             self.norm = RMSNorm(

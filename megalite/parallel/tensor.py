@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.fp8 import PLAIN, Products
 from megalite.placement import Box, PlacedParameter, Placement, row_box
 
 Prologue = Callable[..., Tensor]
@@ -70,23 +71,28 @@ class _ColumnLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: PlacedParameter, bias: PlacedParameter | None, region: TensorRegion
+        ctx: Any,
+        x: Tensor,
+        weight: PlacedParameter,
+        bias: PlacedParameter | None,
+        region: TensorRegion,
+        products: Products,
     ) -> Any:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.region = weight, bias, region
-        return functional.linear(region.gather(x), weight.ready, bias)
+        ctx.weight, ctx.bias, ctx.region, ctx.products = weight, bias, region, products
+        return products.output(region.gather(x), weight.ready, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (grad_SBo,) = ctx.saved_tensors, grads
         x_SBI, gathered = ctx.region.gather_start(x)
-        product = grad_SBo @ ctx.weight.ready if ctx.needs_input_grad[0] else None
+        product = ctx.products.input_gradient(grad_SBo, ctx.weight.ready) if ctx.needs_input_grad[0] else None
         grad_x, summed = (None, gathered) if product is None else ctx.region.sum_start(product)
         gathered.wait()
         grad_weight = add_weight_gradient(ctx.weight, grad_SBo, x_SBI)
         grad_bias = add_bias_gradient(ctx.bias, grad_SBo)
         summed.wait()
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class _RowLinear(Function):
@@ -98,25 +104,30 @@ class _RowLinear(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: PlacedParameter, region: TensorRegion, prologue: Prologue | None, *inputs: Tensor
+        ctx: Any,
+        weight: PlacedParameter,
+        region: TensorRegion,
+        products: Products,
+        prologue: Prologue | None,
+        *inputs: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*inputs)
-        ctx.weight, ctx.region, ctx.prologue = weight, region, prologue
+        ctx.weight, ctx.region, ctx.products, ctx.prologue = weight, region, products, prologue
         x_SBi = prologue(*inputs) if prologue else inputs[0]
-        return region.sum(functional.linear(x_SBi, weight.ready))
+        return region.sum(products.output(x_SBi, weight.ready, None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         grad_SBO = ctx.region.gather(grads[0])
         inputs = ctx.saved_tensors
-        grad_x = grad_SBO @ ctx.weight.ready
+        grad_x = ctx.products.input_gradient(grad_SBO, ctx.weight.ready)
         if ctx.prologue is None:
-            return add_weight_gradient(ctx.weight, grad_SBO, inputs[0]), None, None, grad_x
+            return add_weight_gradient(ctx.weight, grad_SBO, inputs[0]), None, None, None, grad_x
         with torch.enable_grad():
             inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
             x_SBi = ctx.prologue(*inputs)
         grad_weight = add_weight_gradient(ctx.weight, grad_SBO, x_SBi.detach())
-        return grad_weight, None, None, *torch.autograd.grad(x_SBi, inputs, grad_x)
+        return grad_weight, None, None, None, *torch.autograd.grad(x_SBi, inputs, grad_x)
 
 
 class _Embed(Function):
@@ -161,13 +172,14 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         out_features = sum(box.size[0] for box in boxes)
         self.region = region
+        self.products: Products = PLAIN
         self.weight = PlacedParameter(torch.empty(out_features, in_features, **kwargs), Placement(boxes))
         self.bias = None
         if bias_boxes:
             self.bias = PlacedParameter(torch.empty(out_features, **kwargs), Placement(bias_boxes, init="zeros"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.region)
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.region, self.products)
 
 
 class RowParallelLinear(nn.Module):
@@ -191,11 +203,12 @@ class RowParallelLinear(nn.Module):
         start, length = columns
         box = Box(name, (out_features, in_features), (0, start), (out_features, length), (0, 0), (rank,))
         self.region = region
+        self.products: Products = PLAIN
         self.weight = PlacedParameter(torch.empty(out_features, length, **kwargs), Placement((box,), std=std))
 
     def forward(self, *inputs: Tensor, prologue: Prologue | None = None) -> Tensor:
         """The layer's input [S, B, i] is `inputs[0]`, or `prologue(*inputs)`, which is then recomputed in backward."""
-        return _RowLinear.apply(self.weight, self.region, prologue, *inputs)
+        return _RowLinear.apply(self.weight, self.region, self.products, prologue, *inputs)
 
 
 def vocabulary_box(

@@ -69,6 +69,7 @@ class Trainer:
                 sequence=bool(config.parallel.sequence),
                 dtype=self.dtype,
                 recompute=config.train.recompute,
+                fp8=config.train.fp8,
                 z_loss=config.train.z_loss,
             )
         aliases = [p for stage in self.stages.values() for p in placed_parameters(stage) if p.tied_to is not None]
