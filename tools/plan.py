@@ -11,9 +11,11 @@ docs/planning.md tells what is modelled and how near it comes to published and m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -21,8 +23,12 @@ from rich.console import Console
 from megalite.command import Parser
 from megalite.config import Config, load_config
 from megalite.errors import UserError, exit_on_user_error
-from megalite.planning import DEVICES, estimate
-from megalite.planning.report import print_plan
+from megalite.planning import DEVICES, Plan, estimate
+from megalite.planning.report import render, render_search
+from megalite.planning.search import search
+
+WIDTH = 120
+"""Columns of the tables where the output is not a terminal."""
 
 EPILOG = "also: --SECTION.FIELD VALUE lays any field over the recipe's, as for the trainer"
 
@@ -36,6 +42,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     add("--device-type", required=True, choices=tuple(DEVICES), help="kind of device; cpu: one core a rank")
     add("--tokens", type=float, metavar="T", help="tokens to train on, as 1e12 (default: the recipe's steps)")
     add("--price-per-hour", type=float, metavar="P", help="dollars for one device and hour (default: a usual price)")
+    add("--search", action="store_true", help="rank all layouts that fit: table, words and TOML")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     options, rest = parser.parse_known_args(argv)
     if options.devices < 1:
@@ -62,15 +69,35 @@ def with_vocabulary(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
+def search_layouts(options: argparse.Namespace, config: Config) -> None:
+    """Print the ranking; the recipe's own layout need not be allowed."""
+    device = DEVICES[options.device_type]
+    arguments = (config, options.devices, device, options.tokens, options.price_per_hour)
+    own: Plan | None = None
+    with contextlib.suppress(UserError):
+        own = estimate(*arguments)
+    ranking = search(*arguments)
+    if options.json:
+        found = {"refused": ranking.refused, "too_large": ranking.too_large, "fitting": ranking.fitting}
+        print(json.dumps(found | {"best": [plan.as_json() for plan in ranking.plans]}))
+    else:
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(
+            render_search(ranking, own, device), highlight=False, markup=False
+        )
+
+
 @exit_on_user_error
 def main() -> None:
     options, overrides = parse()
     config = with_vocabulary(load_config(options.recipe, overrides))
+    if options.search:
+        search_layouts(options, config)
+        return
     plan = estimate(config, options.devices, DEVICES[options.device_type], options.tokens, options.price_per_hour)
     if options.json:
         print(json.dumps(plan.as_json()))
     else:
-        print_plan(plan, Console())
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(render(plan), highlight=False, markup=False)
 
 
 if __name__ == "__main__":

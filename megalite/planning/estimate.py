@@ -122,7 +122,11 @@ def estimate(
         raise UserError("model.vocab_size = 0 leaves the size to the tokenizer; give it: --model.vocab_size N")
     check_layout(config, devices)
     job = Job.of(config, devices, device)
-    if tokens is None:
-        tokens = float(config.samples_after(config.train.steps) * config.train.seq_length)
+    tokens = planned_tokens(config) if tokens is None else tokens
     price = price_per_hour if price_per_hour is not None else device.price or None
     return Plan(job, tokens, price, worst_rank(job), step_time(job))
+
+
+def planned_tokens(config: Config) -> float:
+    """Tokens of all the recipe's steps."""
+    return float(config.samples_after(config.train.steps) * config.train.seq_length)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tomli_w
-from rich.console import Console, Group
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from megalite.planning.architecture import FLOPS_FULL, FLOPS_HALF
 from megalite.planning.estimate import Plan
-from megalite.planning.hardware import GIB
+from megalite.planning.hardware import GIB, Device
 from megalite.planning.job import Job
+from megalite.planning.search import Ranking
 
 
 def layout_words(job: Job) -> str:
@@ -24,6 +26,9 @@ def layout_words(job: Job) -> str:
     return ", ".join(words)
 
 
+_WORK = ("matrix products", "attention", "element-wise")
+
+
 def _count(value: float) -> str:
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
         if value >= size:
@@ -32,7 +37,9 @@ def _count(value: float) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     return table
@@ -55,7 +62,7 @@ def _model(plan: Plan) -> Table:
 def _memory(plan: Plan) -> Table:
     memory, job = plan.memory, plan.job
     ranks = f"pipeline rank {memory.pipeline_rank} of {job.pipeline}" if job.pipeline > 1 else "each rank"
-    table = _table(f"Memory of {ranks}, at its worst: {memory.moment}", "part", "GiB")
+    table = _table(f"Memory of {ranks}", "at its worst", "GiB")
     for name, value in memory.parts.items():
         if value:
             table.add_row(name, f"{value / GIB:.2f}")
@@ -132,5 +139,60 @@ def overrides_toml(job: Job) -> str:
     )
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    console.print(render(plan), highlight=False)
+def ranking_table(ranking: Ranking) -> Table:
+    """The fastest layouts, one a row."""
+    columns = ("tensor", "pipeline", "schedule", "stages", "copies", "ZeRO", "micro-batch", "recompute")
+    table = _table("Fastest layouts that fit", "", *columns, "tokens/s/device", "MFU", "idle", "GiB")
+    for place, plan in enumerate(ranking.plans, 1):
+        job = plan.job
+        table.add_row(
+            str(place),
+            str(job.tensor),
+            str(job.pipeline),
+            job.schedule if job.pipeline > 1 else "",
+            str(job.virtual_stages),
+            str(job.data),
+            str(job.zero),
+            str(job.micro_batch_size),
+            job.recompute,
+            f"{plan.tokens_per_second / job.world:,.0f}",
+            f"{plan.mfu:.1%}" if plan.mfu is not None else "",
+            f"{plan.time.bubble:.1%}",
+            f"{plan.memory.total / GIB:.1f}",
+        )
+    return table
+
+
+def explain(best: Plan, own: Plan | None) -> str:
+    """Why the winner is fast, and what it gains over the recipe's own layout (None: that is refused)."""
+    job, parts, seconds = best.job, best.time.parts, best.time.seconds
+    work = sum(parts[name] for name in _WORK)
+    lost = sorted(((value, name) for name, value in parts.items() if value), reverse=True)
+    overhead = [
+        f"{name} {value / seconds:.1%}" for value, name in lost if name not in _WORK and value > 0.002 * seconds
+    ]
+    sentences = [f"Best: {layout_words(job)}, micro-batches of {job.micro_batch_size}, recompute = {job.recompute}."]
+    rest = ", ".join(overhead) or "next to nothing"
+    sentences.append(f"{work / seconds:.1%} of a step is computation; besides: {rest}.")
+    if job.device.is_gpu:
+        sentences.append(f"{verdict(best)} The fullest rank is at the {best.memory.moment}.")
+    if own is None:
+        sentences.append("The recipe's own layout is refused on so many devices.")
+    elif own.fits is False:
+        sentences.append(f"The recipe's own layout ({layout_words(own.job)}) does not fit.")
+    else:
+        gain = best.tokens_per_second / own.tokens_per_second
+        sentences.append(
+            f"The recipe's own layout ({layout_words(own.job)}) is predicted at 1/{gain:.2f} of its speed."
+        )
+    return " ".join(sentences)
+
+
+def render_search(ranking: Ranking, own: Plan | None, device: Device) -> Group:
+    """The ranking, the winner in words and as TOML."""
+    tried = (
+        f"{ranking.refused + ranking.too_large + ranking.fitting:,} layouts: {ranking.refused:,} refused, "
+        f"{ranking.too_large:,} too large for {device.name}, {ranking.fitting:,} fit."
+    )
+    best = ranking.plans[0]
+    return Group(ranking_table(ranking), tried, "", explain(best, own), "", overrides_toml(best.job).rstrip())

@@ -18,8 +18,8 @@ from megalite.config import Config
 from megalite.config.check import check_layout
 from megalite.errors import UserError
 from megalite.parallel.pipeline.schedules import SCHEDULES
-from megalite.planning.estimate import Plan
-from megalite.planning.hardware import Device
+from megalite.planning.estimate import Plan, planned_tokens
+from megalite.planning.hardware import GIB, Device
 from megalite.planning.job import Job
 from megalite.planning.memory import RankMemory, worst_rank
 from megalite.planning.step_time import least_step_seconds, step_time
@@ -37,8 +37,6 @@ class Ranking:
     refused: int
     too_large: int
     fitting: int
-    smallest: RankMemory | None
-    """Least memory that any allowed layout needs; of use where none fits."""
 
 
 def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]:
@@ -77,16 +75,18 @@ def search(
     config: Config,
     devices: int,
     device: Device,
-    tokens: float,
-    price_per_hour: float | None,
+    tokens: float | None = None,
+    price_per_hour: float | None = None,
     count: int = 10,
-    memory: float | None = None,
 ) -> Ranking:
-    """The `count` fastest layouts of `config` on `devices`; `memory` (bytes) replaces the device's, where it is known.
+    """The `count` fastest layouts of `config` on `devices`; arguments as for `estimate`.
 
     Exact: layouts are timed in the order of a bound from below, until none that is left can be among the fastest.
+    Raises UserError where no layout is allowed or none fits, with the least memory that any needs.
     """
-    limit = memory if memory is not None else device.memory or float("inf")
+    tokens = planned_tokens(config) if tokens is None else tokens
+    price_per_hour = price_per_hour if price_per_hour is not None else device.price or None
+    limit = device.memory or float("inf")
     tally: Counter[str] = Counter()
     fitting: list[tuple[float, int, Job, RankMemory]] = []
     smallest: RankMemory | None = None
@@ -102,10 +102,18 @@ def search(
             tally["too large"] += 1
             continue
         fitting.append((least_step_seconds(job), number, job, needs))
+    if smallest is None:
+        check_layout(config, devices)  # says what is wrong where it is not the layout
+        raise UserError(f"no layout of this model is allowed on {devices} devices; try another number")
+    if not fitting:
+        raise UserError(
+            f"no layout fits: the smallest needs {smallest.total / GIB:.1f} GiB on a device with {limit / GIB:.1f}; "
+            "use more devices, larger ones, or a shorter train.seq_length"
+        )
     plans: list[Plan] = []
     for least, _, job, needs in sorted(fitting, key=lambda entry: entry[:2]):
         if len(plans) >= count and least >= plans[count - 1].time.seconds:
             break
         plans.append(Plan(job, tokens, price_per_hour, needs, step_time(job)))
         plans.sort(key=lambda plan: plan.time.seconds)
-    return Ranking(tuple(plans[:count]), tally["refused"], tally["too large"], len(fitting), smallest)
+    return Ranking(tuple(plans[:count]), tally["refused"], tally["too large"], len(fitting))
