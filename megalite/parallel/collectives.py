@@ -1,10 +1,10 @@
-"""Collectives that autograd understands, as conjugate pairs at the two borders of a tensor-parallel region.
+"""How tensor-parallel layers talk: what happens at the two borders of a tensor-parallel region.
 
-A tensor-parallel block begins where its input is made whole on every rank (`enter`) and ends where the ranks' partial
-outputs are summed (`leave`). Forward of the one is backward of the other:
+A tensor-parallel block begins where its input is made whole on every rank and ends where the ranks' partial outputs are
+summed. In backward the two change places, and the layers (`megalite.parallel.tensor`) call the other one:
 
-    sequence parallel     enter: all-gather along the sequence       leave: reduce-scatter along the sequence
-    not sequence parallel enter: identity, gradient all-reduced      leave: all-reduce, gradient passed on
+    sequence parallel     begin: all-gather along the sequence       end: reduce-scatter along the sequence
+    not sequence parallel begin: nothing, gradient all-reduced       end: all-reduce, gradient passed on
 
 Tensors are sequence first (S, ...), so that both run on contiguous memory without a copy. Every function returns a new
 tensor; none writes to its argument, except the partial sums that `sum_start` is handed and documents to consume.
@@ -14,11 +14,9 @@ Sources: Shoeybi et al. 2019 (Megatron-LM, section 3), Korthikanti et al. 2022 (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megalite.mesh import DONE, Group, Work
 
@@ -62,37 +60,6 @@ class TensorRegion:
         total, work = self.sum_start(partial)
         work.wait()
         return total
-
-    def enter(self, tensor: Tensor) -> Tensor:
-        """The whole activation on every rank; the ranks' gradients are summed on the way back."""
-        return _Enter.apply(tensor, self) if self.group.size > 1 else tensor
-
-    def leave(self, partial: Tensor) -> Tensor:
-        """The sum of the ranks' partial activations; its gradient is made whole on the way back."""
-        return _Leave.apply(partial, self) if self.group.size > 1 else partial
-
-
-class _Enter(Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, region: TensorRegion) -> Tensor:
-        ctx.region = region
-        whole = region.gather(tensor)
-        return whole.view_as(whole) if whole is tensor else whole
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.region.sum(grads[0].clone() if not ctx.region.sequence else grads[0]), None
-
-
-class _Leave(Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, region: TensorRegion) -> Tensor:
-        ctx.region = region
-        return region.sum(partial.clone() if not region.sequence else partial)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.region.gather(grads[0]), None
 
 
 @torch.no_grad()
