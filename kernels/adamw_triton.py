@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adamw import check, check_flat
-from .layout import dtype_obstacle, program_count
+from .layout import obstacle, program_count
 
 BLOCK = 1024
 
@@ -81,7 +81,7 @@ def _square_sum_fake(flat: Tensor) -> Tensor:
 
 def unsupported(flat: Tensor, *rest: object, **options: object) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
-    return dtype_obstacle(flat)
+    return obstacle(flat)
 
 
 def adamw_(

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cross_entropy import check
-from .layout import dtype_obstacle, next_power_of_two
+from .layout import next_power_of_two, obstacle
 
 BLOCK = 8192  # columns taken at once: 32 elements a thread
 WARPS = 8
@@ -158,7 +158,7 @@ def _stats_grad_fake(
 
 def unsupported(logits_NV: Tensor, *rest: object, **options: object) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
-    return dtype_obstacle(logits_NV)
+    return obstacle(logits_NV)
 
 
 def cross_entropy_stats(

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .flash_attention import Documents, as_documents, check
 from .flash_attention_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from .layout import dtype_obstacle, next_power_of_two
+from .layout import next_power_of_two, obstacle
 
 WIDEST = 256
 GRID_LIMIT = 65535  # programs of a launch along its second and third axis
@@ -243,7 +243,7 @@ def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
         return f"head dim {q_SBHD.shape[-1]} is above {WIDEST}"
     if q_SBHD.shape[1] > GRID_LIMIT:
         return f"batch {q_SBHD.shape[1]} is above {GRID_LIMIT}, a launch's limit"
-    return dtype_obstacle(q_SBHD)
+    return obstacle(q_SBHD)
 
 
 def attention(

@@ -42,8 +42,10 @@ def as_rows(x: Tensor) -> Rows:
     return Rows(x, inner * outer, inner, outer_stride, inner_stride)
 
 
-def dtype_obstacle(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot take tensors of this dtype, or None."""
+def obstacle(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot take this tensor, or None: its dtype, or a device that launches do not go to."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return f"a tensor on {x.device}, where torch.cuda.set_device chose cuda:{torch.cuda.current_device()}"
     return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {x.dtype}"
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import as_rows, dtype_obstacle, next_power_of_two, program_count, warps_for
+from .layout import as_rows, next_power_of_two, obstacle, program_count, warps_for
 from .rms_norm import check
 
 WIDEST = 16384  # a row is one tile; above this the backward's accumulators no longer fit the register file
@@ -180,7 +180,7 @@ def unsupported(x: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     if x.shape[-1] > WIDEST:
         return f"rows of {x.shape[-1]} elements are wider than {WIDEST}"
-    return dtype_obstacle(x)
+    return obstacle(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

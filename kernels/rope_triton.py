@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import dtype_obstacle, next_power_of_two, warps_for
+from .layout import next_power_of_two, obstacle, warps_for
 from .rope import check
 
 TILE = 2048  # elements of the first half that a program turns
@@ -107,7 +107,7 @@ class _Rope(torch.autograd.Function):
 
 def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
-    return dtype_obstacle(q_SBHD)
+    return obstacle(q_SBHD)
 
 
 def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .layout import as_rows, dtype_obstacle, next_power_of_two, warps_for
+from .layout import as_rows, next_power_of_two, obstacle, warps_for
 from .swiglu import check
 
 BLOCK = 2048  # columns of a program
@@ -107,7 +107,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def unsupported(gate_up: Tensor, **options: Any) -> str | None:
     """Why this argument cannot take the Triton path, or None."""
-    return dtype_obstacle(gate_up)
+    return obstacle(gate_up)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

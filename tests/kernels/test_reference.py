@@ -6,6 +6,7 @@ import inspect
 import itertools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from megalite.kernels.cross_entropy import (
 )
 from megalite.kernels.dispatch import _REFERENCES
 from megalite.kernels.flash_attention import attention_reference, attention_sdpa, visible_keys
+from megalite.kernels.layout import obstacle
 from megalite.kernels.rms_norm import add_rms_norm, rms_norm
 from megalite.kernels.rope import rope
 from megalite.kernels.swiglu import swiglu
@@ -287,6 +289,15 @@ def test_mistakes_in_the_selection_are_one_line(choices, words, monkeypatch):
         select_kernels(choices, CPU)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_what_a_launch_cannot_take_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for number, words in ((0, None), (1, "a tensor on cuda:1")):
+        tensor = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", number), dtype=torch.bfloat16)
+        told = obstacle(tensor)
+        assert told is None if words is None else words in told
+    assert obstacle(torch.zeros(1)) is None and "float64" in obstacle(torch.zeros(1).double())
 
 
 def test_importing_the_package_does_not_import_triton():
