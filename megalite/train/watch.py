@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ _SLOW = 1.25
 
 _ANSWER_SECONDS = 5.0
 """How long a roll call waits: peers notice a loss at about the same time, within a collective's timeout granularity."""
+_STORE_SECONDS = 3.0
+"""What a store that answers needs beyond that."""
 
 
 def find_slowest(seconds: Sequence[float], stage_size: int) -> tuple[int, float, float]:
@@ -108,17 +111,31 @@ class Watch:
         """
         if self._store is None:
             return []
+        # The store may live in rank 0, and hang with it: then the calling thread never comes back.
+        present: list[set[int]] = []
+        caller = threading.Thread(target=lambda: present.append(self._call(ended)), name="roll call", daemon=True)
+        caller.start()
+        caller.join(_ANSWER_SECONDS + _STORE_SECONDS)
+        everyone = set(range(self.mesh.size))
+        answered = present[0] if present else everyone - {0}
+        missing = [] if ended() else sorted(everyone - answered)
+        if missing and answered:
+            # Rank 0, whose word it is, may be the one that is gone: the lowest that answers tells.
+            self.events.speaks = self.mesh.rank == min(answered)
+            self.events.write("no_answer", ranks=missing)
+        return missing
+
+    def _call(self, ended: Callable[[], bool]) -> set[int]:
+        """The ranks that come within the time; all of them where the store is down and nobody can be asked."""
+        store, everyone = self._store, set(range(self.mesh.size))
+        assert store is not None
+        present: set[int] = set()
         try:
-            self._store.set(f"megalite/present/{self.mesh.rank}", "1")
+            store.set(f"megalite/present/{self.mesh.rank}", "1")
             deadline = time.monotonic() + _ANSWER_SECONDS
-            missing = list(range(self.mesh.size))
-            while missing and time.monotonic() < deadline and not ended():
-                missing = [rank for rank in missing if not self._store.check([f"megalite/present/{rank}"])]
+            while present < everyone and time.monotonic() < deadline and not ended():
+                present |= {rank for rank in everyone - present if store.check([f"megalite/present/{rank}"])}
                 time.sleep(0.1)
-            if missing and not ended():
-                # Rank 0 may be the one that is gone: the lowest that answers tells.
-                self.events.speaks = self.mesh.rank == min(set(range(self.mesh.size)) - set(missing))
-                self.events.write("no_answer", ranks=missing)
-            return [] if ended() else missing
         except (RuntimeError, OSError):  # the store went down with its host
-            return []
+            return everyone
+        return present
