@@ -121,11 +121,25 @@ class Group:
         assert work is not None
         return _Timed(self, work)
 
+    def exchange(self, tensor: Tensor, other: int) -> Tensor:
+        """Swap tensors of one shape with the rank at index `other`, which calls this, too; complete on return.
+
+        The lower of the two sends first, so that it works where a send waits for its receive.
+        """
+        arriving = torch.empty_like(tensor)
+        if self.index < other:
+            self.send(tensor, other).wait()
+            self.receive(arriving, other).wait()
+        else:
+            self.receive(arriving, other).wait()
+            self.send(tensor, other).wait()
+        return arriving
+
     def sum_among(self, tensor: Tensor, members: tuple[int, ...]) -> None:
         """Sum `tensor` in place over some of the group's ranks (indices, ascending, with its own); complete on return.
 
-        A part of the group exchanges tensors pair by pair and adds them in index order, so all get the same bits; the
-        lower of two ranks sends first, so that it works where a send waits for its receive. For small sets.
+        A part of the group exchanges tensors pair by pair and adds them in index order, so all get the same bits. For
+        small sets.
         """
         if len(members) == self.size:
             self.all_reduce(tensor).wait()
@@ -134,13 +148,7 @@ class Group:
         for other in members:
             if other == self.index:
                 continue
-            terms[other] = torch.empty_like(tensor)
-            if self.index < other:
-                self.send(terms[self.index], other).wait()
-                self.receive(terms[other], other).wait()
-            else:
-                self.receive(terms[other], other).wait()
-                self.send(terms[self.index], other).wait()
+            terms[other] = self.exchange(terms[self.index], other)
         tensor.copy_(terms[members[0]])
         for other in members[1:]:
             tensor.add_(terms[other])
@@ -227,6 +235,23 @@ class Mesh:
     @property
     def world(self) -> Group:
         return self.group(*AXES)
+
+    def warm_up(self) -> None:
+        """Use every connection once, in an order on which all ranks agree.
+
+        NCCL makes a communicator when it is first used, and both ends must come to it; in the middle of a pipeline,
+        two ranks may each wait in another one. Groups first, in the order in which they were made, then the pairs of
+        neighbours of the pipeline, the last and the first among them: the lower rank of a pair sends first.
+        """
+        for group in self._groups.values():
+            group.all_reduce(torch.zeros(1, device=self.device)).wait()
+        pipeline = self._groups.get(("pp",))
+        if pipeline is None or pipeline.size == 1:
+            return
+        pairs = {tuple(sorted((rank, (rank + 1) % pipeline.size))) for rank in range(pipeline.size)}
+        for low, high in sorted(pairs):
+            if pipeline.index in (low, high):
+                pipeline.exchange(torch.zeros(1, device=self.device), high + low - pipeline.index)
 
     def set_timeout(self, seconds: float) -> None:
         """Limit every later communication of all groups made so far."""

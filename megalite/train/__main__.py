@@ -95,6 +95,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
     trainer = Trainer(config, mesh, kernels)
+    mesh.warm_up()
     events = EventLog(config.run.dir, world.rank)
     if world.rank == 0:
         write_config(config)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.mesh import AXES, Group, Mesh
+from megalite.mesh import AXES, Group, Mesh, create_group
 from megalite.parallel.pipeline.lowering import lower
 from megalite.parallel.pipeline.schedules import build_schedule
 from megalite.parallel.pipeline.simulate import check_deadlock
@@ -177,3 +177,42 @@ def test_a_group_of_one_needs_no_backend():
     group.broadcast(kept, 0).wait()
     group.sum_among(kept, (0,))
     assert torch.equal(kept, x)
+
+
+class Recording(Group):
+    """A group that writes down who meets whom, and still communicates."""
+
+    def __init__(self, ranks, rank, log):
+        super().__init__(ranks, rank, create_group(ranks, rank).handle)
+        self.log = log
+
+    def all_reduce(self, tensor, op="sum"):
+        self.log.append(("all", self.ranks))
+        return super().all_reduce(tensor, op)
+
+    def send(self, tensor, to):
+        self.log.append((self.ranks[self.index], self.ranks[to]))
+        return super().send(tensor, to)
+
+    def receive(self, tensor, source):
+        self.log.append((self.ranks[source], self.ranks[self.index]))
+        return super().receive(tensor, source)
+
+
+def warm(rank, pp, tp):
+    log = []
+    mesh = Mesh(pp=pp, tp=tp, rank=rank, make_group=lambda ranks, rank: Recording(ranks, rank, log))
+    for axes in (("tp",), ("pp",), AXES):
+        mesh.group(*axes)
+    mesh.warm_up()
+    return log
+
+
+@pytest.mark.parametrize(("pp", "tp"), [(2, 2), (4, 1), (3, 1), (1, 2)])
+def test_every_connection_is_used_once_in_one_order(pool, pp, tp):
+    logs = pool.run(warm, pp * tp, pp, tp)
+    for one, other in itertools.combinations(logs, 2):
+        assert [event for event in one if event in other] == [event for event in other if event in one]
+    pairs = {event for log in logs for event in log if event[0] != "all"}
+    neighbours = {(rank, (rank + tp) % (pp * tp)) for rank in range(pp * tp)} if pp > 1 else set()
+    assert pairs == neighbours | {(high, low) for low, high in neighbours}
