@@ -49,13 +49,13 @@ DONE: Work = _Done()
 class _Timed:
     """A backend's work; the time spent in `wait` is added up in its group."""
 
-    def __init__(self, group: Group, work: Work) -> None:
-        self._group, self._work = group, work
+    def __init__(self, group: Group, work: dist.Work, *limit: timedelta) -> None:
+        self._group, self._work, self._limit = group, work, limit
 
     def wait(self) -> None:
         began = time.perf_counter()
         with self._group.observe_wait():
-            self._work.wait()
+            self._work.wait(*self._limit)
         self._group.waited_seconds += time.perf_counter() - began
 
 
@@ -72,6 +72,7 @@ class Group:
         self.index = ranks.index(rank)
         self.handle = handle
         self.waited_seconds = 0.0
+        self._limit: timedelta | None = None
         self.observe_wait: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
@@ -80,8 +81,13 @@ class Group:
 
     def set_timeout(self, seconds: float) -> None:
         """From now on, a communication that takes longer than this fails."""
+        self._limit = timedelta(seconds=seconds)
         if self.handle is not None:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), self.handle)
+            dist.distributed_c10d._set_pg_timeout(self._limit, self.handle)
+
+    def _transfer_limit(self, tensor: Tensor) -> tuple[timedelta, ...]:
+        """gloo's transfers keep the limit with which the group was made, unless `wait` is told another."""
+        return (self._limit,) if self._limit is not None and tensor.device.type == "cpu" else ()
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
         """Reduce `tensor` over the group, in place. `op` is `sum` or `max`."""
@@ -113,13 +119,13 @@ class Group:
         """Send `tensor` to the rank at index `to`; transfers between two ranks arrive in the order they were sent."""
         work = dist.isend(tensor, self.ranks[to], group=self.handle)
         assert work is not None
-        return _Timed(self, work)
+        return _Timed(self, work, *self._transfer_limit(tensor))
 
     def receive(self, tensor: Tensor, source: int) -> Work:
         """Receive into `tensor` from the rank at index `source`."""
         work = dist.irecv(tensor, self.ranks[source], group=self.handle)
         assert work is not None
-        return _Timed(self, work)
+        return _Timed(self, work, *self._transfer_limit(tensor))
 
     def exchange(self, tensor: Tensor, other: int) -> Tensor:
         """Swap tensors of one shape with the rank at index `other`, which calls this, too; complete on return.
