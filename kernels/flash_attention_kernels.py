@@ -209,10 +209,10 @@ def delta_kernel(
 
 @triton.jit
 def _row_numbers(lse_ptr, delta_ptr, at, i, queries):
-    """Base-2 log-sum-exp and delta of queries i; +inf where there is no row or it saw no key, so that p is 0."""
+    """Base-2 log-sum-exp and delta of queries i; +inf where there is no row, so that p is 0 without a mask. A row that
+    saw no key (-inf) lies in masked tiles only."""
     lse = tl.load(lse_ptr + at + i, mask=i < queries, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    return lse, tl.load(delta_ptr + at + i, mask=i < queries, other=0.0)
+    return lse * LOG2E, tl.load(delta_ptr + at + i, mask=i < queries, other=0.0)
 
 
 @triton.jit
