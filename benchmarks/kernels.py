@@ -3,7 +3,8 @@
     python benchmarks/kernels.py [--device cuda|cpu] [--only rms_norm,attention] [--samples 30] [--out DIR]
 
 Every case is timed `--samples` times in turns with its peers, each sample after the caches were flushed by writes of
-1 GiB (64 MiB on a CPU): median, 20th and 80th percentile. Achieved bytes/s and flop/s count what the operation must
+1 GiB (64 MiB on a CPU): median, 20th and 80th percentile. A CPU's times are CPU seconds of this process, which a machine
+shared with others disturbs least. Achieved bytes/s and flop/s count what the operation must
 move or multiply at least (docs/kernels.md), against the copy bandwidth and matrix-product rate of the same run. Peers
 that are not installed, or refuse a case, are named with the case and left out. The files are written anew after every
 group, so that a run that is stopped leaves what it has measured.
@@ -29,7 +30,7 @@ WARM_UP = 3
 
 
 class Clock:
-    """Times one call at a time with cold caches."""
+    """Times one call at a time with cold caches: in seconds of the device, or in CPU seconds of this process."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -38,9 +39,9 @@ class Clock:
     def __call__(self, call: Callable[[], Any]) -> float:
         if not self.cuda:
             self.flush.zero_()
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            return time.perf_counter() - start
+            return time.process_time() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(4):  # long enough for the host to run ahead: the device then measures itself, not the launches
             self.flush.zero_()
@@ -185,6 +186,7 @@ def run(setting: Setting, groups: list[str], samples: int, stem: Path) -> None:
         **ceilings(setting.device, setting.dtype, clock),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "samples": samples,
+        "times": "seconds of the device" if clock.cuda else "CPU seconds of the process",
         "choices": dict(setting.kernels.choices),
         "results": [],
     }
