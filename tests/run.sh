@@ -12,6 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/common.sh"
 prepare_environment dev
 cd "$ROOT"
+bash tests/slurm/install.sh
 
 chosen=("$@")
 tier_is_chosen=no

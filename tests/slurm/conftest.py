@@ -24,7 +24,7 @@ RECIPE = """
 run.device = "cpu"
 model = {{ layers = 2, hidden_size = 16, heads = 2, vocab_size = 50, max_positions = 64 }}
 data.train = ["{tokens}"]
-train = {{ steps = {steps}, seq_length = 16, global_batch_size = 4, precision = "fp32", timeout_seconds = 15 }}
+train = {{ steps = {steps}, seq_length = 16, global_batch_size = 4, precision = "fp32", timeout_seconds = 10 }}
 checkpoint = {{ interval = 5, keep = 0 }}
 log.tensorboard = false
 """

@@ -127,7 +127,7 @@ def test_a_cut_off_start_is_fenced(run):
     notices that the run directory is not its own any more."""
     if run.cluster.network is None:
         pytest.skip("needs network namespaces (root and iproute2)")
-    run.submit(options="--no-preflight --constraint=''".replace(" --constraint=''", ""), nodes=1, layout=())
+    run.submit(nodes=1, layout=())
     run.wait_for_step(3)
     node = run.cluster.show(run.jobs[0], "NodeList")
     old = run.ranks()[0]
