@@ -194,7 +194,7 @@ class Stage(nn.Module):
                 hidden_sBH = block(hidden_sBH, positions, cache, selective=self.recompute == "selective")
         return hidden_sBH
 
-    def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: float) -> Tensor:
+    def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: Tensor | float) -> Tensor:
         """Last stage: `scale` times the sum of the token losses, an fp64 scalar equal on all tensor ranks."""
         assert self.norm is not None and self.head is not None
         return self.head.loss(self.norm(hidden_sBH), labels_BS, scale)

@@ -35,7 +35,13 @@ class _HeadLoss(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, labels_N: Tensor, scale: float, head: Any, train: bool
+        ctx: Any,
+        hidden_sBH: Tensor,
+        weight: PlacedParameter,
+        labels_N: Tensor,
+        scale: Tensor | float,
+        head: Any,
+        train: bool,
     ) -> Tensor:
         region: TensorRegion = head.region
         hidden_NH = region.gather(hidden_sBH).flatten(0, 1)
@@ -96,7 +102,7 @@ class VocabParallelHead(nn.Module):
         self.weight = PlacedParameter(data, Placement(boxes))
         self.weight.tied_to = tied_to
 
-    def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: float) -> Tensor:
+    def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: Tensor | float) -> Tensor:
         """scale * (sum of the token losses), an fp64 scalar, equal on all tensor ranks.
 
         Its gradient must be 1: accumulated weight gradients are final when this returns.
@@ -105,7 +111,12 @@ class VocabParallelHead(nn.Module):
         return _HeadLoss.apply(hidden_sBH, self.weight, labels_BS.t().flatten(), scale, self, train)
 
     def chunk_loss(
-        self, hidden_nH: Tensor, labels_n: Tensor, scale: float, grad_nH: Tensor | None, total_vH: Tensor | None
+        self,
+        hidden_nH: Tensor,
+        labels_n: Tensor,
+        scale: Tensor | float,
+        grad_nH: Tensor | None,
+        total_vH: Tensor | None,
     ) -> Tensor:
         """One chunk's scaled loss; writes its hidden gradient to `grad_nH`, adds its weight gradient to `total_vH`."""
         logits_nv = functional.linear(hidden_nH, self.weight.ready)

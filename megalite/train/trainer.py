@@ -120,7 +120,7 @@ class Trainer:
             self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.owners, self.mesh, activation)
         return self._engines[key]
 
-    def _forward(self, batches: Batches, scale: float) -> StageForward:
+    def _forward(self, batches: Batches, scale: Tensor | float) -> StageForward:
         def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
             stage, batch = self.stages[number], batches[micro]
             own = (batch.positions_BS, batch.documents_BS) if batch is not None else (None, None)
@@ -136,14 +136,15 @@ class Trainer:
 
         return forward
 
-    def _valid_tokens(self, batches: Batches) -> int:
-        """Labels that count, over the global batch; known on the last stage only, and 0 elsewhere."""
-        if self.last_stage is None:
-            return 0
-        count = sum(int((batch.labels_BS != IGNORED).sum()) for batch in batches if batch is not None)
-        total = torch.tensor(float(count), dtype=torch.float64, device=self.mesh.device)
-        self._data_group.all_reduce(total).wait()
-        return int(total.item())
+    def _valid_tokens(self, batches: Batches) -> Tensor:
+        """Labels that count, over the global batch: fp64 scalar, never fetched to the host. 0 but on the last stage."""
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self.last_stage is not None:
+            for batch in batches:
+                if batch is not None:
+                    total += (batch.labels_BS != IGNORED).sum()
+            self._data_group.all_reduce(total).wait()
+        return total
 
     def _agree(self, *numbers: Tensor | float) -> list[float]:
         """Sum a few numbers over all ranks, in float64: the one message of a step that everyone waits for."""
@@ -167,8 +168,8 @@ class Trainer:
         valid = self._valid_tokens(batches)
         for buckets in self.buckets.values():
             buckets.begin(len(batches))
-        engine = self._engine(len(batches), train=True)
-        return self._loss_share(engine.run(self._forward(batches, 1.0 / max(valid, 1)), self.buckets, self.observe))
+        engine, forward = self._engine(len(batches), train=True), self._forward(batches, 1.0 / valid.clamp(min=1))
+        return self._loss_share(engine.run(forward, self.buckets, self.observe))
 
     def step(self, batches: Batches, lr: float, flag: float = 0.0) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank calls it with as many.
@@ -193,5 +194,5 @@ class Trainer:
         share = self._loss_share(engine.run(self._forward(batches, 1.0)))
         valid = self._valid_tokens(batches)
         counts_once = self.last_stage is not None and self.mesh.rank == self.mesh.rank_at(dp=0, cp=0, tp=0)
-        loss, count = self._agree(share, float(valid) if counts_once else 0.0)
+        loss, count = self._agree(share, valid if counts_once else 0.0)
         return loss, int(count)
