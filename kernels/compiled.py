@@ -17,10 +17,36 @@ from torch import Tensor
 
 from megalite.errors import UserError
 
-from . import rms_norm, rope
-from .dispatch import Kernels
+from .dispatch import OPERATIONS, Kernels
 
 COMPILERS = ("g++", "clang++", "c++")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `rms_norm.rms_norm`; the compiler makes the backward."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm.add_rms_norm`."""
+    residual_out = residual + x
+    return residual_out, rms_norm(residual_out, weight, eps)
+
+
+def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rope.rope`; the compiler makes the backward."""
+    half = cos.shape[-1] // 2
+
+    def rotate(x_SBND: Tensor) -> Tensor:
+        wide = torch.promote_types(x_SBND.dtype, torch.float32)
+        c, s = ((t[:, None, None] if t.dim() == 2 else t[:, :, None])[..., :half].to(wide) for t in (cos, sin))
+        first, second = x_SBND[..., :half].to(wide), x_SBND[..., half : 2 * half].to(wide)
+        turned = torch.cat([first * c - second * s, second * c + first * s], dim=-1).to(x_SBND.dtype)
+        return torch.cat([turned, x_SBND[..., 2 * half :]], dim=-1)
+
+    return rotate(q_SBHD), rotate(k_SBKD)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -64,13 +90,24 @@ def cross_entropy_grad_(
     return logits_NV
 
 
+def cross_entropy_stats_grad_(
+    logits_NV: Tensor, targets_N: Tensor, grad_N: Tensor, *, valid: int | None = None, z_loss: float = 0.0
+) -> Tensor:
+    """Both of the above where one rank holds the whole vocabulary."""
+    size = logits_NV.shape[1] if valid is None else valid
+    stats_N4 = cross_entropy_stats(logits_NV, targets_N, valid=size)
+    cross_entropy_grad_(logits_NV, targets_N, stats_N4, grad_N, valid=size, z_loss=z_loss, vocab_size=size)
+    return stats_N4
+
+
 _FORMS: dict[str, Callable[..., Any]] = {
-    "rms_norm": rms_norm.rms_norm,
-    "add_rms_norm": rms_norm.add_rms_norm,
-    "rope": rope.rope,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope": rope,
     "swiglu": swiglu,
     "cross_entropy_stats": cross_entropy_stats,
     "cross_entropy_grad_": cross_entropy_grad_,
+    "cross_entropy_stats_grad_": cross_entropy_stats_grad_,
 }
 """Function of `Kernels` -> what is compiled in place of the plain form."""
 
@@ -92,7 +129,5 @@ def compile_kernels(kernels: Kernels) -> Kernels:
         if not choices[operation].startswith("reference"):
             continue
         choices[operation] = "compiled " + choices[operation]
-        for name in _FORMS:
-            if name.endswith(operation) or name.startswith(f"{operation}_"):
-                functions[name] = torch.compile(_FORMS[name], dynamic=False)
+        functions |= {name: torch.compile(_FORMS[name], dynamic=False) for name in OPERATIONS[operation]}
     return dataclasses.replace(kernels, **functions, choices=MappingProxyType(choices))

@@ -7,8 +7,13 @@ tables. The Triton form with the same signature is in `rope_triton.py`.
 Shapes: S sequence, B batch, H query heads, K kv heads, D head dim, R rotated part of the head dim (R <= D).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+PIECE = 1 << 16  # elements; on a CPU positions are worked on in pieces whose fp32 forms stay in the processor's cache
 
 
 def check(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -34,14 +39,39 @@ def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def _rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated: Tensor = _Rotation.apply(x_SBND, cos, sin)
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back, so nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_SBND, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SBND: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad_SBND, cos, -sin), None, None
+
+
+def _turn(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1] // 2
     wide = torch.promote_types(x_SBND.dtype, torch.float32)
     cos, sin = (_per_head(table)[..., :half].to(wide) for table in (cos, sin))
-    first, second = x_SBND[..., :half].to(wide), x_SBND[..., half : 2 * half].to(wide)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_SBND.dtype)
-    if 2 * half == x_SBND.shape[-1]:
-        return turned
-    return torch.cat([turned, x_SBND[..., 2 * half :]], dim=-1)
+    out_SBND = torch.empty(x_SBND.shape, dtype=x_SBND.dtype, device=x_SBND.device)
+    out_SBND[..., 2 * half :] = x_SBND[..., 2 * half :]
+    length, elements = len(x_SBND), x_SBND.numel()
+    step = max(1, length * PIECE // max(elements, 1)) if x_SBND.device.type == "cpu" else max(length, 1)
+    for start in range(0, length, step):
+        rows = slice(start, start + step)
+        first, second = x_SBND[rows, ..., : 2 * half].to(wide).chunk(2, dim=-1)
+        out_SBND[rows, ..., :half] = (first * cos[rows]).addcmul_(second, sin[rows], value=-1)
+        out_SBND[rows, ..., half : 2 * half] = (second * cos[rows]).addcmul_(first, sin[rows])
+    return out_SBND
 
 
 def _per_head(table: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd import gradcheck
 from megalite.errors import UserError
 from megalite.kernels import OPERATIONS, blocked_attention, flash_attention, select_kernels
 from megalite.kernels import cross_entropy as cross_entropy_file
+from megalite.kernels import rms_norm as rms_norm_file
 from megalite.kernels.adamw import adamw_, square_sum
 from megalite.kernels.cross_entropy import (
     chunk_rows,
@@ -51,6 +52,17 @@ def test_rms_norm_is_torchs_in_fp32_and_llamas_in_bf16():
     torch.testing.assert_close(y, rms_norm(total, weight, 1e-5))
 
 
+def test_rms_norm_backward_by_hand(monkeypatch):
+    """In three pieces of rows, the last shorter; only x and one number a row are kept."""
+    monkeypatch.setattr(rms_norm_file, "PIECE", 3 * 6)
+    x, weight = torch.randn(4, 2, 6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    assert gradcheck(lambda *both: rms_norm(*both, 1e-3), (x.requires_grad_(), weight.requires_grad_()))
+    saved = rms_norm(x, weight, 1e-3).grad_fn.saved_tensors
+    assert sum(tensor.numel() for tensor in saved) == x.numel() + weight.numel() + 8
+    strided = torch.randn(4, 2, 12, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda both, w: rms_norm(both[..., 6:], w, 1e-3), (strided, weight))
+
+
 def test_rope_is_a_rotation_of_pairs_half_a_head_apart():
     """As complex numbers: element i with element i + R/2, turned by the angle; the rest of the head passes through."""
     angle = torch.rand(6, 2, 4, dtype=torch.float64)
@@ -59,6 +71,7 @@ def test_rope_is_a_rotation_of_pairs_half_a_head_apart():
     for x, turned in zip((q, k), rope(q, k, cos, sin)):
         z = torch.complex(x[..., :4], x[..., 4:8]) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
         torch.testing.assert_close(turned, torch.cat([z.real, z.imag, x[..., 8:]], -1))
+    assert gradcheck(lambda *both: rope(*both, cos, sin), (q.requires_grad_(), k.requires_grad_()))
     same = rope(q, k, cos[:, 0], sin[:, 0])[0][:, 0]
     torch.testing.assert_close(same, rope(q, k, cos, sin)[0][:, 0])
 
