@@ -3,11 +3,11 @@
     python benchmarks/kernels.py [--device cuda|cpu] [--only rms_norm,attention] [--samples 30] [--out DIR]
 
 Every case is timed `--samples` times in turns with its peers, each sample after the caches were flushed by writes of
-1 GiB (64 MiB on a CPU): median, 20th and 80th percentile. A CPU's times are CPU seconds of this process, which a machine
-shared with others disturbs least. Achieved bytes/s and flop/s count what the operation must
-move or multiply at least (docs/kernels.md), against the copy bandwidth and matrix-product rate of the same run. Peers
-that are not installed, or refuse a case, are named with the case and left out. The files are written anew after every
-group, so that a run that is stopped leaves what it has measured.
+1 GiB (64 MiB on a CPU): median, 20th and 80th percentile. A CPU's times are CPU seconds of this process, which a
+machine shared with others disturbs least. Achieved bytes/s and flop/s count what the operation must move or multiply at
+least (docs/kernels.md), against the copy bandwidth and matrix-product rate of the same run. Peers that are not
+installed, or refuse a case, are named with the case and left out. The files are written anew after every group, so that
+a run that is stopped leaves what it has measured.
 """
 
 import argparse
