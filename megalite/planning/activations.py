@@ -2,13 +2,12 @@
 
 The counts follow megalite's own autograd functions and kernels (a test runs them and looks at what autograd saved).
 Widths a token: h hidden (cut over the tensor ranks where sequence parallel), q queries, k keys, v = k values, f
-feed-forward of this rank. On GPUs the fused kernels keep
+feed-forward of this rank. Fused and plain kernels keep
 
     norm 1 of h: its input h, output h        projection: q + 2k        attention: rotated q + k, output q
     norm 2 of h: the sum h, output h          up and gate: 2f           SwiGLU: f
 
-`selective` drops the rotated q + k, attention's statistics and SwiGLU's f; `full` keeps the layer's input alone. The
-plain kernels on CPUs also keep each norm's normalised input, and in bf16 that input in fp32.
+`selective` drops the rotated q + k, attention's statistics and SwiGLU's f; `full` keeps the layer's input alone.
 Source of the accounting: Korthikanti et al. 2022, sections 3 and 4.
 """
 
@@ -46,21 +45,12 @@ class StageMemory:
 
 def _norm_kept(job: Job, width: float) -> float:
     """Bytes a token that an RMSNorm of `width` elements keeps, its output left out."""
-    if job.device.is_gpu:
-        return job.element_bytes * width + 4
-    if job.element_bytes == 4:
-        return 2 * 4 * width + 4
-    return (4 + 2) * width + 4
+    return job.element_bytes * width + 4
 
 
 def _query_key_norm_kept(job: Job, layer: LayerShare) -> float:
-    """The same for norms of single heads, whose input is the projection that is kept anyway (but its fp32 form)."""
-    if not job.architecture.model.qk_norm:
-        return 0.0
-    statistics, width = 4.0 * (layer.queries + layer.kvs), layer.query + layer.key
-    if job.device.is_gpu:
-        return statistics
-    return statistics + (4 * width if job.element_bytes == 4 else 6 * width)
+    """The same for norms of single heads, whose input is the projection that is kept anyway."""
+    return 4.0 * (layer.queries + layer.kvs) if job.architecture.model.qk_norm else 0.0
 
 
 def _attention_kept(job: Job, layer: LayerShare) -> float:
@@ -149,8 +139,6 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
         loss = loss_working(job)
     elif job.owners[stage] != job.owners[stage + 1]:
         kept += stream  # the output that was sent is held until its gradient comes back
-    if stage > 0 and not job.device.is_gpu and job.element_bytes == 2:
-        kept += stream  # the first norm keeps its input in fp32 only
     layer = job.layer
     # The four products' inputs and output gradients, those of the stream whole.
     wide = 4 * layer.hidden + 2 * layer.query + 2 * layer.key + 3 * layer.ffn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 from megalite.config import Config
 from megalite.errors import UserError
@@ -31,10 +32,12 @@ class Practice:
     """The output layer's gradients are made in its forward pass."""
     gradient_bytes: float = 12.0
     """Bytes moved to add a weight's gradient to its fp32 sum: fresh product written and read, sum read and written."""
-    overlaps_tensor: bool = True
-    """Tensor-parallel collectives of backward run under its products."""
+    attention: float = 1.0
+    """Rate of attention, as a multiple of the device's best kernels."""
+    overlaps_tensor: Literal["none", "backward", "all"] = "backward"
+    """Which passes run their tensor-parallel collectives under the products beside them."""
     gather_efficiency: float = 1.0
-    """Share of the link's rate at which ZeRO-3 gathers parameters."""
+    """Share of the link's rate at which ZeRO-3 gathers parameters and reduces gradients."""
 
 
 MEGALITE = Practice()

@@ -100,6 +100,7 @@ def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
         rate = job.device.matmul_flops / (1 if job.element_bytes == 2 else 16)
     else:
         rate = job.device.fp32_flops
+    rate *= job.practice.attention
     forward, backward = job.device.attention_efficiency
     return flops / (rate * forward), 2.5 * flops / (rate * backward)
 
@@ -135,15 +136,19 @@ def layer_work(job: Job) -> StageWork:
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     # Forward: into and out of each of the two blocks; an all-reduce is both in one.
     talk_forward = 4 * exchange
+    if job.practice.overlaps_tensor == "all":
+        talk_forward = sum(_exposed(exchange, own) for own in products)
     weight_sum = layer.parameters * job.practice.gradient_bytes / job.device.memory_bandwidth
     inputs = [products[0], products[2]]  # the two column-parallel products
     if job.split > 1:
         entered = [exchange, exchange]  # their gathered inputs, for the weights' gradients
-        talk_input = 2 * exchange  # the gradients that enter the row-parallel products
+        # The gradients that enter the row-parallel products.
+        rows = (products[1], products[3]) if job.practice.overlaps_tensor == "all" else (0.0, 0.0)
+        talk_input = sum(_exposed(exchange, own) for own in rows)
         left = [exchange, exchange]
     else:
         entered, talk_input, left = [0.0, 0.0], 0.0, [2 * exchange, 2 * exchange]
-    beside = inputs if job.practice.overlaps_tensor else [0.0, 0.0]
+    beside = [0.0, 0.0] if job.practice.overlaps_tensor == "none" else inputs
     talk_input += sum(_exposed(talk, own) for talk, own in zip(entered, beside))
     talk_weight = sum(_exposed(talk, own) for talk, own in zip(left, beside))
     forward = Work(total, attention[0], elementwise[0], talk_forward)
@@ -191,13 +196,14 @@ def stage_work(job: Job, stage: int) -> StageWork:
     if stage == 0:
         forward = forward.plus(Work(tensor=_exchange(job)))
         weights = weights.plus(Work(tensor=_exchange(job) if job.split > 1 else 0.0))
-    if job.zero == 3 and job.data > 1:
-        gather = _gather_parameters(job, stage)
-        first = gather / max(1, layers)  # nothing to hide the first layer's under
-        forward = forward.plus(Work(data=max(first, _exposed(gather, forward.seconds))))
-        inputs = inputs.plus(Work(data=max(first, _exposed(gather, inputs.seconds + weights.seconds))))
-    if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch
-        weights = weights.plus(Work(data=_exposed(_reduce_gradients(job, stage), inputs.seconds + weights.seconds)))
+    if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch, and weights gathered
+        talk = _reduce_gradients(job, stage)
+        if job.zero == 3:
+            gather = _gather_parameters(job, stage)
+            first = gather / max(1, layers)  # nothing to hide the first layer's under
+            forward = forward.plus(Work(data=max(first, _exposed(gather, forward.seconds))))
+            talk += gather
+        inputs = inputs.plus(Work(data=_exposed(talk, inputs.seconds + weights.seconds)))
     return StageWork(forward, inputs, weights)
 
 
@@ -211,16 +217,14 @@ def stage_works(job: Job) -> list[StageWork]:
 
 
 def _data_link(job: Job) -> Link:
-    return link(job.device, job.data, job.tensor)
+    over = link(job.device, job.data, job.tensor)
+    efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
+    return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
 
 def _gather_parameters(job: Job, stage: int) -> float:
     """All-gather of a stage's weights over the data-parallel ranks."""
-    over = _data_link(job)
-    over = dataclasses.replace(
-        over, bandwidth=over.bandwidth * (job.practice.gather_efficiency if job.zero == 3 else 1)
-    )
-    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.data, over)
+    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.data, _data_link(job))
 
 
 def _reduce_gradients(job: Job, stage: int) -> float:
