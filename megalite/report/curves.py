@@ -25,6 +25,8 @@ def colour(index: int) -> str:
 def smooth(values: Sequence[float]) -> np.ndarray:
     """A running median, which one outlier does not move; nan where there is nothing."""
     numbers = np.asarray(values, dtype=np.float64)
+    if not len(numbers):
+        return numbers
     half = max(1, len(numbers) // 100)
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(numbers, half, constant_values=np.nan), 2 * half + 1)
     result = np.full(len(numbers), np.nan)
