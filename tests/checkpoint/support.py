@@ -13,6 +13,7 @@ from megalite.config import Config, build_config
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
+from megalite.parallel.pipeline.schedules import SCHEDULES
 from megalite.train.trainer import Trainer
 
 Tables = dict[str, dict[str, Any]]
@@ -30,7 +31,7 @@ class Layout:
     data: int = 1
     zero: int = 1
     sequence: bool = False
-    virtual_stages: int = 1
+    schedule: str = "1f1b"
 
     @property
     def world(self) -> int:
@@ -45,8 +46,8 @@ class Layout:
                 "pipeline": self.pipeline,
                 "zero": self.zero,
                 "sequence": self.sequence,
-                "virtual_stages": self.virtual_stages,
-                "schedule": "interleaved" if self.virtual_stages > 1 else "1f1b",
+                "virtual_stages": SCHEDULES[self.schedule].least_chunks,
+                "schedule": self.schedule,
             }
         }
 

@@ -28,10 +28,11 @@ LAYOUTS = [
     Layout(pipeline=2),
     Layout(pipeline=3),
     Layout(data=2, zero=0),
-    Layout(data=4, zero=1),
+    Layout(data=4, zero=3),
     Layout(pipeline=2, data=2, zero=1),
     Layout(tensor=2, pipeline=2, sequence=True),
-    Layout(tensor=2, data=2, zero=1),
+    Layout(tensor=2, data=2, zero=2),
+    Layout(pipeline=2, schedule="zb_v"),
 ]
 
 
@@ -64,7 +65,7 @@ def test_bf16_parameters_and_tied_embeddings(pool: Pool, tmp_path: Path) -> None
     }
     layouts = [
         Layout(),
-        Layout(pipeline=2, data=2),
+        Layout(pipeline=2, data=2, zero=3, schedule="zb_v"),
         Layout(tensor=2, pipeline=2, sequence=True),
         Layout(tensor=2, data=2, zero=0),
         Layout(tensor=3),
@@ -74,7 +75,7 @@ def test_bf16_parameters_and_tied_embeddings(pool: Pool, tmp_path: Path) -> None
 
 @pytest.mark.fast
 def test_interleaved_stages_load_elsewhere(pool: Pool, tmp_path: Path) -> None:
-    layouts = [Layout(pipeline=2, virtual_stages=2), Layout(tensor=2), Layout(data=2)]
+    layouts = [Layout(pipeline=2, schedule="interleaved"), Layout(tensor=2), Layout(data=2)]
     walk(pool, {"model": {"layers": 4}, "train": {"global_batch_size": 4}}, layouts, str(tmp_path))
 
 
