@@ -45,7 +45,7 @@ repeat_request() {
 run_step() {
     local name=$1 code pid
     shift
-    srun --job-name="megalite-$name" --kill-on-bad-exit=1 "${SRUN[@]}" "$@" &
+    srun --job-name="megalite-$name" --ntasks="$RANKS" --wait=60 "${SRUN[@]}" "$@" &
     pid=$!
     while :; do
         interrupted=""
@@ -143,15 +143,21 @@ say "$SLURM_JOB_NUM_NODES nodes $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MA
 say "to follow: tail -F ${logs}00000.out"
 
 if [ "$PREFLIGHT" = yes ]; then
-    run_step preflight --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" --label \
-        "${CONTAINER[@]}" "$PYTHON" "$REPOSITORY/tools/doctor.py" --preflight "${RECIPE[@]}"
+    run_step preflight --kill-on-bad-exit=0 "${CONTAINER[@]}" "$PYTHON" "$REPOSITORY/tools/doctor.py" \
+        --preflight "${RECIPE[@]}"
     code=$?
     [ -z "$stopping" ] || go_on_later
-    [ $code -eq 0 ] || try_again $code "a node is not fit, named above; to avoid it: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=NODE"
+    if [ $code -eq 2 ]; then
+        say "unusable configuration or input, named above: not started again"
+        exit 2
+    elif [ $code -ne 0 ]; then
+        say "to keep off a node, once this job is pending: scontrol update JobId=$SLURM_JOB_ID ExcNodeList=NODE"
+        try_again $code "the nodes are not fit, see above"
+    fi
 fi
 
 [ -z "$stopping" ] || go_on_later
-run_step train --ntasks="$RANKS" --wait=60 --unbuffered --output="${logs}%5t.out" \
+run_step train --kill-on-bad-exit=1 --unbuffered --output="${logs}%5t.out" \
     "${CONTAINER[@]}" bash "$REPOSITORY/launch/entry.sh" "$PYTHON" -m megalite.train "${RECIPE[@]}"
 code=$?
 [ -z "$stopping" ] || kill "$repeater"

@@ -25,9 +25,10 @@ def test_a_finished_run_ends_at_once(undisturbed):
     assert run.finish() == ("COMPLETED", "0:0")
     assert "the training has finished: nothing to do" in run.log
     before = run.weights()
-    run.submit()
+    run.submit(options="")  # with the preflight
     assert run.finish() == ("COMPLETED", "0:0")
     assert run.weights() == before and len(run.steps()) == STEPS
+    assert "collectives: pp" in run.log and "\nhealthy" in run.log
 
 
 def test_the_ranks_are_in_the_nodes_order(cluster, tmp_path):
@@ -72,3 +73,13 @@ def test_failures_without_progress_are_not_forgiven_for_ever(run):
     assert run.cluster.show(run.jobs[0], "Restarts") == "1"
     assert "failure 2 since the last new checkpoint, 1 are forgiven" in run.log and "giving up" in run.log
     assert re.search(r"error: rank [01] on n[01] ended with code 1", run.log)
+
+
+def test_an_unfit_node(run, tmp_path):
+    """The preflight runs on every node before the ranks are started; what it says ends up in the job's log."""
+    unfit = 'if [ "$SLURMD_NODENAME" = n1 ]; then echo "fault $SLURMD_NODENAME disk: full"; exit 1; fi'
+    run.python.write_text(f"#!/bin/sh\n{unfit}\n")
+    run.submit(options="--max-requeues 0")
+    assert run.finish() == ("FAILED", "1:0")
+    assert "fault n1 disk: full" in run.log and "the nodes are not fit" in run.log and "giving up" in run.log
+    assert not list(run.folder.glob("log/slurm-*"))
