@@ -198,7 +198,7 @@ def flops_points() -> list[Point]:
     return points
 
 
-def _titan(size: Architecture, data: int, tensor: int, batch: int, recompute: str, **more: object) -> Job:
+def titan_job(size: Architecture, data: int, tensor: int, batch: int, recompute: str, **more: object) -> Job:
     values = {"seq_length": 8192, "device": peers.H100_500W, "practice": peers.TORCHTITAN_COMPILED} | more
     return Job(
         architecture=size,
@@ -218,14 +218,14 @@ def memory_points() -> list[Point]:
     h200: Device = DEVICES["h200"]
     points = []
     for name, job, published, compiled, note in (
-        ("Llama 3 8B, FSDP 8, eager", _titan(LLAMA3_8B, 8, 1, 2, "selective"), 82.4, False, ""),
-        ("Llama 3 8B, FSDP 8, compiled", _titan(LLAMA3_8B, 8, 1, 2, "selective"), 77.0, False, ""),
-        ("Llama 3 8B, FSDP 128, eager", _titan(LLAMA3_8B, 128, 1, 2, "selective"), 67.0, False, ""),
-        ("Llama 3 8B, FSDP 128, compiled", _titan(LLAMA3_8B, 128, 1, 2, "selective"), 62.0, False, ""),
-        ("Llama 3 8B, FSDP 8, s 32768", _titan(LLAMA3_8B, 8, 1, 1, "full", seq_length=32768), 83.9, False, "fp8"),
-        ("Llama 3 8B, FSDP 32, H200", _titan(LLAMA3_8B, 32, 1, 2, "selective", device=h200), 47.96, True, "fp8"),
-        ("Llama 3 8B, FSDP 64, H200", _titan(LLAMA3_8B, 64, 1, 2, "selective", device=h200), 46.97, True, "fp8"),
-        ("Llama 3 70B, FSDP 32, tensor 8", _titan(LLAMA3_70B, 32, 8, 16, "full"), 71.9, False, "fp8"),
+        ("Llama 3 8B, FSDP 8, eager", titan_job(LLAMA3_8B, 8, 1, 2, "selective"), 82.4, False, ""),
+        ("Llama 3 8B, FSDP 8, compiled", titan_job(LLAMA3_8B, 8, 1, 2, "selective"), 77.0, False, ""),
+        ("Llama 3 8B, FSDP 128, eager", titan_job(LLAMA3_8B, 128, 1, 2, "selective"), 67.0, False, ""),
+        ("Llama 3 8B, FSDP 128, compiled", titan_job(LLAMA3_8B, 128, 1, 2, "selective"), 62.0, False, ""),
+        ("Llama 3 8B, FSDP 8, s 32768", titan_job(LLAMA3_8B, 8, 1, 1, "full", seq_length=32768), 83.9, False, "fp8"),
+        ("Llama 3 8B, FSDP 32, H200", titan_job(LLAMA3_8B, 32, 1, 2, "selective", device=h200), 47.96, True, "fp8"),
+        ("Llama 3 8B, FSDP 64, H200", titan_job(LLAMA3_8B, 64, 1, 2, "selective", device=h200), 46.97, True, "fp8"),
+        ("Llama 3 70B, FSDP 32, tensor 8", titan_job(LLAMA3_70B, 32, 8, 16, "full"), 71.9, False, "fp8"),
     ):
         predicted = peers.torchtitan_memory(job, compiled_loss=compiled) / 2**30
         points.append(Point(f"torchtitan {name}", "GiB", published, predicted, note=note))
@@ -309,12 +309,12 @@ def _titan_points() -> list[Point]:
 
     eager = peers.TORCHTITAN_EAGER
     rows = [
-        ("8B, FSDP 8, eager", _titan(LLAMA3_8B, 8, 1, 2, "selective", practice=eager), 5762, "eager"),
-        ("8B, FSDP 128, eager", _titan(LLAMA3_8B, 128, 1, 2, "selective", practice=eager), 5605, "eager"),
-        ("8B, FSDP 8", _titan(LLAMA3_8B, 8, 1, 2, "selective"), 6667, "8B layouts"),
-        ("8B, FSDP 128", _titan(LLAMA3_8B, 128, 1, 2, "selective"), 6514, "8B layouts"),
-        ("8B, FSDP 8, tensor 8", _titan(LLAMA3_8B, 8, 8, 12, "selective"), 4378, "8B layouts"),
-        ("70B, FSDP 32, tensor 8", _titan(LLAMA3_70B, 32, 8, 16, "full"), 597.3, ""),
+        ("8B, FSDP 8, eager", titan_job(LLAMA3_8B, 8, 1, 2, "selective", practice=eager), 5762, "eager"),
+        ("8B, FSDP 128, eager", titan_job(LLAMA3_8B, 128, 1, 2, "selective", practice=eager), 5605, "eager"),
+        ("8B, FSDP 8", titan_job(LLAMA3_8B, 8, 1, 2, "selective"), 6667, "8B layouts"),
+        ("8B, FSDP 128", titan_job(LLAMA3_8B, 128, 1, 2, "selective"), 6514, "8B layouts"),
+        ("8B, FSDP 8, tensor 8", titan_job(LLAMA3_8B, 8, 8, 12, "selective"), 4378, "8B layouts"),
+        ("70B, FSDP 32, tensor 8", titan_job(LLAMA3_70B, 32, 8, 16, "full"), 597.3, ""),
     ]
     return [
         _speed(f"torchtitan {name}", job, rate(tokens, job.architecture), f"torchtitan {group}" if group else "")
@@ -324,7 +324,7 @@ def _titan_points() -> list[Point]:
 
 def _interleaving_points() -> list[Point]:
     """Both ran in fp8 with asynchronous tensor parallelism, which is not modelled: only their ratio can be compared."""
-    base = dataclasses.replace(_titan(LLAMA3_405B, 8, 8, 4, "full"), pipeline=8, micro_batches=8)
+    base = dataclasses.replace(titan_job(LLAMA3_405B, 8, 8, 4, "full"), pipeline=8, micro_batches=8)
     runs = {
         "1F1B": dataclasses.replace(base, schedule="1f1b"),
         "interleaved": dataclasses.replace(base, schedule="interleaved", virtual_stages=2),
