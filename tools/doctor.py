@@ -67,13 +67,15 @@ def show(findings: list[Finding], as_json: bool) -> None:
 def main() -> int:
     options, overrides = parse(sys.argv[1:])
     limit = TimeLimit(socket.gethostname(), options.time_limit)
-    if options.preflight:
-        findings, verdict = preflight([options.preflight, *overrides], limit)
-    else:
-        limit.check = "this machine"
-        findings = examine(options.run_dir)
-        verdict = healthy(findings)
-    limit.cancel()
+    try:
+        if options.preflight:
+            findings, verdict = preflight([options.preflight, *overrides], limit)
+        else:
+            limit.check = "this machine"
+            findings = examine(options.run_dir)
+            verdict = healthy(findings)
+    finally:
+        limit.cancel()
     if findings:
         show(findings, options.json)
     return 0 if verdict else 1
