@@ -55,10 +55,22 @@ run_step() {
     done
 }
 
-# The ranks' complaints, each once, with how often it was made.
+# The ranks' complaints. What many say is mostly an echo of what one says: the rare lines come first.
 explain() {
     say "what the ranks said (whole: ${logs}*.out and $RUN/log/rank_*)"
-    grep -hE '^error: |dead or hung|could not be saved|works longest' "$logs"*.out | sort | uniq -c | sort -rn | head -n 20
+    grep -hE '^error: |dead or hung|could not be saved|works longest' "$logs"*.out | awk '{
+        message = $0
+        sub(/^error: rank [0-9]+( on [^ ]+)?/, "", message)
+        sub(/^\[rank [0-9]+\] /, "", message)
+        gsub(/rank_[0-9]+[.]/, "", message)
+        if (count[message]++ == 0) said[message] = $0
+    }
+    END {
+        for (message in count) {
+            echo = count[message] > 1 ? " (and " count[message] - 1 " more like it)" : ""
+            printf "%d\t  %s%s\n", count[message], said[message], echo
+        }
+    }' | sort -n | cut -f 2- | head -n 20
 }
 
 # Gives this job back to the queue, or ends it with code $1 where that must not or cannot be. A job that was cancelled, and
