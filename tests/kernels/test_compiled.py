@@ -28,6 +28,7 @@ def test_hopper_norms_and_attention_forward() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_every_kernel_on_every_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every kernel, mask and head width; the table is printed, and the committed one names the same configurations."""
     result = matrix("--json", str(tmp_path / "compiled.json"))
