@@ -67,7 +67,7 @@ def observe(trainer: Trainer, mesh: Mesh, batches: list[Batch]) -> dict[str, Any
                     local = [batch.to(mesh.device) for batch in batches]
                 trainer.step(local, 1e-3)
         recorder.close()
-        rows = [row for path in Path(folder).rglob("timeline_rank_*.jsonl") for row in read_lines(path)]
+        rows = [row for path in Path(folder).rglob("rank_*.jsonl") for row in read_lines(path)]
     timed = [row for row in rows if "seconds" in row]
     steps = sum(row["steps"] for row in timed)
     phases = {name for row in timed for name in row["seconds"]}

@@ -16,7 +16,7 @@ from megalite.train.events import EVENTS, read_events
 from megalite.train.goodput import Goodput, account
 from megalite.train.lines import read_lines
 from megalite.train.metrics import read_metrics
-from megalite.train.timeline import current, merge
+from megalite.train.timeline import TIMELINE, current, merge
 
 _MARKS = ("metrics.jsonl", "config.toml", EVENTS)
 _MOST_RANKS = 1024
@@ -122,7 +122,7 @@ def _spread(paths: list[Path]) -> list[Path]:
 
 
 def _read_ranks(path: Path) -> Iterator[RankTimes]:
-    for file in _spread(sorted((path / "log").glob("timeline_rank_*.jsonl"))):
+    for file in _spread(sorted((path / TIMELINE).glob("rank_*.jsonl"))):
         rows = read_lines(file)
         heads = [row for row in rows if "rank" in row and "shape" in row]
         if not heads:

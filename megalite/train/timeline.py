@@ -5,7 +5,7 @@ The recorder wraps every operation of the pipeline engine (`Trainer.observe`) an
 current stream, which is read a step later, when it is long past: nothing is synchronised for the sake of measuring.
 Waits inside an operation are taken off it, so `forward` and `backward` are this rank's own computing.
 
-Each rank keeps `log/timeline_rank_N.jsonl`: rows of mean seconds over some steps, and the operations of a few steps,
+Each rank keeps `timeline/rank_N.jsonl`: rows of mean seconds over some steps, and the operations of a few steps,
 in seconds relative to the moment in which all ranks agreed on the step's norm: that moment is the same on all of them,
 whatever their clocks say. The file stays small: when it is full, neighbouring rows are merged.
 """
@@ -33,6 +33,8 @@ from megalite.train.lines import LineFile, read_lines
 
 log = logging.getLogger("megalite")
 
+TIMELINE = "timeline"
+"""The folder in the run directory."""
 PHASES = (
     "data", "forward", "backward", "wait_pipeline", "wait_tensor", "wait_context", "reduce", "wait_others",
     "optimizer", "gather", "other",
@@ -287,7 +289,9 @@ class TimelineFile:
 
     def __init__(self, mesh: Mesh, run_dir: Path) -> None:
         self._device = mesh.device
-        self._file = LineFile(run_dir / "log" / f"timeline_rank_{mesh.rank:05d}.jsonl", f"rank {mesh.rank}")
+        folder = run_dir / TIMELINE
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = LineFile(folder / f"rank_{mesh.rank:05d}.jsonl", f"rank {mesh.rank}")
         self._size = self._file.path.stat().st_size if self._file.path.exists() else 0
         self._began = self._last = time.monotonic()
         self._row: dict[str, Any] | None = None

@@ -53,7 +53,7 @@ def write_ranks(run, shape, work, steps=40):
         operations = [[f"{place['pp']}F0", -1.0 + 0.2 * place["pp"], -0.7 + 0.2 * place["pp"]]]
         operations.append([f"{place['pp']}B0", -0.5 - 0.1 * place["pp"], -0.3 - 0.1 * place["pp"]])
         rows.append({"step": 25, "operations": operations, "waits": []})
-        write(run / "log" / f"timeline_rank_{rank:05d}.jsonl", rows)
+        write(run / "timeline" / f"rank_{rank:05d}.jsonl", rows)
 
 
 def make_run(run, plan=80, **config):
@@ -124,7 +124,7 @@ def garbage(run):
 def only_metrics(run):
     for name in ("config.toml", "events.jsonl"):
         (run / name).unlink()
-    for file in (run / "log").iterdir():
+    for file in (run / "timeline").iterdir():
         file.unlink()
 
 
@@ -155,7 +155,7 @@ def unknown_events(run):
 
 
 def one_rank_short(run):
-    (run / "log" / "timeline_rank_00003.jsonl").unlink()
+    (run / "timeline" / "rank_00003.jsonl").unlink()
 
 
 @pytest.mark.parametrize(
