@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megalite.kernels.cross_entropy import PRODUCT_BYTES
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 
@@ -109,8 +110,14 @@ def _layer_working(job: Job) -> tuple[float, float]:
     backward = size * max(swiglu, up)
     if job.recompute == "full":
         backward += _inside_kept(dataclasses.replace(job, recompute="none"), layer)
-    fresh_gradient = 2.0 * layer.largest_matrix if size == 2 else 0.0
-    return job.tokens * forward, job.tokens * backward + fresh_gradient
+    return job.tokens * forward, job.tokens * backward + _fresh_gradient(job, layer.largest_matrix)
+
+
+def _fresh_gradient(job: Job, elements: float) -> float:
+    """Bytes of a weight gradient before it is added to its fp32 sum: in bf16, on CPUs beside its fp32 form."""
+    if job.element_bytes == 4:
+        return 0.0
+    return elements * (2.0 if job.device.is_gpu else 6.0)
 
 
 def loss_working(job: Job) -> float:
@@ -120,8 +127,8 @@ def loss_working(job: Job) -> float:
     limit = CHUNK_ELEMENTS["cuda" if job.device.is_gpu else "cpu"]
     chunk = min(job.tokens, max(1, limit // rows)) * rows * size
     gathered = model.hidden_size * (2 if job.split > 1 else 1)
-    fresh_gradient = 2.0 * rows * model.hidden_size if size == 2 else 0.0
-    return job.tokens * size * gathered + chunk + fresh_gradient
+    product = min(rows * model.hidden_size, PRODUCT_BYTES // size)
+    return job.tokens * size * gathered + chunk + _fresh_gradient(job, product)
 
 
 def stage_memory(job: Job, stage: int) -> StageMemory:

@@ -126,7 +126,7 @@ class _Moment(NamedTuple):
     @property
     def name(self) -> str:
         if self.op is None:
-            return "the optimizer's step"
+            return "optimizer's step"
         kind = {"F": "forward", "W": "weight gradients"}.get(self.op.kind, "backward")
         return f"{kind} of stage {self.op.stage}, micro-batch {self.op.micro}"
 

@@ -141,17 +141,18 @@ def overrides_toml(job: Job) -> str:
 
 def ranking_table(ranking: Ranking) -> Table:
     """The fastest layouts, one a row."""
-    columns = ("tensor", "pipeline", "schedule", "stages", "copies", "ZeRO", "micro-batch", "recompute")
-    table = _table("Fastest layouts that fit", "", *columns, "tokens/s/device", "MFU", "idle", "GiB")
+    table = _table("Fastest layouts that fit", "", "tp", "pp", "dp", "schedule", "zero", "mbs", "recompute")
+    for column in ("tokens/s/device", "MFU", "idle", "GiB"):
+        table.add_column(column, justify="right", no_wrap=True)
     for place, plan in enumerate(ranking.plans, 1):
         job = plan.job
+        schedule = f"{job.schedule} x {job.virtual_stages}" if job.virtual_stages > 1 else job.schedule
         table.add_row(
             str(place),
             str(job.tensor),
             str(job.pipeline),
-            job.schedule if job.pipeline > 1 else "",
-            str(job.virtual_stages),
             str(job.data),
+            schedule if job.pipeline > 1 else "",
             str(job.zero),
             str(job.micro_batch_size),
             job.recompute,
@@ -175,7 +176,7 @@ def explain(best: Plan, own: Plan | None) -> str:
     rest = ", ".join(overhead) or "next to nothing"
     sentences.append(f"{work / seconds:.1%} of a step is computation; besides: {rest}.")
     if job.device.is_gpu:
-        sentences.append(f"{verdict(best)} The fullest rank is at the {best.memory.moment}.")
+        sentences.append(f"{verdict(best)} Memory is fullest in the {best.memory.moment}.")
     if own is None:
         sentences.append("The recipe's own layout is refused on so many devices.")
     elif own.fits is False:
