@@ -31,11 +31,14 @@ from rich.console import Console
 from train_job import AXES, PRESETS, Job
 from train_report import draw, matmul_rates, summarise, tabulate
 
-from launch.local import rank_environment
 from megalite.errors import UserError, exit_on_user_error
 from megalite.train.flops import FORMULA
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from launch.local import rank_environment  # noqa: E402
+
 OWN = ("megalite", "plain", "bare")
 PEERS = {"picotron": HERE / "peers" / "run_picotron.py", "transformers": HERE / "peers" / "run_transformers.py"}
 ONE_PROCESS = ("plain", "bare", "transformers")

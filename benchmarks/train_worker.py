@@ -58,7 +58,6 @@ def run_megalite(job: Job, device: torch.device) -> None:
 def observe(trainer: Trainer, mesh: Mesh, batches: list[Batch]) -> dict[str, Any]:
     """A few more steps under the recorder: seconds of every phase, and the operations of one step."""
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "log").mkdir()
         recorder = Recorder(mesh, folder)
         trainer.observe = recorder.observe
         for number in range(1, OBSERVED + 2):
@@ -67,7 +66,7 @@ def observe(trainer: Trainer, mesh: Mesh, batches: list[Batch]) -> dict[str, Any
                     local = [batch.to(mesh.device) for batch in batches]
                 trainer.step(local, 1e-3)
         recorder.close()
-        rows = [row for path in Path(folder).rglob("rank_*.jsonl") for row in read_lines(path)]
+        rows = [row for path in Path(folder).rglob("*.jsonl") for row in read_lines(path)]
     timed = [row for row in rows if "seconds" in row]
     steps = sum(row["steps"] for row in timed)
     phases = {name for row in timed for name in row["seconds"]}
