@@ -5,9 +5,10 @@
 A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners
 are megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the
 peers named by `--against`. Options: tensor, pipeline, data (ranks along each), precision, compile, kernels, recompute,
-schedule, micro_batch, layers. Every row runs in fresh processes with the environment that megalite's launcher sets; the
-rows take turns, `--rounds` times over, so that a busy machine slows all alike. A `plain` row is added for every
-precision among the rows, and without `--rows` a peer gets one for each layout. docs/throughput.md explains the numbers.
+schedule, sequence, micro_batch, layers. Every row runs in fresh processes with the environment that megalite's launcher
+sets; the rows take turns, `--rounds` times over, so that a busy machine slows all alike. A `plain` row is added for
+every precision among the rows, and without `--rows` a peer gets one for each layout. docs/throughput.md explains the
+numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,14 @@ OWN = ("megalite", "plain", "bare")
 PEERS = {"picotron": HERE / "peers" / "run_picotron.py", "transformers": HERE / "peers" / "run_transformers.py"}
 ONE_PROCESS = ("plain", "bare", "transformers")
 
-CPU_ROWS = ("megalite", "megalite,tensor=2", "megalite,pipeline=2", "megalite,data=2", "bare")
+CPU_ROWS = (
+    "megalite",
+    "megalite,tensor=2",
+    "megalite,tensor=2,sequence=0",
+    "megalite,pipeline=2",
+    "megalite,data=2",
+    "bare",
+)
 CPU_ROWS_BF16 = tuple(
     f"megalite{layout},precision=bf16" for layout in ("", ",compile=1", ",tensor=2", ",pipeline=2", ",data=2")
 )
@@ -115,7 +123,7 @@ def parse_row(text: str, arguments: Arguments, device: str, paths: dict[str, str
             layout[name] = int(value)
         elif name in ("precision", "kernels", "recompute", "schedule"):
             chosen[name] = value
-        elif name in ("compile", "micro_batch", "layers") and value.isdigit():
+        elif name in ("compile", "sequence", "micro_batch", "layers") and value.isdigit():
             chosen[name] = bool(int(value)) if known[name].type == "bool" else int(value)
         else:
             raise UserError(f"--rows {text}: {option!r} is no option; see --help")

@@ -62,6 +62,7 @@ class Job:
     kernels: str = "auto"
     recompute: str = "none"
     schedule: str = "1f1b"
+    sequence: bool = True
     compile: bool = False
     micro_batch: int = 0
     device: str = "cpu"
@@ -160,7 +161,7 @@ class Meter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.first_loss = float("nan")
+        self.first_loss: float | None = None
         self._walls: list[float] = []
         self._cpus: list[float] = []
         self._last = self._now()

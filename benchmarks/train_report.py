@@ -151,7 +151,7 @@ def tabulate(result: dict[str, Any], jobs: Mapping[str, Job], console: Console) 
             f"{row['fraction_of_matmul_rate']:.1%}",
             mfu,
             f"{row['peak_gib']:.2f}",
-            f"{row['first_loss']:.2f}",
+            "-" if row["first_loss"] is None else f"{row['first_loss']:.2f}",
             *(["-"] * len(PHASES) if phases is None else [f"{phases[name]:.3f}" for name in PHASES]),
             "-" if idle is None else f"{idle['measured']:.1%} ({idle['simulated']:.1%})",
         )

@@ -27,6 +27,8 @@ OBSERVED = 3
 
 def configuration(job: Job) -> Config:
     parallel = {axis: size for axis, size in job.layout.items() if axis != "data"} | {"schedule": job.schedule}
+    if job.tensor > 1:
+        parallel["sequence"] = job.sequence
     train = {
         "seq_length": job.preset.seq_length,
         "micro_batch_size": job.micro,
