@@ -59,7 +59,11 @@ def draw_breakdown(run: Run) -> Figure | None:
     for place, rank in enumerate(shown):
         if rank.rank in slow:
             axes.text(left[place], place, "  slow", va="center", color=ALARM, fontsize=8, fontweight="bold")
-    axes.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, 1.08 * left.max()), xlabel="milliseconds of a mean step")
+    axes.set(
+        ylim=(len(shown) - 0.4, -0.6),
+        xlim=(0, (1.08 if slow else 1.01) * left.max()),
+        xlabel="milliseconds of a mean step",
+    )
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     more = f" ({len(shown)} of {len(ranks)} ranks)" if len(shown) < len(ranks) else ""
