@@ -13,6 +13,7 @@ failures=$RUN/launch/$SLURM_JOB_ID.failures
 export MEGALITE_OUTCOME=$RUN/launch/$start.outcome # where rank 0 tells how the training ended, see entry.sh
 stopping=""                                        # the signal that asked to stop
 stopped_at=0
+overdue=""
 
 say() { printf '%s %s: %s\n' "$(date '+%F %T')" "$start" "$*"; }
 
@@ -21,9 +22,13 @@ newest_checkpoint() {
 }
 
 # The first request counts; it is repeated until the step has ended, because ranks that are still starting miss it.
+# SIGTERM once the time limit has passed means that SLURM kills everything within seconds, this script too.
 # shellcheck disable=SC2317 # called by the traps
 request_stop() {
     interrupted=yes
+    if [ "$1" = TERM ] && [ "$ends" -gt 0 ] && [ "$(date +%s)" -ge "$ends" ]; then
+        overdue=yes
+    fi
     [ -z "$stopping" ] || return 0
     stopping=$1 stopped_at=$(date +%s)
     say "SIG$1: asking the ranks to save a checkpoint and stop"
@@ -52,6 +57,7 @@ run_step() {
         wait "$pid"
         code=$?
         [ -n "$interrupted" ] || return "$code"
+        [ -z "$overdue" ] || end_overdue
     done
 }
 
@@ -108,6 +114,15 @@ try_again() {
 }
 
 at_time_limit() { [ "$ends" -gt 0 ] && [ "$stopped_at" -ge $((ends - SIGNAL_SECONDS - 90)) ]; }
+
+# The time limit has passed, and the ranks have not managed to save.
+end_overdue() {
+    newest=$(newest_checkpoint)
+    say "the time limit has passed before the ranks had stopped; --signal-seconds above $SIGNAL_SECONDS gives them longer"
+    [ "$CHAINED" = no ] || exit 75
+    [ "$newest" != "$oldest" ] || try_again 75 "no checkpoint was made in the whole time"
+    start_again 75
+}
 
 # Stopped in order, with a checkpoint or before there was anything to save.
 go_on_later() {

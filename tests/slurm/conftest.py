@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -127,8 +129,8 @@ class Run:
         for job in self.jobs:
             cluster.command("scancel", "--full", "--signal=KILL", job, check=False)
             cluster.command("scancel", job, check=False)
-        until(lambda: not cluster.command("squeue", "-h", "-o", "%i").split(), "the queue is empty", 60)
-        until(lambda: len(cluster.idle()) == len(cluster.nodes), "all nodes are idle", 60)
+        queued = f"squeue -h -o %i --jobs={','.join(self.jobs)}"
+        until(lambda: not self.jobs or "\n" not in cluster.command(*queued.split(), check=False), "they are gone", 60)
 
     def checkpoints(self) -> list[int]:
         return [step for step, _ in complete_checkpoints(self.folder / "checkpoints")]
@@ -159,13 +161,29 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def run(cluster: Cluster, recipe: Path, tmp_path: Path) -> Iterator[Run]:
+def slow_run(cluster: Cluster, recipe: Path, folder: Path) -> Run:
     """A run whose steps are slow enough to be disturbed."""
-    python = tmp_path / "slow-python"
+    python = folder / "slow-python"
     python.write_text(SLOW.format(python=sys.executable))
     python.chmod(0o755)
-    run = Run(cluster, tmp_path / "run", recipe, python)
+    return Run(cluster, folder / "run", recipe, python)
+
+
+@pytest.fixture
+def run(cluster: Cluster, recipe: Path, tmp_path: Path) -> Iterator[Run]:
+    run = slow_run(cluster, recipe, tmp_path)
+    yield run
+    run.end()
+
+
+@pytest.fixture(scope="session")
+def overdue(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A job of a minute whose ranks do not react any more. It takes no processor, and other tests run beside it."""
+    run = slow_run(cluster, recipe, tmp_path_factory.mktemp("overdue"))
+    run.submit("--train.steps", "5000", options="--no-preflight --time 1 --signal-seconds 20")
+    until(lambda: run.checkpoints(), "the first checkpoint", 60)
+    for process in run.ranks().values():
+        os.kill(process, signal.SIGSTOP)
     yield run
     run.end()
 

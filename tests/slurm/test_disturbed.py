@@ -80,7 +80,7 @@ def test_a_node_is_killed(run, undisturbed):
     assert re.search(r"resumed at step \d*[50]\b", run.rank_log(0))
 
 
-def test_a_rank_is_killed(run, undisturbed):
+def test_a_rank_is_killed(run, undisturbed, overdue):
     run.submit()
     run.wait_for_step(7)
     os.kill(run.ranks()[1], signal.SIGKILL)
@@ -123,6 +123,15 @@ def test_time_limit_and_the_chains_next_job(run):
     assert run.cluster.show(second, "JobState") == "RUNNING"
     assert f"resumed at step {saved}" in run.rank_log(0)
     assert run.steps()[: saved + 1] == list(range(1, saved + 2))
+
+
+def test_a_time_limit_that_passes_before_the_ranks_have_stopped(overdue):
+    """SLURM kills ranks and script within seconds, and would not start the job again by itself."""
+    overdue.wait_for_log("the time limit has passed before the ranks had stopped")
+    job = overdue.jobs[0]
+    until(lambda: overdue.cluster.show(job, "Restarts") >= "1", "the job is back in the queue", 20)
+    until(lambda: "resumed at step" in overdue.rank_log(0), "it goes on", 60)
+    assert "given back to the queue" in overdue.log
 
 
 def test_a_cut_off_start_is_fenced(run):
