@@ -63,6 +63,10 @@ class Kernels:
     choices: Mapping[str, str]
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 
+    def taken(self, operation: str) -> str:
+        """`triton`, `sdpa` or `reference`."""
+        return self.choices[operation].partition(" ")[0]
+
     def describe(self) -> str:
         """One line per operation for the start-up log."""
         return "\n".join(f"kernels.{operation}: {choice}" for operation, choice in self.choices.items())

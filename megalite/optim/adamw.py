@@ -1,14 +1,15 @@
 """AdamW over this rank's flat shards, with fp32 master weights.
 
-A `Segment` is the run of a bucket's elements that one rank updates. In fp32
-its master weights *are* the bucket's parameters; in bf16 they are a separate fp32 copy that is rounded into the bucket
-after each step. The element-wise update itself is torch's fused AdamW, or `FusedAdam` where NVIDIA's apex imports.
+A `Segment` is the run of a bucket's elements that one rank updates. In fp32 its master weights *are* the bucket's
+parameters; in bf16 they are a separate fp32 copy that is rounded into the bucket after each step. The element-wise
+update itself is our Triton kernel where `kernels.adamw` takes it, else NVIDIA apex's `FusedAdam` where it imports on a
+GPU, else torch's fused AdamW.
 Source: Loshchilov and Hutter 2019 (decoupled weight decay).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import OptimizerConfig
+from megalite.kernels import Kernels
 from megalite.parallel.data import Bucket, StageBuckets
 from megalite.placement import Box, range_boxes
 
@@ -82,7 +84,7 @@ def _fused_adam() -> type[torch.optim.Optimizer] | None:
 class ShardedAdamW:
     """The optimizer of all stages on this rank. `step_count` is the number of updates made."""
 
-    def __init__(self, stages: list[StageBuckets], config: OptimizerConfig) -> None:
+    def __init__(self, stages: list[StageBuckets], config: OptimizerConfig, kernels: Kernels) -> None:
         self.stages, self.config = stages, config
         self.segments = [_segment(bucket) for stage in stages for bucket in stage.buckets]
         self.step_count = 0
@@ -90,9 +92,11 @@ class ShardedAdamW:
             ([segment for segment in self.segments if segment.bucket.decays == decays], weight_decay)
             for decays, weight_decay in ((True, config.weight_decay), (False, 0.0))
         ]
-        fused_adam = _fused_adam() if self.segments and self.segments[0].master.is_cuda else None
+        self._kernel = kernels.adamw_ if kernels.taken("adamw") == "triton" else None
+        on_gpu = self._kernel is None and bool(self.segments) and self.segments[0].master.is_cuda
+        fused_adam = _fused_adam() if on_gpu else None
         self._apex = self._build_apex(fused_adam) if fused_adam is not None else None
-        self.name = "apex FusedAdam" if self._apex is not None else "torch fused AdamW"
+        self.name = "Triton AdamW" if self._kernel else "apex FusedAdam" if self._apex else "torch fused AdamW"
 
     def _build_apex(self, fused_adam: Any) -> torch.optim.Optimizer:
         groups = [
@@ -116,10 +120,38 @@ class ShardedAdamW:
         """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
         for stage in self.stages:
             stage.settle()
+        self.step_count += 1
+        if self._kernel is not None:
+            self._update_by_kernel(self._kernel, lr, gradient_scale)
+        else:
+            self._update_by_library(lr, gradient_scale)
+        for stage in self.stages:
+            stage.gather_parameters()
+
+    def _update_by_kernel(self, kernel: Callable[..., Any], lr: float, gradient_scale: float) -> None:
+        """One launch a segment: scaled gradient, moments, master weights and rounded parameters in one pass."""
+        config = self.config
+        for segments, weight_decay in self._groups:
+            for segment in segments:
+                kernel(
+                    segment.master.detach(),
+                    segment.gradient,
+                    segment.exp_avg,
+                    segment.exp_avg_sq,
+                    lr=lr,
+                    beta1=config.beta1,
+                    beta2=config.beta2,
+                    eps=config.eps,
+                    weight_decay=weight_decay,
+                    step=self.step_count,
+                    grad_scale=gradient_scale,
+                    param_out=segment.bucket.owned if segment.separate_master else None,
+                )
+
+    def _update_by_library(self, lr: float, gradient_scale: float) -> None:
         if gradient_scale != 1.0:
             for segment in self.segments:
                 segment.gradient.mul_(gradient_scale)
-        self.step_count += 1
         if self._apex is not None:
             self._update_by_apex(self._apex, lr)
         else:
@@ -127,8 +159,6 @@ class ShardedAdamW:
                 self._update(segments, lr, weight_decay)
         for segment in self.segments:
             segment.write_back()
-        for stage in self.stages:
-            stage.gather_parameters()
 
     def _update(self, segments: list[Segment], lr: float, weight_decay: float) -> None:
         """What torch.optim.AdamW(fused=True) calls; called here directly, since importing that class costs a second."""

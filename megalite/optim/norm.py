@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.adamw import square_sum
+from megalite.kernels import Kernels
 from megalite.parallel.data import Bucket, StageBuckets
 from megalite.placement import flat_ranges
 
@@ -17,7 +17,8 @@ from megalite.placement import flat_ranges
 class GradientNorm:
     """This rank's part of the squared norm, over the shards it reduces and the boxes it owns."""
 
-    def __init__(self, stages: list[StageBuckets], rank: int) -> None:
+    def __init__(self, stages: list[StageBuckets], rank: int, kernels: Kernels) -> None:
+        self._square_sum = kernels.square_sum
         self._owned = [view for stage in stages for bucket in stage.buckets for view in _owned_gradients(bucket, rank)]
         self._zero = torch.zeros((), dtype=torch.float64, device=stages[0].buckets[0].device)
 
@@ -25,7 +26,7 @@ class GradientNorm:
         """fp64 scalar; the sum over all ranks is the squared global norm."""
         total = self._zero.clone()
         for gradient in self._owned:
-            total += square_sum(gradient)
+            total += self._square_sum(gradient)
         return total
 
 

@@ -77,8 +77,8 @@ class Trainer:
             number: StageBuckets(stage, mesh, zero=config.parallel.zero, aliases=aliases)
             for number, stage in self.stages.items()
         }
-        self.optimizer = ShardedAdamW(list(self.buckets.values()), config.optimizer)
-        self.norm = GradientNorm(list(self.buckets.values()), mesh.rank)
+        self.optimizer = ShardedAdamW(list(self.buckets.values()), config.optimizer, kernels)
+        self.norm = GradientNorm(list(self.buckets.values()), mesh.rank, kernels)
         self.observe: Observer = unobserved
         self._engines: dict[tuple[int, bool], PipelineEngine] = {}
         self._data_group = mesh.group("dp", "cp")

@@ -1,10 +1,13 @@
 """The sharded optimizer against AdamW as its paper writes it, in float64, and what is not decayed or updated."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from megalite.config import OptimizerConfig
+from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.optim.adamw import ShardedAdamW
 from megalite.optim.norm import GradientNorm
@@ -14,6 +17,9 @@ from megalite.placement import Box, PlacedParameter, Placement, row_box
 pytestmark = pytest.mark.fast
 
 CONFIG = OptimizerConfig(lr=0.1, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=1e-5)
+KERNELS = select_kernels({}, torch.device("cpu"))
+# The optimizer's way through a kernel, with the kernel's plain form in its place.
+BY_KERNEL = dataclasses.replace(KERNELS, choices={**KERNELS.choices, "adamw": "triton"})
 
 
 def silent_group(ranks, rank):
@@ -28,11 +34,12 @@ def stage_of(mesh, dtype=torch.float32, bucket_elements=1 << 20):
     return module, StageBuckets(module, mesh, zero=1, bucket_elements=bucket_elements)
 
 
+@pytest.mark.parametrize("kernels", [KERNELS, BY_KERNEL], ids=["library", "kernel"])
 @pytest.mark.parametrize("bucket_elements", [1, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_five_steps_as_in_the_paper(dtype, bucket_elements):
+def test_five_steps_as_in_the_paper(dtype, bucket_elements, kernels):
     module, buckets = stage_of(Mesh(), dtype, bucket_elements)
-    optimizer = ShardedAdamW([buckets], CONFIG)
+    optimizer = ShardedAdamW([buckets], CONFIG, kernels)
     weights = {name: value.detach().double() for name, value in module.named_parameters()}
     mean = {name: torch.zeros_like(value) for name, value in weights.items()}
     square = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -60,7 +67,8 @@ def test_bf16_keeps_what_it_cannot_show():
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(1.0)
-    optimizer = ShardedAdamW([buckets], OptimizerConfig(weight_decay=0.0, beta1=0.0, beta2=0.0, eps=1e-12))
+    config = OptimizerConfig(weight_decay=0.0, beta1=0.0, beta2=0.0, eps=1e-12)
+    optimizer = ShardedAdamW([buckets], config, KERNELS)
     for _ in range(40):
         buckets.begin(1)
         for parameter in module.parameters():
@@ -73,7 +81,7 @@ def test_bf16_keeps_what_it_cannot_show():
 
 def test_restart_takes_the_parameters_as_they_are():
     module, buckets = stage_of(Mesh(), torch.bfloat16)
-    optimizer = ShardedAdamW([buckets], CONFIG)
+    optimizer = ShardedAdamW([buckets], CONFIG, KERNELS)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(3.0)
@@ -95,7 +103,7 @@ def test_segments_describe_every_element_once(dp):
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(numbers[name])
-        for segment in ShardedAdamW([buckets], CONFIG).segments:
+        for segment in ShardedAdamW([buckets], CONFIG, KERNELS).segments:
             for box, part in segment.pieces():
                 values = segment.master.detach()[part].view(box.size)
                 assert torch.equal(values, box.of(numbers[box.name]))
@@ -114,7 +122,7 @@ def test_norm_counts_owned_boxes_and_no_padding():
     module.register_parameter("w", PlacedParameter(torch.randn(4, 7), Placement((mine, other))))
     module.register_parameter("v", PlacedParameter(torch.randn(5), Placement((row_box("v", (5,), 0, 5, 0, (1,)),))))
     buckets = StageBuckets(module, mesh, zero=1)
-    norm = GradientNorm([buckets], 1)
+    norm = GradientNorm([buckets], 1, KERNELS)
     for parameter in module.parameters():
         parameter.main_grad.copy_(torch.randn(parameter.shape))
     expected = module.w.main_grad[:, :3].double().square().sum() + module.v.main_grad.double().square().sum()

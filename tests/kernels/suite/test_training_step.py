@@ -38,8 +38,9 @@ def steps_with(choice, device, batches, precision):
     )
     trainer = Trainer(config, Mesh(device=device), select_kernels({"default": choice}, device))
     trainer.initialise()
+    trainer.accumulate(batches)
+    gradients = [segment.gradient.clone() for segment in trainer.optimizer.segments]
     numbers = [(result.loss, result.grad_norm) for result in (trainer.step(batches, 1e-3) for _ in range(2))]
-    gradients = [bucket.gradients.clone() for bucket in trainer.buckets[0].buckets]
     return numbers, gradients, [segment.master.detach().clone() for segment in trainer.optimizer.segments]
 
 
