@@ -116,7 +116,8 @@ def _draw(runs: Sequence[Run], column: str, title: str, unit: str, shape: Callab
 
 
 def _from_zero(axes: Axes) -> None:
-    axes.set_ylim(bottom=0)
+    highest = max((float(np.nanmax(line.get_ydata())) for line in axes.get_lines()), default=1.0)
+    axes.set_ylim(0, 1.08 * highest if highest > 0 else 1.0)
 
 
 def draw_gradient_norm(runs: Sequence[Run]) -> Figure:

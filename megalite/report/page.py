@@ -11,6 +11,7 @@ from typing import Any
 
 import tomli_w
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from megalite.errors import UserError
 from megalite.report import curves, timing
@@ -145,13 +146,13 @@ def _summary(run: Run) -> list[str]:
     def text(value: float | None, form: str, factor: float = 1.0) -> str:
         return _ABSENT if value is None else form.format(value * factor)
 
-    goodput, plan = run.goodput, run.setting("train", "steps")
+    goodput, plan, tokens = run.goodput, run.setting("train", "steps"), run.last("tokens")
     starts = f", {goodput.starts} starts" if goodput and goodput.starts > 1 else ""
     training = f"{goodput.share:.1%} of {timedelta(seconds=round(goodput.wall))}{starts}" if goodput else _ABSENT
     return [
         state_of(run),
         text(run.last("step"), "{:,.0f}") + (f" of {plan:,}" if plan else ""),
-        text(run.last("tokens"), "{:,.2f} M", 1e-6),
+        _ABSENT if tokens is None else EngFormatter(places=1, sep=" ")(tokens),
         text(run.last("loss"), "{:.4f}"),
         text(run.last("validation_loss"), "{:.4f}"),
         text(run.median("tokens_per_second"), "{:,.0f}"),

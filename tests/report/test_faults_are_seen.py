@@ -139,7 +139,7 @@ def test_a_slow_rank_is_named(recipe):
         assert [process.wait(120) for process in ranks] == [0, 0], said(recipe, 0)
     assert "step 50: rank 1 works longest" in log_of(recipe, 0)
     slow = [event for event in events(recipe) if event["event"] == "slow"]
-    assert [event["rank"] for event in slow] == [1] and slow[0]["seconds"] > 0.025 > slow[0]["median"]
+    assert [event["rank"] for event in slow] == [1] and slow[0]["seconds"] > max(0.025, 1.25 * slow[0]["median"])
     serious, page = report(recipe)
     assert any("Rank 1" in text and "is slow" in text for text in serious), serious
     assert not any("Rank 0" in text for text in serious)
