@@ -138,6 +138,7 @@ def open_log(config: Config, world: World) -> None:
     prefix = "" if world.size == 1 else f"[rank {world.rank}] "
     terminal.setFormatter(logging.Formatter(f"{prefix if world.rank else ''}%(message)s"))
     log.handlers[:] = [file, terminal]
+    logging.raiseExceptions = False  # a full disk must not fill the terminal with the log's own traces
     log.setLevel(logging.INFO)
     log.propagate = False
 
