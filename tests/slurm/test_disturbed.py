@@ -48,13 +48,15 @@ def test_asked_to_stop_by_the_user(run):
     assert "stopped for good" in run.log
 
 
-def test_cancelled(run):
-    """scancel ends a job, whatever its script thinks of requeueing."""
+def test_cancelled(run, tmp_path):
+    """scancel ends a job for good, although its script would have it requeued after a failure."""
+    run.python.write_text(f"#!/bin/sh\ntouch {tmp_path}/running\nexec sleep 100\n")
     run.submit()
-    run.wait_for_step(2)
+    until((tmp_path / "running").exists, "a rank runs", 60)
     run.cluster.command("scancel", run.jobs[0])
     assert run.finish()[0] == "CANCELLED"
-    time.sleep(3)
+    assert "a rank failed, code 143" in run.log and "SLURM has ended this start" in run.log
+    time.sleep(2)
     assert run.cluster.show(run.jobs[0], "JobState") == "CANCELLED"
     assert run.cluster.show(run.jobs[0], "Restarts") == "0"
 
@@ -139,16 +141,21 @@ def test_a_cut_off_start_is_fenced(run):
     notices that the run directory is not its own any more."""
     if run.cluster.network is None:
         pytest.skip("needs network namespaces (root and iproute2)")
-    run.submit(nodes=1, layout=())
+    run.submit("--train.steps", "5000", nodes=1, layout=())
     run.wait_for_step(3)
     node = run.cluster.show(run.jobs[0], "NodeList")
     old = run.ranks()[0]
     run.cluster.network.plug(node, up=False)
     try:
         until(lambda: run.cluster.show(run.jobs[0], "NodeList") not in (node, "(null)", ""), "the other node", 90)
+        assert os.path.exists(f"/proc/{old}")
         until(lambda: not os.path.exists(f"/proc/{old}"), "the old rank has ended", 60)
     finally:
         run.cluster.network.plug(node, up=True)
-    assert run.finish() == ("COMPLETED", "0:0")
-    assert run.steps() == list(range(1, STEPS + 1))
-    run.weights()
+    assert re.search(rf"TakenOver: run.dir = .* was taken over by .* job {run.jobs[0]} restart 1", run.rank_log(0))
+    saved = run.checkpoints()[-1]
+    until(lambda: run.checkpoints()[-1] > saved, "the new start saves", 60)
+    run.cluster.command("scancel", "--batch", "--signal=INT", run.jobs[0])
+    assert run.finish() == ("FAILED", "75:0")
+    for step in run.checkpoints():
+        run.weights(step)
