@@ -4,12 +4,13 @@
 # Tells COMMAND its place from SLURM's numbering, which keeps the ranks of a node together and in order, and translates
 # how it ends: SLURM kills the other ranks once one ends with a code other than 0, and some may still have to leave.
 #
-#   75, stopped with a checkpoint   becomes 0; rank 0 writes it to the file MEGALITE_OUTCOME, where the job's script looks
+#   75, stopped with a checkpoint  becomes 0; rank 0 writes it to the file MEGALITE_OUTCOME, where the job's script looks
 #   2, unusable configuration      stays, and is written there too: ranks that SLURM kills end with other codes
 #   anything else                  stays, with a line that names the rank and the node
 set -u
 
-: "${SLURM_PROCID:?this is run by srun, once for each rank}" "${MEGALITE_OUTCOME:?}" "${MASTER_ADDR:?}" "${MASTER_PORT:?}"
+: "${SLURM_PROCID:?this is run by srun, once for each rank}" "${MEGALITE_OUTCOME:?}"
+: "${MASTER_ADDR:?}" "${MASTER_PORT:?}"
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
 ulimit -Sn "$(ulimit -Hn)"
 

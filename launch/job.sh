@@ -79,8 +79,8 @@ explain() {
     }' | sort -n | cut -f 2- | head -n 20
 }
 
-# Gives this job back to the queue, or ends it with code $1 where that must not or cannot be. A job that was cancelled, and
-# one that SLURM has given back already, are not RUNNING any more; one beyond its time limit says so.
+# Gives this job back to the queue, or ends it with code $1 where that must not or cannot be. A job that was cancelled,
+# and one that SLURM has given back already, are not RUNNING any more; one beyond its time limit says so.
 start_again() {
     local job="" state reason restarts
     for _ in 1 2 3 4 5 6; do
@@ -118,7 +118,7 @@ at_time_limit() { [ "$ends" -gt 0 ] && [ "$stopped_at" -ge $((ends - SIGNAL_SECO
 # The time limit has passed, and the ranks have not managed to save.
 end_overdue() {
     newest=$(newest_checkpoint)
-    say "the time limit has passed before the ranks had stopped; --signal-seconds above $SIGNAL_SECONDS gives them longer"
+    say "the time limit has passed before the ranks had stopped; more than --signal-seconds $SIGNAL_SECONDS may help"
     [ "$CHAINED" = no ] || exit 75
     [ "$newest" != "$oldest" ] || try_again 75 "no checkpoint was made in the whole time"
     start_again 75
@@ -166,7 +166,8 @@ fi
 mkdir -p "$RUN/log"
 rm -f "$MEGALITE_OUTCOME"
 oldest=$(newest_checkpoint) newest=$oldest
-say "$SLURM_JOB_NUM_NODES nodes $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT, from ${oldest:-the beginning}"
+place="$SLURM_JOB_NUM_NODES nodes $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
+say "$place, from ${oldest:-the beginning}"
 say "to follow: tail -F ${logs}00000.out"
 
 if [ "$PREFLIGHT" = yes ]; then

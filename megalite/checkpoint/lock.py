@@ -31,7 +31,6 @@ class TakenOver(RuntimeError):
     """A later start has taken the run directory over: this process must not write there any more."""
 
 
-
 def _process_start(pid: int) -> str:
     """When a process was started, in the kernel's ticks since boot; empty where it does not run or cannot be asked."""
     try:
