@@ -10,7 +10,6 @@ the product that gives the weight's. Weight gradients are added straight into th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from megalite.mesh import DONE
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.fp8 import PLAIN, Products
 from megalite.placement import Box, PlacedParameter, Placement, row_box
@@ -35,17 +35,7 @@ def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None
 
 
 def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
-    """Accumulate grad_output^T @ inputs into `weight.main_grad`, or return it for autograd while there is none.
-
-    Where `weight.postpone` is set, it is done later, and the two tensors are kept until then.
-    """
-    if weight.postpone is not None:
-        weight.postpone(functools.partial(_accumulate, weight, grad_output, inputs))
-        return None
-    return _accumulate(weight, grad_output, inputs)
-
-
-def _accumulate(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
+    """Accumulate grad_output^T @ inputs into `weight.main_grad`, or return it for autograd while there is none."""
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
     if weight.main_grad is None:
         return grad_NO.t() @ input_NI
@@ -85,11 +75,17 @@ class _ColumnLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x,), (grad_SBo,) = ctx.saved_tensors, grads
-        x_SBI, gathered = ctx.region.gather_start(x)
-        product = ctx.products.input_gradient(grad_SBo, ctx.weight.ready) if ctx.needs_input_grad[0] else None
-        grad_x, summed = (None, gathered) if product is None else ctx.region.sum_start(product)
+        weight, region = ctx.weight, ctx.region
+        postponed = weight.postpone is not None
+        x_SBI, gathered = (x, DONE) if postponed else region.gather_start(x)
+        product = ctx.products.input_gradient(grad_SBo, weight.ready) if ctx.needs_input_grad[0] else None
+        grad_x, summed = (None, DONE) if product is None else region.sum_start(product)
         gathered.wait()
-        grad_weight = add_weight_gradient(ctx.weight, grad_SBo, x_SBI)
+        grad_weight = None
+        if postponed:  # what is kept until then stays cut by sequence
+            weight.postpone(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x)))
+        else:
+            grad_weight = add_weight_gradient(weight, grad_SBo, x_SBI)
         grad_bias = add_bias_gradient(ctx.bias, grad_SBo)
         summed.wait()
         return grad_x, grad_weight, grad_bias, None, None
@@ -118,16 +114,22 @@ class _RowLinear(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_SBO = ctx.region.gather(grads[0])
-        inputs = ctx.saved_tensors
-        grad_x = ctx.products.input_gradient(grad_SBO, ctx.weight.ready)
-        if ctx.prologue is None:
-            return add_weight_gradient(ctx.weight, grad_SBO, inputs[0]), None, None, None, grad_x
-        with torch.enable_grad():
-            inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-            x_SBi = ctx.prologue(*inputs)
-        grad_weight = add_weight_gradient(ctx.weight, grad_SBO, x_SBi.detach())
-        return grad_weight, None, None, None, *torch.autograd.grad(x_SBi, inputs, grad_x)
+        (grad_sBO,), inputs, weight, region = grads, ctx.saved_tensors, ctx.weight, ctx.region
+        grad_SBO = region.gather(grad_sBO)
+        grad_x = ctx.products.input_gradient(grad_SBO, weight.ready)
+        x_SBi = inputs[0]
+        if ctx.prologue is not None:
+            with torch.enable_grad():
+                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+                output = ctx.prologue(*inputs)
+            x_SBi = output.detach()
+        grad_weight = None
+        if weight.postpone is not None:
+            weight.postpone(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi))
+        else:
+            grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi)
+        grad_inputs = (grad_x,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_x)
+        return grad_weight, None, None, None, *grad_inputs
 
 
 class _Embed(Function):

@@ -147,7 +147,7 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     elif job.owners[stage] != job.owners[stage + 1]:
         kept += stream  # the output that was sent is held until its gradient comes back
     layer = job.layer
-    # The four products' inputs and output gradients, those of the stream whole.
-    wide = 4 * layer.hidden + 2 * layer.query + 2 * layer.key + 3 * layer.ffn
+    # The four products' inputs and output gradients; those of the stream stay cut by sequence.
+    wide = 4 * layer.hidden / job.split + 2 * layer.query + 2 * layer.key + 3 * layer.ffn
     postponed = job.layers[stage] * job.tokens * job.element_bytes * wide
     return StageMemory(kept, forward, backward, loss, postponed)
