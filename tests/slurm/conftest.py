@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -76,7 +77,7 @@ class Run:
         words += ["--signal-seconds", "30", *shlex.split(options)]
         words += ["--", "--run.dir", str(self.folder), *layout, *overrides]
         output = self.cluster.command(*words, check=check)
-        self.jobs = output.partition(":")[0].removeprefix("job ").split(" then ")
+        self.jobs = re.findall(r"\d+", output.partition(":")[0]) if output.startswith("job ") else []
         return self.jobs
 
     @property
@@ -129,8 +130,8 @@ class Run:
         for job in self.jobs:
             cluster.command("scancel", "--full", "--signal=KILL", job, check=False)
             cluster.command("scancel", job, check=False)
-        queued = f"squeue -h -o %i --jobs={','.join(self.jobs)}"
-        until(lambda: not self.jobs or "\n" not in cluster.command(*queued.split(), check=False), "they are gone", 60)
+        left = set(self.jobs)
+        until(lambda: not left & set(cluster.command("squeue", "-h", "-o", "%i").split()), "the jobs are gone", 60)
 
     def checkpoints(self) -> list[int]:
         return [step for step, _ in complete_checkpoints(self.folder / "checkpoints")]
