@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -218,6 +219,7 @@ def describe(device: str) -> Machine:
 
 @exit_on_user_error
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the row under way ends, too
     arguments = tyro.cli(Arguments, description=__doc__)
     if arguments.model not in PRESETS:
         raise UserError(f"--model {arguments.model}: no such model; known: {', '.join(PRESETS)}")
