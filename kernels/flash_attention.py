@@ -175,8 +175,6 @@ def attention_sdpa(
             q_SBHD, k_SBKD, v_SBKD, scale=_scale(scale, q_SBHD), window=None if plain else window, mask=mask
         )
     q_BHSD, k_BKTD, v_BKTD = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBKD, v_SBKD))
-    if q_SBHD.device.type == "cpu":  # the CPU operator reads rows of a head many times: far apart they cost a tenth
-        q_BHSD, k_BKTD = q_BHSD.contiguous(), k_BKTD.contiguous()
     grouped = q_BHSD.shape[1] != k_BKTD.shape[1]
     out_BHSD = F.scaled_dot_product_attention(
         q_BHSD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=causal and plain, scale=scale, enable_gqa=grouped
