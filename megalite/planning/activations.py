@@ -62,14 +62,26 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     norms = _query_key_norm_kept(job, layer)
     if not grouped:  # every query head gets its own copy of keys and values
         return size * (4 * layer.query) + 4 * layer.queries + norms
-    return size * (3 * layer.query + 3 * layer.key) + _attention_statistics(job, layer) + norms
+    kept = 3 * layer.query + 3 * layer.key
+    if _explicit(job) and layer.kvs > 1 and job.micro_batch_size > 1:
+        # The product copies the values, since samples and heads do not lie in one run; nobody else, then, but norms of
+        # queries and keys keeps the projection's output.
+        kept += layer.key if norms else -(layer.query + layer.key)
+    return size * kept + _attention_statistics(job, layer) + norms
+
+
+def _explicit(job: Job) -> bool:
+    """Whether attention is a few explicit products: bf16 on CPUs with wide heads and short sequences."""
+    if job.device.is_gpu or job.element_bytes == 4:
+        return False
+    return job.architecture.model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST
 
 
 def _attention_statistics(job: Job, layer: LayerShare) -> float:
     """Bytes a token that attention itself keeps: the log-sum-exp of each head, but for bf16 on CPUs."""
     if job.device.is_gpu or job.element_bytes == 4:
         return 4.0 * layer.queries
-    if job.architecture.model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST:
+    if _explicit(job):
         return 2.0 * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size  # scores and mask
     blocked = job.seq_length <= EXPLICIT_LONGEST * (layer.queries // layer.kvs)
     return 0.0 if blocked else 4.0 * layer.queries
