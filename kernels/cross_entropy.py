@@ -145,19 +145,35 @@ def cross_entropy_stats_grad_(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Both of the above where one rank holds the whole vocabulary: returns the statistics, writes the gradient."""
-    stats_N4 = cross_entropy_stats(logits_NV, targets_N, valid=valid)
-    size = check(logits_NV, targets_N, valid)
-    cross_entropy_grad_(
-        logits_NV,
-        targets_N,
-        stats_N4,
-        grad_N,
-        valid=valid,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        vocab_size=size,
-    )
+    """Both of the above where one rank holds the whole vocabulary: returns the statistics, writes the gradient.
+
+    The exponentials of the statistics become the gradient, in place where the logits are wide enough.
+    """
+    valid = check(logits_NV, targets_N, valid)
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    stats_N4 = torch.empty(logits_NV.shape[0], 4, dtype=wide, device=logits_NV.device)
+    grad_N = grad_N.to(wide)
+    dead_N = grad_N == 0
+    some_dead = bool(dead_N.any())
+    inside_N = (targets_N >= 0) & (targets_N < valid)
+    hit_N = (grad_N * -(1 - label_smoothing)).where(inside_N, 0)
+    local_N = targets_N.clamp(0, valid - 1)
+    logits_NV[:, valid:] = 0
+    for rows in _pieces(logits_NV):
+        z_NV = logits_NV[rows, :valid].to(wide)
+        max_N = z_NV.amax(-1)
+        target_N = z_NV.gather(1, local_N[rows, None]).squeeze(1).where(inside_N[rows], 0)
+        total_N = z_NV.sum(-1)
+        sum_N = z_NV.sub_(max_N[:, None]).exp_().sum(-1)
+        stats_N4[rows] = torch.stack([max_N, sum_N, target_N, total_N], dim=-1)
+        z_NV.mul_((grad_N[rows] * (1 + 2 * z_loss * (sum_N.log() + max_N)) / sum_N)[:, None])
+        if label_smoothing:
+            z_NV -= (grad_N[rows, None]) * (label_smoothing / valid)
+        z_NV.scatter_add_(1, local_N[rows, None], hit_N[rows, None])
+        if some_dead:
+            z_NV.masked_fill_(dead_N[rows, None], 0)
+        if z_NV.dtype != logits_NV.dtype:
+            logits_NV[rows, :valid] = z_NV
     return stats_N4
 
 
