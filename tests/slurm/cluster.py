@@ -78,6 +78,9 @@ def until(condition: Callable[[], object], what: str, seconds: float) -> None:
         time.sleep(0.2)
 
 
+_FIT = ("idle", "mixed", "allocated", "completing")
+
+
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -253,6 +256,18 @@ class Cluster:
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False)
         assert done.returncode == 0 or not check, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr
+
+    def heal(self) -> None:
+        """Make all nodes fit for jobs again, whatever the last test did to them."""
+
+        def fit() -> bool:
+            states = self.command("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").split()
+            sick = [node for node, state in zip(states[::2], states[1::2]) if state not in _FIT]
+            for node in sick:  # a node that met a job of its past is drained until somebody says otherwise
+                self.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+            return not sick
+
+        until(fit, "all nodes are fit", 60)
 
     def idle(self) -> set[str]:
         return set(self.command("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split())

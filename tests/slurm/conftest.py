@@ -151,6 +151,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     assert not left, f"processes were left behind: {left}"
 
 
+@pytest.fixture(autouse=True)
+def fit(cluster: Cluster) -> None:
+    """Every test begins with all nodes in service."""
+    cluster.heal()
+
+
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")

@@ -134,6 +134,7 @@ def test_a_time_limit_that_passes_before_the_ranks_have_stopped(overdue):
     until(lambda: overdue.cluster.show(job, "Restarts") >= "1", "the job is back in the queue", 20)
     until(lambda: "resumed at step" in overdue.rank_log(0), "it goes on", 60)
     assert "given back to the queue" in overdue.log
+    overdue.end()  # on both nodes, one of which the next test cuts off
 
 
 def test_a_cut_off_start_is_fenced(run):
