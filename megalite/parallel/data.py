@@ -73,7 +73,7 @@ class StageBuckets:
         self._full: set[int] = set()
         self._flying: deque[Bucket] = deque()
         self._postponed: dict[int, list[Action]] = {}
-        self._window = _Window([bucket for bucket in self.buckets if _comes_and_goes(bucket)])
+        self._window = _Window([b for b in self.buckets if isinstance(b, ShardedBucket) and b.comes_and_goes])
         for index, bucket in enumerate(self.buckets):
             for place, slot in enumerate(bucket.slots):
                 slot.parameter.listen(functools.partial(self._arrived, index, place))
@@ -92,10 +92,11 @@ class StageBuckets:
         for part in parts:
             kind = ShardedBucket if sharded else Bucket
             yield kind(part, self._group, zero, deferred=False)
-        for parameters, deferred in ((prompt, False), (late, True)):
-            for decays in (True, False) if deferred else (False,):
-                for part in _cut([p for p in parameters if p.decays == decays], limit):
-                    yield Bucket(part, self._group, min(zero, 1), deferred=deferred)
+        for part in _cut([p for p in prompt if not p.decays], limit):
+            yield Bucket(part, self._group, min(zero, 1), deferred=False)
+        for decays in (True, False):
+            for part in _cut([p for p in late if p.decays == decays], limit):
+                yield Bucket(part, self._group, min(zero, 1), deferred=True)
 
     def _partial_boxes(self, parameters: Iterable[PlacedParameter]) -> tuple[Pairs, Pairs]:
         """(parameter, box) pairs to be summed over replicas, within this stage and across stages."""
@@ -214,10 +215,6 @@ class StageBuckets:
         self._window.clear()
 
 
-def _comes_and_goes(bucket: Bucket) -> bool:
-    return isinstance(bucket, ShardedBucket) and bucket.comes_and_goes
-
-
 @contextlib.contextmanager
 def _opened(bucket: Bucket) -> Iterator[None]:
     """Within, the bucket's parameters can be written; afterwards the shard of one that comes and goes has them."""
@@ -236,8 +233,8 @@ class _Window:
     The way goes up through the layers in forward passes and down in backward passes, and turns at both ends.
     """
 
-    def __init__(self, buckets: Iterable[Bucket]) -> None:
-        self.buckets = [bucket for bucket in buckets if isinstance(bucket, ShardedBucket)][::-1]
+    def __init__(self, buckets: list[ShardedBucket]) -> None:
+        self.buckets = buckets[::-1]  # in the order of a forward pass
         self._at = -1
         self._whole: set[int] = set()
         for index, bucket in enumerate(self.buckets):
