@@ -29,6 +29,9 @@ AXES = ("pp", "dp", "cp", "tp")
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
+_BACKGROUND_LIMIT = timedelta(hours=1)
+"""Until `set_timeout`: what one rank may take longer than another to read a checkpoint."""
+
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -193,6 +196,7 @@ class Mesh:
     device: torch.device = CPU
     make_group: GroupFactory = create_group
     _groups: dict[tuple[str, ...], Group] = field(default_factory=dict, repr=False, compare=False)
+    _background: list[Group] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -242,6 +246,15 @@ class Mesh:
     def world(self) -> Group:
         return self.group(*AXES)
 
+    def background_group(self) -> Group:
+        """A new group of all ranks for a thread beside the training: gloo's, so for tensors in host memory.
+
+        Made by all ranks together. Its limit is that of the others, its waits are none of the training's.
+        """
+        handle = dist.new_group(backend="gloo", timeout=_BACKGROUND_LIMIT) if self.size > 1 else None
+        self._background.append(Group(tuple(range(self.size)), self.rank, handle))
+        return self._background[-1]
+
     def warm_up(self) -> None:
         """Use every connection once, in an order on which all ranks agree.
 
@@ -261,7 +274,7 @@ class Mesh:
 
     def set_timeout(self, seconds: float) -> None:
         """Limit every later communication of all groups made so far."""
-        for group in self._groups.values():
+        for group in (*self._groups.values(), *self._background):
             group.set_timeout(seconds)
 
     def observe_waits(self, observe: Callable[[tuple[str, ...]], AbstractContextManager[None]]) -> None:

@@ -180,7 +180,7 @@ def inflict(job: Job, kind: str, chance: random.Random) -> Path | None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(chance.choice(ranks), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         if job.wait() == 0:
-            raise Tormented(f"the job called itself finished after the fault {kind!r}")
+            raise Tormented("the job called itself finished")
     elif kind == "stop":
         job.process.send_signal(signal.SIGTERM)
         if job.wait() not in (0, 75):
@@ -236,7 +236,10 @@ def torture(work: Path, arguments: Arguments) -> None:
     for number in range(arguments.faults):
         kind = FAULTS[number % len(FAULTS)] if number < len(FAULTS) else chance.choice(FAULTS)
         job.start(full_disk=kind == "full disk")
-        hurt = inflict(job, kind, chance)
+        try:
+            hurt = inflict(job, kind, chance)
+        except Tormented as error:
+            raise Tormented(f"fault {number + 1}, {kind}: {error}") from None
         damaged = {path for path in damaged if path.exists()} | ({hurt} if hurt else set())
         counts[kind] += 1
         verify(job.run_dir, damaged)

@@ -7,25 +7,22 @@ group is gloo's, whatever the training uses: what is exchanged are short JSON va
 from __future__ import annotations
 
 import json
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megalite.mesh import Group, Mesh
+from megalite.mesh import Mesh
 
 
 class Peers:
     """All ranks of a mesh. Every rank makes it and calls `exchange` in the same order; one call at a time."""
 
-    def __init__(self, mesh: Mesh, timeout: timedelta = timedelta(hours=1)) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         self.rank, self.size = mesh.rank, mesh.size
-        handle = dist.new_group(backend="gloo", timeout=timeout) if mesh.size > 1 else None
-        self._group = Group(tuple(range(mesh.size)), mesh.rank, handle)
+        self._group = mesh.background_group()
 
     def exchange(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, in rank order; raises RuntimeError where a peer has died."""
+        """Every rank's JSON value, in rank order; raises RuntimeError where a peer has died or hangs."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -108,6 +108,8 @@ def finish_load(trainer: Trainer, updates: int) -> None:
             segment.write_back()
         for stage in trainer.optimizer.stages:
             stage.gather_parameters()
+        for stage in trainer.optimizer.stages:
+            stage.settle()
     trainer.optimizer.set_step_count(updates)
 
 

@@ -168,7 +168,7 @@ class TrainConfig:
     """Weight of the squared log of the softmax's normaliser, added to the loss (PaLM uses 1e-4)."""
     timeout_seconds: float = 600.0
     """A communication that takes longer than this means that a rank is lost, and ends the run (from the third step on:
-    start-up has more patience)."""
+    start-up has more patience). So does a rank that writes its part of a checkpoint for so much longer than another."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
 from tests.fixtures import golden
+from tests.support.chaos import ChaosGroups
 from tests.support.pool import Pool
 
 NAME = "llama3_gqa"
@@ -25,10 +26,12 @@ def _load(rank: int, folder: str, source: str, **parallel: Any) -> list[str]:
     """Start from `source`; the names of the parts that differ from the file, and the loss of a first step."""
     with HuggingFaceSource(golden.folder(NAME)) as original:
         config = golden.training_config(original.model, **parallel)
-    mesh = Mesh(pp=config.parallel.pipeline, dp=2, tp=config.parallel.tensor, rank=rank)
+    groups = ChaosGroups(seed=rank)
+    mesh = Mesh(pp=config.parallel.pipeline, dp=2, tp=config.parallel.tensor, rank=rank, make_group=groups)
     trainer = Trainer(config, mesh, select_kernels({}, golden.CPU))
     with CheckpointManager(folder, config, mesh) as manager:
         assert manager.load(trainer, source) == {}
+    groups.verify()  # nothing is under way: the parameters can be read
     tensors, wrong = load_file(golden.folder(NAME) / "model.safetensors"), []
     for segment in trainer.optimizer.segments:
         for box, where in segment.pieces():

@@ -24,6 +24,7 @@ from megalite.mesh import Group, Mesh
 from megalite.model.decoder import Stage
 from megalite.train.trainer import Trainer
 from tests.checkpoint.support import Layout, assemble, forget, held, make_config, make_trainer, train
+from tests.support.pool import Pool
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,32 @@ def test_a_save_waits_for_the_one_under_way(trainer: Trainer, tmp_path: Path, mo
         second = manager.save(trainer, {"step": 2})
         assert second > 0.1 > first or second > 2 * first, "the stall counts the wait"
     assert [path.name for path in sorted(manager.folder.iterdir())] == ["step_00000001", "step_00000002"]
+
+
+def _write_beside_a_sleeper(rank: int, run_dir: str) -> tuple[str, float]:
+    """Rank 1 hangs for five seconds while it writes; the meshes' communications may take one."""
+    mesh = Mesh(dp=2, rank=rank)
+    trainer = Trainer(make_config(), mesh, select_kernels({}, torch.device("cpu")))
+    trainer.initialise()
+    with CheckpointManager(run_dir, make_config(checkpoint={"async_save": True}), mesh) as manager:
+        mesh.set_timeout(1.0)
+        if rank == 1:
+            manager._write_own = lambda *_: time.sleep(5.0) or {"pieces": []}  # type: ignore[method-assign,func-returns-value]
+        manager.save(trainer, {"step": 1})
+        began = time.monotonic()
+        try:
+            manager.wait()
+        except RuntimeError as error:
+            return str(error), time.monotonic() - began
+        finally:
+            mesh.set_timeout(60.0)  # the pool's own barrier comes next
+    return "", 0.0
+
+
+def test_a_rank_that_hangs_while_it_writes_is_not_waited_for(pool: Pool, tmp_path: Path) -> None:
+    """The limit of the training's communications holds for the agreement on a checkpoint, too."""
+    (message, seconds), _ = pool.run(_write_beside_a_sleeper, 2, str(tmp_path))
+    assert "imed out" in message and seconds < 4.0
 
 
 # Refusals and other beginnings
