@@ -11,14 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedWriter
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding, rows
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.job import compare, compare_rates
 from megalite.doctor.machine import look_at_disk
+from tests.support.tiny import write_recipe
 from tools.doctor import main
 
 TOOL = Path(__file__).parents[2] / "tools" / "doctor.py"
@@ -198,18 +197,7 @@ def test_unusable_arguments_are_one_line(recipe, monkeypatch, capsys, arguments,
 
 @pytest.fixture
 def recipe(tmp_path):
-    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
-        writer.finish()
-    path = tmp_path / "recipe.toml"
-    path.write_text(f"""
-run = {{ dir = "{tmp_path}/run", device = "cpu" }}
-model = {{ layers = 2, hidden_size = 24, heads = 2, vocab_size = 50, max_positions = 64 }}
-parallel.tensor = 2
-data.train = ["{tmp_path}/tokens"]
-train = {{ seq_length = 16, global_batch_size = 4, precision = "fp32" }}
-""")
-    return path
+    return write_recipe(tmp_path, parallel={"tensor": 2})
 
 
 @contextlib.contextmanager

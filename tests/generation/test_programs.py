@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from megalite.data.indexed import IndexedWriter
 from tests.fixtures import golden
+from tests.support.tiny import write_tokens
 
 TOOLS = Path(__file__).parents[2] / "tools"
 Program = Callable[..., tuple[int, str, str]]
@@ -123,9 +123,7 @@ def test_mistakes_are_one_line(run: Program, arguments: tuple[str, ...], message
 @pytest.mark.fast
 def test_evaluate_and_convert(run: Program, tmp_path: Path) -> None:
     """The same loss from the Hugging Face directory, the imported run and the export of that; mistakes named."""
-    with IndexedWriter(tmp_path / "data", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(101, size=150))
-        writer.finish({"text_bytes": 75})
+    write_tokens(tmp_path / "data", 150, vocabulary=101, text_bytes=75)
     code, _, _ = run("convert_checkpoint.py", "from-hf", golden.folder("qwen3_qknorm"), tmp_path / "run")
     assert code == 0
     code, _, _ = run("convert_checkpoint.py", "to-hf", tmp_path / "run", tmp_path / "out", "--shard-gb", "0.00002")

@@ -8,32 +8,18 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from launch.local import rank_environment, take_processes, translate
-from megalite.data.indexed import IndexedWriter
 from megalite.errors import UserError
+from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    """A model that trains in no time on random tokens, in a run directory of its own."""
-    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
-        writer.finish()
-    path = tmp_path / "recipe.toml"
-    path.write_text(f"""
-run.dir = "{tmp_path}/run"
-run.device = "cpu"
-model = {{ layers = 2, hidden_size = 16, heads = 2, vocab_size = 50, max_positions = 64 }}
-parallel.tensor = 2
-data.train = ["{tmp_path}/tokens"]
-train = {{ steps = 6, seq_length = 16, global_batch_size = 4, precision = "fp32" }}
-""")
-    return path
+    return write_recipe(tmp_path, parallel={"tensor": 2})
 
 
 def start(recipe, *arguments):

@@ -11,13 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedWriter
 from megalite.report.findings import remarks
 from megalite.report.page import write_report
 from megalite.report.run import read_runs
+from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,18 +37,7 @@ leave(main(sys.argv[1:]), World.from_environment())
 
 @pytest.fixture
 def recipe(tmp_path):
-    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
-        writer.finish()
-    path = tmp_path / "recipe.toml"
-    path.write_text(f"""
-run = {{ dir = "{tmp_path}/run", device = "cpu" }}
-model = {{ layers = 2, hidden_size = 24, heads = 2, vocab_size = 50, max_positions = 64 }}
-data.train = ["{tmp_path}/tokens"]
-train = {{ steps = 60, seq_length = 16, micro_batch_size = 2, global_batch_size = 4, precision = "fp32" }}
-log.tensorboard = false
-""")
-    return path
+    return write_recipe(tmp_path, train={"steps": 60, "micro_batch_size": 2})
 
 
 @contextlib.contextmanager

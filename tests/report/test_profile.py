@@ -2,37 +2,22 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from megalite.config import build_config
-from megalite.data.indexed import IndexedWriter
 from megalite.errors import FAULT, FINISHED
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
 from megalite.train.memory import held_bytes, is_out_of_memory, planned_bytes
 from megalite.train.trainer import Trainer
-
-MODEL = {"layers": 2, "hidden_size": 24, "heads": 2, "vocab_size": 50, "max_positions": 64}
+from tests.support.tiny import MODEL, write_recipe
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
-        writer.finish()
-    path = tmp_path / "recipe.toml"
-    model = ", ".join(f"{name} = {value}" for name, value in MODEL.items())
-    path.write_text(f"""
-run = {{ dir = "{tmp_path}/run", device = "cpu" }}
-model = {{ {model} }}
-data.train = ["{tmp_path}/tokens"]
-train = {{ steps = 4, seq_length = 16, global_batch_size = 2, precision = "fp32" }}
-log.tensorboard = false
-""")
-    return [str(path)]
+    return [str(write_recipe(tmp_path, train={"steps": 4, "global_batch_size": 2}))]
 
 
 @pytest.mark.fast

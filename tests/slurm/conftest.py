@@ -12,25 +12,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megalite.checkpoint.directory import complete_checkpoints
 from megalite.checkpoint.source import CheckpointReader
-from megalite.data.indexed import IndexedWriter
 from tests.slurm.cluster import Cluster, missing, until
+from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-
-RECIPE = """
-run.device = "cpu"
-model = {{ layers = 2, hidden_size = 16, heads = 2, vocab_size = 50, max_positions = 64 }}
-data.train = ["{tokens}"]
-train = {{ steps = {steps}, seq_length = 16, global_batch_size = 4, precision = "fp32", timeout_seconds = 10 }}
-checkpoint = {{ interval = 5, keep = 0 }}
-log.tensorboard = false
-"""
 
 SLOW = """#!{python}
 # `python -m megalite.train` with steps of a fifth of a second at least, so that a test comes in time to disturb them.
@@ -160,12 +150,7 @@ def fit(cluster: Cluster) -> None:
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    with IndexedWriter(folder / "tokens", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(0, 50, 5000))
-        writer.finish()
-    path = folder / "tiny.toml"
-    path.write_text(RECIPE.format(tokens=folder / "tokens", steps=STEPS))
-    return path
+    return write_recipe(folder, train={"steps": STEPS, "timeout_seconds": 10}, checkpoint={"interval": 5, "keep": 0})
 
 
 def slow_run(cluster: Cluster, recipe: Path, folder: Path) -> Run:

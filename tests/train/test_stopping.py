@@ -4,31 +4,21 @@ import json
 import os
 import signal
 
-import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedWriter
 from megalite.errors import FINISHED, STOPPED
 from megalite.train.__main__ import main
 from megalite.train.loop import TrainingRun
 from megalite.train.trainer import Trainer
+from tests.support.tiny import write_recipe
 
 pytestmark = pytest.mark.fast
 
 
 @pytest.fixture
 def arguments(tmp_path):
-    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
-        writer.add_document(np.random.default_rng().integers(0, 50, 3000))
-        writer.finish()
-    (tmp_path / "recipe.toml").write_text(f"""
-run = {{ dir = "{tmp_path}/run", device = "cpu" }}
-model = {{ layers = 1, hidden_size = 16, heads = 2, vocab_size = 50, max_positions = 64 }}
-data = {{ train = ["{tmp_path}/tokens"], valid = ["{tmp_path}/tokens"] }}
-train = {{ steps = 9, seq_length = 16, global_batch_size = 2, precision = "fp32", eval_interval = 4, eval_samples = 2 }}
-log.tensorboard = false
-""")
-    return [str(tmp_path / "recipe.toml")]
+    train = {"steps": 9, "global_batch_size": 2, "eval_interval": 4, "eval_samples": 2}
+    return [str(write_recipe(tmp_path, data={"valid": [str(tmp_path / "tokens")]}, train=train))]
 
 
 def steps(folder):
