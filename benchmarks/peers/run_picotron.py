@@ -19,8 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from llama_config import llama_config
 from train_job import Job, Meter, finish, job_from_arguments, micro_batches, start_process
-from transformers import LlamaConfig
 
 UNUSED = {
     "flash_attn": (),
@@ -67,22 +67,6 @@ class Tokens:
         return {"input_ids": tokens, "target_ids": labels, "position_ids": places, "hidden_states": None}
 
 
-def model_config(job: Job) -> LlamaConfig:
-    shape = job.shape
-    config = LlamaConfig(
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["ffn_hidden_size"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        vocab_size=shape["vocab_size"],
-        max_position_embeddings=shape["max_positions"],
-        rms_norm_eps=1e-5,
-    )
-    config.rope_theta = shape.get("rope_theta", 10000.0)
-    return config
-
-
 def build(job: Job, device: torch.device, dtype: torch.dtype) -> Any:
     """The model, laid out as picotron's own training script does it."""
     from picotron.data_parallel.data_parallel import DataParallelBucket
@@ -90,7 +74,7 @@ def build(job: Job, device: torch.device, dtype: torch.dtype) -> Any:
     from picotron.pipeline_parallel.pipeline_parallel import PipelineParallel
     from picotron.tensor_parallel.tensor_parallel import apply_tensor_parallel
 
-    config = model_config(job)
+    config = llama_config(job)
     model = Llama(config)
     if job.tensor > 1:
         model = apply_tensor_parallel(model)

@@ -10,8 +10,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from llama_config import llama_config
 from train_job import Job, Meter, finish, job_from_arguments, micro_batches, start_process
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 
 class Ticks(TrainerCallback):
@@ -46,20 +47,7 @@ def main() -> None:
     if job.ranks > 1:
         raise SystemExit("the Trainer of transformers runs in one process here")
     start_process(job)
-    shape = job.shape
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=shape["hidden_size"],
-            intermediate_size=shape["ffn_hidden_size"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv_heads"],
-            vocab_size=shape["vocab_size"],
-            max_position_embeddings=shape["max_positions"],
-            tie_word_embeddings=shape.get("tie_embeddings", False),
-            use_cache=False,
-        )
-    )
+    model = LlamaForCausalLM(llama_config(job))
     meter = Meter(job)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
