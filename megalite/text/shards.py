@@ -6,6 +6,7 @@ temporary name and is renamed when it is complete; a small JSON note then tells 
 """
 
 import contextlib
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
 import zstandard
@@ -29,6 +30,7 @@ from megalite.text.readers import DAMAGED, BadRecord, Document, can_split, read_
 UNIT_BYTES = 64 << 20  # a plain file is cut into ranges of this size
 PACK_BYTES = 4 << 20  # small files that follow each other share a unit up to this size
 DONE_DIRECTORY = ".progress"
+REJECTED_DIRECTORY = "rejected"
 PARTIAL = ".partial-"  # begins the names of files that are not complete
 EXAMPLES = 5
 
@@ -203,14 +205,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def note_path(output: Path, stage: str, unit: int) -> Path:
-    """Where a finished unit of a stage is noted down."""
-    return output / DONE_DIRECTORY / f"{stage}-{unit:05d}.json"
+class UnitTask(Protocol):
+    """What every task of one unit has; the output directory belongs to the whole run."""
+
+    @property
+    def unit(self) -> Unit: ...
+
+    @property
+    def output(self) -> Path: ...
 
 
-def read_note(path: Path) -> dict[str, Any] | None:
-    """What a finished unit had noted down, or None if it is still to be done."""
-    return orjson.loads(path.read_bytes()) if path.is_file() else None
+AnyUnitTask = TypeVar("AnyUnitTask", bound=UnitTask)
+
+
+def noted(stage: str) -> Callable[[Callable[[AnyUnitTask], dict[str, Any]]], Callable[[AnyUnitTask], dict[str, Any]]]:
+    """Of a function that does a unit's work: note its result (JSON) when it is done; a later call only reads the note.
+
+    Args:
+        stage: the name of this work among all that is done to a unit in one output directory.
+    """
+
+    def decorate(work: Callable[[AnyUnitTask], dict[str, Any]]) -> Callable[[AnyUnitTask], dict[str, Any]]:
+        @functools.wraps(work)
+        def work_once(task: AnyUnitTask) -> dict[str, Any]:
+            note = task.output / DONE_DIRECTORY / f"{stage}-{task.unit.number:05d}.json"
+            if note.is_file():
+                return orjson.loads(note.read_bytes())
+            result = work(task)
+            write_atomically(note, orjson.dumps(result))
+            return result
+
+        return work_once
+
+    return decorate
 
 
 class ShardWriter:
@@ -239,6 +266,17 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return self._exit.__exit__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def open_shards(output: Path, unit: Unit, keep_rejected: bool) -> Iterator[tuple[ShardWriter, ShardWriter | None]]:
+    """The unit's shard and, where `keep_rejected`, the one of what is left out of it, in a directory of its own."""
+    with contextlib.ExitStack() as stack:
+        shard, rejected = stack.enter_context(ShardWriter(output / unit.shard_name)), None
+        if keep_rejected:
+            (output / REJECTED_DIRECTORY).mkdir(exist_ok=True)
+            rejected = stack.enter_context(ShardWriter(output / REJECTED_DIRECTORY / unit.shard_name))
+        yield shard, rejected
 
 
 def _as_text(value: object) -> str:

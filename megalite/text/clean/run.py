@@ -3,12 +3,10 @@
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
 import tomli_w
 
 from megalite.errors import UserError
@@ -18,21 +16,19 @@ from megalite.text.clean.privacy import mask
 from megalite.text.clean.rules import Rules
 from megalite.text.readers import Document
 from megalite.text.shards import (
-    ShardWriter,
     Unit,
     Unusable,
     fingerprint,
     map_tasks,
-    note_path,
+    noted,
     open_output,
+    open_shards,
     plan_units,
-    read_note,
     read_unit,
     write_atomically,
 )
 from megalite.text.words import WordNumbers
 
-REJECTED_DIRECTORY = "rejected"
 BINS_PER_OCTAVE = 4  # of the histograms of sizes
 BINS_PER_CHARACTER = 4  # of the histogram of mean word lengths
 MAX_BIN = 160
@@ -134,31 +130,22 @@ class CleanTask:
     keep_rejected: bool
 
 
+@noted("clean")
 def clean_unit(task: CleanTask) -> dict[str, Any]:
-    """Clean one unit into its shard; what an earlier run has finished is only read back.
+    """Clean one unit into its shard.
 
     Returns:
         `counts` and `unusable`, as plain values.
     """
-    note = note_path(task.output, "clean", task.unit.number)
-    if (known := read_note(note)) is not None:
-        return known
     cleaner, counts, unusable = Cleaner(task.rules), Counts(), Unusable()
-    name = task.unit.shard_name
-    with ExitStack() as stack:
-        shard = stack.enter_context(ShardWriter(task.output / name))
-        rejected = (
-            stack.enter_context(ShardWriter(task.output / REJECTED_DIRECTORY / name)) if task.keep_rejected else None
-        )
+    with open_shards(task.output, task.unit, task.keep_rejected) as (shard, rejected):
         for document, outcome in _outcomes(task, cleaner, counts, unusable):
             if isinstance(outcome, Page):
                 shard.write({**document.extra, task.key: outcome.text})
             elif rejected is not None:
                 reason = {"rejected_by": outcome.rule, "rejected_value": outcome.value}
                 rejected.write({**document.extra, task.key: document.text, **reason})
-    result = {"counts": asdict(counts), "unusable": asdict(unusable)}
-    write_atomically(note, orjson.dumps(result))
-    return result
+    return {"counts": asdict(counts), "unusable": asdict(unusable)}
 
 
 def _outcomes(
@@ -200,8 +187,6 @@ def clean_corpus(
     Cleaner(rules)
     units = plan_units(paths)
     open_output(output, fingerprint(units, [rules.as_dict(), key, keep_rejected]))
-    if keep_rejected:
-        (output / REJECTED_DIRECTORY).mkdir(exist_ok=True)
     write_atomically(output / "rules.toml", tomli_w.dumps(rules.as_dict()).encode())
     tasks = [CleanTask(unit, output, key, rules, keep_rejected) for unit in units]
     counts, unusable = Counts(), Unusable()

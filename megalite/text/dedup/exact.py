@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megalite.text.dedup.store import RUN_DOCUMENTS, Run, Store, run_path, save_array, slice_of_range
-from megalite.text.shards import Unit, Unusable, note_path, read_note, read_unit, write_atomically
+from megalite.text.shards import Unit, Unusable, noted, read_unit
 
 
 @dataclass(frozen=True)
@@ -24,15 +23,13 @@ class DigestTask:
     key: str
 
 
+@noted("exact")
 def digest_unit(task: DigestTask) -> dict[str, Any]:
     """Write the sorted digests and the lines of a unit's documents, run by run.
 
     Returns:
         `sizes` (documents of each run), `characters`, `unusable`.
     """
-    note = note_path(task.output, "exact", task.unit.number)
-    if (known := read_note(note)) is not None:
-        return known
     unusable = Unusable()
     digests, sizes = bytearray(), list[int]()
     lines = list[tuple[int, int]]()
@@ -46,9 +43,7 @@ def digest_unit(task: DigestTask) -> dict[str, Any]:
             digests, lines = bytearray(), []
     if lines or not sizes:
         sizes.append(_save_run(task, len(sizes), digests, lines))
-    result = {"sizes": sizes, "characters": characters, "unusable": asdict(unusable)}
-    write_atomically(note, orjson.dumps(result))
-    return result
+    return {"sizes": sizes, "characters": characters, "unusable": asdict(unusable)}
 
 
 def _save_run(task: DigestTask, number: int, digests: bytearray, lines: list[tuple[int, int]]) -> int:

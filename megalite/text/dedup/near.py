@@ -9,22 +9,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import orjson
 
 from megalite.errors import UserError
 from megalite.text.dedup.contamination import load_arrays
 from megalite.text.dedup.minhash import Banding, Sketcher, jaccard
 from megalite.text.dedup.store import Run, Store, equal_key_groups, run_path, save_array
-from megalite.text.shards import (
-    DONE_DIRECTORY,
-    Unit,
-    Unusable,
-    atomic_path,
-    note_path,
-    read_note,
-    read_unit,
-    write_atomically,
-)
+from megalite.text.shards import DONE_DIRECTORY, Unit, Unusable, atomic_path, noted, read_unit
 
 SIMILARITY_BINS = 50
 LARGE_GROUP = 64  # above this, documents are compared with leaders only and not all with all
@@ -45,6 +35,7 @@ class SketchTask:
     copies: np.ndarray
 
 
+@noted("near")
 def sketch_unit(task: SketchTask) -> dict[str, Any]:
     """Write shingle sets and band keys of a unit's documents, run by run.
 
@@ -54,9 +45,6 @@ def sketch_unit(task: SketchTask) -> dict[str, Any]:
     Raises:
         UserError: the unit has other documents than the exact pass saw.
     """
-    note = note_path(task.output, "near", task.unit.number)
-    if (known := read_note(note)) is not None:
-        return known
     sketcher = Sketcher(task.banding, task.ngram)
     benchmarks = None
     if task.decontaminate_ngram is not None:
@@ -81,9 +69,7 @@ def sketch_unit(task: SketchTask) -> dict[str, Any]:
             builder.save(task.output, run)
     if any(True for _ in texts) or builder.documents != run.size:
         raise UserError(f"{task.unit.pieces[0]} changed while it was read: start again with a new --output")
-    result = {"contaminated": contaminated}
-    write_atomically(note, orjson.dumps(result))
-    return result
+    return {"contaminated": contaminated}
 
 
 class _RunBuilder:

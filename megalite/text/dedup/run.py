@@ -9,13 +9,11 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megalite.errors import UserError
 from megalite.text.dedup.clusters import Keep, drop_near_copies
@@ -26,21 +24,18 @@ from megalite.text.dedup.near import SIMILARITY_BINS, CandidateTask, SketchTask,
 from megalite.text.dedup.store import Run, Store, key_ranges, layout_runs
 from megalite.text.shards import (
     DONE_DIRECTORY,
-    ShardWriter,
     Unit,
     Unusable,
     fingerprint,
     map_tasks,
-    note_path,
+    noted,
     open_output,
+    open_shards,
     plan_units,
-    read_note,
     read_unit,
-    write_atomically,
 )
 
 REASONS = ("exact_duplicate", "near_duplicate", "contaminated")
-REJECTED_DIRECTORY = "rejected"
 
 
 @dataclass(frozen=True)
@@ -194,8 +189,6 @@ class Deduplication:
 
     def _write(self, removals: np.ndarray) -> None:
         settings = self.settings
-        if settings.keep_rejected:
-            (self.output / REJECTED_DIRECTORY).mkdir(exist_ok=True)
         items = self.benchmarks.items if self.benchmarks else []
         tasks = []
         for unit in self.units:
@@ -254,24 +247,18 @@ class WriteTask:
     benchmark_items: list[str]
 
 
-def write_unit(task: WriteTask) -> dict[str, int]:
+@noted("shards")
+def write_unit(task: WriteTask) -> dict[str, Any]:
     """Write a unit's shard and, if wanted, what was removed from it with the reason and the document it is like.
 
     Returns:
         `kept` and `kept_characters`.
     """
-    note = note_path(task.output, "shards", task.unit.number)
-    if (known := read_note(note)) is not None:
-        return known
     removed = {number: (code, because) for number, code, because in task.removals.T.tolist()}
     store = Store(task.output, task.runs)
     first = next(run.start for run in task.runs if run.unit == task.unit.number)
     kept = kept_characters = 0
-    with ExitStack() as stack:
-        shard = stack.enter_context(ShardWriter(task.output / task.unit.shard_name))
-        rejected = None
-        if task.keep_rejected:
-            rejected = stack.enter_context(ShardWriter(task.output / REJECTED_DIRECTORY / task.unit.shard_name))
+    with open_shards(task.output, task.unit, task.keep_rejected) as (shard, rejected):
         for number, (_, document) in enumerate(read_unit(task.unit, task.key, Unusable()), first):
             record = {**document.extra, task.key: document.text}
             if number not in removed:
@@ -280,9 +267,7 @@ def write_unit(task: WriteTask) -> dict[str, int]:
                 kept_characters += len(document.text)
             elif rejected is not None:
                 rejected.write(record | _because(task, store, *removed[number]))
-    result = {"kept": kept, "kept_characters": kept_characters}
-    write_atomically(note, orjson.dumps(result))
-    return result
+    return {"kept": kept, "kept_characters": kept_characters}
 
 
 def _because(task: WriteTask, store: Store, code: int, because: int) -> dict[str, str]:
