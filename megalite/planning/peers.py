@@ -37,6 +37,7 @@ MEGATRON_2024 = Practice(
     loss_in_forward=False,
     gradient_bytes=8.0,  # the product adds to the fp32 gradient itself
     overlaps_tensor="all",  # its README: collectives are overlapped in pieces with the products
+    hiding_cost=0.0,  # its pieces are copied by the device's copy engines
 )
 
 TORCHTITAN_COMPILED = Practice(

@@ -9,6 +9,7 @@ is assumed stands beside it.
     Megatron H100    table of models in Megatron-LM's README: s 4096, V 131072, full square, without recomputation
     torchtitan       its benchmarks/ of December 2024 and June 2025, and docs/performance.md of April 2024 (A100)
     nanotron         scripts/scaling_benchmarks.py, comments: full square, without recomputation
+    exchanges        flux issue 90 and kraken pull request 19: cuBLAS, then NCCL, on 8 H100
     ZeRO             Rajbhandari et al., arXiv:1910.02054, figure 1
     LLaMA, Llama 3   sizes from Touvron et al. 2023, table 2, and Grattafiori et al. 2024, table 3
 """
@@ -21,10 +22,10 @@ from dataclasses import dataclass
 from megalite.config import ModelConfig
 from megalite.planning import peers
 from megalite.planning.architecture import Architecture
-from megalite.planning.hardware import DEVICES, Device
+from megalite.planning.hardware import DEVICES, Device, gather_seconds, link
 from megalite.planning.job import Job, Practice
 from megalite.planning.memory import state_bytes
-from megalite.planning.step_time import step_time
+from megalite.planning.step_time import product_seconds, step_time
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ NANOTRON_TENSOR = (
     (8, 18, 279.50, 10888.53),
     (16, 40, 158.10, 6159.30),
     (32, 90, 92.66, 3609.73),
+)
+# Source, inner and outer features of one rank's product; milliseconds with the reduce-scatter after it, by rows.
+EXCHANGES: tuple[tuple[str, int, int, dict[int, float]], ...] = (
+    ("flux", 3584, 8192, {1024: 0.18, 2048: 0.2895, 4096: 0.54225, 8192: 1.04, 16384: 2.01063, 32768: 3.978}),
+    ("kraken", 14336, 4096, {512: 0.133653, 1024: 0.223621, 2048: 0.422704}),
 )
 
 
@@ -349,6 +355,26 @@ def _nanotron_points() -> list[Point]:
             practice=peers.NANOTRON,
         )
         points.append(_speed(f"nanotron 3.57B, tensor {tensor}", job, rate, "nanotron, tensor size"))
+    return points
+
+
+def scaling_points() -> list[Point]:
+    """What tensor parallelism costs: products with a collective after them, and two tensor sizes' speeds as a ratio."""
+    points = []
+    for source, inner, outer, times in EXCHANGES:
+        for rows, published in times.items():
+            job = Job(LLAMA3_8B, DEVICES["h100"], rows, 1, 1, tensor=8)
+            talk = gather_seconds(2.0 * rows * outer, 8, link(job.device, 8, 1))
+            predicted = 1e3 * (product_seconds(job, rows, inner, outer) + talk)
+            points.append(Point(f"{source}, {rows} x {inner} x {outer}, reduce-scatter", "ms", published, predicted))
+    speeds = {point.name: point for point in [*_titan_points(), *_nanotron_points()]}
+    for name, base in (
+        ("torchtitan 8B, FSDP 8, tensor 8", "torchtitan 8B, FSDP 8"),
+        ("nanotron 3.57B, tensor 8", "nanotron 3.57B, tensor 2"),
+    ):
+        one, other = speeds[name], speeds[base]
+        ratio = one.published / other.published, one.predicted / other.predicted
+        points.append(Point(f"{name}, over {base.rpartition(', ')[2]}", "ratio", *ratio))
     return points
 
 

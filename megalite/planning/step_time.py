@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,7 +77,7 @@ class StepTime:
     pipeline_rank: int
 
 
-def _product(job: Job, rows: float, inner: float, outer: float) -> float:
+def product_seconds(job: Job, rows: float, inner: float, outer: float) -> float:
     """Seconds of one product [rows, inner] x [inner, outer]."""
     rate = product_rate(job.device, job.element_bytes)
     if job.device.is_gpu:
@@ -92,7 +92,7 @@ def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
     visible = min(window, job.seq_length) * (1 - min(window, job.seq_length) / (2 * job.seq_length))
     if job.practice.explicit_attention:
         width = layer.query // layer.queries
-        product = 2 * layer.queries * job.micro_batch_size * _product(job, job.seq_length, width, job.seq_length)
+        product = 2 * layer.queries * job.micro_batch_size * product_seconds(job, job.seq_length, width, job.seq_length)
         scores = job.tokens * job.seq_length * layer.queries / job.device.memory_bandwidth
         return product + SCORE_BYTES[0] * scores, 2 * product + SCORE_BYTES[1] * scores
     flops = 4.0 * job.tokens * visible * layer.query
@@ -128,29 +128,43 @@ def _exposed(communication: float, beside: float) -> float:
     return max(0.0, communication - HIDDEN_SHARE * beside)
 
 
+def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
+    """What the tensor ranks' exchanges in a layer add to forward, input gradients and weight gradients; seconds.
+
+    As `megalite.parallel.tensor` does it: a column-parallel layer's input is gathered again under the product of its
+    input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a
+    row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
+    """
+    exchange, overlaps = _exchange(job), job.practice.overlaps_tensor
+    columns, rows = (products[0], products[2]), (products[1], products[3])
+
+    def hidden(seconds: float, beside: float) -> float:
+        return max(job.practice.hiding_cost * seconds, _exposed(seconds, beside))
+
+    def all_hidden(seconds: float, products: Iterable[float], hides: bool) -> float:
+        return sum(hidden(seconds, own) if hides else seconds for own in products)
+
+    # Into and out of each of the two blocks; an all-reduce is both in one.
+    forward = all_hidden(exchange, products, overlaps == "all")
+    hides = overlaps != "none" and not job.splits_backward
+    if job.split == 1:  # the sums of the input gradients alone, as all-reduces
+        summed = all_hidden(2 * exchange, columns, hides)
+        return (forward, summed, 0.0) if job.splits_backward else (forward, 0.0, summed)
+    gathered = all_hidden(exchange, rows, overlaps == "all")
+    once = all_hidden(exchange, columns, hides)
+    if job.splits_backward:
+        return forward, gathered + once, 4 * exchange
+    return forward, gathered + once, once
+
+
 def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
-    layer, exchange = job.layer, _exchange(job)
-    products = [_product(job, job.tokens, inner, outer) for inner, outer in layer.matrices]
+    layer = job.layer
+    products = [product_seconds(job, job.tokens, inner, outer) for inner, outer in layer.matrices]
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
-    # Forward: into and out of each of the two blocks; an all-reduce is both in one.
-    talk_forward = 4 * exchange
-    if job.practice.overlaps_tensor == "all":
-        talk_forward = sum(_exposed(exchange, own) for own in products)
+    talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
     weight_sum = layer.parameters * job.practice.gradient_bytes / job.device.memory_bandwidth
-    inputs = [products[0], products[2]]  # the two column-parallel products
-    if job.split > 1:
-        entered = [exchange, exchange]  # their gathered inputs, for the weights' gradients
-        # The gradients that enter the row-parallel products.
-        rows = (products[1], products[3]) if job.practice.overlaps_tensor == "all" else (0.0, 0.0)
-        talk_input = sum(_exposed(exchange, own) for own in rows)
-        left = [exchange, exchange]
-    else:
-        entered, talk_input, left = [0.0, 0.0], 0.0, [2 * exchange, 2 * exchange]
-    beside = [0.0, 0.0] if job.practice.overlaps_tensor == "none" else inputs
-    talk_input += sum(_exposed(talk, own) for talk, own in zip(entered, beside))
-    talk_weight = sum(_exposed(talk, own) for talk, own in zip(left, beside))
     forward = Work(total, attention[0], elementwise[0], talk_forward)
     input_gradient = Work(total, attention[1], elementwise[1], talk_input)
     weight_gradient = Work(total, 0.0, weight_sum, talk_weight)
@@ -164,7 +178,7 @@ def layer_work(job: Job) -> StageWork:
 def _loss_work(job: Job) -> StageWork:
     """Output layer and loss of one micro-batch."""
     hidden, rows = job.architecture.model.hidden_size, vocabulary_rows(job.architecture, job.tensor)
-    product = _product(job, job.tokens, hidden, rows)
+    product = product_seconds(job, job.tokens, hidden, rows)
     weight_sum = rows * hidden * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = job.tokens * rows * job.practice.logit_bytes / job.device.memory_bandwidth
     exchange = _exchange(job)
@@ -257,6 +271,20 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     return exposed, moved / job.device.memory_bandwidth
 
 
+def pipeline_costs(job: Job, works: list[StageWork] | None = None) -> tuple[dict[str, list[float]], float]:
+    """(seconds of each compute kind by stage, seconds of one transfer between stages) of a micro-batch."""
+    works = stage_works(job) if works is None else works
+    costs = {
+        "F": [work.forward.seconds for work in works],
+        "B": [work.backward.seconds for work in works],
+        "I": [work.input_gradient.seconds for work in works],
+        "W": [work.weight_gradient.seconds for work in works],
+    }
+    over = transfer_link(job.device, job.data * job.tensor)
+    activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
+    return costs, over.latency + activation / over.bandwidth
+
+
 def _makespan(job: Job, costs: Mapping[str, list[float]], transfer: float) -> float:
     """Of the whole step; a long one is a short one and the rest of its steady state, which repeats every p."""
     short = 6 * job.pipeline
@@ -287,15 +315,7 @@ def least_step_seconds(job: Job) -> float:
 def step_time(job: Job) -> StepTime:
     """Predict one step of the full global batch."""
     works = stage_works(job)
-    costs = {
-        "F": [work.forward.seconds for work in works],
-        "B": [work.backward.seconds for work in works],
-        "I": [work.input_gradient.seconds for work in works],
-        "W": [work.weight_gradient.seconds for work in works],
-    }
-    over = transfer_link(job.device, job.data * job.tensor)
-    activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
-    makespan = _makespan(job, costs, over.latency + activation / over.bandwidth)
+    makespan = _makespan(job, *pipeline_costs(job, works))
     busiest, once = _busiest(job, works)
     work = once.times(job.micro_batches)
     exposed, optimizer = _after_backward(job, works)
