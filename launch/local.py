@@ -21,6 +21,7 @@ from types import FrameType
 
 from megalite.config import CommandLine, parse_command_line
 from megalite.errors import FAULT, FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError, exit_on_user_error
+from megalite.train.inputs import check_inputs
 
 USAGE = "usage: bash launch/local.sh RECIPE.toml [--processes N] [--check] [--SECTION.FIELD VALUE ...]"
 
@@ -43,10 +44,11 @@ def take_processes(arguments: Sequence[str]) -> tuple[list[str], int | None]:
 
 def count_processes(command: CommandLine) -> int:
     """One for each GPU; without GPUs as many as hold the model once."""
-    import torch
+    if command.config.run.device != "cpu":
+        import torch
 
-    if command.config.run.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.device_count()
+        if torch.cuda.is_available():
+            return torch.cuda.device_count()
     return command.config.model_parallel
 
 
@@ -144,19 +146,6 @@ def translate(codes: Sequence[int], processes: int, interrupted: bool) -> int:
     return FINISHED if len(codes) == processes else FAULT
 
 
-def check(arguments: Sequence[str], processes: int) -> int:
-    """The trainer's own check of configuration and data, as one of `processes` ranks would make it."""
-    from megalite.train.__main__ import main as trainer
-
-    place = {"RANK": "0", "WORLD_SIZE": str(processes), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update(place)
-    try:
-        return trainer([*arguments, "--check"])
-    finally:
-        for name in place:
-            del os.environ[name]
-
-
 @exit_on_user_error
 def main() -> int:
     arguments, processes = take_processes(sys.argv[1:])
@@ -165,10 +154,9 @@ def main() -> int:
         return FINISHED if arguments else UNUSABLE
     command = parse_command_line(arguments, "bash launch/local.sh")
     processes = processes or count_processes(command)
-    arguments = [argument for argument in arguments if argument != "--check"]
-    code = check(arguments, processes)
-    if code != FINISHED or command.check_only:
-        return code
+    print(check_inputs(command.config, processes), flush=True)
+    if command.check_only:
+        return FINISHED
     for name, value in rank_environment(processes, command.config.run.device != "cuda").items():
         os.environ.setdefault(name, value)
     forwarder = Forwarder()
@@ -185,4 +173,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # nothing is left to do, and an ordinary exit would take torch apart first

@@ -17,10 +17,10 @@ from megalite.errors import FAULT, FINISHED, INTERRUPTED, UNUSABLE, UserError
 from megalite.kernels import select_kernels
 from megalite.kernels.compiled import compile_kernels
 from megalite.mesh import Mesh
-from megalite.text.tokenizers import load_tokenizer
 from megalite.train.events import EventLog
 from megalite.train.flops import FORMULA, parameter_count
-from megalite.train.loop import Diverged, TrainingRun, open_data
+from megalite.train.inputs import check_inputs, resolve_tokenizer
+from megalite.train.loop import Diverged, TrainingRun
 from megalite.train.metrics import draw_loss
 from megalite.train.runtime import (
     SILENCE_SECONDS,
@@ -37,22 +37,6 @@ from megalite.train.trainer import Trainer
 from megalite.train.watch import Watch
 
 log = logging.getLogger("megalite")
-
-
-def resolve_tokenizer(config: Config) -> tuple[Config, int | None]:
-    """The configuration with `model.vocab_size` known, and the tokenizer's end-of-document id where there is one."""
-    if not config.data.tokenizer:
-        return config, None
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if config.model.vocab_size == 0:
-        model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        config = dataclasses.replace(config, model=model)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size = {config.model.vocab_size}: data.tokenizer has {tokenizer.vocab_size} tokens; "
-            f"set it to {tokenizer.vocab_size} or more, or to 0"
-        )
-    return config, tokenizer.eod
 
 
 def write_config(config: Config) -> None:
@@ -130,13 +114,11 @@ def main(argv: list[str]) -> int:
     try:
         world = World.from_environment()
         config, check_only = parse_command_line(argv)
-        check(config, world.size)
         if check_only:
-            config, _ = resolve_tokenizer(config)
             if world.rank == 0:
-                samples, _ = open_data(config)
-                print(f"ok: {parameter_count(config.model):,} parameters, {len(samples):,} samples, {world.size} ranks")
+                print(check_inputs(config, world.size))
             return FINISHED
+        check(config, world.size)
         return train(config, world, stop)
     except UserError as error:
         # A mistake in the configuration is found by every rank, one found later by several: rank 0 speaks at once, and

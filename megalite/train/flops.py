@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from megalite.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 FORMULA = "6 * matmul parameters + 12 * layers * heads * head_dim * sequence, causal attention counted full"
 
@@ -46,5 +49,7 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of the device in FLOP/s, None where it is not known (megalite does not guess)."""
     if device.type != "cuda":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAKS.items() if part in name), None)

@@ -18,10 +18,11 @@ from megalite.mesh import Mesh
 from megalite.optim.schedule import learning_rate
 from megalite.train.events import EventLog, read_events
 from megalite.train.goodput import account, describe_goodput
+from megalite.train.inputs import open_data
 from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics
 from megalite.train.profile import Profiler
 from megalite.train.progress import ProgressDisplay, describe
-from megalite.train.reader import Reader, open_data
+from megalite.train.reader import Reader
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range
 from megalite.train.runtime import StopRequest
 from megalite.train.timeline import Recorder

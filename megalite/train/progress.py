@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from megalite.train.metrics import StepMetrics
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 def describe(metrics: StepMetrics) -> str:
@@ -36,15 +37,7 @@ class ProgressDisplay:
         self._started = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=Console(stderr=True),
-            )
+            self._bar = _make_bar()
             self._task = self._bar.add_task("", total=last, completed=first)
             self._bar.start()
 
@@ -62,3 +55,18 @@ class ProgressDisplay:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _make_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+    )

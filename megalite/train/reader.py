@@ -1,44 +1,12 @@
-"""Where a run's samples come from, and which ranks read them."""
+"""Which ranks read the samples of a run, and what they get of them."""
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
-
 from megalite.config import Config
 from megalite.data.batches import Batch, Batches
-from megalite.data.dataset import TokenDataset, build_datasets
+from megalite.data.dataset import TokenDataset
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
-
-
-def index_folder(config: Config) -> Path:
-    """Where sample indices are kept: `data.cache_dir`, else beside the first token file, else in the run directory."""
-    if config.data.cache_dir:
-        return Path(config.data.cache_dir)
-    first = next(entry for entry in config.data.train if not isinstance(entry, int | float))
-    prefix = Path(first if isinstance(first, str) else first[-1])
-    beside = prefix.parent / "megalite_cache"
-    with contextlib.suppress(OSError):
-        beside.mkdir(exist_ok=True)
-        probe = beside / ".writable"
-        probe.touch()
-        probe.unlink()
-        return beside
-    return Path(config.run.dir) / "cache"
-
-
-def open_data(config: Config) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training and validation samples of a run."""
-    return build_datasets(
-        config.data,
-        seq_length=config.train.seq_length,
-        seed=config.run.seed,
-        train_samples=config.samples_after(config.train.steps),
-        valid_samples=config.train.eval_samples if config.train.eval_interval else 0,
-        vocab_size=config.model.vocab_size,
-        cache_dir=index_folder(config),
-    )
 
 
 class Reader:

@@ -142,6 +142,14 @@ def test_check_only(recipe):
     assert not (recipe.parent / "run" / "config.toml").exists()
 
 
+def test_a_check_on_cpus_does_not_wait_for_torch(recipe, monkeypatch):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    code, output, errors = finish(start(recipe, "--check"))
+    assert code == 0 and "2 ranks" in output
+    imported = {line.rpartition("|")[2].strip() for line in errors.splitlines()}
+    assert "megalite.config" in imported and not imported & {"torch", "rich", "matplotlib"}
+
+
 @pytest.mark.fast
 def test_processes_are_taken_from_anywhere():
     assert take_processes(["r.toml", "--processes", "4", "--a.b", "1"]) == (["r.toml", "--a.b", "1"], 4)

@@ -16,8 +16,8 @@ from megalite.errors import FAULT, FINISHED
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
+from megalite.train.inputs import open_data
 from megalite.train.loop import MAX_REFUSED_STEPS
-from megalite.train.reader import open_data
 from megalite.train.recovery import MINIMUM, WINDOW, SpikeDetector, next_sample, skip_range
 from megalite.train.trainer import Trainer
 
