@@ -103,8 +103,9 @@ class Forwarder:
                     os.kill(rank, signal.SIGKILL)
 
 
-def launch(arguments: Sequence[str], processes: int) -> list[str]:
-    """Start the ranks and wait for all of them; what torchrun says of those that failed."""
+def launch(arguments: Sequence[str], processes: int, folder: str) -> list[str]:
+    """Start the ranks and wait for all of them; what torchrun says of those that failed. It works in `folder`."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -117,6 +118,7 @@ def launch(arguments: Sequence[str], processes: int) -> list[str]:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGQUIT",  # all others are the Forwarder's
@@ -160,11 +162,13 @@ def main() -> int:
     for name, value in rank_environment(processes, command.config.run.device != "cuda").items():
         os.environ.setdefault(name, value)
     forwarder = Forwarder()
-    with tempfile.TemporaryDirectory(prefix="megalite-codes-") as folder:
-        os.environ["MEGALITE_EXIT_CODES"] = folder
+    with tempfile.TemporaryDirectory(prefix="megalite-launch-") as folder:
+        code_folder = Path(folder) / "codes"
+        code_folder.mkdir()
+        os.environ["MEGALITE_EXIT_CODES"] = str(code_folder)
         with forwarder.listening():
-            failures = launch(arguments, processes)
-        codes = [int(path.read_text()) for path in sorted(Path(folder).iterdir())]
+            failures = launch(arguments, processes, folder)
+        codes = [int(path.read_text()) for path in sorted(code_folder.iterdir())]
     code = translate(codes, processes, forwarder.interrupted)
     if code not in (FINISHED, UNUSABLE, STOPPED, INTERRUPTED):
         for failure in failures:

@@ -64,7 +64,10 @@ def ranks_of(recipe):
     return found
 
 
-def test_a_run_to_the_end_and_again(recipe):
+def test_a_run_to_the_end_and_again(recipe, monkeypatch):
+    temporary = recipe.parent / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     code, _, errors = finish(start(recipe))
     assert code == 0, errors
     assert steps_done(recipe) == list(range(1, 7))
@@ -74,6 +77,7 @@ def test_a_run_to_the_end_and_again(recipe):
     ]
     code, _, errors = finish(start(recipe))
     assert code == 0 and len(steps_done(recipe)) == 6, errors
+    assert not list(temporary.iterdir()), "the launcher leaves nothing behind"
 
 
 def test_a_stop_is_exit_75_and_the_same_command_goes_on(recipe):
