@@ -157,8 +157,6 @@ def show(title: str, rows: list[Row]) -> None:
 
 @dataclass
 class Arguments:
-    """Simulate tensor and pipeline parallelism on several GPUs."""
-
     devices: tuple[str, ...] = ("h100", "h200")
     """Kinds of GPU, of megalite.planning.DEVICES."""
     output: Path | None = None
