@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -51,9 +52,14 @@ class TimeLimit:
 
     def __init__(self, where: str, seconds: float) -> None:
         self.where, self.seconds, self.check = where, seconds, "start"
+        self._began = time.monotonic()
         self._timer = threading.Timer(seconds, self._expire)
         self._timer.daemon = True
         self._timer.start()
+
+    def at(self, share: float) -> float:
+        """When (`time.monotonic`) that share of the time is over."""
+        return self._began + share * self.seconds
 
     def _expire(self) -> NoReturn:
         found = f"not finished after {self.seconds:.0f} s"

@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,8 @@ _CLOCK_SKEW = 5.0
 _SHARE_SECONDS = 30.0
 _FAREWELL_SECONDS = 0.5
 """The store lives in rank 0: the others read the verdict before it ends."""
-_MEET_SHARE, _WORK_SHARE = 0.3, 0.9
-"""Of the time limit: until all have come, and until all have reported."""
+_MEET_SHARE, _FILE_SHARE, _READY_SHARE, _WORK_SHARE = 0.3, 0.45, 0.6, 0.9
+"""Of the time limit: until all have come, have seen rank 0's file, are ready for the collectives, have reported."""
 
 
 def preflight(arguments: Sequence[str], limit: TimeLimit) -> tuple[list[Finding], bool]:
@@ -82,26 +82,22 @@ def _meet_and_examine(
     config: Config, world: World, host: str, limit: TimeLimit, on_mesh: bool
 ) -> tuple[list[Finding], bool]:
     limit.check = "meeting of the ranks"
-    began = time.monotonic()
     store = _connect(world, _MEET_SHARE * limit.seconds)
     store.set(f"here/{world.rank}", host)
-    if world.rank == 0:
-        missing = _absent(store, "here", world.size, began + _MEET_SHARE * limit.seconds)
-        store.set("all here", str(int(not missing)))
-        if missing:
-            time.sleep(_FAREWELL_SECONDS)
-            remedy = "look at the logs of their nodes: did the tasks start, can they reach rank 0?"
-            return [Finding(FAULT, limit.check, _ranks(missing), "did not come", remedy)], False
-    store.wait(["all here"], timedelta(seconds=limit.seconds))
-    if store.get("all here") != b"1":
-        return [], False
+    if missing := _missing(store, world, "here", limit, _MEET_SHARE):
+        if world.rank:
+            return [], False
+        time.sleep(_FAREWELL_SECONDS)
+        remedy = "look at the logs of their nodes: did the tasks start, can they reach rank 0?"
+        return [Finding(FAULT, limit.check, _ranks(missing), "did not come", remedy)], False
     report = _examine(config, world, host, store, limit, on_mesh)
     store.set(f"report/{world.rank}", json.dumps(report))
     limit.check = "waiting for the others"
     if world.rank:
         store.wait(["verdict"], timedelta(seconds=limit.seconds))
         return [], store.get("verdict") == b"1"
-    missing = _absent(store, "report", world.size, began + _WORK_SHARE * limit.seconds)
+    prompt = [rank for rank in range(world.size) if rank not in report["late"]]
+    missing = report["late"] + _absent(store, "report", prompt, limit.at(_WORK_SHARE))
     reports = {rank: json.loads(store.get(f"report/{rank}")) for rank in range(world.size) if rank not in missing}
     findings = compare(reports)
     for rank in missing:
@@ -130,9 +126,17 @@ def _connect(world: World, seconds: float) -> Store:
     return PrefixStore("megalite/doctor", store)
 
 
-def _absent(store: Store, name: str, size: int, deadline: float) -> list[int]:
-    """The ranks that have not set their key when all have, or when the time is over."""
-    missing = list(range(size))
+def _missing(store: Store, world: World, name: str, limit: TimeLimit, share: float) -> list[int]:
+    """The ranks that have not set their key when that share of the time is over: rank 0 looks, all others are told."""
+    if world.rank == 0:
+        store.set(f"missing {name}", json.dumps(_absent(store, name, range(world.size), limit.at(share))))
+    store.wait([f"missing {name}"], timedelta(seconds=limit.seconds))
+    return json.loads(store.get(f"missing {name}"))
+
+
+def _absent(store: Store, name: str, ranks: Iterable[int], deadline: float) -> list[int]:
+    """Those of the ranks that have not set their key when all have, or when the time is over."""
+    missing = list(ranks)
     while missing:
         missing = [rank for rank in missing if not store.check([f"{name}/{rank}"])]
         if time.monotonic() > deadline:
@@ -144,7 +148,7 @@ def _absent(store: Store, name: str, size: int, deadline: float) -> list[int]:
 def _examine(config: Config, world: World, host: str, store: Store, limit: TimeLimit, on_mesh: bool) -> dict[str, Any]:
     """What one rank finds. What belongs to the node is left to the first rank on it."""
     findings: list[Finding] = []
-    report: dict[str, Any] = {"host": host, "versions": versions(), "time": time.time()}
+    report: dict[str, Any] = {"host": host, "versions": versions(), "time": time.time(), "links": {}, "late": []}
     run_dir = Path(config.run.dir)
     gpus = config.run.device != "cpu"
 
@@ -174,17 +178,21 @@ def _examine(config: Config, world: World, host: str, store: Store, limit: TimeL
 
     if world.local_rank == 0:
         look("node", node)
-    look("shared file system", lambda: findings.extend(_look_for_token(run_dir, world, host, store)))
+    look("shared file system", lambda: findings.extend(_look_for_token(run_dir, world, host, store, limit)))
     if world.local_rank == 0:
         look("data", lambda: findings.extend(_look_at_data(config, host, report)))
     look("matmul", devices)
     if world.size > 1:
+        limit.check = "waiting for the others"
+        store.set(f"ready/{world.rank}", "1")
+        report["late"] = _missing(store, world, "ready", limit, _READY_SHARE)
+    if world.size > 1 and not report["late"]:  # a collective would wait for a hung rank and not tell for whom
         found, report["links"] = look_at_collectives(config, world, host, store, limit, on_mesh)
         findings.extend(found)
     return report | {"findings": rows(findings)}
 
 
-def _look_for_token(run_dir: Path, world: World, host: str, store: Store) -> list[Finding]:
+def _look_for_token(run_dir: Path, world: World, host: str, store: Store, limit: TimeLimit) -> list[Finding]:
     """Rank 0 writes a file under run.dir; every other rank must read it there."""
     path = run_dir / ".megalite-doctor-token"
     if world.rank == 0:
@@ -193,7 +201,8 @@ def _look_for_token(run_dir: Path, world: World, host: str, store: Store) -> lis
         path.write_text(token)
         store.set("token", token)
         store.set("token/0", "1")
-        _absent(store, "token", world.size, time.monotonic() + 2 * _SHARE_SECONDS)
+        deadline = min(time.monotonic() + 2 * _SHARE_SECONDS, limit.at(_FILE_SHARE))
+        _absent(store, "token", range(world.size), deadline)
         path.unlink(missing_ok=True)
         return []
     store.wait(["token"], timedelta(seconds=_SHARE_SECONDS))

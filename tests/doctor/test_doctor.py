@@ -257,9 +257,13 @@ def test_a_rank_that_does_not_come_is_named(recipe):
     assert time.monotonic() - began < 60
 
 
-def test_a_rank_that_hangs_ends_by_its_time_limit(recipe):
-    with processes(recipe, (0, 1), "--time-limit", "20") as (first, second):
-        time.sleep(2.5)
+def test_a_rank_that_hangs_is_named(recipe):
+    with processes(recipe, (0, 1), "--time-limit", "16") as (first, second):
+        while not (recipe.parent / "run").exists():  # rank 0 makes it once all are there
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.01)
         second.send_signal(signal.SIGSTOP)
         output = first.communicate(timeout=60)[0]
-        assert first.returncode == 1 and "rank 1" in output, output
+    faults = [line for line in output.splitlines() if line.startswith("fault")]
+    assert first.returncode == 1 and len(faults) == 1, output
+    assert "rank 1 " in faults[0] and "did not finish" in faults[0]
