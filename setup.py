@@ -1,15 +1,34 @@
-"""Builds megalite: pure Python plus one small C++ extension that builds sample indices.
+"""Builds megalite: Python, a small C++ extension that builds sample indices, and one of kernels for CPUs.
 
 `kernels/` is installed as `megalite.kernels`: a top-level package named `kernels` would collide with another project's.
 """
 
+import sys
+from pathlib import Path
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
+
+# Threads by OpenMP, where the compiler brings it along; arithmetic as written, but for traps and errno that none reads.
+CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", *(["-fopenmp"] if sys.platform == "linux" else [])]
+
+extensions = [
+    Pybind11Extension("megalite.data._index", ["megalite/data/_index.cpp"], cxx_std=17),
+    Pybind11Extension(
+        "megalite.kernels._cpu",
+        ["kernels/cpu/kernels.cpp"],
+        depends=sorted(map(str, Path("kernels/cpu").glob("*.h"))),
+        cxx_std=17,
+        extra_compile_args=CPU_FLAGS,
+        extra_link_args=[flag for flag in CPU_FLAGS if flag == "-fopenmp"],
+        optional=True,  # without it the plain PyTorch forms run, and the start-up log says so
+    ),
+]
 
 setup(
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels"],
     package_dir={"megalite.kernels": "kernels"},
     package_data={"": ["*.pyi", "*.toml", "*.html"]},
-    ext_modules=[Pybind11Extension("megalite.data._index", ["megalite/data/_index.cpp"], cxx_std=17)],
+    ext_modules=extensions,
     cmdclass={"build_ext": build_ext},
 )

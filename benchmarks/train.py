@@ -53,9 +53,7 @@ CPU_ROWS = (
     "megalite,data=2",
     "bare",
 )
-CPU_ROWS_BF16 = tuple(
-    f"megalite{layout},precision=bf16" for layout in ("", ",compile=1", ",tensor=2", ",pipeline=2", ",data=2")
-)
+CPU_ROWS_BF16 = tuple(f"megalite{layout},precision=bf16" for layout in ("", ",tensor=2", ",pipeline=2", ",data=2"))
 GPU_ROWS = ("megalite,precision=bf16", "plain,precision=bf16,compile=1")
 PEER_LAYOUTS = {"picotron": ("", ",tensor=2", ",pipeline=2", ",data=2"), "transformers": ("",)}
 
@@ -131,6 +129,8 @@ def parse_row(text: str, arguments: Arguments, device: str, paths: dict[str, str
     layout = {axis: size for axis, size in layout.items() if size > 1}
     if layout and runner in ONE_PROCESS:
         raise UserError(f"--rows {text}: {runner} runs in one process; leave out {', '.join(layout)}")
+    if chosen.get("compile") and runner != "plain":
+        raise UserError(f"--rows {text}: compile is the plain runner's; {runner} brings its own kernels")
     if runner == "bare" and (chosen["precision"], device) != ("fp32", "cpu"):
         raise UserError(f"--rows {text}: the bare loop is for fp32 on CPUs")
     chosen.setdefault("layers", layers_that_fit(arguments.model, device))

@@ -15,7 +15,6 @@ from train_job import Job, Meter, finish, job_from_arguments, micro_batches, ran
 from megalite.config import Config, build_config
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
-from megalite.kernels.compiled import compile_kernels
 from megalite.mesh import Mesh
 from megalite.train.lines import read_lines
 from megalite.train.timeline import Recorder
@@ -43,8 +42,6 @@ def run_megalite(job: Job, device: torch.device) -> None:
     config = configuration(job)
     mesh = Mesh(pp=job.pipeline, tp=job.tensor, dp=job.data, rank=rank(), device=device)
     kernels = select_kernels({"default": job.kernels}, device)
-    if job.compile:
-        kernels = compile_kernels(kernels)
     trainer = Trainer(config, mesh, kernels)
     trainer.initialise()
     batches = [Batch(tokens, labels) for tokens, labels in micro_batches(job, mesh.index("dp"))]

@@ -42,6 +42,8 @@ _REFERENCES = {
 }
 
 
+_KINDS = {"triton": "Triton", "native": "the compiled CPU kernel"}
+
 logger = logging.getLogger("megalite.kernels")
 
 
@@ -64,7 +66,7 @@ class Kernels:
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 
     def taken(self, operation: str) -> str:
-        """`triton`, `sdpa` or `reference`."""
+        """`triton`, `native`, `sdpa` or `reference`."""
         return self.choices[operation].partition(" ")[0]
 
     def describe(self) -> str:
@@ -89,9 +91,9 @@ def select_kernels(choices: Mapping[str, str], device: torch.device) -> Kernels:
         module = _module(operation, taken)
         for name in names:
             function = getattr(module, f"{name}_sdpa" if taken == "sdpa" else name)
-            if taken == "triton":
+            if taken in ("triton", "native"):
                 plain = getattr(_REFERENCES[operation], "attention_sdpa" if name == "attention" else name)
-                function = _with_fallback(name, function, module.unsupported, plain)
+                function = _with_fallback(name, taken, function, module.unsupported, plain)
             if operation == "attention" and taken == "triton" and wanted == "auto" and device.type == "cuda":
                 choice = import_module(f"{__package__}.attention_choice")
                 kept = choice.MeasuredTimes(choice.cache_file(), choice.environment(device))
@@ -131,7 +133,13 @@ def _take(operation: str, wanted: str, device: torch.device, field: str) -> tupl
         return wanted, ""
     if obstacle is None:
         return "triton", " (auto)"
-    return ("sdpa" if operation == "attention" else "reference"), f" (auto: {obstacle.partition(':')[0]})"
+    why = obstacle.partition(":")[0]
+    if operation in ("attention", "adamw"):
+        return ("sdpa" if operation == "attention" else "reference"), f" (auto: {why})"
+    if device.type != "cpu":
+        return "reference", f" (auto: {why})"
+    missing = import_module(f"{__package__}.native").obstacle()
+    return ("native", f" (auto: {why})") if missing is None else ("reference", f" (auto: {why}, and {missing})")
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
@@ -144,6 +152,7 @@ def _triton_obstacle(device: torch.device) -> str | None:
 
 def _with_fallback(
     name: str,
+    taken: str,
     kernel: Callable[..., Any],
     unsupported: Callable[..., str | None],
     plain: Callable[..., Any],
@@ -158,7 +167,7 @@ def _with_fallback(
             return kernel(*args, **options)
         if reason not in told:
             told.add(reason)
-            logger.warning("kernels.%s: PyTorch instead of Triton for this call: %s", name, reason)
+            logger.warning("kernels.%s: PyTorch instead of %s for this call: %s", name, _KINDS[taken], reason)
         return plain(*args, **options)
 
     return call
@@ -166,4 +175,6 @@ def _with_fallback(
 
 def _module(operation: str, taken: str) -> Any:
     reference = _REFERENCES[operation]
+    if taken == "native":
+        return import_module(f"{__package__}.native")
     return import_module(f"{reference.__name__}_triton") if taken == "triton" else reference

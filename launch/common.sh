@@ -72,8 +72,8 @@ prepare_environment() {
     lent=$(torch_of "$base" || true)
     PYTHON=$ROOT/.venv/bin/python
     local state=$ROOT/.venv/megalite-${extra:-run}.stamp
-    stamp=$(printf '%s\n' "$ROOT" "$lent" && cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT"/megalite/data/*.cpp \
-        "$ROOT/constraints-cpu.txt")
+    stamp=$(printf '%s\n' "$ROOT" "$lent" && cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/constraints-cpu.txt" \
+        "$ROOT"/megalite/data/*.cpp "$ROOT"/kernels/cpu/*)
     if [ -x "$PYTHON" ] && [ -f "$state" ] && [ "$(cat "$state")" = "$stamp" ]; then
         return
     fi

@@ -153,9 +153,6 @@ class TrainConfig:
     """Linear layers' products in 8-bit floats with a scale for each tensor, or for each row; needs precision bf16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping: nothing, the cheap large activations, whole layers."""
-    compile: bool = False
-    """Pass the plain forms of element-wise operations through torch.compile: less time a step on CPUs, a minute at the
-    first start, and a C++ compiler is needed."""
     deterministic: bool = False
     """Refuse operations whose results vary from run to run."""
     eval_interval: int = 0

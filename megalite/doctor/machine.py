@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding
+from megalite.kernels import native
 
 _PACKAGES = ("torch", "triton", "numpy", "megalite")
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
@@ -58,6 +59,10 @@ def look_at_software(host: str) -> Iterator[Finding]:
         yield Finding(OK, "C++ extension", host, "built")
     except ImportError as error:
         yield Finding(FAULT, "C++ extension", host, str(error).splitlines()[0], "run: pip install -e .")
+    if missing := native.obstacle():
+        yield Finding(WARNING, "CPU kernels", host, missing, "run: pip install -e . (slower PyTorch forms until then)")
+    else:
+        yield Finding(OK, "CPU kernels", host, f"built; {native.extension().usable[0]} instructions")
     if found["triton"] == "missing" and torch.cuda.is_available():
         yield Finding(
             WARNING, "triton", host, "missing", "kernels fall back to the slow references; pip install triton"

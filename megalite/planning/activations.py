@@ -23,7 +23,7 @@ from megalite.planning.job import Job
 # Elements of one chunk of logits (megalite.parallel.loss).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
-EXPLICIT_WIDTH, EXPLICIT_LONGEST = 128, 512
+COMPILED_WIDEST, EXPLICIT_WIDTH, EXPLICIT_LONGEST = 32, 128, 512
 """On CPUs, bf16 attention with heads this wide and keys this few is computed explicitly and keeps its scores; with so
 few keys for each query head of a group, or fewer, it makes everything again in backward."""
 
@@ -78,8 +78,8 @@ def _explicit(job: Job) -> bool:
 
 
 def _attention_statistics(job: Job, layer: LayerShare) -> float:
-    """Bytes a token that attention itself keeps: the log-sum-exp of each head, but for bf16 on CPUs."""
-    if job.device.is_gpu or job.element_bytes == 4:
+    """Bytes a token that attention itself keeps: the log-sum-exp of each head, but for bf16 on CPUs with AMX units."""
+    if job.device.is_gpu or job.element_bytes == 4 or job.architecture.model.head_dim <= COMPILED_WIDEST:
         return 4.0 * layer.queries
     if _explicit(job):
         return 2.0 * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size  # scores and mask

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megalite.config import Config, check, parse_command_line, to_toml
 from megalite.errors import FAULT, FINISHED, INTERRUPTED, UNUSABLE, UserError
 from megalite.kernels import select_kernels
-from megalite.kernels.compiled import compile_kernels
 from megalite.mesh import Mesh
 from megalite.train.events import EventLog
 from megalite.train.flops import FORMULA, parameter_count
@@ -79,8 +78,6 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
         follow_launcher()
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
-    if config.train.compile:
-        kernels = compile_kernels(kernels)
     trainer = Trainer(config, mesh, kernels)
     mesh.warm_up()
     events = EventLog(config.run.dir, world.rank)

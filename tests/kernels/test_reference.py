@@ -319,6 +319,7 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def test_the_mask_of_documents_is_made_once_for_all_layers(monkeypatch):
+    monkeypatch.setattr(flash_attention.native, "obstacle", lambda: "for this test")
     made = []
     plain = flash_attention.visible_keys
     monkeypatch.setattr(flash_attention, "visible_keys", lambda *a, **o: made.append(o["window"]) or plain(*a, **o))

@@ -1,0 +1,319 @@
+"""The plain forms' operations on a CPU, compiled: each in one pass over memory, forward and backward, fp32 and bf16.
+
+The bodies are C++ (`kernels/cpu/`), built with megalite; `_cpu` has them for several sets of instructions, and the best
+that the processor has is taken. Values and gradients are those of the plain forms up to the rounding of sums, and do
+not depend on the number of threads.
+
+Shapes: N rows, H hidden, S sequence, B batch, H query and K kv heads, D head dim, F features, V columns of the logits.
+"""
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import cross_entropy as cross_entropy_plain
+from . import rms_norm as rms_norm_plain
+from . import rope as rope_plain
+from . import swiglu as swiglu_plain
+
+NORM_ROWS = 64  # rows whose share of a norm weight's gradient is one partial sum: kRows of `cpu/rows.h`
+DTYPES = (torch.float32, torch.bfloat16)
+NOWHERE = (0, 0, 0, 0)
+
+
+def extension() -> Any:
+    """The module of all sets of instructions; `usable` names those of this processor, the best first."""
+    return import_module(f"{__package__}._cpu")
+
+
+@cache
+def obstacle() -> str | None:
+    """Why there are no compiled kernels here, or None."""
+    try:
+        extension()
+    except ImportError as error:
+        return f"the CPU kernels were not built: {error}"
+    return None
+
+
+@cache
+def variant() -> Any:
+    """The kernels for the best instructions of this processor."""
+    return getattr(extension(), extension().usable[0])
+
+
+def unsupported(*tensors: Any, **options: Any) -> str | None:
+    """Why the arguments of one of these operations are left to its plain form, or None."""
+    first = tensors[0]
+    if first.device.type != "cpu":
+        return f"a tensor on {first.device.type}"
+    if first.dtype not in DTYPES:
+        return f"{first.dtype} input"
+    return None
+
+
+def _call(operation: str, dtype: torch.dtype, *arguments: Any) -> None:
+    getattr(variant(), f"{operation}_{str(dtype).removeprefix('torch.')}")(*arguments)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _place(tensor: Tensor) -> tuple[int, ...]:
+    """Where a tensor of four dimensions lies, the last contiguous: address, the other strides."""
+    return (tensor.data_ptr(), *tensor.stride()[:3])
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `rms_norm.rms_norm`."""
+    rms_norm_plain.check(x, weight)
+    if weight.dtype != x.dtype:
+        return rms_norm_plain.rms_norm(x, weight, eps)
+    result: Tensor = _RMSNorm.apply(x, weight, eps)
+    return result
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `rms_norm.add_rms_norm`; both gradients of the sum are added up in fp32."""
+    rms_norm_plain.check(x, weight, residual)
+    if not x.dtype == residual.dtype == weight.dtype:
+        return rms_norm_plain.add_rms_norm(x, residual, weight, eps)
+    result: tuple[Tensor, Tensor] = _AddRMSNorm.apply(x, residual, weight, eps)
+    return result
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + residual, its norm, 1 / root mean square of every row)"""
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    total = x if residual is None else torch.empty_like(x)
+    out, columns = torch.empty_like(x), x.shape[-1]
+    rstd_N = torch.empty(x.numel() // max(columns, 1), dtype=torch.float32)
+    addresses = map(_address, (x, residual, weight, total, out, rstd_N))
+    _call("norm_forward", x.dtype, *addresses, len(rstd_N), columns, eps)
+    return total, out, rstd_N
+
+
+def _norm_gradients(
+    x: Tensor, weight: Tensor, rstd_N: Tensor, grad: Tensor, grad_total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(of x, with `grad_total` added; of the weight)"""
+    x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_x, columns = torch.empty_like(x), x.shape[-1]
+    parts_PH = torch.empty((len(rstd_N) + NORM_ROWS - 1) // NORM_ROWS, columns, dtype=torch.float32)
+    addresses = map(_address, (x, grad_total, weight, grad, grad_x, rstd_N, parts_PH))
+    _call("norm_backward", x.dtype, *addresses, len(rstd_N), columns)
+    return grad_x, parts_PH.sum(0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        _, out, rstd_N = _norm(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, rstd_N)  # x as it came: a view of a projection keeps no second copy
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, rstd_N = ctx.saved_tensors
+        return *_norm_gradients(x, weight, rstd_N, grad, None), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, out, rstd_N = _norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd_N)
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if grad is None:
+            return grad_total, grad_total, None, None
+        total, weight, rstd_N = ctx.saved_tensors
+        grad_x, grad_weight = _norm_gradients(total, weight, rstd_N, grad, grad_total)
+        return grad_x, grad_x, grad_weight, None
+
+
+def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rope.rope`."""
+    rope_plain.check(q_SBHD, k_SBKD, cos, sin)
+    result: tuple[Tensor, Tensor] = _Rotation.apply(q_SBHD, k_SBKD, cos, sin)
+    return result
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back, so nothing of q and k is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        ctx.save_for_backward(cos, sin)
+        return _turned(q_SBHD, cos, sin, 1.0), _turned(k_SBKD, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_q, cos, sin, -1.0), _turned(grad_k, cos, sin, -1.0), None, None
+
+
+def _turned(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    x_SBND = _last_contiguous(x_SBND)
+    out_SBND = torch.empty(x_SBND.shape, dtype=x_SBND.dtype)
+    table_step = cos.stride(1) if cos.dim() == 3 else 0
+    tables = (_address(cos), _address(sin), cos.stride(0), table_step)
+    _call("rotate", x_SBND.dtype, _place(x_SBND), _place(out_SBND), *tables, *x_SBND.shape, cos.shape[-1], sign)
+    return out_SBND
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """As `swiglu.swiglu`; nothing but the fused input is kept for the backward."""
+    swiglu_plain.check(gate_up)
+    result: Tensor = _SwiGLU.apply(gate_up)
+    return result
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        ctx.save_for_backward(gate_up)
+        out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype)
+        _gate(gate_up, None, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        grad_gate_up = torch.empty_like(gate_up)
+        _gate(gate_up, grad.contiguous(), grad_gate_up)
+        return grad_gate_up
+
+
+def _gate(gate_up: Tensor, grad: Tensor | None, out: Tensor) -> None:
+    features = gate_up.shape[-1] // 2
+    rows = gate_up.numel() // max(2 * features, 1)
+    _call("swiglu", gate_up.dtype, _address(gate_up), _address(grad), _address(out), rows, features)
+
+
+def cross_entropy_stats(
+    logits_NV: Tensor, targets_N: Tensor, *, vocab_start: int = 0, valid: int | None = None
+) -> Tensor:
+    """As `cross_entropy.cross_entropy_stats`."""
+    valid = cross_entropy_plain.check(logits_NV, targets_N, valid)
+    if valid == 0:
+        return cross_entropy_plain.cross_entropy_stats(logits_NV, targets_N, vocab_start=vocab_start, valid=valid)
+    stats_N4 = torch.empty(logits_NV.shape[0], 4, dtype=torch.float32)
+    _cross_entropy(logits_NV, targets_N, stats_N4, None, valid, vocab_start, 1, 0.0, 0.0, True)
+    return stats_N4
+
+
+def cross_entropy_grad_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    stats_N4: Tensor,
+    grad_N: Tensor,
+    *,
+    vocab_start: int = 0,
+    valid: int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int,
+) -> Tensor:
+    """As `cross_entropy.cross_entropy_grad_`."""
+    valid = cross_entropy_plain.check(logits_NV, targets_N, valid)
+    settings = (valid, vocab_start, vocab_size, z_loss, label_smoothing)
+    _cross_entropy(logits_NV, targets_N, stats_N4.float().contiguous(), grad_N, *settings, False)
+    return logits_NV
+
+
+def cross_entropy_stats_grad_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    grad_N: Tensor,
+    *,
+    valid: int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As `cross_entropy.cross_entropy_stats_grad_`."""
+    valid = cross_entropy_plain.check(logits_NV, targets_N, valid)
+    stats_N4 = torch.empty(logits_NV.shape[0], 4, dtype=torch.float32)
+    _cross_entropy(logits_NV, targets_N, stats_N4, grad_N, valid, 0, valid, z_loss, label_smoothing, True)
+    return stats_N4
+
+
+def _cross_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    stats_N4: Tensor,
+    grad_N: Tensor | None,
+    valid: int,
+    *settings: float,
+) -> None:
+    targets_N = targets_N.contiguous()
+    grad_N = None if grad_N is None else grad_N.float().contiguous()
+    shape = (logits_NV.stride(0), *logits_NV.shape, valid)
+    addresses = (_address(targets_N), _address(stats_N4), _address(grad_N))
+    _call("cross_entropy", logits_NV.dtype, _address(logits_NV), *shape, *addresses, *settings)
+
+
+def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, first_BS: Tensor | None, scale: float) -> Tensor:
+    """Causal attention out_SBHD of S queries and S keys, any strides, with a backward that makes the scores again.
+
+    first_BS, int64 [1 or B, S]: the first key that a query sees, by window and document (without it the very first);
+    all up to its own follow.
+    """
+    result: Tensor = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, first_BS, scale)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, first_BS: Tensor | None, scale: float
+    ) -> Tensor:
+        q_SBHD, k_SBKD, v_SBKD = map(_last_contiguous, (q_SBHD, k_SBKD, v_SBKD))
+        out_SBHD = torch.empty(q_SBHD.shape, dtype=q_SBHD.dtype)
+        lse_BHS = torch.empty((*q_SBHD.shape[1:3], len(q_SBHD)), dtype=torch.float32)
+        first_BS = None if first_BS is None else first_BS.contiguous()
+        ctx.save_for_backward(q_SBHD, k_SBKD, v_SBKD, out_SBHD, lse_BHS, first_BS)
+        ctx.scale = scale
+        _attend((q_SBHD, k_SBKD, v_SBKD, out_SBHD), lse_BHS, first_BS, scale)
+        return out_SBHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SBHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        *tensors, lse_BHS, first_BS = ctx.saved_tensors
+        grad_q, grad_k, grad_v = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors[:3])
+        made = (_last_contiguous(grad_SBHD), grad_q, grad_k, grad_v)
+        _attend((*tensors, *made), lse_BHS, first_BS, ctx.scale)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _attend(tensors: tuple[Tensor, ...], lse_BHS: Tensor, first_BS: Tensor | None, scale: float) -> None:
+    """tensors: q, k, v, out, and for the backward also out's gradient and those to be made, of q, k, v."""
+    q_SBHD, k_SBKD = tensors[:2]
+    places = [*map(_place, tensors), *[NOWHERE] * (8 - len(tensors))]
+    first_row = 0 if first_BS is None or len(first_BS) == 1 else first_BS.stride(0)
+    length, batch, heads, width = q_SBHD.shape
+    sizes = (length, batch, heads, k_SBKD.shape[2], width)
+    _call("attention", q_SBHD.dtype, places, _address(lse_BHS), _address(first_BS), first_row, *sizes, scale)
