@@ -268,7 +268,7 @@ def _cross_entropy(
     valid: int,
     *settings: float,
 ) -> None:
-    targets_N = targets_N.contiguous()
+    targets_N = targets_N.long().contiguous()
     grad_N = None if grad_N is None else grad_N.float().contiguous()
     shape = (logits_NV.stride(0), *logits_NV.shape, valid)
     addresses = (_address(targets_N), _address(stats_N4), _address(grad_N))

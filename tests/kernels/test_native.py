@@ -53,7 +53,7 @@ def compare(function, plain, *inputs, dtype, limit=1.0):
     for one, other in zip(got, values_and_gradients(plain, inputs, torch.float64), strict=True):
         assert one.dtype == dtype and one.shape == other.shape
         error = (one.double() - other).norm() / other.norm().clamp_min(1e-6)
-        assert error <= limit * (1e-6 if dtype == torch.float32 else 6e-3), (one.shape, error)
+        assert error <= limit * (1e-6 if dtype == torch.float32 else 1.2e-2), (one.shape, error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,6 +65,21 @@ def test_norms(instructions, dtype, shape):
     )
     forms = ((lambda *all, m=module: m.add_rms_norm(*all, 1e-3)) for module in (native, rms_norm))
     compare(*forms, x, residual, weight, dtype=dtype)
+
+
+def test_bf16_is_rounded_where_the_specification_rounds(instructions):
+    """A sum to the bit, ties included; the others but for a statistic's last bit."""
+    x, residual, weight = (
+        torch.randn(3, 200, 64).bfloat16(),
+        torch.randn(200, 64).bfloat16(),
+        torch.randn(64).bfloat16(),
+    )
+    total, normed = native.add_rms_norm(x[0], residual, weight, 1e-5)
+    assert torch.equal(total, x[0] + residual)
+    assert (normed == rms_norm.rms_norm(total, weight, 1e-5)).double().mean() > 0.99
+    assert (native.swiglu(x[1]) == swiglu.swiglu(x[1])).double().mean() > 0.99
+    q, cos = x.view(3, 200, 4, 16), torch.randn(3, 16)
+    assert (native.rope(q, q, cos, cos)[0] == rope.rope(q, q, cos, cos)[0]).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -173,7 +188,7 @@ def test_attention(instructions, dtype, length, heads, kv_heads, width, window, 
         lambda x: attention_reference(*split(x), **options),
         fused,
         dtype=dtype,
-        limit=2.0,
+        limit=2.0 if dtype == torch.float32 else 1.0,
     )
 
 
