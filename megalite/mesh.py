@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +31,9 @@ _reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scat
 
 _BACKGROUND_LIMIT = timedelta(hours=1)
 """Until `set_timeout`: what one rank may take longer than another to read a checkpoint."""
+
+_DIRECT_BYTES, _DIRECT_GATHER, _DIRECT_REDUCTION = 1 << 16, 8, 2
+"""On CPUs: bytes of a rank's part, and ranks of a gather and of a reduction, that are worth direct transfers."""
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
@@ -60,6 +63,18 @@ class _Timed:
         with self._group.observe_wait():
             self._work.wait(*self._limit)
         self._group.waited_seconds += time.perf_counter() - began
+
+
+class _Direct:
+    """A collective made of transfers: done when all have arrived and `finish` has been called."""
+
+    def __init__(self, transfers: Sequence[Work], finish: Callable[[], object]) -> None:
+        self._transfers, self._finish = transfers, finish
+
+    def wait(self) -> None:
+        for transfer in self._transfers:
+            transfer.wait()
+        self._finish()
 
 
 class Group:
@@ -92,6 +107,11 @@ class Group:
         """gloo's transfers keep the limit with which the group was made, unless `wait` is told another."""
         return (self._limit,) if self._limit is not None and tensor.device.type == "cpu" else ()
 
+    def _direct(self, part: Tensor, most: int) -> bool:
+        """Whether a collective of so large parts goes faster as transfers from each to each: gloo's moves 0.3 to 1.3
+        GB/s where its transfers move 2 to 5. Of up to `most` ranks: two have one order of summation, whoever adds."""
+        return part.device.type == "cpu" and self.size <= most and part.nbytes >= _DIRECT_BYTES
+
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
         """Reduce `tensor` over the group, in place. `op` is `sum` or `max`."""
         if self.size == 1:
@@ -103,6 +123,12 @@ class Group:
         if self.size == 1:
             output.copy_(tensor)
             return DONE
+        if self._direct(tensor, _DIRECT_GATHER):
+            parts = output.view(self.size, -1)
+            others = [index for index in range(self.size) if index != self.index]
+            transfers = [Group.receive(self, parts[other], other) for other in others]
+            transfers += [Group.send(self, tensor, other) for other in others]
+            return _Direct(transfers, functools.partial(parts[self.index].copy_, tensor.view(-1)))
         return _Timed(self, _all_gather_single(output, tensor, group=self.handle, async_op=True))
 
     def reduce_scatter(self, output: Tensor, tensor: Tensor) -> Work:
@@ -110,6 +136,12 @@ class Group:
         if self.size == 1:
             output.copy_(tensor)
             return DONE
+        if self._direct(output, _DIRECT_REDUCTION):
+            parts, other = tensor.view(2, -1), 1 - self.index
+            arriving = torch.empty_like(parts[other])
+            transfers = (Group.receive(self, arriving, other), Group.send(self, parts[other], other))
+            own, total = parts[self.index], output.view(-1)
+            return _Direct(transfers, lambda: torch.add(own, arriving, out=total))
         return _Timed(self, _reduce_scatter_single(output, tensor, group=self.handle, async_op=True))
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:

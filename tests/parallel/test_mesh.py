@@ -1,6 +1,7 @@
 """Coordinates and groups, up to a mesh of 16,384 ranks on one core, and the groups' communications."""
 
 import itertools
+import random
 import time
 import tracemalloc
 
@@ -138,6 +139,34 @@ def communicate(rank, chaos):
 @pytest.mark.parametrize("chaos", [False, True], ids=["calm", "chaos"])
 def test_communications(pool, chaos):
     pool.run(communicate, 4, chaos)
+
+
+def many_at_once(rank, ranks):
+    """Gathers and reductions of several sizes under way together, and a transfer between, waited for in any order."""
+    draw = random.Random(rank)
+    group = Mesh(dp=ranks, rank=rank).group("dp")
+    sizes = [3, 1 << 14, (1 << 14) + 5, 1 << 16]  # of fp32: from 64 KiB on as transfers, where the ranks are few
+    data = [[torch.arange(ranks * size).float().add(1000 * peer) for size in sizes] for peer in range(ranks)]
+    time.sleep(0.02 * draw.random())
+    works, checks = [], []
+    for number, size in enumerate(sizes):
+        mine, whole, part = data[rank][number], torch.full((ranks * size,), torch.nan), torch.full((size,), torch.nan)
+        works += [group.all_gather(whole, mine[:size]), group.reduce_scatter(part, mine)]
+        checks.append((whole, torch.cat([data[peer][number][:size] for peer in range(ranks)])))
+        checks.append((part, sum(data[peer][number] for peer in range(ranks)).view(ranks, size)[rank]))
+        if rank < 2:
+            arriving = group.exchange(mine, 1 - rank)
+            checks.append((arriving, data[1 - rank][number]))
+    draw.shuffle(works)
+    for work in works:
+        work.wait()
+    for got, expected in checks:
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_many_communications_at_once(pool, ranks):
+    pool.run(many_at_once, ranks, ranks)
 
 
 def sum_some(rank, members, values):
