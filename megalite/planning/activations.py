@@ -24,8 +24,8 @@ from megalite.planning.job import Job
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 COMPILED_WIDEST, EXPLICIT_WIDTH, EXPLICIT_LONGEST = 32, 128, 512
-"""On CPUs, bf16 attention with heads up to the first keeps its log-sum-exp; with heads as wide as the second and keys as
-few as the third it is computed explicitly and keeps its scores; with so few keys for each query head of a group, or
+"""On CPUs, bf16 attention with heads up to the first keeps its log-sum-exp; with heads as wide as the second and keys
+as few as the third it is computed explicitly and keeps its scores; with so few keys for each query head of a group, or
 fewer, it makes everything again in backward."""
 
 
