@@ -271,8 +271,9 @@ def test_killed_at_random_and_resumed_gives_the_same_bytes(slow_job, model_path,
             process.wait(timeout=chance.uniform(0.0, 0.5) * seconds if attempt < 8 else None)
         except subprocess.TimeoutExpired:
             process.send_signal(sent)
-            assert process.wait(timeout=60) == (130 if sent == signal.SIGINT else -sent)
-            kills += 1
+            ended = process.wait(timeout=60)
+            assert ended in (130 if sent == signal.SIGINT else -sent, 0)  # 0: it was just done
+            kills += ended != 0
         if process.returncode == 0:
             break
         assert not (folder / "cut_text_document.idx").exists() or kills
