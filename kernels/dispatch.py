@@ -134,12 +134,13 @@ def _take(operation: str, wanted: str, device: torch.device, field: str) -> tupl
     if obstacle is None:
         return "triton", " (auto)"
     why = obstacle.partition(":")[0]
-    if operation in ("attention", "adamw"):
-        return ("sdpa" if operation == "attention" else "reference"), f" (auto: {why})"
-    if device.type != "cpu":
+    missing = import_module(f"{__package__}.native").obstacle() if device.type == "cpu" else None
+    compiled = device.type == "cpu" and missing is None
+    if operation == "attention":
+        return "sdpa", f"{' or native, by dtype and width' if compiled else ''} (auto: {why})"
+    if operation == "adamw":
         return "reference", f" (auto: {why})"
-    missing = import_module(f"{__package__}.native").obstacle()
-    return ("native", f" (auto: {why})") if missing is None else ("reference", f" (auto: {why}, and {missing})")
+    return ("native" if compiled else "reference"), f" (auto: {why}{f', and {missing}' if missing else ''})"
 
 
 def _triton_obstacle(device: torch.device) -> str | None:

@@ -228,6 +228,7 @@ def test_training_takes_them_on_a_cpu():
     kernels = select_kernels({}, CPU)
     for operation in ("rms_norm", "rope", "swiglu", "cross_entropy"):
         assert kernels.choices[operation] == "native (auto: no GPU)"
+    assert kernels.choices["attention"] == "sdpa or native, by dtype and width (auto: no GPU)"
     q, kv = torch.randn(6, 1, 4, 8, requires_grad=True), torch.randn(6, 1, 2, 8)
     assert type(kernels.attention(q, kv, kv).grad_fn).__name__ == "_AttentionBackward"
     for options in ({"causal": False}, {"softcap": 2.0}):
@@ -250,7 +251,7 @@ def test_without_the_extension_the_plain_forms_say_why(monkeypatch):
     monkeypatch.setattr(native, "obstacle", lambda: "the CPU kernels were not built: no such file")
     kernels = select_kernels({}, CPU)
     assert kernels.choices["rope"] == "reference (auto: no GPU, and the CPU kernels were not built: no such file)"
-    assert kernels.rope is rope.rope
+    assert kernels.rope is rope.rope and kernels.choices["attention"] == "sdpa (auto: no GPU)"
     q = torch.randn(6, 1, 4, 8, requires_grad=True)
     assert type(kernels.attention(q, q, q).grad_fn).__name__ != "_AttentionBackward"
 
