@@ -144,10 +144,10 @@ def _take(operation: str, wanted: str, device: torch.device, field: str) -> tupl
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"no GPU: device {device.type} runs Triton only in its interpreter (TRITON_INTERPRET=1)"
+    if find_spec("triton") is None:
+        return "triton is not installed"
     return None
 
 
