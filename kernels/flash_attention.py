@@ -84,8 +84,15 @@ def visible_keys(
         mask &= j > i - window
     if documents is None:
         return mask
-    of_BT = _document_starts(documents).cumsum(0).t()
-    return (mask & (of_BT[:, keys - queries :, None] == of_BT[:, None, :]))[:, None]
+    begin_BT = document_begins(documents).t()
+    return (mask & (begin_BT[:, keys - queries :, None] == begin_BT[:, None, :]))[:, None]
+
+
+def document_begins(numbers_TB: Tensor) -> Tensor:
+    """The first key of every key's document, int64 [T, B], for documents in runs of equal numbers."""
+    begin_TB = torch.arange(len(numbers_TB), device=numbers_TB.device)[:, None].repeat(1, numbers_TB.shape[1])
+    begin_TB[1:].masked_fill_(numbers_TB[1:] == numbers_TB[:-1], 0)
+    return begin_TB.cummax(0).values
 
 
 def attention_reference(
@@ -208,20 +215,11 @@ def _first_keys(length: int, window: int | None, documents: Documents | None) ->
         return None
 
     def make(numbers_TB: Tensor | None) -> Tensor:
-        place_S = torch.arange(length)
-        first_BS = torch.zeros(1, length, dtype=torch.int64)
-        if numbers_TB is not None:
-            first_BS = (place_S[:, None] * _document_starts(numbers_TB)).cummax(0).values.t()
-        return first_BS if window is None else torch.maximum(first_BS, place_S - (window - 1))
+        none_1S = torch.zeros(1, length, dtype=torch.int64)
+        first_BS = none_1S if numbers_TB is None else document_begins(numbers_TB).t()
+        return first_BS if window is None else torch.maximum(first_BS, torch.arange(length) - (window - 1))
 
     return make(None) if documents is None else documents.once(("first", length, window), make)
-
-
-def _document_starts(numbers_TB: Tensor) -> Tensor:
-    """Whether a key begins a document."""
-    starts_TB = torch.ones_like(numbers_TB, dtype=torch.bool)
-    starts_TB[1:] = numbers_TB[1:] != numbers_TB[:-1]
-    return starts_TB
 
 
 def _explicit_is_faster(q_SBHD: Tensor, keys: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .flash_attention import Documents, as_documents, check
+from .flash_attention import Documents, as_documents, check, document_begins
 from .flash_attention_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
 from .layout import next_power_of_two, obstacle
 
@@ -78,10 +78,10 @@ def document_intervals(documents: Tensor, queries: int, causal: bool, window: in
     """(seen keys int32 [2, B, S], seeing queries int32 [2, B, T]) for documents int [T, B] (runs of equal numbers)."""
     keys, batch = documents.shape
     position = torch.arange(keys, device=documents.device)[:, None].expand(keys, batch)
-    starts = torch.ones(keys + 1, batch, dtype=torch.bool, device=documents.device)
-    starts[1:-1] = documents[1:] != documents[:-1]
-    begin = position.where(starts[:-1], 0).cummax(0).values
-    end = (position + 1).where(starts[1:], keys).flip(0).cummin(0).values.flip(0)
+    begin = document_begins(documents)
+    last = torch.ones(keys, batch, dtype=torch.bool, device=documents.device)
+    last[:-1] = begin[1:] != begin[:-1]
+    end = (position + 1).where(last, keys).flip(0).cummin(0).values.flip(0)
     here = position[keys - queries :].t()
     return _intervals(here, begin[keys - queries :].t(), end[keys - queries :].t(), keys, causal, window)
 

@@ -109,7 +109,9 @@ class Group:
 
     def _direct(self, part: Tensor, most: int) -> bool:
         """Whether a collective of so large parts goes faster as transfers from each to each: gloo's moves 0.3 to 1.3
-        GB/s where its transfers move 2 to 5. Of up to `most` ranks: two have one order of summation, whoever adds."""
+        GB/s where its transfers move 2 to 5. Of up to `most` ranks: two have one order of summation, whoever adds.
+
+        The transfers are this class's own even in a subclass: one that wraps operations wraps the collective as one."""
         return part.device.type == "cpu" and self.size <= most and part.nbytes >= _DIRECT_BYTES
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
