@@ -26,17 +26,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.planner.published import LLAMA3_8B, LLAMA3_70B, scaling_points
+from benchmarks.planner.queues import queued_makespan
 from megalite.errors import UserError, exit_on_user_error
-from megalite.parallel.pipeline.ops import Plan
-from megalite.parallel.pipeline.simulate import simulate
 from megalite.planning import DEVICES, Device, Job
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import link, product_rate
 from megalite.planning.job import MEGALITE, Practice
 from megalite.planning.memory import worst_rank
-from megalite.planning.published import LLAMA3_8B, LLAMA3_70B, scaling_points
-from megalite.planning.queues import queued_makespan
 from megalite.planning.step_time import Work, pipeline_costs, stage_work, step_time
+from megalite.schedule.ops import Plan
+from megalite.schedule.simulate import simulate
 
 Row = dict[str, Any]
 MODELS = {4096: LLAMA3_8B, 8192: LLAMA3_70B}

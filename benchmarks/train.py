@@ -34,7 +34,7 @@ from train_job import AXES, PRESETS, Job
 from train_report import draw, matmul_rates, summarise, tabulate
 
 from megalite.errors import UserError, exit_on_user_error
-from megalite.train.flops import FORMULA
+from megalite.model.cost import FORMULA
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

@@ -16,9 +16,9 @@ from rich.table import Table
 from train_job import Job, quantiles
 
 from megalite.config import build_config
-from megalite.parallel.pipeline.schedules import build_schedule
-from megalite.parallel.pipeline.simulate import simulate
-from megalite.train.flops import peak_flops, training_flops_per_token
+from megalite.model.cost import peak_flops, training_flops_per_token
+from megalite.schedule.schedules import build_schedule
+from megalite.schedule.simulate import simulate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("data", "forward", "backward", "exposed", "optimizer", "other")

@@ -16,8 +16,8 @@ from megalite.config import Config, build_config
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
-from megalite.train.lines import read_lines
-from megalite.train.timeline import Recorder
+from megalite.observe.lines import read_lines
+from megalite.observe.timeline import Recorder
 from megalite.train.trainer import Trainer
 
 OBSERVED = 3

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from megalite.checkpoint.huggingface_export import NAMES, Progress, export_huggingface
-from megalite.checkpoint.huggingface_import import import_huggingface
+from megalite.checkpoint.huggingface.export import NAMES, Progress, export_huggingface
+from megalite.checkpoint.huggingface.load import import_huggingface
 from megalite.checkpoint.source import CheckpointReader
 from megalite.command import Parser
 from megalite.errors import UserError, exit_on_user_error

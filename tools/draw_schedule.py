@@ -8,11 +8,11 @@ import argparse
 from pathlib import Path
 
 from megalite.errors import UserError, exit_on_user_error
-from megalite.parallel.pipeline.draw import as_text, draw, headline
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.ops import format_plan
-from megalite.parallel.pipeline.schedules import SCHEDULES, build_schedule
-from megalite.parallel.pipeline.simulate import UNIT_COST, check_deadlock, simulate
+from megalite.schedule.draw import as_text, draw, headline
+from megalite.schedule.lowering import lower
+from megalite.schedule.ops import format_plan
+from megalite.schedule.schedules import SCHEDULES, build_schedule
+from megalite.schedule.simulate import UNIT_COST, check_deadlock, simulate
 
 
 def parse_arguments() -> argparse.Namespace:

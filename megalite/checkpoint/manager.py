@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megalite.checkpoint import directory
 from megalite.checkpoint.files import DamagedFile, write_durably, write_tensor_file
-from megalite.checkpoint.huggingface import HuggingFaceSource, is_huggingface
+from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.lock import RunLock
 from megalite.checkpoint.manifest import Index, Manifest, Piece, add_piece
 from megalite.checkpoint.peers import Peers

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from megalite.config.schema import Config
 from megalite.errors import UserError
-from megalite.parallel.pipeline.schedules import SCHEDULES
+from megalite.schedule.schedules import SCHEDULES
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.data.dataset import NO_ROW, TokenDataset
-from megalite.parallel.loss import IGNORED
+from megalite.model.head import IGNORED
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, Store
 from megalite.config import Config
 from megalite.doctor.findings import FAULT, Finding, TimeLimit
 from megalite.mesh import Group, Mesh
-from megalite.train.runtime import World
+from megalite.runtime import World
 
 _TIMEOUT = timedelta(seconds=60)
 _MEASURED_BYTES = {"cuda": 1 << 28, "cpu": 1 << 22}

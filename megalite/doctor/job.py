@@ -36,8 +36,8 @@ from megalite.doctor.machine import (
     versions,
 )
 from megalite.errors import UNUSABLE, UserError
-from megalite.train.flops import parameter_count
-from megalite.train.runtime import World
+from megalite.model.cost import parameter_count
+from megalite.runtime import World
 
 _BYTES_A_PARAMETER = 12
 """A checkpoint's fp32 weight and two fp32 moments."""

@@ -21,10 +21,10 @@ from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
-from megalite.parallel.loss import IGNORED
-from megalite.parallel.pipeline.engine import Activation, PipelineEngine
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.schedules import forward_only
+from megalite.model.head import IGNORED
+from megalite.parallel.engine import Activation, PipelineEngine
+from megalite.schedule.lowering import lower
+from megalite.schedule.schedules import forward_only
 from megalite.text.tokenizers import Tokenizer
 
 _GROUP = 16

@@ -16,8 +16,8 @@ import tokenizers
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint.huggingface import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
-from megalite.checkpoint.huggingface_export import recipe_of
+from megalite.checkpoint.huggingface.export import recipe_of
+from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
 from megalite.checkpoint.source import CheckpointReader, TensorSource, load_weights
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
@@ -26,8 +26,8 @@ from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.runtime import SILENCE_SECONDS, World, choose_device, connect
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
-from megalite.train.runtime import SILENCE_SECONDS, World, choose_device, connect
 from megalite.train.trainer import DTYPES
 
 Result = TypeVar("Result")

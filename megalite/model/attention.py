@@ -22,7 +22,7 @@ from megalite.kernels.flash_attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import Box, row_box
 
 

@@ -19,12 +19,12 @@ from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.attention import Attention, KeyValueCache, Positions
+from megalite.model.head import VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.fp8 import products_of
-from megalite.parallel.loss import VocabParallelHead
-from megalite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megalite.placement import row_box, split_evenly
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalite.config import OptimizerConfig
 from megalite.kernels import Kernels
-from megalite.parallel.data import Bucket, StageBuckets
+from megalite.parallel.zero import Bucket, StageBuckets
 from megalite.placement import Box, range_boxes
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.kernels import Kernels
-from megalite.parallel.data import Bucket, StageBuckets
+from megalite.parallel.zero import Bucket, StageBuckets
 from megalite.placement import flat_ranges
 
 

@@ -1,7 +1,7 @@
 """How tensor-parallel layers talk: what happens at the two borders of a tensor-parallel region.
 
 A tensor-parallel block begins where its input is made whole on every rank and ends where the ranks' partial outputs are
-summed. In backward the two change places, and the layers (`megalite.parallel.tensor`) call the other one:
+summed. In backward the two change places, and the layers (`megalite.parallel.linear`) call the other one:
 
     sequence parallel     begin: all-gather along the sequence       end: reduce-scatter along the sequence
     not sequence parallel begin: nothing, gradient all-reduced       end: all-reduce, gradient passed on

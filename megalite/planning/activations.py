@@ -20,7 +20,7 @@ from megalite.kernels.cross_entropy import PRODUCT_BYTES
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 
-# Elements of one chunk of logits (megalite.parallel.loss).
+# Elements of one chunk of logits (megalite.model.head).
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 COMPILED_WIDEST, EXPLICIT_WIDTH, EXPLICIT_LONGEST = 32, 128, 512

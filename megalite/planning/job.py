@@ -8,10 +8,10 @@ from typing import Literal
 
 from megalite.config import Config
 from megalite.errors import UserError
-from megalite.parallel.pipeline.ops import Plan, stage_owners
-from megalite.parallel.pipeline.schedules import build_schedule
 from megalite.planning.architecture import Architecture, LayerShare, layer_share, layers_on
 from megalite.planning.hardware import Device
+from megalite.schedule.ops import Plan, stage_owners
+from megalite.schedule.schedules import build_schedule
 
 
 @dataclass(frozen=True)

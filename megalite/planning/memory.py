@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megalite.parallel.pipeline.ops import Op
 from megalite.planning.activations import stage_memory
 from megalite.planning.architecture import vocabulary_rows
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
+from megalite.schedule.ops import Op
 
 REDUCTIONS = 3
 """Layers whose gradients ZeRO-2 and 3 have whole: one that is being added to, two on their way (parallel.data)."""

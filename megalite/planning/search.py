@@ -17,12 +17,12 @@ from typing import Any
 from megalite.config import Config
 from megalite.config.check import check_layout
 from megalite.errors import UserError
-from megalite.parallel.pipeline.schedules import SCHEDULES
 from megalite.planning.estimate import Plan, planned_tokens
 from megalite.planning.hardware import GIB, Device
 from megalite.planning.job import Job
 from megalite.planning.memory import RankMemory, worst_rank
 from megalite.planning.step_time import least_step_seconds, step_time
+from megalite.schedule.schedules import SCHEDULES
 
 VIRTUAL_STAGES = (1, 2, 3, 4, 5, 6, 8)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)

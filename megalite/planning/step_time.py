@@ -2,7 +2,7 @@
 
 A stage's forward and backward are sums over their products (FLOPs over a rate that falls for small matrices),
 attention, element-wise work (bytes over the memory's rate) and collectives that nothing hides. The simulator of
-`megalite.parallel.pipeline` puts them on the pipeline ranks; gradients are reduced under the last backwards.
+`megalite.schedule` puts them on the pipeline ranks; gradients are reduced under the last backwards.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megalite.parallel.pipeline.simulate import simulate
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
 from megalite.planning.job import Job
 from megalite.planning.memory import stage_elements
+from megalite.schedule.simulate import simulate
 
 SMALL = 160.0
 """A product reaches half its rate where one of its dimensions is this small: tiles are cut, pipelines fill."""
@@ -131,7 +131,7 @@ def _exposed(communication: float, beside: float) -> float:
 def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     """What the tensor ranks' exchanges in a layer add to forward, input gradients and weight gradients; seconds.
 
-    As `megalite.parallel.tensor` does it: a column-parallel layer's input is gathered again under the product of its
+    As `megalite.parallel.linear` does it: a column-parallel layer's input is gathered again under the product of its
     input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a
     row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
     """

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import UserError
-from megalite.train.events import EVENTS, read_events
-from megalite.train.goodput import Goodput, account
-from megalite.train.lines import read_lines
-from megalite.train.metrics import read_metrics
-from megalite.train.timeline import TIMELINE, current, merge
+from megalite.observe.events import EVENTS, read_events
+from megalite.observe.goodput import Goodput, account
+from megalite.observe.lines import read_lines
+from megalite.observe.metrics import read_metrics
+from megalite.observe.timeline import TIMELINE, current, merge
 
 _MARKS = ("metrics.jsonl", "config.toml", EVENTS)
 _MOST_RANKS = 1024

@@ -14,13 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from megalite.parallel.pipeline.draw import COLOURS, IDLE, NAMES, shade
-from megalite.parallel.pipeline.ops import COMPUTE, Op, ScheduleError, parse_op
-from megalite.parallel.pipeline.simulate import simulate
+from megalite.observe.goodput import Goodput
 from megalite.report.findings import slow_ranks
 from megalite.report.run import RankTimes, Run
 from megalite.report.style import ALARM, FAINT, INK, PARTS, PHASES, WIDE, legend_below, new_figure
-from megalite.train.goodput import Goodput
+from megalite.schedule.draw import COLOURS, IDLE, NAMES, shade
+from megalite.schedule.ops import COMPUTE, Op, ScheduleError, parse_op
+from megalite.schedule.simulate import simulate
 
 _MOST_BARS = 32
 _WAIT = "#f6e3c3"

@@ -16,12 +16,11 @@ from megalite.config import Config, check, parse_command_line, to_toml
 from megalite.errors import FAULT, FINISHED, INTERRUPTED, UNUSABLE, UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
-from megalite.train.events import EventLog
-from megalite.train.flops import FORMULA, parameter_count
-from megalite.train.inputs import check_inputs, resolve_tokenizer
-from megalite.train.loop import Diverged, TrainingRun
-from megalite.train.metrics import draw_loss
-from megalite.train.runtime import (
+from megalite.model.cost import FORMULA, parameter_count
+from megalite.observe.events import EventLog
+from megalite.observe.metrics import draw_loss
+from megalite.observe.watch import Watch
+from megalite.runtime import (
     SILENCE_SECONDS,
     StopRequest,
     World,
@@ -32,8 +31,9 @@ from megalite.train.runtime import (
     leave,
     open_log,
 )
+from megalite.train.inputs import check_inputs, resolve_tokenizer
+from megalite.train.loop import Diverged, TrainingRun
 from megalite.train.trainer import Trainer
-from megalite.train.watch import Watch
 
 log = logging.getLogger("megalite")
 

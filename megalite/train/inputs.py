@@ -9,8 +9,8 @@ from pathlib import Path
 from megalite.config import Config, check
 from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.errors import UserError
+from megalite.model.cost import parameter_count
 from megalite.text.tokenizers import load_tokenizer
-from megalite.train.flops import parameter_count
 
 
 def check_inputs(config: Config, ranks: int) -> str:

@@ -15,19 +15,19 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED
 from megalite.mesh import Mesh
+from megalite.observe.events import EventLog, read_events
+from megalite.observe.goodput import account, describe_goodput
+from megalite.observe.metrics import MetricsLog, SpeedMeter, StepMetrics
+from megalite.observe.progress import ProgressDisplay, describe
+from megalite.observe.timeline import Recorder
+from megalite.observe.watch import Watch
 from megalite.optim.schedule import learning_rate
-from megalite.train.events import EventLog, read_events
-from megalite.train.goodput import account, describe_goodput
+from megalite.runtime import StopRequest
 from megalite.train.inputs import open_data
-from megalite.train.metrics import MetricsLog, SpeedMeter, StepMetrics
 from megalite.train.profile import Profiler
-from megalite.train.progress import ProgressDisplay, describe
 from megalite.train.reader import Reader
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range
-from megalite.train.runtime import StopRequest
-from megalite.train.timeline import Recorder
 from megalite.train.trainer import StepResult, Trainer
-from megalite.train.watch import Watch
 
 MAX_REFUSED_STEPS = 5
 """So many steps in a row with a loss or gradient that is not finite end the run."""

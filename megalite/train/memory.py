@@ -13,7 +13,7 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.errors import UserError
 from megalite.mesh import Mesh
-from megalite.train.timeline import memory_gib
+from megalite.observe.timeline import memory_gib
 from megalite.train.trainer import Trainer
 
 log = logging.getLogger("megalite")

@@ -20,14 +20,14 @@ from megalite.data.batches import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.model.head import IGNORED
 from megalite.optim.adamw import ShardedAdamW
 from megalite.optim.norm import GradientNorm
-from megalite.parallel.data import StageBuckets
-from megalite.parallel.loss import IGNORED
-from megalite.parallel.pipeline.engine import Activation, Observer, PipelineEngine, StageForward, unobserved
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.schedules import build_schedule, forward_only, place_stages
+from megalite.parallel.engine import Activation, Observer, PipelineEngine, StageForward, unobserved
+from megalite.parallel.zero import StageBuckets
 from megalite.placement import initialise_parameter, placed_parameters
+from megalite.schedule.lowering import lower
+from megalite.schedule.schedules import build_schedule, forward_only, place_stages
 
 Batches = Sequence[Batch | None]
 """The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""

@@ -13,7 +13,7 @@ from megalite.config import Config, build_config
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
-from megalite.parallel.pipeline.schedules import SCHEDULES
+from megalite.schedule.schedules import SCHEDULES
 from megalite.train.trainer import Trainer
 
 Tables = dict[str, dict[str, Any]]

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint.huggingface import HuggingFaceSource
-from megalite.checkpoint.huggingface_export import export_huggingface, row_blocks
-from megalite.checkpoint.huggingface_import import import_huggingface
+from megalite.checkpoint.huggingface.export import export_huggingface, row_blocks
+from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manifest import Entry, Piece
 from megalite.checkpoint.source import CheckpointReader, load_weights, model_shapes
 from megalite.checkpoint.writer import CheckpointWriter
@@ -199,7 +199,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr("megalite.checkpoint.huggingface_export.os.fsync", full)
+    monkeypatch.setattr("megalite.checkpoint.huggingface.export.os.fsync", full)
     for action in (lambda to: _export(run, to), lambda to: import_huggingface(golden.folder("llama3_gqa"), to)):
         with pytest.raises(UserError, match="No space left on device"):
             action(tmp_path / "new")

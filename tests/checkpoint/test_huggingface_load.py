@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalite.checkpoint.huggingface import HuggingFaceSource
-from megalite.checkpoint.huggingface_import import import_huggingface
+from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint.huggingface import HuggingFaceSource, is_huggingface
-from megalite.checkpoint.huggingface_import import import_huggingface
+from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.source import compare_shapes, load_weights, model_shapes
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
@@ -75,7 +75,7 @@ def test_any_box(folder: Path, dtype: torch.dtype) -> None:
 
 
 def test_large_boxes_are_read_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalite.checkpoint.huggingface._CHUNK_BYTES", 1000)
+    monkeypatch.setattr("megalite.checkpoint.huggingface.names._CHUNK_BYTES", 1000)
     name = "model.layers.1.mlp.down_proj.weight"
     expected = load_file(folder / "model.safetensors")[name]
     with HuggingFaceSource(folder) as source:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.checkpoint.huggingface import HuggingFaceSource
+from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.source import load_weights
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import UserError

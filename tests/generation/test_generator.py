@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.checkpoint.huggingface import HuggingFaceSource
+from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.source import load_weights
 from megalite.errors import UserError
 from megalite.generation.generator import Completion, Generator, Limits

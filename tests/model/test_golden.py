@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.checkpoint.huggingface import HuggingFaceSource
+from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.model.decoder import Stage
 from megalite.placement import placed_parameters
 from tests.fixtures import golden

@@ -11,7 +11,7 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.optim.adamw import ShardedAdamW
 from megalite.optim.norm import GradientNorm
-from megalite.parallel.data import StageBuckets
+from megalite.parallel.zero import StageBuckets
 from megalite.placement import Box, PlacedParameter, Placement, row_box
 
 pytestmark = pytest.mark.fast

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from megalite.mesh import Group, Mesh
-from megalite.parallel.data import StageBuckets
+from megalite.parallel.zero import StageBuckets
 from megalite.placement import PlacedParameter, Placement, row_box
 from tests.support.chaos import ChaosGroups
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from megalite.mesh import Mesh
-from megalite.parallel.data import StageBuckets
-from megalite.parallel.pipeline.engine import Activation, PipelineEngine
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.schedules import build_schedule, forward_only, place_stages
+from megalite.parallel.engine import Activation, PipelineEngine
+from megalite.parallel.zero import StageBuckets
 from megalite.placement import PlacedParameter, Placement, row_box
+from megalite.schedule.lowering import lower
+from megalite.schedule.schedules import build_schedule, forward_only, place_stages
 from tests.support.chaos import ChaosGroups
 
 pytestmark = pytest.mark.fast

@@ -7,8 +7,8 @@ from collections import defaultdict
 
 import pytest
 
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.ops import (
+from megalite.schedule.lowering import lower
+from megalite.schedule.ops import (
     RECEIVES,
     SENDS,
     Op,
@@ -18,8 +18,8 @@ from megalite.parallel.pipeline.ops import (
     parse_plan,
     stage_owners,
 )
-from megalite.parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only
-from megalite.parallel.pipeline.simulate import check_deadlock
+from megalite.schedule.schedules import SCHEDULES, build_schedule, forward_only
+from megalite.schedule.simulate import check_deadlock
 
 pytestmark = pytest.mark.fast
 

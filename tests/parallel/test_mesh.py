@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megalite.mesh import AXES, Group, Mesh, create_group
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.schedules import build_schedule
-from megalite.parallel.pipeline.simulate import check_deadlock
+from megalite.schedule.lowering import lower
+from megalite.schedule.schedules import build_schedule
+from megalite.schedule.simulate import check_deadlock
 from tests.support.chaos import ChaosGroups
 
 pytestmark = pytest.mark.fast

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from megalite.parallel.pipeline.schedules import SCHEDULES
+from megalite.schedule.schedules import SCHEDULES
 from tests.support.parity import EVERYTHING, Case, Layout, assert_close, assert_same_bits, layouts, train, train_alone
 
 ALL = list(layouts(4))

@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 
 from megalite.errors import UserError
-from megalite.parallel.pipeline.ops import Op, ScheduleError, compute_ops, format_plan, parse_op, parse_plan
-from megalite.parallel.pipeline.schedules import SCHEDULES, build_schedule, forward_only, place_stages
+from megalite.schedule.ops import Op, ScheduleError, compute_ops, format_plan, parse_op, parse_plan
+from megalite.schedule.schedules import SCHEDULES, build_schedule, forward_only, place_stages
 
 pytestmark = pytest.mark.fast
 

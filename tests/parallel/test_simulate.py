@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megalite.parallel.pipeline.draw import as_text, draw, headline
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.ops import Op, ScheduleError, compute_ops, parse_plan
-from megalite.parallel.pipeline.schedules import build_schedule
-from megalite.parallel.pipeline.simulate import DeadlockError, check_deadlock, simulate
+from megalite.schedule.draw import as_text, draw, headline
+from megalite.schedule.lowering import lower
+from megalite.schedule.ops import Op, ScheduleError, compute_ops, parse_plan
+from megalite.schedule.schedules import build_schedule
+from megalite.schedule.simulate import DeadlockError, check_deadlock, simulate
 
 pytestmark = pytest.mark.fast
 

@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
+from megalite.model.head import IGNORED, VocabParallelHead
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
-from megalite.parallel.loss import IGNORED, VocabParallelHead
-from megalite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megalite.placement import row_box, split_evenly
 from tests.support.chaos import ChaosGroups
 

@@ -1,10 +1,10 @@
-"""Memory of real training on CPU processes, measured in benchmarks/planner.py's way, beside the prediction."""
+"""Memory of real training on CPU processes, measured in benchmarks/planner/measure.py's way, beside the prediction."""
 
 import sys
 
 import pytest
 
-from benchmarks.planner import measure
+from benchmarks.planner.measure import measure
 
 pytestmark = [
     pytest.mark.slow,

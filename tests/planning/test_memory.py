@@ -7,13 +7,13 @@ import pytest
 
 from megalite.config import ModelConfig
 from megalite.mesh import Mesh
-from megalite.parallel import loss
-from megalite.parallel.pipeline.simulate import simulate
+from megalite.model import head as loss
 from megalite.planning.activations import CHUNK_ELEMENTS, stage_memory
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, link, transfer_link
 from megalite.planning.job import Job
 from megalite.planning.memory import rank_memory, rank_states, worst_rank
+from megalite.schedule.simulate import simulate
 
 pytestmark = pytest.mark.fast
 

@@ -5,16 +5,16 @@ import random
 import pytest
 import torch
 
+from benchmarks.planner.published import flops_points, gpt, parameter_points
 from megalite.config import ModelConfig
 from megalite.mesh import Mesh
+from megalite.model.cost import training_flops_per_token
 from megalite.model.decoder import Stage
 from megalite.placement import placed_parameters
 from megalite.planning.architecture import Architecture, layer_share
 from megalite.planning.hardware import DEVICES
 from megalite.planning.job import Job
 from megalite.planning.memory import stage_elements
-from megalite.planning.published import flops_points, gpt, parameter_points
-from megalite.train.flops import training_flops_per_token
 from tests.planning.saved import plain_kernels, silent_mesh
 
 pytestmark = pytest.mark.fast

@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from megalite.planning import peers
-from megalite.planning.hardware import DEVICES
-from megalite.planning.published import (
+from benchmarks.planner import published_peers as peers
+from benchmarks.planner.published import (
     LLAMA2_70B,
     LLAMA_13B,
     Point,
@@ -15,6 +14,7 @@ from megalite.planning.published import (
     speed_points,
     titan_job,
 )
+from megalite.planning.hardware import DEVICES
 
 pytestmark = pytest.mark.fast
 

@@ -12,17 +12,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import scaling
+from benchmarks.planner.published import scaling_points
+from benchmarks.planner.queues import queued_makespan
 from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.pipeline.schedules import build_schedule
-from megalite.parallel.pipeline.simulate import simulate
-from megalite.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import row_box
 from megalite.planning import DEVICES
 from megalite.planning.hardware import gather_seconds, link
 from megalite.planning.job import MEGALITE
-from megalite.planning.published import scaling_points
-from megalite.planning.queues import queued_makespan
 from megalite.planning.step_time import layer_work
+from megalite.schedule.schedules import build_schedule
+from megalite.schedule.simulate import simulate
 
 pytestmark = pytest.mark.fast
 

@@ -24,7 +24,7 @@ SLOW_RANK = """
 import os, sys, time
 from megalite.model.decoder import Stage
 from megalite.train.__main__ import main
-from megalite.train.runtime import World, leave
+from megalite.runtime import World, leave
 real = Stage.forward
 def slow(self, *arguments):
     time.sleep(0.03)

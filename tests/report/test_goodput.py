@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from megalite.train.events import EventLog, process_start, read_events
-from megalite.train.goodput import PARTS, account, describe_goodput
+from megalite.observe.events import EventLog, process_start, read_events
+from megalite.observe.goodput import PARTS, account, describe_goodput
 
 
 def row(step, time, seconds, **more):

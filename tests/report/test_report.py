@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from megalite.errors import UserError
+from megalite.observe.timeline import PHASES
 from megalite.report import style
 from megalite.report.curves import smooth
 from megalite.report.findings import remarks, slow_ranks
 from megalite.report.page import differences, state_of, write_report
 from megalite.report.run import read_run, read_runs
 from megalite.report.timing import draw_pipeline, find_sample
-from megalite.train.timeline import PHASES
 from tools.report import main
 
 PNG = b"\x89PNG"

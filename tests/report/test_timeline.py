@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megalite.mesh import AXES, Mesh
-from megalite.parallel.pipeline.ops import parse_op
-from megalite.train import lines, timeline
-from megalite.train.lines import LineFile, read_lines
-from megalite.train.timeline import PHASES, HostClock, Recorder, StreamClock, compact, current, merge
+from megalite.observe import lines, timeline
+from megalite.observe.lines import LineFile, read_lines
+from megalite.observe.timeline import PHASES, HostClock, Recorder, StreamClock, compact, current, merge
+from megalite.schedule.ops import parse_op
 
 pytestmark = pytest.mark.fast
 
@@ -220,7 +220,7 @@ def test_a_full_disk_does_not_end_the_run_and_loses_no_line(tmp_path, caplog):
     code = """
 import resource, signal, sys, logging
 from pathlib import Path
-from megalite.train.lines import LineFile
+from megalite.observe.lines import LineFile
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 file = LineFile(Path(sys.argv[1]), "rank 3")

@@ -29,7 +29,7 @@ import time
 
 from megalite.train.__main__ import main
 from megalite.train.loop import TrainingRun
-from megalite.train.runtime import World, leave
+from megalite.runtime import World, leave
 
 step = TrainingRun._step
 

@@ -24,10 +24,10 @@ from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh, create_group
 from megalite.model.decoder import Stage
+from megalite.model.head import IGNORED
 from megalite.optim.schedule import learning_rate
-from megalite.parallel.loss import IGNORED
-from megalite.parallel.pipeline.schedules import SCHEDULES
 from megalite.placement import Box, placed_parameters
+from megalite.schedule.schedules import SCHEDULES
 from megalite.train.trainer import Trainer
 from tests.support.chaos import ChaosGroups
 from tests.support.pool import Pool

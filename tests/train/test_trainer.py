@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalite.mesh import create_group
-from megalite.parallel.loss import IGNORED
+from megalite.model.head import IGNORED
 from tests.support.chaos import ChaosGroups
 from tests.support.parity import Case, Layout, build_trainer, micro_batches, pieces_of_weights, train_alone
 

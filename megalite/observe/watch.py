@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.mesh import Mesh
-from megalite.train.events import EventLog
+from megalite.observe.events import EventLog
 
 log = logging.getLogger("megalite")
 

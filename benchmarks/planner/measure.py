@@ -1,8 +1,8 @@
 """How right the planner is: published numbers and memory measured here, beside what it predicts.
 
-    python benchmarks/planner.py [--measure true] [--output benchmarks/results/planner.json]
+    python benchmarks/planner/measure.py [--measure true] [--output benchmarks/results/planner.json]
 
-Parameters, FLOPs, memory and speed of other programs come from `megalite.planning.published`, with their sources. The
+Parameters, FLOPs, memory and speed of other programs come from `benchmarks.planner.published`, with their sources. The
 memory of real training on CPU processes is measured: the most resident memory of a rank during two steps, less what
 it had after start-up (imports, process group, a few steps of a tiny model in the same layout). The C library is told
 to give freed tensors back at once, so that resident memory is that of the tensors.
@@ -27,10 +27,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megalite.config import build_config
-from megalite.planning import DEVICES, Job
-from megalite.planning.memory import worst_rank
-from megalite.planning.published import (
+from benchmarks.planner.published import (
     Point,
     flops_points,
     memory_points,
@@ -38,6 +35,9 @@ from megalite.planning.published import (
     parameter_points,
     speed_points,
 )
+from megalite.config import build_config
+from megalite.planning import DEVICES, Job
+from megalite.planning.memory import worst_rank
 
 MODEL: dict[str, Any] = {
     "layers": 6,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from megalite.config import Config
-from megalite.train.flops import peak_flops, training_flops_per_token
-from megalite.train.lines import LineFile, read_lines
-from megalite.train.timeline import memory_gib
+from megalite.model.cost import peak_flops, training_flops_per_token
+from megalite.observe.lines import LineFile, read_lines
+from megalite.observe.timeline import memory_gib
 
 _NOT_DRAWN = ("step", "time")
 
@@ -24,7 +24,7 @@ class StepMetrics:
     """One line of metrics.jsonl. Times in seconds; `tokens`, `skipped_samples` and `rollbacks` count from the start.
 
     `memory_gib` is the peak of rank 0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the
-    device's dense bf16 peak by the formula in `megalite.train.flops`. `loss` is null for a step that was refused.
+    device's dense bf16 peak by the formula in `megalite.model.cost`. `loss` is null for a step that was refused.
     `time` is when the step was over, checkpoint and all, in seconds since 1970.
     """
 

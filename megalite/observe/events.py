@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megalite.train.lines import LineFile, read_lines
+from megalite.observe.lines import LineFile, read_lines
 
 EVENTS = "events.jsonl"
 

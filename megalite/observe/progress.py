@@ -7,7 +7,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megalite.train.metrics import StepMetrics
+from megalite.observe.metrics import StepMetrics
 
 if TYPE_CHECKING:
     from rich.progress import Progress

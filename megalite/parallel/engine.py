@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalite.mesh import Mesh, Work
-from megalite.parallel.data import StageBuckets
-from megalite.parallel.pipeline.ops import Op
+from megalite.parallel.zero import StageBuckets
+from megalite.schedule.ops import Op
 
 StageForward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, input hidden or None on the first stage) -> output hidden, or the loss on the last stage."""

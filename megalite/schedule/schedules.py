@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from megalite.errors import UserError
-from megalite.parallel.pipeline.ops import Op, Plan, Value, inputs_of, output_of
+from megalite.schedule.ops import Op, Plan, Value, inputs_of, output_of
 
 
 def gpipe(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 
-from megalite.parallel.pipeline.lowering import lower
-from megalite.parallel.pipeline.ops import (
+from megalite.schedule.lowering import lower
+from megalite.schedule.ops import (
     COMPUTE,
     RECEIVES,
     SENDS,
@@ -22,7 +22,7 @@ from megalite.parallel.pipeline.ops import (
     output_of,
     stage_owners,
 )
-from megalite.parallel.pipeline.simulate import UNIT_COST, Cost
+from megalite.schedule.simulate import UNIT_COST, Cost
 
 _Pair = tuple[int, int]
 

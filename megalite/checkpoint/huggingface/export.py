@@ -28,7 +28,8 @@ from megalite.checkpoint.files import (
     tensor_bytes,
     write_durably,
 )
-from megalite.checkpoint.huggingface import (
+from megalite.checkpoint.huggingface.config import DTYPE_FIELDS, huggingface_config, model_config_from_huggingface
+from megalite.checkpoint.huggingface.names import (
     CONFIG,
     GENERATION,
     INDEX,
@@ -36,7 +37,6 @@ from megalite.checkpoint.huggingface import (
     TOKENIZER_FILES,
     read_json,
 )
-from megalite.checkpoint.huggingface_config import DTYPE_FIELDS, huggingface_config, model_config_from_huggingface
 from megalite.checkpoint.manifest import WEIGHT
 from megalite.checkpoint.source import CheckpointReader, compare_shapes, model_shapes
 from megalite.config import ModelConfig, build_config

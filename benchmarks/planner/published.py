@@ -19,8 +19,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from benchmarks.planner import published_peers as peers
 from megalite.config import ModelConfig
-from megalite.planning import peers
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, Device, gather_seconds, link
 from megalite.planning.job import Job, Practice

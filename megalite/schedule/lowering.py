@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from megalite.parallel.pipeline.ops import NO_MICRO, Op, Plan, counterpart, stage_owners
-from megalite.parallel.pipeline.simulate import completions
+from megalite.schedule.ops import NO_MICRO, Op, Plan, counterpart, stage_owners
+from megalite.schedule.simulate import completions
 
 _SEND_AFTER = {"F": "SF", "B": "SB", "I": "SB"}
 

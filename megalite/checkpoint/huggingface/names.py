@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.files import DamagedFile, TensorFile, parse_json
-from megalite.checkpoint.huggingface_config import model_config_from_huggingface
+from megalite.checkpoint.huggingface.config import model_config_from_huggingface
 from megalite.checkpoint.source import Shapes
 from megalite.errors import UserError
 from megalite.model.decoder import OUTPUT

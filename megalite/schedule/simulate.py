@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from megalite.parallel.pipeline.ops import (
+from megalite.schedule.ops import (
     COMPUTE,
     Op,
     Plan,

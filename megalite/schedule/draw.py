@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from megalite.errors import UserError
-from megalite.parallel.pipeline.simulate import Event, Simulation
+from megalite.schedule.simulate import Event, Simulation
 
 COLOURS = {"F": "#8ab6e8", "B": "#8fce9b", "I": "#8fd6cf", "W": "#e3b983"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, input", "W": "backward, weights"}

@@ -14,8 +14,8 @@ import torch
 
 from megalite.checkpoint.directory import CHECKPOINTS, step_name
 from megalite.checkpoint.files import sync_directory, write_durably
-from megalite.checkpoint.huggingface import TOKENIZER_FILES, HuggingFaceSource
-from megalite.checkpoint.huggingface_export import BLOCK_BYTES, KEPT, Progress, appearing, kept_json
+from megalite.checkpoint.huggingface.export import BLOCK_BYTES, KEPT, Progress, appearing, kept_json
+from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource
 from megalite.checkpoint.source import compare_shapes, model_shapes
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, build_config, to_toml

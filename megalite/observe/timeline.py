@@ -28,8 +28,8 @@ from typing import Any, Protocol
 import torch
 
 from megalite.mesh import AXES, Mesh
-from megalite.parallel.pipeline.ops import COLLECTIVES, COMPUTE, Op
-from megalite.train.lines import LineFile, read_lines
+from megalite.observe.lines import LineFile, read_lines
+from megalite.schedule.ops import COLLECTIVES, COMPUTE, Op
 
 log = logging.getLogger("megalite")
 

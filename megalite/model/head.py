@@ -21,7 +21,7 @@ from torch.nn import functional
 from megalite.kernels import Kernels
 from megalite.kernels.cross_entropy import add_product_, cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
-from megalite.parallel.tensor import vocabulary_box
+from megalite.parallel.linear import vocabulary_box
 from megalite.placement import PlacedParameter, Placement
 
 IGNORED = -100

@@ -1,0 +1,1 @@
+"""The planner held against published and measured runs."""
