@@ -1,4 +1,4 @@
-"""A rank is a coordinate: the mesh of pipeline, data, context and tensor axes, and the groups of ranks along them.
+"""A rank is a coordinate: the mesh of pipeline, data, expert, context and tensor axes, and the groups along them.
 
 `tp` runs fastest and `pp` slowest, so that tensor-parallel peers, which talk most, are neighbours on one machine.
 A `Mesh` is a value that is built once and passed down; nothing in megalite looks up a process group that it was not
@@ -23,7 +23,10 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 
-AXES = ("pp", "dp", "cp", "tp")
+AXES = ("pp", "dp", "ep", "cp", "tp")
+
+DATA_AXES = ("dp", "ep", "cp")
+"""The axes along which ranks train on other data with the same weights (experts: all but `ep`)."""
 
 # Renamed in torch 2.13; both names are needed while older versions are supported.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -217,13 +220,15 @@ def create_group(ranks: tuple[int, ...], rank: int, timeout: timedelta | None = 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the four axes and this rank's place in them.
+    """Sizes of the five axes and this rank's place in them.
 
+    `ep` is a factor of data parallelism: `dp * ep` ranks take different samples, and experts are shared out over `ep`.
     `make_group` builds a group from its ranks; tests pass a factory whose groups misbehave on purpose.
     """
 
     pp: int = 1
     dp: int = 1
+    ep: int = 1
     cp: int = 1
     tp: int = 1
     rank: int = 0
@@ -238,7 +243,7 @@ class Mesh:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.pp, self.dp, self.cp, self.tp)
+        return (self.pp, self.dp, self.ep, self.cp, self.tp)
 
     @property
     def size(self) -> int:
@@ -275,6 +280,20 @@ class Mesh:
         if axes not in self._groups:
             self._groups[axes] = self.make_group(self.ranks_along(*axes), self.rank)
         return self._groups[axes]
+
+    @property
+    def samples_size(self) -> int:
+        """Among how many ranks the samples of a batch are dealt."""
+        return self.dp * self.ep
+
+    @property
+    def samples_index(self) -> int:
+        """This rank's place among them."""
+        return self.index("dp") * self.ep + self.index("ep")
+
+    def data_group(self) -> Group:
+        """The ranks that hold the same weights and train on other data."""
+        return self.group(*DATA_AXES)
 
     @property
     def world(self) -> Group:

@@ -7,22 +7,21 @@ gets all of them.
 
 Global names are those of Hugging Face's Llama checkpoints (`model.layers.3.self_attn.q_proj.weight`), so that fused
 local tensors (query/key/value, gate/up) are several boxes of plainly named global ones. Padded vocabulary rows belong
-to no box: they are zero and stay zero. Data-parallel replication is universal and therefore not recorded.
+to no box: they are zero and stay zero. Over the data axes every parameter is replicated unless its `reduce` says less.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-_UINT64 = (1 << 64) - 1
+from megalite.mesh import DATA_AXES
 
 Action = Callable[[], object]
 
@@ -63,71 +62,85 @@ class Box:
 
 @dataclass(frozen=True)
 class Placement:
-    """The boxes of one local parameter, and how its global tensors begin (`normal` with `std`, `ones`, `zeros`)."""
+    """The boxes of one local parameter, how its global tensors begin, and how it is trained.
+
+    `init` is `normal` (with standard deviation `std`), `ones` or `zeros`. `reduce` names the mesh axes over which the
+    gradient is summed: all that carry other data. `role` says what the parameter is (`matrix`, `vector`, `embedding`,
+    `output`, `adapter`), which is what optimizers choose by.
+    """
 
     boxes: tuple[Box, ...]
     init: str = "normal"
     std: float = 0.02
+    reduce: tuple[str, ...] = DATA_AXES
+    role: str = "matrix"
+
+
+class Store(Protocol):
+    """Where a parameter's values and gradient live: a bucket, which may hold either of them only for a while."""
+
+    def gather(self, parameter: PlacedParameter) -> None:
+        """Return once the parameter's values are there."""
+        ...
+
+    def allocate_gradients(self) -> None:
+        """Set the `main_grad` of all parameters of the store."""
+        ...
+
+    def gradient_added(self, parameter: PlacedParameter) -> None:
+        """A micro-batch's gradient (or one of several parts of it) has been added to `main_grad`."""
+        ...
 
 
 class PlacedParameter(nn.Parameter):
     """A parameter with its placement.
 
-    `main_grad` (fp32, same shape) is where the parameter's gradient accumulates once gradient buckets have been built
-    over the model; listeners are told of each accumulation. While `main_grad` is None, gradients go to `.grad`.
-    `tied_to` names the parameter whose storage this one shares (a tied output layer in the same process).
+    Once gradient buckets have been built over the model, `store` is the parameter's bucket: layers read the weight
+    through `gathered()`, add its gradient to `grad_buffer()` (fp32, same shape) and then call `gradient_added()`.
+    `main_grad` is that buffer where it exists right now. Without a store, gradients go to `.grad` as usual.
 
-    Buckets that hold values or gradients only for a while set `before_use` and `before_gradient`, which make them be
-    there; layers therefore read their weights through `ready`. While `postpone` is set, layers hand it the work that
-    computes their weight gradient instead of doing it (the W of zero-bubble schedules).
+    `tied_to` names the parameter whose storage this one shares (a tied output layer in the same process). While
+    `delay` is set, layers hand it the work that computes their weight gradient instead of doing it (the W of
+    zero-bubble schedules).
     """
 
     placement: Placement
     tied_to: PlacedParameter | None
-    before_use: Action | None
-    before_gradient: Action | None
-    postpone: Callable[[Action], None] | None
-    _main_grad: Tensor | None
-    _listeners: list[Action]
+    store: Store | None
+    main_grad: Tensor | None
+    delay: Callable[[Action], None] | None
 
-    def __new__(cls, data: Tensor, placement: Placement) -> PlacedParameter:
-        parameter = super().__new__(cls, data, requires_grad=True)
+    def __new__(cls, data: Tensor, placement: Placement, *, trainable: bool = True) -> PlacedParameter:
+        parameter = super().__new__(cls, data, requires_grad=trainable)
         parameter.placement = placement
-        parameter.tied_to = None
-        parameter.before_use = parameter.before_gradient = parameter.postpone = None
-        parameter._main_grad = None
-        parameter._listeners = []
+        parameter.tied_to = parameter.store = parameter.main_grad = parameter.delay = None
         return parameter
 
-    @property
-    def main_grad(self) -> Tensor | None:
-        if self._main_grad is None and self.before_gradient is not None:
-            self.before_gradient()
-        return self._main_grad
-
-    @main_grad.setter
-    def main_grad(self, gradient: Tensor | None) -> None:
-        self._main_grad = gradient
-
-    @property
-    def ready(self) -> PlacedParameter:
-        """This parameter, once its values are there."""
-        if self.before_use is not None:
-            self.before_use()
+    def gathered(self) -> PlacedParameter:
+        """This parameter, once its values are there; may wait for a communication."""
+        if self.store is not None:
+            self.store.gather(self)
         return self
+
+    def grad_buffer(self) -> Tensor | None:
+        """Where the gradient is to be added; None where autograd is to have it. Allocates it if need be."""
+        if self.main_grad is None and self.store is not None:
+            self.store.allocate_gradients()
+        return self.main_grad
+
+    def gradient_added(self) -> None:
+        if self.store is not None:
+            self.store.gradient_added(self)
 
     @property
     def decays(self) -> bool:
         """Weight decay applies to matrices, not to norms and biases."""
         return self.dim() > 1
 
-    def listen(self, listener: Action) -> None:
-        """Call `listener()` after every accumulation into `main_grad`."""
-        self._listeners.append(listener)
-
-    def gradient_accumulated(self) -> None:
-        for listener in self._listeners:
-            listener()
+    @property
+    def name(self) -> str:
+        """The first global name, for messages."""
+        return self.placement.boxes[0].name if self.placement.boxes else "a parameter of padding alone"
 
 
 def placed_parameters(module: nn.Module) -> Iterator[PlacedParameter]:
@@ -157,43 +170,6 @@ def row_box(
     rest = shape[1:]
     zeros = (0,) * len(rest)
     return Box(name, shape, (first_row, *zeros), (rows, *rest), (local_row, *zeros), tuple(sorted(replicas)), partial)
-
-
-def _row_generator(seed: int, name: str, row: int) -> np.random.Generator:
-    """A stream that depends on (seed, name, row) alone: Philox, keyed by a hash of the first two, and the row."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    key = np.array([int.from_bytes(digest[:8], "little"), row & _UINT64], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
-
-
-def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
-    """The initial fp32 values of a box; the same global tensor results from any cut into boxes.
-
-    A row is drawn whole and then cut, so that column-sharded weights agree as well.
-    """
-    if placement.init != "normal":
-        return torch.full(box.size, 1.0 if placement.init == "ones" else 0.0)
-    width = box.shape[1]
-    columns = slice(box.offset[1], box.offset[1] + box.size[1])
-    values = np.empty(box.size, dtype=np.float32)
-    for i in range(box.size[0]):
-        row = _row_generator(seed, box.name, box.offset[0] + i).standard_normal(width, dtype=np.float32)
-        values[i] = row[columns]
-    return torch.from_numpy(values).mul_(placement.std)
-
-
-@torch.no_grad()
-def initialise_parameter(parameter: PlacedParameter, seed: int) -> None:
-    """Fill a parameter with the global initial values that its boxes name; padding becomes zero."""
-    parameter.zero_()
-    for box in parameter.placement.boxes:
-        box.view(parameter).copy_(initial_values(box, parameter.placement, seed))
-
-
-def initialise(module: nn.Module, seed: int) -> None:
-    """`initialise_parameter` for all parameters of a module."""
-    for parameter in placed_parameters(module):
-        initialise_parameter(parameter, seed)
 
 
 def flat_ranges(box: Box, local_shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

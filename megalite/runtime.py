@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.errors import UserError
-from megalite.mesh import Mesh, create_group
+from megalite.mesh import DATA_AXES, Mesh, create_group
 
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
@@ -102,7 +102,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
         device=device,
         make_group=functools.partial(create_group, timeout=timeout),
     )
-    for axes in (("tp",), ("pp",), ("dp", "cp")):  # every rank makes its groups here, in one order
+    for axes in (("tp",), ("pp",), DATA_AXES):  # every rank makes its groups here, in one order
         mesh.group(*axes)
     _ = mesh.world
     return mesh

@@ -66,9 +66,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str], opened: Opened) 
     with load_model(opened, overrides, seq_length=options.seq_length, data_parallel=True) as loaded:
         result = score(
             windows,
-            loaded.stage,
-            loaded.mesh,
-            loaded.config.model.hidden_size,
+            loaded.model,
             micro_batch_size=options.micro_batch_size,
             document_mask=opened.document_mask,
         )

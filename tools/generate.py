@@ -126,12 +126,13 @@ def stream_to_terminal(prompt: str) -> Listener:
 def generate(options: argparse.Namespace, opened: Opened, loaded: Loaded) -> None:
     prompts, limits = prompts_of(options, opened), limits_of(options, opened)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    generator = Generator(loaded.stage, loaded.mesh, loaded.config.model)
     tokenizer = opened.tokenizer if options.prompt_ids is None or limits.stop_strings else None
-    generator.check(prompts, limits, tokenizer)
-    streams = loaded.speaks and options.prompt is not None and len(prompts) == 1 and not options.json
-    listener = stream_to_terminal(options.prompt[0]) if streams else None
-    completions = generator.run(prompts, sampling, limits, tokenizer, listener)
+    with loaded.model.generating() as stages:
+        generator = Generator(stages, loaded.model.owners, loaded.mesh, loaded.config.model)
+        generator.check(prompts, limits, tokenizer)
+        streams = loaded.speaks and options.prompt is not None and len(prompts) == 1 and not options.json
+        listener = stream_to_terminal(options.prompt[0]) if streams else None
+        completions = generator.run(prompts, sampling, limits, tokenizer, listener)
     if loaded.speaks:
         show(options, completions)
 

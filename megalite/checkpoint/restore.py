@@ -62,7 +62,7 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
 
 def _targets(trainer: Trainer, kind: str) -> Iterator[Target]:
     for segment in trainer.optimizer.segments:
-        values: Tensor = segment.master.detach() if kind == WEIGHT else getattr(segment, kind)
+        values: Tensor = segment.master.detach() if kind == WEIGHT else segment.state[kind]
         pieces = list(segment.pieces())
         if sum(where.stop - where.start for _, where in pieces) < len(values):
             values.zero_()  # padding

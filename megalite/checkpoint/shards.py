@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.manifest import MOMENTS, WEIGHT, piece_key
-from megalite.optim.adamw import Segment
+from megalite.optim.shard import Segment
 from megalite.placement import Box, range_boxes
 from megalite.train.trainer import Trainer
 
@@ -34,7 +34,7 @@ class Part:
 
     def tensor(self, kind: str) -> Tensor:
         """The elements [window] of the master weights or of a moment; fp32, on the training device."""
-        whole = self.segment.master.detach() if kind == WEIGHT else getattr(self.segment, kind)
+        whole = self.segment.master.detach() if kind == WEIGHT else self.segment.state[kind]
         return whole[self.window]
 
 

@@ -26,6 +26,7 @@ from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.model.sharded import ShardedModel
 from megalite.placement import PlacedParameter, placed_parameters
 
 _READERS = 4
@@ -273,15 +274,26 @@ def load_weights(stages: Iterable[Stage], source: TensorSource, whole_model: Sha
     for missing and foreign tensors and for other shapes.
     """
     stages = list(stages)
+    _require_fit(stages, source, whole_model)
+    for stage in stages:
+        for parameter in placed_parameters(stage):
+            if parameter.tied_to is None:
+                _load_parameter(parameter, source)
+
+
+@torch.no_grad()
+def fill_model(model: ShardedModel, source: TensorSource) -> None:
+    """The same for a model whose parameters may come and go (ZeRO-3)."""
+    _require_fit(list(model.stages.values()), source, None)
+    model.fill(lambda parameter: _load_parameter(parameter, source))
+
+
+def _require_fit(stages: list[Stage], source: TensorSource, whole_model: Shapes | None) -> None:
     here, found = local_shapes(stages), source.shapes()
     whole = any(stage.first for stage in stages) and any(stage.last for stage in stages)
     if whole_model is None and not whole:
         found = {name: shape for name, shape in found.items() if name in here}
     compare_shapes(whole_model or here, found, _describe(source))
-    for stage in stages:
-        for parameter in placed_parameters(stage):
-            if parameter.tied_to is None:
-                _load_parameter(parameter, source)
 
 
 def _load_parameter(parameter: PlacedParameter, source: TensorSource) -> None:

@@ -74,6 +74,10 @@ class ModelConfig:
     """Biases on the query, key and value projections (Qwen2)."""
     sliding_window: int = 0
     """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
+    attention: str = "gqa"
+    """Attention layer: `gqa` (grouped queries), or `module:Class` of your own (docs/extending.md)."""
+    feed_forward: str = "swiglu"
+    """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
 
     def __post_init__(self) -> None:
         _derive(

@@ -7,9 +7,9 @@ that its data order carries over). So the position in the data is one integer, a
 Shapes: B samples of a micro-batch, S tokens of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.data.dataset import NO_ROW, TokenDataset
-from megalite.model.head import IGNORED
+from megalite.kernels.cross_entropy import IGNORE_INDEX as IGNORED
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,23 @@ class Batch:
         labels_BS: the next token of each; `IGNORED` (-100) where the loss leaves it out.
         positions_BS: place of each token in its document, with document masks only.
         documents_BS: number of its document within the sequence, from 0, with document masks only.
+        columns: further numbers for each token that an objective reads, fp32 [B, S], by name.
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     positions_BS: Tensor | None = None
     documents_BS: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; from pinned memory the copy runs beside the computation."""
         parts = (self.tokens_BS, self.labels_BS, self.positions_BS, self.documents_BS)
-        return Batch(*[None if part is None else part.to(device, non_blocking=True) for part in parts])  # type: ignore[arg-type]
-
-    def cu_seqlens(self) -> Tensor:
-        """Where the documents begin in the B * S tokens one after another, and B * S at last: int32 [documents + 1].
-
-        What packed (variable length) attention kernels take. Without document masks every sequence is one document.
-        """
-        batch, length = self.tokens_BS.shape
-        starts_BS = torch.zeros((batch, length), dtype=torch.bool, device=self.tokens_BS.device)
-        starts_BS[:, 0] = True
-        if self.documents_BS is not None:
-            starts_BS[:, 1:] = self.documents_BS[:, 1:] != self.documents_BS[:, :-1]
-        starts = starts_BS.flatten().nonzero().flatten()
-        return torch.cat((starts, starts.new_tensor([batch * length]))).to(torch.int32)
+        tokens, labels, *places = [None if part is None else part.to(device, non_blocking=True) for part in parts]
+        assert tokens is not None and labels is not None
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        positions, documents = places
+        return Batch(tokens, labels, positions, documents, columns)
 
 
 class Batches:
@@ -155,4 +148,6 @@ class Batches:
         tokens_BS[tokens_BS < 0] = 0
         if self._end_of_document is not None:
             labels_BS[: len(numbers)][tokens_BS[: len(numbers)] == self._end_of_document] = IGNORED
-        return Batch(*tensors)
+        if not places:
+            return Batch(tensors[0], tensors[1])
+        return Batch(tensors[0], tensors[1], tensors[2], tensors[3])

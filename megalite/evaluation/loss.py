@@ -9,7 +9,6 @@ S window length, B micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +18,9 @@ from torch import Tensor
 from megalite.data.batches import Batch, Batches
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
-from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.head import IGNORED
-from megalite.parallel.engine import Activation, PipelineEngine
-from megalite.schedule.lowering import lower
-from megalite.schedule.schedules import forward_only
+from megalite.model.sharded import ShardedModel
 from megalite.text.tokenizers import Tokenizer
 
 _GROUP = 16
@@ -95,40 +91,26 @@ class Windows:
             positions[:] = places - first
 
 
-def score(
-    windows: Windows,
-    stage: Stage,
-    mesh: Mesh,
-    hidden_size: int,
-    *,
-    micro_batch_size: int = 4,
-    document_mask: bool = False,
-) -> Score:
+def score(windows: Windows, model: ShardedModel, *, micro_batch_size: int = 4, document_mask: bool = False) -> Score:
     """The loss over all windows; every rank of the mesh calls it alike, and gets the same.
 
-    `stage` is this rank's only one, with whole sequences. Data-parallel ranks share the windows out.
+    Data-parallel ranks share the windows out.
     """
-    activation = Activation(
-        (windows.seq_length, micro_batch_size, hidden_size), next(stage.parameters()).dtype, mesh.device
-    )
-    engines: dict[int, PipelineEngine] = {}
+    mesh = model.mesh
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    block = micro_batch_size * mesh.dp * _GROUP
+    block = micro_batch_size * mesh.samples_size * _GROUP
     batches = Batches(
         windows,  # type: ignore[arg-type]
         micro_batch_size=micro_batch_size,
-        dp_rank=mesh.index("dp"),
-        dp_size=mesh.dp,
+        dp_rank=mesh.samples_index,
+        dp_size=mesh.samples_size,
         device=mesh.device,
         document_mask=document_mask,
     )
-    with batches, torch.no_grad():
+    with batches:
         for first in range(0, len(windows), block):
             part = batches.next_batch(first, min(block, len(windows) - first))
-            if len(part) not in engines:
-                plan = lower(forward_only(range(mesh.pp), len(part)), tied=False)
-                engines[len(part)] = PipelineEngine(plan[mesh.index("pp")], range(mesh.pp), mesh, activation)
-            losses = engines[len(part)].run(_forward(stage, part))
+            losses = model.run(part, _loss, shape=(micro_batch_size, windows.seq_length))
             if losses and mesh.index("tp") == 0:  # tensor ranks hold the same sums
                 total[0] += torch.stack(list(losses.values())).sum()
                 total[1] += sum(int((batch.labels_BS != IGNORED).sum()) for batch in part)
@@ -137,14 +119,8 @@ def score(
     return Score(nats, int(tokens), len(windows))
 
 
-def _forward(stage: Stage, batches: list[Batch]) -> Callable[[int, int, Tensor | None], Tensor]:
-    def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
-        batch = batches[micro]
-        positions = stage.positions(batch.tokens_BS.shape[1], 0, batch.positions_BS, batch.documents_BS)
-        hidden = stage(batch.tokens_BS if hidden is None else hidden, positions)
-        return stage.loss(hidden, batch.labels_BS, 1.0) if stage.last else hidden
-
-    return forward
+def _loss(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
+    return stage.loss(hidden, batch.labels_BS, 1.0)
 
 
 def count_bytes(windows: Windows, tokenizer: Tokenizer | None) -> tuple[int, str] | None:

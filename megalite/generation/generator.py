@@ -9,7 +9,7 @@ P longest prompt, S positions of one forward pass, T positions so far, B batch, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,13 +54,18 @@ class Completion:
 
 
 class Generator:
-    """Generates with this rank's stage, made with `sequence=False`; every rank of the mesh calls `run` alike."""
+    """Generates with this rank's stages; every rank of the mesh calls `run` alike.
 
-    def __init__(self, stage: Stage, mesh: Mesh, model: ModelConfig) -> None:
-        if stage.region.sequence:
-            raise ValueError("generation needs whole sequences: build the stage with sequence=False")
-        self.stage, self.mesh, self.model = stage, mesh, model
-        self._dtype = next(stage.parameters()).dtype
+    `stages` are those of `ShardedModel.generating()`, by number, and `owners` says for each stage of the model which
+    pipeline rank holds it.
+    """
+
+    def __init__(self, stages: Mapping[int, Stage], owners: Sequence[int], mesh: Mesh, model: ModelConfig) -> None:
+        if any(stage.region.sequence for stage in stages.values()):
+            raise ValueError("generation needs whole sequences: use the stages of ShardedModel.generating()")
+        self.stages, self.owners, self.mesh, self.model = stages, tuple(owners), mesh, model
+        self._any_stage = next(iter(stages.values()))
+        self._dtype = next(self._any_stage.parameters()).dtype
         self._tp, self._pp = mesh.group("tp"), mesh.group("pp")
 
     @torch.no_grad()
@@ -104,24 +109,29 @@ class Generator:
     def _positions(self, start: int, length: int, padding_B: Tensor) -> Positions:
         """Rotations of positions start … start + length - 1, counted from each row's first true token."""
         if not bool(padding_B.any()):
-            return self.stage.positions(length, start)
+            return self._any_stage.positions(length, start)
         steps_T = torch.arange(start + length, device=padding_B.device)
         places_BT = steps_T - padding_B.unsqueeze(1)
-        return self.stage.positions(length, start, places_BT[:, start:].clamp(min=0), (places_BT >= 0).to(torch.int32))
+        seen_BT = (places_BT >= 0).to(torch.int32)
+        return self._any_stage.positions(length, start, places_BT[:, start:].clamp(min=0), seen_BT)
 
     def _forward(self, tokens_BS: Tensor, positions: Positions, cache: DecoderCache) -> Tensor | None:
         """Logits [B, V] (fp32) after the last position, on the last stage; None on the others."""
-        here, last = self._pp.index, self._pp.size - 1
-        x = tokens_BS
-        if here > 0:
-            shape = (tokens_BS.shape[1], tokens_BS.shape[0], self.model.hidden_size)
-            x = torch.empty(shape, dtype=self._dtype, device=self.mesh.device)
-            self._pp.receive(x, here - 1).wait()
-        hidden_SBH = self.stage(x, positions, cache)
-        if here < last:
-            self._pp.send(hidden_SBH.contiguous(), here + 1).wait()
-            return None
-        return self.stage.logits(hidden_SBH[-1:]).squeeze(0).float()
+        shape = (tokens_BS.shape[1], tokens_BS.shape[0], self.model.hidden_size)
+        hidden_SBH = torch.empty(0)
+        for number, owner in enumerate(self.owners):
+            if owner != self._pp.index:
+                continue
+            x = hidden_SBH if number > 0 else tokens_BS
+            if number > 0 and self.owners[number - 1] != owner:
+                x = torch.empty(shape, dtype=self._dtype, device=self.mesh.device)
+                self._pp.receive(x, self.owners[number - 1]).wait()
+            hidden_SBH = self.stages[number](x, positions, cache)
+            if number == len(self.owners) - 1:
+                return self.stages[number].logits(hidden_SBH[-1:]).squeeze(0).float()
+            if self.owners[number + 1] != owner:
+                self._pp.send(hidden_SBH.contiguous(), self.owners[number + 1]).wait()
+        return None
 
     def _choose(
         self, logits_BV: Tensor | None, sampling: Sampling, streams: RowStreams, rows: int
@@ -134,7 +144,7 @@ class Generator:
             both_2B[0] = chosen_B
             both_2B[1] = logits_BV.log_softmax(-1).gather(-1, chosen_B.unsqueeze(1)).squeeze(1)
             self._tp.broadcast(both_2B, 0).wait()
-        self._pp.broadcast(both_2B, self._pp.size - 1).wait()
+        self._pp.broadcast(both_2B, self.owners[-1]).wait()
         return both_2B[0].long(), both_2B[1]
 
 

@@ -18,17 +18,16 @@ import torch.distributed as dist
 
 from megalite.checkpoint.huggingface.export import recipe_of
 from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
-from megalite.checkpoint.source import CheckpointReader, TensorSource, load_weights
+from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
 from megalite.config.load import parse_overrides
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
-from megalite.model.decoder import Stage
+from megalite.model.sharded import ShardedModel
 from megalite.runtime import SILENCE_SECONDS, World, choose_device, connect
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
-from megalite.train.trainer import DTYPES
 
 Result = TypeVar("Result")
 
@@ -132,11 +131,11 @@ def leading_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """This rank's stage with its weights, and where it stands."""
+    """This rank's part of the model with its weights, and where it stands."""
 
     config: Config
     mesh: Mesh
-    stage: Stage
+    model: ShardedModel
 
     @property
     def speaks(self) -> bool:
@@ -164,10 +163,9 @@ def load_model(
     device = choose_device(config, world)
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
-    dtype = DTYPES[config.train.precision]
-    stage = Stage(config.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp), dtype=dtype)
-    load_weights([stage], opened.source)
-    yield Loaded(config, mesh, stage)
+    model = ShardedModel(config, mesh, kernels, trained=False)
+    fill_model(model, opened.source)
+    yield Loaded(config, mesh, model)
     mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
-from megalite.kernels import Kernels
 from megalite.kernels.flash_attention import Documents
 from megalite.mesh import Mesh
-from megalite.model.norm import RMSNorm
-from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.model.build import Build
 from megalite.placement import Box, row_box
 
 
@@ -41,9 +38,10 @@ class Positions:
 
 
 class KeyValueCache(Protocol):
-    """What earlier tokens left behind: `extend` appends a layer's new keys and values and returns all of them."""
+    """What earlier tokens left behind: `extend` appends a layer's new tensors [S, ...] (keys and values, or whatever it
+    keeps of a token) and returns all of them, [T, ...]."""
 
-    def extend(self, layer: int, k_SBKD: Tensor, v_SBKD: Tensor) -> tuple[Tensor, Tensor]: ...
+    def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -89,62 +87,45 @@ def _projection_boxes(prefix: str, split: HeadSplit, model: ModelConfig, mesh: M
     return tuple(boxes)
 
 
-class Attention(nn.Module):
-    """norm'd hidden [s, B, H] -> attention output [s, B, H]."""
+class GroupedQueryAttention(nn.Module):
+    """norm'd hidden [s, B, H] -> attention output [s, B, H] (Ainslie et al. 2023)."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        mesh: Mesh,
-        region: TensorRegion,
-        kernels: Kernels,
-        std: float,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
+        model, mesh = build.model, build.mesh
         prefix, dim = f"model.layers.{layer}.self_attn", model.head_dim
-        self.layer, self.dim, self.kernels = layer, dim, kernels
+        self.layer, self.dim, self.kernels = layer, dim, build.kernels
         self.window = model.sliding_window or None
         self.heads = split_heads(model.heads, model.kv_heads, mesh.tp, mesh.index("tp"))
         self.kv_index: Tensor | None
         index = None if self.heads.grouped else torch.tensor(self.heads.kv_of_query, device=mesh.device)
         self.register_buffer("kv_index", index, persistent=False)
         bias = _projection_boxes(prefix, self.heads, model, mesh, "bias") if model.attention_bias else ()
-        self.qkv = ColumnParallelLinear(
-            model.hidden_size, _projection_boxes(prefix, self.heads, model, mesh, "weight"), bias, region, **kwargs
-        )
-        self.out = RowParallelLinear(
+        self.qkv = build.column(_projection_boxes(prefix, self.heads, model, mesh, "weight"), bias)
+        self.out = build.row(
             f"{prefix}.o_proj.weight",
             (model.hidden_size, model.heads * dim),
             (self.heads.first_query * dim, self.heads.queries * dim),
-            mesh.rank,
-            region,
-            std,
-            **kwargs,
         )
         self.q_norm = self.k_norm = None
         if model.qk_norm:
             # Each rank normalises its own heads with the shared weight, so the gradients are parts of a sum.
-            peers = mesh.ranks_along("tp")
-            self.q_norm = RMSNorm(
-                f"{prefix}.q_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs
-            )
-            self.k_norm = RMSNorm(
-                f"{prefix}.k_norm.weight", dim, model.norm_eps, peers, kernels, partial=True, **kwargs
-            )
+            self.q_norm = build.norm(f"{prefix}.q_norm.weight", dim, partial=True)
+            self.k_norm = build.norm(f"{prefix}.k_norm.weight", dim, partial=True)
 
     def forward(
         self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, recompute: bool = False
     ) -> Tensor:
         qkv_SBE = self.qkv(x_sBH)
         if recompute:
-            mixed_SBE = checkpoint(self.mix, qkv_SBE, positions, use_reentrant=False, preserve_rng_state=False)
+            mixed_SBE = checkpoint(
+                self.core_attention, qkv_SBE, positions, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            mixed_SBE = self.mix(qkv_SBE, positions, cache)
+            mixed_SBE = self.core_attention(qkv_SBE, positions, cache)
         return self.out(mixed_SBE)
 
-    def mix(self, qkv_SBE: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+    def core_attention(self, qkv_SBE: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         """Everything between the two projections: norm of queries and keys, rotation, attention itself."""
         q_SBqD, k_SBkD, v_SBkD = qkv_SBE.unflatten(-1, (-1, self.dim)).split(
             (self.heads.queries, self.heads.kvs, self.heads.kvs), dim=2
@@ -160,3 +141,7 @@ class Attention(nn.Module):
             q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents
         )
         return mixed_SBqD.flatten(2)
+
+
+ATTENTION = {"gqa": GroupedQueryAttention}
+"""What `model.attention` may name; each is made as `kind(build, layer)`."""

@@ -1,15 +1,12 @@
 """The Llama-family decoder, cut into pipeline stages; each stage and tensor rank builds only what it holds.
 
-S sequence, s its part outside tensor-parallel blocks (S / tp where sequence parallel), B micro-batch, H hidden,
-F feed-forward, f this rank's part of it. Activations are sequence first: hidden_sBH.
-Source: Touvron et al. 2023 (Llama), Ainslie et al. 2023 (grouped queries), Shazeer 2020 (SwiGLU).
+S sequence, s its part outside tensor-parallel blocks (S / tp where sequence parallel), B micro-batch, H hidden.
+Activations are sequence first: hidden_sBH. Source: Touvron et al. 2023 (Llama).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,94 +15,39 @@ from torch.utils.checkpoint import checkpoint
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
-from megalite.model.attention import Attention, KeyValueCache, Positions
-from megalite.model.head import VocabParallelHead
-from megalite.model.norm import RMSNorm
+from megalite.model.attention import ATTENTION, KeyValueCache, Positions
+from megalite.model.build import Build
+from megalite.model.feed_forward import FEED_FORWARD
+from megalite.model.head import ScalarHead, VocabParallelHead
+from megalite.model.partition import layers_of_stage
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.fp8 import products_of
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megalite.placement import row_box, split_evenly
+from megalite.registry import look_up
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        mesh: Mesh,
-        region: TensorRegion,
-        kernels: Kernels,
-        std: float,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        prefix, hidden, ffn = f"model.layers.{layer}.mlp", model.hidden_size, model.ffn_hidden_size
-        start, length = split_evenly(ffn, mesh.tp, mesh.index("tp"))
-        boxes = tuple(
-            row_box(f"{prefix}.{name}.weight", (ffn, hidden), start, length, row, (mesh.rank,))
-            for name, row in (("gate_proj", 0), ("up_proj", length))
-        )
-        self.kernels = kernels
-        self.gate_up = ColumnParallelLinear(hidden, boxes, (), region, **kwargs)
-        self.down = RowParallelLinear(
-            f"{prefix}.down_proj.weight", (hidden, ffn), (start, length), mesh.rank, region, std, **kwargs
-        )
-
-    def forward(self, x_sBH: Tensor, *, recompute: bool = False) -> Tensor:
-        gate_up_SBf = self.gate_up(x_sBH)
-        if recompute:
-            return self.down(gate_up_SBf, prologue=self.kernels.swiglu)
-        return self.down(self.kernels.swiglu(gate_up_SBf))
 
 
 class Block(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(
-        self, model: ModelConfig, layer: int, mesh: Mesh, region: TensorRegion, kernels: Kernels, **kwargs: Any
-    ) -> None:
+    def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
-        # Sequence parallel, each rank normalises its own tokens: the weights' gradients are parts of a sum.
-        norm = (model.hidden_size, model.norm_eps, mesh.ranks_along("tp"), kernels)
-        prefix, std = f"model.layers.{layer}", 0.02 / math.sqrt(2 * model.layers)
-        self.attention_norm = RMSNorm(f"{prefix}.input_layernorm.weight", *norm, partial=region.sequence, **kwargs)
-        self.attention = Attention(model, layer, mesh, region, kernels, std, **kwargs)
-        self.ffn_norm = RMSNorm(f"{prefix}.post_attention_layernorm.weight", *norm, partial=region.sequence, **kwargs)
-        self.feed_forward = FeedForward(model, layer, mesh, region, kernels, std, **kwargs)
+        model, prefix = build.model, f"model.layers.{layer}"
+        attention = look_up(model.attention, ATTENTION, "model.attention")
+        feed_forward = look_up(model.feed_forward, FEED_FORWARD, "model.feed_forward")
+        self.attention_norm = build.norm(f"{prefix}.input_layernorm.weight", model.hidden_size)
+        self.attention = attention(build, layer)
+        self.ffn_norm = build.norm(f"{prefix}.post_attention_layernorm.weight", model.hidden_size)
+        self.feed_forward = feed_forward(build, layer)
 
     def forward(
         self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
     ) -> Tensor:
         attended_sBH = self.attention(self.attention_norm(x_sBH), positions, cache, recompute=selective)
-        x_sBH, normed_sBH = self.ffn_norm.after_add(attended_sBH, x_sBH)
+        x_sBH, normed_sBH = self.ffn_norm.add_and_norm(attended_sBH, x_sBH)
         return x_sBH + self.feed_forward(normed_sBH, recompute=selective)
-
-
-def layers_of_stage(model: ModelConfig, stages: int, stage: int) -> range:
-    """The global numbers of the layers on a stage.
-
-    The last stage also multiplies by the vocabulary, and holds as many layers fewer as makes the slowest stage fastest,
-    counted in matrix elements; the embedding costs next to nothing. The others are even, the first ones one longer
-    where they must be. Every stage holds a layer.
-    """
-    if stages == 1:
-        return range(model.layers)
-    projections = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    output = model.vocab_size / (projections + 3 * model.ffn_hidden_size)  # in layers: the hidden size cancels
-
-    def slowest(last: int) -> float:
-        return max(-(-(model.layers - last) // (stages - 1)), last + output)
-
-    last = min(range(1, max(2, model.layers - stages + 2)), key=lambda count: (slowest(count), -count))
-    if stage == stages - 1:
-        return range(model.layers - last, model.layers)
-    first, length = split_evenly(model.layers - last, stages - 1, stage)
-    return range(first, first + length)
 
 
 class Stage(nn.Module):
@@ -115,7 +57,8 @@ class Stage(nn.Module):
     `embedding` is that of the first stage where it is in this process, for a tied output layer. Parameters are
     allocated but not initialised: fill them with `megalite.placement.initialise` or from a checkpoint. `recompute` is
     `none`, `selective` (attention between its projections, and SwiGLU, are evaluated again in backward) or `full`
-    (whole layers are); `fp8` is `none`, `tensor` or `row` (see `megalite.parallel.fp8`).
+    (whole layers are); `fp8` is `none`, `tensor` or `row` (see `megalite.parallel.fp8`). `head` is `vocabulary` or
+    `scalar`; `prefix` is put before all global names. With `view_of`, the parameters are those of that stage.
     """
 
     def __init__(
@@ -132,46 +75,67 @@ class Stage(nn.Module):
         recompute: str = "none",
         fp8: str = "none",
         z_loss: float = 0.0,
+        head: str = "vocabulary",
+        prefix: str = "",
+        view_of: Stage | None = None,
     ) -> None:
         super().__init__()
         stages = len(owners)
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
-        self.recompute = recompute
+        self.recompute, self.owners = recompute, tuple(owners)
         self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1)
-        region = self.region
-        kwargs: dict[str, Any] = {"dtype": dtype, "device": mesh.device}
-        vocabulary = (model.vocab_size, model.hidden_size)
-        tied = model.tie_embeddings and stages > 1
-        ends = tuple(sorted({mesh.rank_at(pp=owners[0]), mesh.rank_at(pp=owners[-1])})) if tied else (mesh.rank,)
-        self.embedding = VocabParallelEmbedding(EMBEDDING, *vocabulary, ends, region, **kwargs) if self.first else None
-        self.layers = nn.ModuleList(
-            Block(model, layer, mesh, region, kernels, **kwargs) for layer in layers_of_stage(model, stages, stage)
-        )
-        for layer in self.layers.modules():
-            if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-                layer.products = products_of(fp8)
-        self.norm = self.head = None
+        shared = None if view_of is None else view_of.build.parameters
+        self.build: Build = Build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, shared)
+        tied = model.tie_embeddings and head == "vocabulary"
+        across = tied and stages > 1
+        ends = tuple(sorted({mesh.rank_at(pp=owners[0]), mesh.rank_at(pp=owners[-1])})) if across else (mesh.rank,)
+        self.embedding = self.build.embedding(EMBEDDING, ends) if self.first else None
+        self.layers = nn.ModuleList(Block(self.build, layer) for layer in layers_of_stage(model, stages, stage))
+        self.norm = self.head = self.scalar = None
         if self.last:
-            self.norm = RMSNorm(
-                "model.norm.weight",
-                model.hidden_size,
-                model.norm_eps,
-                mesh.ranks_along("tp"),
-                kernels,
-                partial=region.sequence,
-                **kwargs,
-            )
-            name = EMBEDDING if model.tie_embeddings else OUTPUT
+            self.norm = self.build.norm("model.norm.weight", model.hidden_size)
+        if self.last and head == "scalar":
+            self.scalar = ScalarHead(self.build, "score.weight")
+        elif self.last:
             embedding = self.embedding or embedding
-            shared = embedding.weight if model.tie_embeddings and embedding is not None else None
             self.head = VocabParallelHead(
-                name, *vocabulary, ends, region, kernels, z_loss=z_loss, tied_to=shared, **kwargs
+                self.build,
+                EMBEDDING if tied else OUTPUT,
+                ends,
+                z_loss=z_loss,
+                tied_to=embedding.weight if tied and embedding is not None else None,
             )
-        cos, sin = rope_table(model.head_dim, model.max_positions, model.rope_theta, model.rope_scaling)
         self.cos: Tensor
         self.sin: Tensor
+        if view_of is not None:
+            cos, sin = view_of.cos, view_of.sin
+        else:
+            cos, sin = rope_table(model.head_dim, model.max_positions, model.rope_theta, model.rope_scaling)
         self.register_buffer("cos", cos.to(mesh.device), persistent=False)
         self.register_buffer("sin", sin.to(mesh.device), persistent=False)
+
+    def whole_sequences(self) -> Stage:
+        """A view of this stage over the same parameters, with activations that are not cut by sequence: for inference.
+        The stage itself where it is so already."""
+        if not self.region.sequence:
+            return self
+        build = self.build
+        view = Stage(
+            build.model,
+            build.mesh,
+            build.kernels,
+            stage=self.stage,
+            owners=self.owners,
+            embedding=self.embedding,
+            dtype=build.dtype,
+            head="vocabulary" if self.scalar is None else "scalar",
+            prefix=build.prefix,
+            view_of=self,
+        )
+        for layer, own in zip(view.modules(), self.modules()):
+            if hasattr(own, "products"):
+                layer.products = own.products
+        return view
 
     def positions(
         self, length: int, start: int = 0, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
@@ -198,6 +162,21 @@ class Stage(nn.Module):
         """Last stage: `scale` times the sum of the token losses, an fp64 scalar equal on all tensor ranks."""
         assert self.norm is not None and self.head is not None
         return self.head.loss(self.norm(hidden_sBH), labels_BS, scale)
+
+    def logprobs(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
+        """Last stage: log-probabilities of the labels [B, S], fp32; see `VocabParallelHead.logprobs`."""
+        assert self.norm is not None and self.head is not None
+        return self.head.logprobs(self.norm(hidden_sBH), labels_BS)
+
+    def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
+        """Last stage, no gradient: [2, B, S], see `VocabParallelHead.label_stats`."""
+        assert self.norm is not None and self.head is not None
+        return self.head.label_stats(self.norm(hidden_sBH), labels_BS)
+
+    def values(self, hidden_sBH: Tensor) -> Tensor:
+        """Last stage with a scalar head: one fp32 number a position, [B, S], differentiable."""
+        assert self.norm is not None and self.scalar is not None
+        return self.scalar(self.norm(hidden_sBH))
 
     def logits(self, hidden_sBH: Tensor) -> Tensor:
         """Last stage: logits [S, B, V] over the true vocabulary, on every tensor rank."""

@@ -11,6 +11,7 @@ state and weight, and dropped: 2 n v numbers instead of 2 N v. The tensor ranks 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,16 +19,28 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from megalite.kernels import Kernels
-from megalite.kernels.cross_entropy import add_product_, cross_entropy_loss, merge_stats
+from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, cross_entropy_loss, merge_stats
+from megalite.model.build import Build
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
-from megalite.parallel.linear import vocabulary_box
-from megalite.placement import PlacedParameter, Placement
+from megalite.parallel.linear import add_weight_gradient
+from megalite.placement import PlacedParameter, row_box
 
-IGNORED = -100
+IGNORED = IGNORE_INDEX
 """The label of a position that takes no part in the loss."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+_TILE = 256
+
+
+def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
+    """(where the weight's gradient is summed, whether that is not its buffer but a sum made for autograd); None for a
+    frozen weight."""
+    if not weight.requires_grad:
+        return None, False
+    total = weight.grad_buffer()
+    if total is not None:
+        return total, False
+    return torch.zeros(weight.shape, dtype=torch.float32, device=weight.device), True
 
 
 class _HeadLoss(Function):
@@ -46,30 +59,70 @@ class _HeadLoss(Function):
         region: TensorRegion = head.region
         hidden_NH = region.gather(hidden_sBH).flatten(0, 1)
         grad_NH = torch.empty_like(hidden_NH) if train else None
-        total = weight.main_grad if train else None
-        if train and total is None:
-            total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        total, own = _weight_total(weight) if train else (None, False)
         loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        step = max(1, _CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // weight.shape[0])
-        for start in range(0, hidden_NH.shape[0], step):
-            chunk = slice(start, start + step)
+        for chunk in head.chunks(hidden_NH):
             loss += head.chunk_loss(
                 hidden_NH[chunk], labels_N[chunk], scale, None if grad_NH is None else grad_NH[chunk], total
             )
         if grad_NH is not None:
             grad_SBH = grad_NH.view(-1, *hidden_sBH.shape[1:])
             ctx.save_for_backward(region.sum(grad_SBH))
-            ctx.weight, ctx.total = weight, total
+            ctx.weight, ctx.own = weight, total if own else None
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_sBH,) = ctx.saved_tensors
         weight: PlacedParameter = ctx.weight
-        if weight.main_grad is None:
-            return grad_sBH * grads[0], (ctx.total * grads[0]).to(weight.dtype), None, None, None, None
-        weight.gradient_accumulated()
+        if ctx.own is not None:
+            return grad_sBH * grads[0], (ctx.own * grads[0]).to(weight.dtype), None, None, None, None
+        if weight.requires_grad:
+            weight.gradient_added()
         return grad_sBH, None, None, None, None, None
+
+
+class _LabelLogprobs(Function):
+    """(hidden_sBH, weight_vH, labels_N) -> log-probabilities of the labels [N], fp32; backward makes the logits again.
+
+    For objectives that are not a sum of token losses: their gradient is known only after the whole batch has been
+    seen, so each chunk's logits are dropped in forward and multiplied out once more in backward (four products instead
+    of three). What is kept are hidden state, labels and three numbers a token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, labels_N: Tensor, head: Any) -> Tensor:
+        hidden_NH = head.region.gather(hidden_sBH).flatten(0, 1)
+        stats = [head.stats(head.local_logits(hidden_NH[chunk]), labels_N[chunk]) for chunk in head.chunks(hidden_NH)]
+        losses = [
+            cross_entropy_loss(part, labels_N[chunk], vocab_size=head.vocab_size)
+            for part, chunk in zip(stats, head.chunks(hidden_NH))
+        ]
+        ctx.save_for_backward(hidden_sBH, labels_N)
+        ctx.stats, ctx.weight, ctx.head = stats, weight, head
+        return torch.cat(losses).neg_()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        hidden_sBH, labels_N = ctx.saved_tensors
+        weight, head = ctx.weight, ctx.head
+        hidden_NH = head.region.gather(hidden_sBH).flatten(0, 1)
+        grad_NH = torch.empty_like(hidden_NH)
+        total, own = _weight_total(weight)
+        for stats, chunk in zip(ctx.stats, head.chunks(hidden_NH)):
+            logits_nv, labels_n = head.local_logits(hidden_NH[chunk]), labels_N[chunk]
+            scale_n = torch.where(labels_n == IGNORED, 0.0, -grads[0][chunk])
+            head.to_gradient_(logits_nv, labels_n, stats, scale_n, z_loss=0.0)
+            torch.mm(logits_nv, weight.gathered(), out=grad_NH[chunk])
+            if total is not None:
+                add_product_(total, logits_nv, hidden_NH[chunk])
+        grad_sBH = head.region.sum(grad_NH.view(-1, *hidden_sBH.shape[1:]))
+        if own:
+            assert total is not None
+            return grad_sBH, total.to(weight.dtype), None, None
+        if weight.requires_grad:
+            weight.gradient_added()
+        return grad_sBH, None, None, None
 
 
 class VocabParallelHead(nn.Module):
@@ -80,27 +133,27 @@ class VocabParallelHead(nn.Module):
     """
 
     def __init__(
-        self,
-        name: str,
-        vocab_size: int,
-        hidden_size: int,
-        replicas: tuple[int, ...],
-        region: TensorRegion,
-        kernels: Kernels,
-        *,
-        z_loss: float = 0.0,
-        tied_to: PlacedParameter | None = None,
-        **kwargs: Any,
+        self, build: Build, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
     ) -> None:
         super().__init__()
-        rows, self.first, boxes = vocabulary_box(
-            name, vocab_size, hidden_size, region, replicas, partial=len(replicas) > 1
-        )
-        self.valid = sum(box.size[0] for box in boxes)
-        self.vocab_size, self.region, self.kernels, self.z_loss = vocab_size, region, kernels, z_loss
-        data = torch.empty(rows, hidden_size, **kwargs) if tied_to is None else tied_to.data
-        self.weight = PlacedParameter(data, Placement(boxes))
-        self.weight.tied_to = tied_to
+        self.weight, self.first, self.valid = build.vocabulary(name, replicas, role="output")
+        if tied_to is not None and self.weight.tied_to is None:
+            self.weight.data, self.weight.tied_to = tied_to.data, tied_to
+            self.weight.requires_grad_(tied_to.requires_grad)
+        self.vocab_size, self.z_loss = build.model.vocab_size, z_loss
+        self.region, self.kernels = build.region, build.kernels
+
+    def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
+        """Runs of tokens whose logits are in memory at a time; on GPUs a multiple of what product kernels work on."""
+        rows = max(1, _CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // self.weight.shape[0])
+        if hidden_NH.is_cuda and rows > _TILE:
+            rows -= rows % _TILE
+        for start in range(0, hidden_NH.shape[0], rows):
+            yield slice(start, start + rows)
+
+    def local_logits(self, hidden_nH: Tensor) -> Tensor:
+        """This rank's columns of the logits, [n, v]."""
+        return functional.linear(hidden_nH, self.weight.gathered())
 
     def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: Tensor | float) -> Tensor:
         """scale * (sum of the token losses), an fp64 scalar, equal on all tensor ranks.
@@ -119,30 +172,29 @@ class VocabParallelHead(nn.Module):
         total_vH: Tensor | None,
     ) -> Tensor:
         """One chunk's scaled loss; writes its hidden gradient to `grad_nH`, adds its weight gradient to `total_vH`."""
-        logits_nv = functional.linear(hidden_nH, self.weight.ready)
-        if grad_nH is None or total_vH is None:
-            stats = self._stats(logits_nv, labels_n)
+        logits_nv = self.local_logits(hidden_nH)
+        if grad_nH is None:
+            stats = self.stats(logits_nv, labels_n)
         else:
             scale_n = torch.where(labels_n == IGNORED, 0.0, scale).to(torch.float32)
             stats = self._stats_and_gradient(logits_nv, labels_n, scale_n)
             torch.mm(logits_nv, self.weight, out=grad_nH)
-            add_product_(total_vH, logits_nv, hidden_nH)
+            if total_vH is not None:
+                add_product_(total_vH, logits_nv, hidden_nH)
         loss_n = cross_entropy_loss(stats, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
         return loss_n.sum(dtype=torch.float64) * scale
 
-    def _stats(self, logits_nv: Tensor, labels_n: Tensor) -> Tensor:
+    def stats(self, logits_nv: Tensor, labels_n: Tensor) -> Tensor:
+        """(max, sum of exponentials, logit of the label) over the whole vocabulary for each token."""
         stats = self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=self.first, valid=self.valid)
         if self.region.group.size > 1:
             stats = merge_stats(all_gather_stacked(stats, self.region.group))
         return stats
 
-    def _stats_and_gradient(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor) -> Tensor:
-        """The statistics; the logits become their gradient, in one launch where no other rank has a part in them."""
-        if self.region.group.size == 1:
-            return self.kernels.cross_entropy_stats_grad_(
-                logits_nv, labels_n, scale_n, valid=self.valid, z_loss=self.z_loss
-            )
-        stats = self._stats(logits_nv, labels_n)
+    def to_gradient_(
+        self, logits_nv: Tensor, labels_n: Tensor, stats: Tensor, scale_n: Tensor, *, z_loss: float
+    ) -> None:
+        """Turn logits into `scale_n` times the gradient of the token losses, in place."""
         self.kernels.cross_entropy_grad_(
             logits_nv,
             labels_n,
@@ -150,14 +202,82 @@ class VocabParallelHead(nn.Module):
             scale_n,
             vocab_start=self.first,
             valid=self.valid,
-            z_loss=self.z_loss,
+            z_loss=z_loss,
             vocab_size=self.vocab_size,
         )
+
+    def _stats_and_gradient(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor) -> Tensor:
+        """The statistics; the logits become their gradient, in one launch where no other rank has a part in them."""
+        if self.region.group.size == 1:
+            return self.kernels.cross_entropy_stats_grad_(
+                logits_nv, labels_n, scale_n, valid=self.valid, z_loss=self.z_loss
+            )
+        stats = self.stats(logits_nv, labels_n)
+        self.to_gradient_(logits_nv, labels_n, stats, scale_n, z_loss=self.z_loss)
         return stats
+
+    def logprobs(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
+        """Log-probabilities of the labels, fp32 [B, S], 0 where `IGNORED`; differentiable; equal on all ranks."""
+        flat_N = _LabelLogprobs.apply(hidden_sBH, self.weight, labels_BS.t().flatten(), self)
+        return flat_N.view(labels_BS.shape[1], labels_BS.shape[0]).t()
+
+    @torch.no_grad()
+    def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
+        """[2, B, S] fp32: log-probability of each label, and 1 where no token is likelier; 0 where `IGNORED`."""
+        hidden_NH, labels_N = self.region.gather(hidden_sBH).flatten(0, 1), labels_BS.t().flatten()
+        parts = []
+        for chunk in self.chunks(hidden_NH):
+            stats = self.stats(self.local_logits(hidden_NH[chunk]), labels_N[chunk])
+            loss_n = cross_entropy_loss(stats, labels_N[chunk], vocab_size=self.vocab_size)
+            likeliest_n = (stats[..., 2] >= stats[..., 0]) & (labels_N[chunk] != IGNORED)
+            parts.append(torch.stack((-loss_n, likeliest_n.to(loss_n.dtype))))
+        return torch.cat(parts, dim=1).view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
 
     @torch.no_grad()
     def logits(self, hidden_sBH: Tensor) -> Tensor:
         """Logits over the true vocabulary on every tensor rank: [S, B, V], for generation and evaluation."""
-        logits_SBv = functional.linear(self.region.gather(hidden_sBH), self.weight.ready)
+        logits_SBv = self.local_logits(self.region.gather(hidden_sBH))
         stacked = all_gather_stacked(logits_SBv, self.region.group)
         return stacked.movedim(0, 2).flatten(2)[..., : self.vocab_size]
+
+
+class _Score(Function):
+    """(hidden_sBH, weight_1H) -> values_SB, fp32, equal on all tensor ranks.
+
+    Every rank computes the whole loss from them, so in backward each takes its own part along the sequence: no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, region: TensorRegion) -> Tensor:
+        ctx.save_for_backward(hidden_sBH)
+        ctx.weight, ctx.region = weight, region
+        values_sB = functional.linear(hidden_sBH.float(), weight.gathered().float()).squeeze(-1)
+        return region.gather(values_sB)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (hidden_sBH,), weight, region = ctx.saved_tensors, ctx.weight, ctx.region
+        length = hidden_sBH.shape[0]
+        grad_sB1 = grads[0].narrow(0, region.group.index * length if region.sequence else 0, length).unsqueeze(-1)
+        grad_sBH = (grad_sB1 * weight.gathered().float()).to(hidden_sBH.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if weight.requires_grad:
+            grad_weight = add_weight_gradient(weight, grad_sB1, hidden_sBH.float())
+        return grad_sBH, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+class ScalarHead(nn.Module):
+    """hidden [s, B, H] -> one number a position, fp32 [B, S]: the head of reward and value models.
+
+    Its weight [1, H] is held by all tensor ranks, as that of a norm.
+    """
+
+    def __init__(self, build: Build, name: str) -> None:
+        super().__init__()
+        replicas, hidden = build.mesh.ranks_along("tp"), build.model.hidden_size
+        summed = build.region.sequence and len(replicas) > 1
+        box = row_box(name, (1, hidden), 0, 1, 0, replicas, partial=summed)
+        self.weight = build.parameter(name, (1, hidden), (box,), role="output")
+        self.region = build.region
+
+    def forward(self, hidden_sBH: Tensor) -> Tensor:
+        return _Score.apply(hidden_sBH, self.weight, self.region).t()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from megalite.kernels import Kernels
-from megalite.parallel.zero import Bucket, StageBuckets
+from megalite.parallel.buckets import Bucket
+from megalite.parallel.zero import StageBuckets
 from megalite.placement import flat_ranges
 
 
@@ -19,7 +20,7 @@ class GradientNorm:
 
     def __init__(self, stages: list[StageBuckets], rank: int, kernels: Kernels) -> None:
         self._square_sum = kernels.square_sum
-        self._owned = [view for stage in stages for bucket in stage.buckets for view in _owned_gradients(bucket, rank)]
+        self._owned = [view for stage in stages for bucket in stage.trained for view in _owned_gradients(bucket, rank)]
         self._zero = torch.zeros((), dtype=torch.float64, device=stages[0].buckets[0].device)
 
     def local_square_sum(self) -> Tensor:

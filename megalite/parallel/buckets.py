@@ -9,11 +9,12 @@ cut it in equal shards. This rank's optimizer updates the elements `updated` of 
     ShardedBucket, 2      gradients: only the shard stays; a whole buffer exists from a backward pass to its reduction
     ShardedBucket, 3      parameters, too: the whole is gathered when it is needed and dropped soon after
 
-Source: Rajbhandari et al. 2020 (ZeRO), stages 1 to 3.
+Frozen parameters have buckets of their own, without gradients. Source: Rajbhandari et al. 2020 (ZeRO), stages 1 to 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +44,20 @@ class Slot:
 
 
 class Bucket:
-    """Parameters that all decay or all do not, with whole fp32 gradients, reduced once a step.
+    """Parameters of one kind (all decay or none does, all trained or all frozen) with whole fp32 gradients, reduced
+    once a step.
 
     `deferred` says that the gradients of some replicas within the model must be summed first (see `StageBuckets`).
+    `on_complete` is called when every parameter has added its gradient of every micro-batch. How often a parameter
+    reports in a micro-batch is counted in the first step, which is therefore reduced at its end: a weight that is used
+    twice reports twice.
     """
 
     def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
-        self.group, self.sharded, self.deferred = group, zero > 0, deferred
-        self.decays = parameters[0].decays
+        self.group, self.deferred = group, deferred
+        self.trained = parameters[0].requires_grad
+        self.sharded = zero > 0 and self.trained
+        self.decays, self.role = parameters[0].decays, parameters[0].placement.role
         self.slots: list[Slot] = []
         for parameter in parameters:
             self.slots.append(Slot(parameter, self.slots[-1].stop if self.slots else 0))
@@ -60,11 +67,17 @@ class Bucket:
         self.updated = self.shard if self.sharded else slice(0, self.length)
         self.device, self.dtype = parameters[0].device, parameters[0].dtype
         self.parameters = torch.zeros(self.length, dtype=self.dtype, device=self.device)
-        self._adopt_parameters()
+        self.on_complete: Callable[[], None] | None = None
+        self.gradients: Tensor | None = None
+        self._place = {id(slot.parameter): index for index, slot in enumerate(self.slots)}
         self._work: Work | None = None
         self._gathering: Work | None = None
-        self._missing = 0
-        self._hold_gradients()
+        self._reports = [0] * len(self.slots)
+        self._per_micro_batch: list[int] | None = None
+        self._micro_batches, self._missing, self._launched = 0, 0, False
+        self._adopt_parameters()
+        if self.trained:
+            self._hold_gradients()
 
     @torch.no_grad()
     def _adopt_parameters(self) -> None:
@@ -72,11 +85,11 @@ class Bucket:
         for slot in self.slots:
             slot.of(self.parameters).copy_(slot.parameter)
             slot.parameter.data = slot.of(self.parameters)
-            slot.parameter.before_use = self.ensure_parameters
+            slot.parameter.store = self
 
     def _hold_gradients(self) -> None:
         """Allocate the gradients: whole, and where the reduction leaves this rank's shard."""
-        self.gradients: Tensor | None = torch.zeros(self.length, dtype=torch.float32, device=self.device)
+        self.gradients = torch.zeros(self.length, dtype=torch.float32, device=self.device)
         separate = self.sharded and self.group.size > 1
         self.shard_gradients = torch.zeros_like(self.gradients[self.shard]) if separate else self.gradients[self.shard]
         for slot in self.slots:
@@ -96,19 +109,46 @@ class Bucket:
         return self.gradients
 
     def begin(self, micro_batches: int) -> None:
-        """Clear the gradients; each parameter will report its part of every micro-batch's gradient once."""
+        """Clear the gradients before a step of so many micro-batches."""
         assert self.gradients is not None
         self.gradients.zero_()
-        self._missing = len(self.slots) * micro_batches
+        if self._micro_batches:
+            counts = [divmod(reports, self._micro_batches) for reports in self._reports]
+            even = all(rest == 0 and count > 0 for count, rest in counts)
+            self._per_micro_batch = [count for count, _ in counts] if even else None
+        self._reports = [0] * len(self.slots)
+        self._micro_batches, self._missing, self._launched = micro_batches, len(self.slots), False
 
-    def arrived(self, slot: int) -> bool:
-        """A parameter has added the gradient of a micro-batch; True when the bucket can be reduced."""
-        self._missing -= 1
-        return self._missing == 0
+    # What layers call
+
+    def gather(self, parameter: PlacedParameter) -> None:
+        self.ensure_parameters()
+
+    def allocate_gradients(self) -> None:
+        return None
+
+    def gradient_added(self, parameter: PlacedParameter) -> None:
+        if self._launched and not self.deferred:
+            raise RuntimeError(
+                f"the gradient of {parameter.name} was added to after its reduction had begun: the weight was used "
+                "more often in this step than in the one before"
+            )
+        index = self._place[id(parameter)]
+        self._reports[index] += 1
+        if self._per_micro_batch is None:
+            return
+        self._missing -= self._reports[index] == self._per_micro_batch[index] * self._micro_batches
+        if self._missing == 0 and self.on_complete is not None:
+            self._missing = -1
+            self.on_complete()
+
+    # Communication
 
     def launch(self) -> None:
         """Start the reduction over the data-parallel ranks."""
-        assert self.gradients is not None
+        if self.gradients is None:
+            return
+        self._launched = True
         if not self.sharded:
             self._work = self.group.all_reduce(self.gradients)
         elif self.group.size > 1:
@@ -131,33 +171,40 @@ class Bucket:
             self._gathering.wait()
             self._gathering = None
 
+    # Where the parameters come and go; nothing to do where they stay
+
+    def open(self) -> None:
+        """Make room for all parameters, to be written by the caller and then handed over by `close`."""
+
+    def close(self) -> None:
+        """The parameters have been written."""
+
 
 class ShardedBucket(Bucket):
     """ZeRO-2: gradients live whole only between a backward pass and its reduction. ZeRO-3: parameters come and go, too.
 
-    The gradients of a micro-batch are reduced as soon as every parameter has added to them, and summed in the shard.
-    Under ZeRO-3 the buffer `parameters`, which the parameters are views of, stays the same tensor; its storage is given
-    back by `release` and filled again by `unshard`. Autograd never saves these parameters (all their uses are our own
-    functions, which read them again in backward), so nothing notices.
+    The gradients of a micro-batch are reduced as soon as every parameter has added to them, and summed in the shard; a
+    parameter that adds to them again later is reduced again. Under ZeRO-3 the buffer `parameters`, which the parameters
+    are views of, stays the same tensor; its storage is given back by `release` and filled again by `unshard`. Autograd
+    never saves these parameters (all their uses are our own functions, which read them again in backward), so nothing
+    notices. `on_use` decides which buckets are whole when one of this bucket's parameters is read.
     """
 
     def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
         self.comes_and_goes = zero == 3
+        self.on_use: Callable[[], None] | None = None
         super().__init__(parameters, group, zero, deferred=deferred)
         self._flying: tuple[Tensor, Tensor] | None = None
         self._arrived: set[int] = set()
         if self.comes_and_goes:
+            self.updated = self.shard
             self._owned = self.parameters[self.shard].clone()
             self.release()
 
     def _hold_gradients(self) -> None:
-        self.gradients = None
         self.shard_gradients = torch.zeros(self.length // self.group.size, dtype=torch.float32, device=self.device)
-        for slot in self.slots:
-            slot.parameter.main_grad = None
-            slot.parameter.before_gradient = self._allocate_gradients
 
-    def _allocate_gradients(self) -> None:
+    def allocate_gradients(self) -> None:
         self.gradients = torch.zeros(self.length, dtype=torch.float32, device=self.device)
         for slot in self.slots:
             slot.parameter.main_grad = slot.of(self.gradients)
@@ -170,9 +217,15 @@ class ShardedBucket(Bucket):
         self.shard_gradients.zero_()
         self._arrived.clear()
 
-    def arrived(self, slot: int) -> bool:
-        self._arrived.add(slot)
-        return len(self._arrived) == len(self.slots)
+    def gather(self, parameter: PlacedParameter) -> None:
+        if self.on_use is not None:
+            self.on_use()
+        self.ensure_parameters()
+
+    def gradient_added(self, parameter: PlacedParameter) -> None:
+        self._arrived.add(id(parameter))
+        if len(self._arrived) == len(self.slots) and self.on_complete is not None:
+            self.on_complete()
 
     def launch(self) -> None:
         """Start to add what has been accumulated so far to the shard, if anything has."""
@@ -218,7 +271,6 @@ class ShardedBucket(Bucket):
             super().gather_parameters()
 
     def open(self) -> None:
-        """Make room for all parameters, to be written by the caller and then handed over by `close`."""
         if self.comes_and_goes and self.released:
             self._allocate_parameters()
             self.parameters.zero_()

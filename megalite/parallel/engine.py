@@ -1,7 +1,7 @@
 """The one engine that runs every pipeline schedule: it walks a rank's list of lowered operations.
 
-It knows neither the model nor the loss: a stage's forward pass is a function that it is given. The activation of the
-last stage is the loss of a micro-batch (fp64 scalar), whose gradient is 1.
+It knows neither the model nor the loss: a stage's forward pass is a function that it is given. The output of the last
+stage is the loss of a micro-batch (fp64 scalar), whose gradient is 1, or in forward passes alone any tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ StageForward = Callable[[int, int, Tensor | None], Tensor]
 Observer = Callable[[Op], AbstractContextManager[None]]
 """Wraps the execution of every operation: to time it, or to name it in a profile."""
 
-_PENDING_GRADIENT_SENDS = 2
+_PENDING_SENDS = 2
 
 
 def unobserved(op: Op) -> AbstractContextManager[None]:
@@ -59,9 +59,9 @@ class PipelineEngine:
         self._inputs: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._gradients: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
-        self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+        self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
         self._forward_sends: dict[tuple[int, int], tuple[Tensor, Work]] = {}
-        self._backward_sends: deque[tuple[Tensor, Work]] = deque()
+        self._unanswered: deque[tuple[Tensor, Work]] = deque()
 
     def run(
         self,
@@ -82,11 +82,11 @@ class PipelineEngine:
                     self._backward(op)
                 elif op.kind == "I":
                     assert buckets is not None
-                    with buckets[op.stage].postponing(op.micro):
+                    with buckets[op.stage].delaying(op.micro):
                         self._backward(op)
                 elif op.kind == "W":
                     assert buckets is not None
-                    buckets[op.stage].run_postponed(op.micro)
+                    buckets[op.stage].run_delayed(op.micro)
                 elif op.kind in ("SF", "SB", "RF", "RB"):
                     self._communicate(op)
                 elif buckets is not None:
@@ -120,7 +120,7 @@ class PipelineEngine:
 
     def _backward(self, op: Op) -> None:
         key = (op.stage, op.micro)
-        hidden, edge = self._edges.pop(key)
+        hidden, edge = self._edges.pop(key, (None, None))
         if op.stage == self.last_stage:
             gradient = torch.ones((), dtype=torch.float64, device=self.activation.device)
         else:
@@ -129,7 +129,8 @@ class PipelineEngine:
                 work.wait()
             if key in self._forward_sends:  # the receiver has answered, so this wait is a formality
                 self._forward_sends.pop(key)[1].wait()
-        torch.autograd.backward(edge, gradient)
+        if edge is not None:  # the first stage has none where nothing in it is trained
+            torch.autograd.backward(edge, gradient)
         if hidden is None:
             return
         assert hidden.grad is not None
@@ -150,15 +151,16 @@ class PipelineEngine:
         if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
             raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
         work = self._group.send(tensor, neighbour)
-        if op.kind == "SF":
-            self._forward_sends[key] = (tensor, work)
+        if op.kind == "SF" and torch.is_grad_enabled():
+            self._forward_sends[key] = (tensor, work)  # kept until its gradient comes back
             return
-        self._backward_sends.append((tensor, work))
-        while len(self._backward_sends) > _PENDING_GRADIENT_SENDS:
-            self._backward_sends.popleft()[1].wait()
+        # No answer will come: without a bound all micro-batches' tensors would be held until the end.
+        self._unanswered.append((tensor, work))
+        while len(self._unanswered) > _PENDING_SENDS:
+            self._unanswered.popleft()[1].wait()
 
     def _drain(self) -> None:
-        for _, work in (*self._forward_sends.values(), *self._backward_sends):
+        for _, work in (*self._forward_sends.values(), *self._unanswered):
             work.wait()
         self._forward_sends.clear()
-        self._backward_sends.clear()
+        self._unanswered.clear()

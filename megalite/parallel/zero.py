@@ -3,8 +3,8 @@
 The parameters of one pipeline stage lie in flat buckets (`megalite.parallel.buckets`), in about the order in which
 backward finishes them: matrices first, then vectors, then the parameters of which some replica within the model holds
 only a part of the gradient's sum (norms under sequence parallelism, shared key/value heads, tied embeddings on two
-stages). These last are summed and reduced at the end. Vectors and they stay whole under ZeRO-2 and ZeRO-3: they are
-small or must be.
+stages). These last are summed and reduced at the end. Vectors and shared parameters stay whole under ZeRO-2 and 3:
+vectors are small, and shared parameters are summed as whole tensors.
 
 Gradients are summed, never averaged: the loss is already divided by the global count of tokens.
 """
@@ -17,6 +17,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,12 @@ from megalite.mesh import Group, Mesh
 from megalite.parallel.buckets import Bucket, ShardedBucket
 from megalite.placement import Action, Box, PlacedParameter, placed_parameters
 
+Kind = TypeVar("Kind", bound=tuple[Any, ...])
+
 Pairs = list[tuple[PlacedParameter, Box]]
 
 _IN_FLIGHT = 2
-"""ZeRO-2 and 3: so many reductions may be under way, each with a whole gradient buffer, before the oldest is waited
+"""ZeRO-2 and 3: how many reductions may be under way, each with a whole gradient buffer, before the oldest is waited
 for."""
 
 
@@ -42,7 +45,7 @@ class StageBuckets:
 
     `begin()` clears the gradients; backward passes then report parameter by parameter, and buckets are reduced under
     them; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything. Where backward is
-    split in two, `postponing` collects the weights' part and `run_postponed` does it.
+    split in two, `delaying` collects the weights' part and `run_delayed` does it.
 
     `aliases` are parameters of any of this rank's stages that share the storage of another one (tied embeddings).
     """
@@ -57,7 +60,6 @@ class StageBuckets:
         aliases: Iterable[PlacedParameter] = (),
     ) -> None:
         self.mesh = mesh
-        self._group = mesh.group("dp", "cp")
         parameters = list(placed_parameters(stage))
         own = [parameter for parameter in parameters if parameter.tied_to is None]
         mine = set(map(id, own))
@@ -66,17 +68,19 @@ class StageBuckets:
         for alias in self.aliases:
             assert alias.tied_to is not None
             alias.data = alias.tied_to.data
-            alias.main_grad = torch.zeros(alias.shape, dtype=torch.float32, device=alias.device)
+            if alias.requires_grad:
+                alias.main_grad = torch.zeros(alias.shape, dtype=torch.float32, device=alias.device)
+        self.trained = [bucket for bucket in self.buckets if bucket.trained]
         self._matrices = [parameter for parameter in own if parameter.decays]
-        self._sharded = sum(isinstance(bucket, ShardedBucket) for bucket in self.buckets)  # these come first
-        self._launched = self._sharded
+        self._in_order = [bucket for bucket in self.trained if not isinstance(bucket, ShardedBucket)]
+        self._launched = 0
         self._full: set[int] = set()
         self._flying: deque[Bucket] = deque()
-        self._postponed: dict[int, list[Action]] = {}
-        self._window = _Window([b for b in self.buckets if isinstance(b, ShardedBucket) and b.comes_and_goes])
-        for index, bucket in enumerate(self.buckets):
-            for place, slot in enumerate(bucket.slots):
-                slot.parameter.listen(functools.partial(self._arrived, index, place))
+        self._delayed: dict[int, list[Action]] = {}
+        self._window = _Window(_layers_in_order(stage, self.buckets))
+        for bucket in self.trained:
+            bucket.on_complete = functools.partial(self._complete, bucket)
+            for slot in bucket.slots:
                 slot.parameter.register_post_accumulate_grad_hook(_move_gradient)
         within, across = self._partial_boxes(own)
         self._replicated = _by_replicas(within, mesh.group("tp"))
@@ -84,19 +88,23 @@ class StageBuckets:
 
     def _build_buckets(self, stage: nn.Module, own: list[PlacedParameter], zero: int, limit: int) -> Iterator[Bucket]:
         shared = {id(alias.tied_to) for alias in self.aliases}
-        late = [p for p in reversed(own) if _has_partial_boxes(p) or id(p) in shared]
-        prompt = [p for p in reversed(own) if not _has_partial_boxes(p) and id(p) not in shared]
-        matrices = [p for p in prompt if p.decays]
-        sharded = zero > 1 and self._group.size > 1
-        parts = _by_layer(stage, matrices) if sharded else _cut(matrices, limit)
-        for part in parts:
-            kind = ShardedBucket if sharded else Bucket
-            yield kind(part, self._group, zero, deferred=False)
-        for part in _cut([p for p in prompt if not p.decays], limit):
-            yield Bucket(part, self._group, min(zero, 1), deferred=False)
-        for decays in (True, False):
-            for part in _cut([p for p in late if p.decays == decays], limit):
-                yield Bucket(part, self._group, min(zero, 1), deferred=True)
+
+        def is_late(parameter: PlacedParameter) -> bool:
+            return parameter.requires_grad and (_has_partial_boxes(parameter) or id(parameter) in shared)
+
+        late = [parameter for parameter in reversed(own) if is_late(parameter)]
+        prompt = [parameter for parameter in reversed(own) if not is_late(parameter)]
+        for (axes, frozen), alike in _grouped(prompt, lambda p: (p.placement.reduce, not p.requires_grad)):
+            group = self.mesh.group(*axes)
+            matrices = [parameter for parameter in alike if parameter.decays]
+            sharded = group.size > 1 and (zero == 3 if frozen else zero > 1)
+            for part in _by_layer(stage, matrices) if sharded else _cut(matrices, limit):
+                yield (ShardedBucket if sharded else Bucket)(part, group, zero, deferred=False)
+            for part in _cut([parameter for parameter in alike if not parameter.decays], limit):
+                yield Bucket(part, group, min(zero, 1), deferred=False)
+        for (axes, _), alike in _grouped(late, lambda p: (p.placement.reduce, not p.decays)):
+            for part in _cut(alike, limit):
+                yield Bucket(part, self.mesh.group(*axes), min(zero, 1), deferred=True)
 
     def _partial_boxes(self, parameters: Iterable[PlacedParameter]) -> tuple[Pairs, Pairs]:
         """(parameter, box) pairs to be summed over replicas, within this stage and across stages."""
@@ -105,31 +113,30 @@ class StageBuckets:
         stage_ranks = set(self.mesh.ranks_along("tp"))
         for parameter in parameters:
             for box in parameter.placement.boxes:
-                if box.partial:
+                if box.partial and parameter.requires_grad:
                     (within if set(box.replicas) <= stage_ranks else across).append((parameter, box))
         return within, across
 
     def begin(self, micro_batches: int) -> None:
         """Clear the gradients before the first forward pass of a step of so many micro-batches."""
-        for bucket in self.buckets:
+        for bucket in self.trained:
             bucket.begin(micro_batches)
         for alias in self.aliases:
-            assert alias.main_grad is not None
-            alias.main_grad.zero_()
-        self._launched = self._sharded
+            if alias.main_grad is not None:
+                alias.main_grad.zero_()
+        self._launched = 0
         self._full.clear()
 
-    def _arrived(self, index: int, place: int) -> None:
-        bucket = self.buckets[index]
-        if not bucket.arrived(place) or bucket.deferred:
+    def _complete(self, bucket: Bucket) -> None:
+        if bucket.deferred:
             return
         if isinstance(bucket, ShardedBucket):
             self._launch(bucket)
             return
-        self._full.add(index)
+        self._full.add(id(bucket))
         # Launched strictly in order, so that all ranks of the group start the same collectives in the same order.
-        while self._launched in self._full:
-            self.buckets[self._launched].launch()
+        while self._launched < len(self._in_order) and id(self._in_order[self._launched]) in self._full:
+            self._in_order[self._launched].launch()
             self._launched += 1
 
     def _launch(self, bucket: Bucket) -> None:
@@ -140,28 +147,29 @@ class StageBuckets:
             self._flying.popleft().wait()
 
     @contextlib.contextmanager
-    def postponing(self, micro: int) -> Iterator[None]:
-        """Backward passes within leave the products for the matrices' gradients to `run_postponed(micro)`."""
-        work = self._postponed[micro] = []
+    def delaying(self, micro: int) -> Iterator[None]:
+        """Backward passes within leave the products for the matrices' gradients to `run_delayed(micro)`."""
+        work = self._delayed[micro] = []
         for parameter in self._matrices:
-            parameter.postpone = work.append
+            parameter.delay = work.append
         try:
             yield
         finally:
             for parameter in self._matrices:
-                parameter.postpone = None
+                parameter.delay = None
 
     @torch.no_grad()
-    def run_postponed(self, micro: int) -> None:
+    def run_delayed(self, micro: int) -> None:
         """The weights' part of a micro-batch's backward pass."""
-        for work in self._postponed.pop(micro):
+        for work in self._delayed.pop(micro):
             work()
 
     def sum_tied(self) -> None:
         """Add the output layer's gradient to the embedding's (and back), whether they live here or on two stages."""
         for alias in self.aliases:
-            assert alias.tied_to is not None and alias.tied_to.main_grad is not None and alias.main_grad is not None
-            alias.tied_to.main_grad.add_(alias.main_grad)
+            if alias.main_grad is not None:
+                assert alias.tied_to is not None and alias.tied_to.main_grad is not None
+                alias.tied_to.main_grad.add_(alias.main_grad)
         for shared in self._tied:
             shared.sum_gradients()
 
@@ -169,11 +177,14 @@ class StageBuckets:
         """Sum what replicas within the stage share, reduce the remaining buckets, wait for all."""
         for shared in self._replicated:
             shared.sum_gradients()
-        for bucket in (*self.buckets[: self._sharded], *self.buckets[self._launched :]):
+        for bucket in self.trained:
+            if isinstance(bucket, ShardedBucket):
+                bucket.launch()
+        for bucket in self._in_order[self._launched :]:
             bucket.launch()
-        self._launched = len(self.buckets)
+        self._launched = len(self._in_order)
         self._flying.clear()
-        for bucket in self.buckets:
+        for bucket in self.trained:
             bucket.wait()
 
     def gather_parameters(self) -> None:
@@ -200,58 +211,62 @@ class StageBuckets:
         self.settle()
         self._window.clear()
         for bucket in self.buckets:
-            with _opened(bucket):
-                for slot in bucket.slots:
-                    write(slot.parameter)
+            bucket.open()
+            for slot in bucket.slots:
+                write(slot.parameter)
+            bucket.close()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, every parameter can be read as it is."""
+        """Within, every parameter is whole and can be read as it is, also by forward passes."""
         self.settle()
         for bucket in self._window.buckets:
             bucket.unshard()
         self.settle()
-        yield
-        self._window.clear()
-
-
-@contextlib.contextmanager
-def _opened(bucket: Bucket) -> Iterator[None]:
-    """Within, the bucket's parameters can be written; afterwards the shard of one that comes and goes has them."""
-    if not isinstance(bucket, ShardedBucket):
-        yield
-        return
-    bucket.open()
-    yield
-    bucket.close()
+        self._window.pinned = True
+        try:
+            yield
+        finally:
+            self._window.pinned = False
+            self._window.clear()
 
 
 class _Window:
-    """Which ZeRO-3 buckets of a stage are whole: the one in use, and the next on the way.
+    """Which layers of a stage are whole under ZeRO-3: the one in use, and the next on the way.
 
     Layers ask for their weights when they multiply by them, in any order of stages, micro-batches and recomputation.
-    The way goes up through the layers in forward passes and down in backward passes, and turns at both ends.
+    The way goes up through the layers in forward passes and down in backward passes, and turns at both ends. `layers`
+    are the buckets of each layer in the order of a forward pass; while `pinned`, all are whole and stay so.
     """
 
-    def __init__(self, buckets: list[ShardedBucket]) -> None:
-        self.buckets = buckets[::-1]  # in the order of a forward pass
+    def __init__(self, layers: list[list[ShardedBucket]]) -> None:
+        self.layers = layers
+        self.pinned = False
         self._at = -1
         self._whole: set[int] = set()
-        for index, bucket in enumerate(self.buckets):
-            for slot in bucket.slots:
-                slot.parameter.before_use = functools.partial(self._use, index)
+        for index, buckets in enumerate(layers):
+            for bucket in buckets:
+                bucket.on_use = functools.partial(self._use, index)
+
+    @property
+    def buckets(self) -> Iterator[ShardedBucket]:
+        return itertools.chain.from_iterable(self.layers)
 
     def _use(self, index: int) -> None:
-        if index != self._at:
-            last = len(self.buckets) - 1
-            up = index == 0 or (index != last and index > self._at)
-            wanted = {index, min(index + 1, last) if up else max(index - 1, 0)}
-            for other in self._whole - wanted:
-                self.buckets[other].release()
-            for other in sorted(wanted, key=lambda other: other != index):
-                self.buckets[other].unshard()
-            self._at, self._whole = index, wanted
-        self.buckets[index].ensure_parameters()
+        if index == self._at or self.pinned:
+            return
+        # A move to a higher layer is a forward pass, but from the last layer the way leads down, and from the first up.
+        # The layer in use is gathered before the next one: what is waited for must not queue behind what is not.
+        last = len(self.layers) - 1
+        up = index == 0 or (index != last and index > self._at)
+        wanted = {index, min(index + 1, last) if up else max(index - 1, 0)}
+        for other in self._whole - wanted:
+            for bucket in self.layers[other]:
+                bucket.release()
+        for other in sorted(wanted, key=lambda other: other != index):
+            for bucket in self.layers[other]:
+                bucket.unshard()
+        self._at, self._whole = index, wanted
 
     def clear(self) -> None:
         """Nothing is whole any more: the shards have changed, or are about to."""
@@ -263,10 +278,10 @@ class _Window:
 def _move_gradient(parameter: Tensor) -> None:
     """Add a gradient that autograd computed (norms) to `main_grad`."""
     assert isinstance(parameter, PlacedParameter)
-    if parameter.grad is not None and parameter.main_grad is not None:
-        parameter.main_grad.add_(parameter.grad)
+    if parameter.grad is not None and (total := parameter.grad_buffer()) is not None:
+        total.add_(parameter.grad)
         parameter.grad = None
-        parameter.gradient_accumulated()
+        parameter.gradient_added()
 
 
 def _cut(parameters: list[PlacedParameter], limit: int) -> Iterator[list[PlacedParameter]]:
@@ -281,16 +296,40 @@ def _cut(parameters: list[PlacedParameter], limit: int) -> Iterator[list[PlacedP
         yield part
 
 
+def _grouped(
+    parameters: list[PlacedParameter], kind: Callable[[PlacedParameter], Kind]
+) -> list[tuple[Kind, list[PlacedParameter]]]:
+    """The parameters of each kind, in order of the kinds."""
+    groups: dict[Kind, list[PlacedParameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(kind(parameter), []).append(parameter)
+    return sorted(groups.items(), key=lambda item: item[0])
+
+
+def _homes(stage: nn.Module) -> dict[int, str]:
+    """For each parameter its layer (`layers.3`), or its own name where it belongs to none."""
+    homes = {}
+    for name, parameter in stage.named_parameters():
+        module, _, rest = name.partition(".")
+        homes[id(parameter)] = f"{module}.{rest.split('.')[0]}" if module == "layers" else name
+    return homes
+
+
 def _by_layer(stage: nn.Module, parameters: list[PlacedParameter]) -> Iterator[list[PlacedParameter]]:
     """The parameters of a layer together, what belongs to no layer alone: what a forward pass needs at once."""
-    homes = {id(parameter): name for name, parameter in stage.named_parameters()}
-
-    def home(parameter: PlacedParameter) -> str:
-        name = homes[id(parameter)]
-        return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-
-    for _, layer in itertools.groupby(parameters, home):
+    homes = _homes(stage)
+    for _, layer in itertools.groupby(parameters, lambda parameter: homes[id(parameter)]):
         yield list(layer)
+
+
+def _layers_in_order(stage: nn.Module, buckets: Iterable[Bucket]) -> list[list[ShardedBucket]]:
+    """The buckets whose parameters come and go, by layer, in the order of a forward pass."""
+    homes = _homes(stage)
+    layers: dict[str, list[ShardedBucket]] = {home: [] for home in homes.values()}
+    for bucket in buckets:
+        if isinstance(bucket, ShardedBucket) and bucket.comes_and_goes:
+            layers[homes[id(bucket.slots[0].parameter)]].append(bucket)
+    return [layer for layer in layers.values() if layer]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megalite.config import ModelConfig
 from megalite.model.attention import split_heads
 from megalite.model.cost import matmul_parameters, parameter_count
-from megalite.model.decoder import layers_of_stage
+from megalite.model.partition import layers_of_stage
 
 FLOPS_FULL = "6 * matmul parameters + 12 * layers * heads * head_dim * sequence (attention's whole square)"
 FLOPS_HALF = "6 * matmul parameters + 6 * layers * heads * head_dim * sequence (only what a causal token sees)"

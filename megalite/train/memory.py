@@ -14,6 +14,7 @@ from megalite.config import Config
 from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.observe.timeline import memory_gib
+from megalite.placement import placed_parameters
 from megalite.train.trainer import Trainer
 
 log = logging.getLogger("megalite")
@@ -39,10 +40,10 @@ def record_allocations(device: torch.device, on: bool) -> None:
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
     """Bytes of this rank's tensors by part, every storage counted once: exact, read off the tensors themselves."""
-    parameters = [parameter for stage in trainer.stages.values() for parameter in stage.parameters()]
+    parameters = [parameter for stage in trainer.stages.values() for parameter in placed_parameters(stage)]
     parts: Mapping[str, Any] = {
         "parameters": [parameter.data for parameter in parameters],
-        "gradients": [getattr(parameter, "main_grad", None) for parameter in parameters],
+        "gradients": [parameter.main_grad for parameter in parameters],
         "optimizer": trainer.optimizer,
         "other buckets": trainer.buckets,
     }

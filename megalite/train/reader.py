@@ -16,14 +16,14 @@ class Reader:
         self, config: Config, mesh: Mesh, trainer: Trainer, dataset: TokenDataset | None, eod: int | None
     ) -> None:
         self.config = config
-        self.per_step = config.train.micro_batch_size * mesh.dp
+        self.per_step = config.train.micro_batch_size * mesh.samples_size
         self._batches: Batches | None = None
         if dataset is not None and (trainer.needs_batches or config.data.document_mask):
             self._batches = Batches(
                 dataset,
                 micro_batch_size=config.train.micro_batch_size,
-                dp_rank=mesh.index("dp"),
-                dp_size=mesh.dp,
+                dp_rank=mesh.samples_index,
+                dp_size=mesh.samples_size,
                 device=mesh.device,
                 document_mask=config.data.document_mask,
                 end_of_document=eod if config.data.mask_end_of_document else None,

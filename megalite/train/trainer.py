@@ -1,4 +1,4 @@
-"""One rank's share of the training step: its stages, its gradient buckets, its optimizer shard.
+"""One rank's share of the training step: its model, its optimizer shard, and what all ranks agree on.
 
 `Trainer` owns everything that a step changes and nothing else: data come in as micro-batches, numbers go out as a
 `StepResult`; files, signals, logs and the order of the data are the loop's affair.
@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,129 +18,68 @@ from megalite.data.batches import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
-from megalite.model.head import IGNORED
-from megalite.optim.adamw import ShardedAdamW
+from megalite.model.sharded import DTYPES, MicroBatches, ShardedModel
+from megalite.objective import Objective, Outputs
+from megalite.objective.next_token import NEXT_TOKEN
+from megalite.optim.adamw import build_rule
 from megalite.optim.norm import GradientNorm
-from megalite.parallel.engine import Activation, Observer, PipelineEngine, StageForward, unobserved
-from megalite.parallel.zero import StageBuckets
-from megalite.placement import initialise_parameter, placed_parameters
-from megalite.schedule.lowering import lower
-from megalite.schedule.schedules import build_schedule, forward_only, place_stages
+from megalite.optim.optimizer import Optimizer
+from megalite.parallel.engine import Observer, unobserved
 
-Batches = Sequence[Batch | None]
-"""The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+__all__ = ["DTYPES", "MicroBatches", "StepResult", "Trainer"]
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What all ranks know after a step. `accepted` is False when loss or gradient norm was not finite: no update then.
 
-    `loss` is the mean over the step's valid tokens, `grad_norm` the global norm before clipping, `flags` the sum over
-    the ranks of what each put in (a request to stop, say).
+    `loss` is the objective's mean over the step's `units` (tokens that count, pairs); without any it means nothing, and
+    nothing was updated. `grad_norm` is the global norm before clipping, `flags` the sum over the ranks of what each put
+    in (a request to stop, say), `metrics` the objective's own sums over the global batch.
     """
 
     loss: float
     grad_norm: float
     accepted: bool
     flags: float
+    units: float = math.nan
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Trainer:
-    """Model, buckets and optimizer of this rank. Parameters are uninitialised until `initialise` or a checkpoint."""
+class Trainer(ShardedModel):
+    """A model with its optimizer. `objective` is what a step minimises where it is told no other."""
 
-    def __init__(self, config: Config, mesh: Mesh, kernels: Kernels) -> None:
-        self.config, self.mesh = config, mesh
-        self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
-        self.stage_count = len(self.owners)
-        self.dtype = DTYPES[config.train.precision]
-        self.stages: dict[int, Stage] = {}
-        for stage in (stage for stage, owner in enumerate(self.owners) if owner == mesh.index("pp")):
-            self.stages[stage] = Stage(
-                config.model,
-                mesh,
-                kernels,
-                stage=stage,
-                owners=self.owners,
-                embedding=self.stages[0].embedding if 0 in self.stages else None,
-                sequence=bool(config.parallel.sequence),
-                dtype=self.dtype,
-                recompute=config.train.recompute,
-                fp8=config.train.fp8,
-                z_loss=config.train.z_loss,
-            )
-        aliases = [p for stage in self.stages.values() for p in placed_parameters(stage) if p.tied_to is not None]
-        self.buckets = {
-            number: StageBuckets(stage, mesh, zero=config.parallel.zero, aliases=aliases)
-            for number, stage in self.stages.items()
-        }
-        self.optimizer = ShardedAdamW(list(self.buckets.values()), config.optimizer, kernels)
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        kernels: Kernels,
+        *,
+        head: str = "vocabulary",
+        prefix: str = "",
+        objective: Objective = NEXT_TOKEN,
+    ) -> None:
+        super().__init__(config, mesh, kernels, head=head, prefix=prefix)
+        self.objective = objective
+        self.optimizer = Optimizer(list(self.buckets.values()), self.segments, build_rule(config.optimizer, kernels))
         self.norm = GradientNorm(list(self.buckets.values()), mesh.rank, kernels)
         self.observe: Observer = unobserved
-        self._engines: dict[tuple[int, bool], PipelineEngine] = {}
-        self._data_group = mesh.group("dp", "cp")
+        self._data_group = mesh.data_group()
         self._world = mesh.world
-
-    @property
-    def last_stage(self) -> Stage | None:
-        return self.stages.get(self.stage_count - 1)
-
-    @property
-    def needs_batches(self) -> bool:
-        """Whether this rank reads tokens or labels; the ranks in the middle of the pipeline need neither."""
-        return 0 in self.stages or self.last_stage is not None
+        self._units: Tensor | float = 0.0
+        self._sums: dict[str, Tensor | float] = {}
 
     def initialise(self) -> None:
-        """Fill the model with the initial weights of `run.seed`: the same global tensors in every layout."""
-        for buckets in self.buckets.values():
-            buckets.fill(functools.partial(initialise_parameter, seed=self.config.run.seed))
+        super().initialise()
         self.optimizer.restart()
 
-    def settle(self) -> None:
-        """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten
-        other than by a step."""
-        for buckets in self.buckets.values():
-            buckets.settle()
-
-    def _engine(self, micro_batches: int, train: bool) -> PipelineEngine:
-        key = (micro_batches, train)
-        if key not in self._engines:
-            parallel, train_config, ranks = self.config.parallel, self.config.train, self.mesh.pp
-            if train:
-                plan = build_schedule(parallel.schedule, ranks, micro_batches, parallel.virtual_stages)
-            else:
-                plan = forward_only(self.owners, micro_batches)
-            lowered = lower(plan, tied=self.config.model.tie_embeddings)
-            split = next(iter(self.stages.values())).region.split
-            shape = (train_config.seq_length // split, train_config.micro_batch_size, self.config.model.hidden_size)
-            activation = Activation(shape, self.dtype, self.mesh.device)
-            self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.owners, self.mesh, activation)
-        return self._engines[key]
-
-    def _forward(self, batches: Batches, scale: Tensor | float) -> StageForward:
-        def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
-            stage, batch = self.stages[number], batches[micro]
-            own = (batch.positions_BS, batch.documents_BS) if batch is not None else (None, None)
-            positions = stage.positions(self.config.train.seq_length, 0, *own)
-            if hidden is None:
-                assert batch is not None
-                hidden = batch.tokens_BS
-            hidden = stage(hidden, positions)
-            if not stage.last:
-                return hidden
-            assert batch is not None
-            return stage.loss(hidden, batch.labels_BS, scale)
-
-        return forward
-
-    def _valid_tokens(self, batches: Batches) -> Tensor:
-        """Labels that count, over the global batch: fp64 scalar, never fetched to the host. 0 but on the last stage."""
+    def _count_units(self, batches: MicroBatches, objective: Objective) -> Tensor:
+        """Units of the global batch: fp64 scalar, never fetched to the host. 0 but on the last stage."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.last_stage is not None:
             for batch in batches:
                 if batch is not None:
-                    total += (batch.labels_BS != IGNORED).sum()
+                    total += objective.units(batch)
             self._data_group.all_reduce(total).wait()
         return total
 
@@ -153,8 +90,8 @@ class Trainer:
         self._world.all_reduce(packed).wait()
         return packed.tolist()
 
-    def _loss_share(self, losses: dict[int, Tensor]) -> Tensor | float:
-        """This rank's part of the global loss: tensor ranks of the last stage hold the same, so one of them counts.
+    def _share(self, losses: dict[int, Tensor]) -> Tensor | float:
+        """This rank's part of a global sum: tensor ranks of the last stage hold the same, so one of them counts.
 
         The others add 0 times theirs: if it is not finite, on one of them alone, all ranks hear of it.
         """
@@ -163,36 +100,64 @@ class Trainer:
         share = torch.stack([losses[micro] for micro in sorted(losses)]).sum()
         return share if self.mesh.index("tp") == 0 else 0.0 * share
 
-    def accumulate(self, batches: Batches) -> Tensor | float:
-        """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the loss."""
-        valid = self._valid_tokens(batches)
-        for buckets in self.buckets.values():
-            buckets.begin(len(batches))
-        engine, forward = self._engine(len(batches), train=True), self._forward(batches, 1.0 / valid.clamp(min=1))
-        return self._loss_share(engine.run(forward, self.buckets, self.observe))
+    def _share_of_units(self, units: Tensor) -> Tensor | float:
+        """The count is known to every rank of the last stage; one of them puts it into the common message."""
+        first = self.mesh.rank == self.mesh.rank_at(dp=0, ep=0, cp=0, tp=0)
+        return units if first and self.last_stage is not None else 0.0
 
-    def step(self, batches: Batches, lr: float, flag: float = 0.0) -> StepResult:
+    def accumulate(self, batches: MicroBatches, objective: Objective | None = None) -> Tensor | float:
+        """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the loss."""
+        chosen = objective or self.objective
+        units = self._count_units(batches, chosen)
+        scale = 1.0 / units.clamp(min=1)
+        sums: dict[str, dict[int, Tensor]] = {name: {} for name in chosen.metrics}
+
+        def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
+            loss, named = chosen.loss(read_outputs(chosen, stage, hidden, batch, scale), batch, scale)
+            for name, value in named.items():
+                sums[name][micro] = value.detach().double()
+            return loss
+
+        losses = self.run(batches, finish, train=True, observe=self.observe)
+        self._units = self._share_of_units(units)
+        self._sums = {name: self._share(values) for name, values in sums.items()}
+        return self._share(losses)
+
+    def step(
+        self, batches: MicroBatches, lr: float, flag: float = 0.0, objective: Objective | None = None
+    ) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank calls it with as many.
 
         All ranks agree on loss, norm and `flag` before anything is updated, so that either all of them take the step
         or none does.
         """
-        share = self.accumulate(batches)
-        square, loss, flags = self._agree(self.norm.local_square_sum(), share, flag)
+        share = self.accumulate(batches, objective)
+        names = sorted(self._sums)
+        square, loss, flags, units, *sums = self._agree(
+            self.norm.local_square_sum(), share, flag, self._units, *(self._sums[name] for name in names)
+        )
         grad_norm = float(np.float32(math.sqrt(square))) if square >= 0 else math.nan
         accepted = math.isfinite(loss) and math.isfinite(grad_norm)
-        if accepted:
+        if accepted and units > 0:
             limit = self.config.optimizer.clip_grad
             scale = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
             self.optimizer.step(lr, scale)
-        return StepResult(loss, grad_norm, accepted, flags)
+        return StepResult(loss, grad_norm, accepted, flags, units, dict(zip(names, sums)))
 
-    @torch.no_grad()
-    def evaluate(self, batches: Batches) -> tuple[float, int]:
+    def evaluate(self, batches: MicroBatches, shape: tuple[int, int] | None = None) -> tuple[float, int]:
         """(sum of the token losses, count of valid tokens) over this call's micro-batches of all ranks."""
-        engine = self._engine(len(batches), train=False)
-        share = self._loss_share(engine.run(self._forward(batches, 1.0)))
-        valid = self._valid_tokens(batches)
-        counts_once = self.last_stage is not None and self.mesh.rank == self.mesh.rank_at(dp=0, cp=0, tp=0)
-        loss, count = self._agree(share, valid if counts_once else 0.0)
+        share = self._share(
+            self.run(batches, lambda stage, hidden, batch, _: stage.loss(hidden, batch.labels_BS, 1.0), shape=shape)
+        )
+        units = self._count_units(batches, NEXT_TOKEN)
+        loss, count = self._agree(share, self._share_of_units(units))
         return loss, int(count)
+
+
+def read_outputs(objective: Objective, stage: Stage, hidden: Tensor, batch: Batch, scale: Tensor | float) -> Outputs:
+    """What the objective reads of the last stage."""
+    if objective.reads == "loss":
+        return Outputs(loss=stage.loss(hidden, batch.labels_BS, scale))
+    if objective.reads == "logprobs":
+        return Outputs(logprobs_BS=stage.logprobs(hidden, batch.labels_BS))
+    return Outputs(values_BS=stage.values(hidden))

@@ -110,8 +110,8 @@ def held(trainer: Trainer) -> Pieces:
         for box, where in segment.pieces():
             for kind, values in (
                 ("weight", segment.master),
-                ("exp_avg", segment.exp_avg),
-                ("exp_avg_sq", segment.exp_avg_sq),
+                ("exp_avg", segment.state["exp_avg"]),
+                ("exp_avg_sq", segment.state["exp_avg_sq"]),
             ):
                 enter(kind, box, values[where].view(box.size))
     return pieces
@@ -149,7 +149,7 @@ def forget(trainer: Trainer) -> None:
     """Fill everything that a checkpoint restores, and the padding, with NaN."""
     for segment in trainer.optimizer.segments:
         segment.bucket.owned.fill_(torch.nan)
-        for values in (segment.master.data, segment.exp_avg, segment.exp_avg_sq):
+        for values in (segment.master.data, segment.state["exp_avg"], segment.state["exp_avg_sq"]):
             values.fill_(torch.nan)
 
 

@@ -207,9 +207,9 @@ def restore(trainer: Trainer, pieces: Pieces) -> None:
     with torch.no_grad():
         for segment in trainer.optimizer.segments:
             for box, where in segment.pieces():
-                for kind, values in (("weight", segment.master), ("exp_avg", segment.exp_avg)):
+                for kind, values in (("weight", segment.master), ("exp_avg", segment.state["exp_avg"])):
                     values[where] = box.of(whole[kind, box.name]).flatten()
-                segment.exp_avg_sq[where] = box.of(whole["exp_avg_sq", box.name]).flatten()
+                segment.state["exp_avg_sq"][where] = box.of(whole["exp_avg_sq", box.name]).flatten()
 
 
 # Full disks and failing writes
@@ -305,7 +305,7 @@ def test_one_rank_that_cannot_write_fails_the_save_on_all(pool: Pool, tmp_path: 
 def test_values_that_are_not_finite_are_not_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = make_trainer(make_config(), Layout(), 0)
     with manager_of(trainer, tmp_path) as manager:
-        trainer.optimizer.segments[0].exp_avg[5] = torch.inf
+        trainer.optimizer.segments[0].state["exp_avg"][5] = torch.inf
         manager.save(trainer, {"step": 1})
         assert not manager.wait() and "exp_avg of" in caplog.text
         assert manager.steps() == []

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
-from megalite.checkpoint.source import load_weights
+from megalite.checkpoint.source import fill_model
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import UserError
 from megalite.evaluation.loss import Score, Windows, count_bytes, score
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
-from megalite.model.decoder import Stage
+from megalite.model.sharded import ShardedModel
 from megalite.text.tokenizers import ByteTokenizer
 from tests.fixtures import golden
 from tests.support.pool import Pool
@@ -38,10 +38,12 @@ def prefix(tmp_path: Path) -> str:
 def _score(rank: int, layout: dict[str, int], prefix: str, seq_length: int, **options: Any) -> Score:
     mesh = Mesh(rank=rank, **layout)
     with HuggingFaceSource(golden.folder(NAME)) as source:
-        stage = Stage(source.model, mesh, select_kernels({}, golden.CPU), stage=mesh.index("pp"), owners=range(mesh.pp))
-        load_weights([stage], source)
+        parallel = {"tensor": mesh.tp, "pipeline": mesh.pp, "sequence": False}
+        config = golden.training_config(source.model, **parallel)
+        model = ShardedModel(config, mesh, select_kernels({}, golden.CPU), trained=False)
+        fill_model(model, source)
     windows = Windows(IndexedDataset(prefix), seq_length, VOCABULARY, options.pop("max_samples", None))
-    return score(windows, stage, mesh, source.model.hidden_size, **options)
+    return score(windows, model, **options)
 
 
 def _definition(prefix: str, seq_length: int) -> tuple[float, int]:

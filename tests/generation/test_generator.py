@@ -30,7 +30,7 @@ def _generator(name: str, rank: int = 0, **layout: int) -> Generator:
         kernels = select_kernels({}, golden.CPU)
         stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp))
         load_weights([stage], source)
-        return Generator(stage, mesh, source.model)
+        return Generator({stage.stage: stage}, range(mesh.pp), mesh, source.model)
 
 
 def _rows(completions: list[Completion]) -> list[list[int]]:
@@ -90,7 +90,7 @@ def test_log_probabilities_are_those_of_the_whole_sequence() -> None:
     generator = _generator("llama3_gqa")
     for completion in generator.run(_ragged_prompts("llama3_gqa"), Sampling(0.5, 7, 0.9, 3), Limits(9)):
         ids = torch.tensor([completion.prompt_ids + completion.new_ids])
-        stage = generator.stage
+        stage = generator.stages[0]
         logits_SV = stage.logits(stage(ids, stage.positions(ids.shape[1])))[:, 0]
         whole = logits_SV.log_softmax(-1)[:-1].gather(-1, ids[0, 1:, None])[-9:, 0]
         torch.testing.assert_close(torch.tensor(completion.logprobs), whole, atol=2e-5, rtol=0)

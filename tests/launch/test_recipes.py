@@ -7,7 +7,7 @@ import pytest
 from megalite.config import load_config
 from megalite.config.check import check_layout
 from megalite.model.cost import parameter_count
-from megalite.model.decoder import layers_of_stage
+from megalite.model.partition import layers_of_stage
 
 pytestmark = pytest.mark.fast
 

@@ -9,8 +9,10 @@ from torch import nn
 from megalite.config import OptimizerConfig
 from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
-from megalite.optim.adamw import ShardedAdamW
+from megalite.optim.adamw import AdamW
 from megalite.optim.norm import GradientNorm
+from megalite.optim.optimizer import Optimizer
+from megalite.optim.shard import segments_of
 from megalite.parallel.zero import StageBuckets
 from megalite.placement import Box, PlacedParameter, Placement, row_box
 
@@ -34,12 +36,16 @@ def stage_of(mesh, dtype=torch.float32, bucket_elements=1 << 20):
     return module, StageBuckets(module, mesh, zero=1, bucket_elements=bucket_elements)
 
 
+def optimizer_of(buckets, config, kernels):
+    return Optimizer([buckets], segments_of([buckets]), AdamW(config, kernels))
+
+
 @pytest.mark.parametrize("kernels", [KERNELS, BY_KERNEL], ids=["library", "kernel"])
 @pytest.mark.parametrize("bucket_elements", [1, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_five_steps_as_in_the_paper(dtype, bucket_elements, kernels):
     module, buckets = stage_of(Mesh(), dtype, bucket_elements)
-    optimizer = ShardedAdamW([buckets], CONFIG, kernels)
+    optimizer = optimizer_of(buckets, CONFIG, kernels)
     weights = {name: value.detach().double() for name, value in module.named_parameters()}
     mean = {name: torch.zeros_like(value) for name, value in weights.items()}
     square = {name: torch.zeros_like(value) for name, value in weights.items()}
@@ -68,7 +74,7 @@ def test_bf16_keeps_what_it_cannot_show():
         for parameter in module.parameters():
             parameter.fill_(1.0)
     config = OptimizerConfig(weight_decay=0.0, beta1=0.0, beta2=0.0, eps=1e-12)
-    optimizer = ShardedAdamW([buckets], config, KERNELS)
+    optimizer = optimizer_of(buckets, config, KERNELS)
     for _ in range(40):
         buckets.begin(1)
         for parameter in module.parameters():
@@ -81,7 +87,7 @@ def test_bf16_keeps_what_it_cannot_show():
 
 def test_restart_takes_the_parameters_as_they_are():
     module, buckets = stage_of(Mesh(), torch.bfloat16)
-    optimizer = ShardedAdamW([buckets], CONFIG, KERNELS)
+    optimizer = optimizer_of(buckets, CONFIG, KERNELS)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.fill_(3.0)
@@ -103,7 +109,7 @@ def test_segments_describe_every_element_once(dp):
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(numbers[name])
-        for segment in ShardedAdamW([buckets], CONFIG, KERNELS).segments:
+        for segment in optimizer_of(buckets, CONFIG, KERNELS).segments:
             for box, part in segment.pieces():
                 values = segment.master.detach()[part].view(box.size)
                 assert torch.equal(values, box.of(numbers[box.name]))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from megalite.mesh import Group, Mesh
+from megalite.parallel.buckets import ShardedBucket
 from megalite.parallel.zero import StageBuckets
 from megalite.placement import PlacedParameter, Placement, row_box
 from tests.support.chaos import ChaosGroups
@@ -34,8 +35,20 @@ def backward(module, rank, step):
     """Two micro-batches; parameters finish from last to first."""
     for micro in range(2):
         for name, parameter in reversed(list(module.named_parameters())):
-            parameter.main_grad.add_(gradient(rank, name, 2 * step + micro))
-            parameter.gradient_accumulated()
+            parameter.grad_buffer().add_(gradient(rank, name, 2 * step + micro))
+            parameter.gradient_added()
+
+
+def learn(stage, module, rank):
+    """A first step, in which the buckets count how often each parameter reports."""
+    stage.begin(2)
+    backward(module, rank, 9)
+    stage.finish()
+
+
+def begun(stage):
+    """Reductions that have begun; those of sharded buckets do in every micro-batch."""
+    return stage._launched + sum(isinstance(bucket, ShardedBucket) for bucket in stage.buckets)
 
 
 def reduce_twice(rank, world, zero, limit):
@@ -48,10 +61,11 @@ def reduce_twice(rank, world, zero, limit):
         with stage.whole():
             assert torch.equal(parameter, before[name])  # moving into the bucket keeps the values
     seen = []
+    learn(stage, module, rank)
     for step in range(2):
         stage.begin(2)
         backward(module, rank, step)
-        launched = stage._launched
+        launched = begun(stage)
         stage.finish()
         groups.verify()
         shard = {}
@@ -125,9 +139,10 @@ def sum_shared(rank):
     mesh = Mesh(dp=2, tp=2, rank=rank, make_group=groups)
     module = model_of(rank, replicas={"c": mesh.ranks_along("tp")})
     stage = StageBuckets(module, mesh, zero=0, bucket_elements=1)
+    learn(stage, module, rank)
     stage.begin(2)
     backward(module, rank, 0)
-    prompt = stage._launched
+    prompt = begun(stage)
     stage.finish()
     groups.verify()
     return prompt, len(stage.buckets), {name: value.main_grad.clone() for name, value in module.named_parameters()}
@@ -141,6 +156,18 @@ def test_shared_boxes_are_summed_once_and_the_others_not_at_all(pool):
             ranks = range(4) if name == "c" else (rank % 2, rank % 2 + 2)
             expected = sum(gradient(other, name, micro) for other in ranks for micro in range(2))
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_that_comes_after_its_reduction_has_begun_is_an_error():
+    """A weight that is used more often than in the step before must not lose its gradient in silence."""
+    module = model_of(0)
+    silent = Mesh(make_group=lambda ranks, rank: Group(ranks, rank, None))
+    stage = StageBuckets(module, silent, zero=1, bucket_elements=1)
+    learn(stage, module, 0)
+    stage.begin(2)
+    backward(module, 0, 0)
+    with pytest.raises(RuntimeError, match="the gradient of b was added to after its reduction had begun"):
+        module.b.gradient_added()
 
 
 def test_what_decays_and_what_does_not_lie_apart():
@@ -173,13 +200,13 @@ def held(rank, world, zero):
         for way in (range(5), reversed(range(5))):
             for layer in way:
                 weight = module.layers[layer].w
-                assert (weight.ready == layer).all()
+                assert (weight.gathered() == layer).all()
                 peak = [max(old, new) for old, new in zip(peak, size())]
         for layer in reversed(range(5)):
             weight = module.layers[layer].w
-            weight.main_grad.add_(1.0)
+            weight.grad_buffer().add_(1.0)
             peak = [max(old, new) for old, new in zip(peak, size())]
-            weight.gradient_accumulated()
+            weight.gradient_added()
         stage.finish()
         stage.gather_parameters()
         stage.settle()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 
 
 def test_coordinates_count_tp_fastest_and_pp_slowest():
-    shape = {"pp": 2, "dp": 3, "cp": 1, "tp": 4}
+    shape = {"pp": 2, "dp": 3, "ep": 1, "cp": 1, "tp": 4}
     for rank, indices in enumerate(itertools.product(*(range(shape[axis]) for axis in AXES))):
         mesh = Mesh(**shape, rank=rank)
         assert tuple(mesh.coordinate[axis] for axis in AXES) == indices
@@ -28,7 +28,7 @@ def test_coordinates_count_tp_fastest_and_pp_slowest():
 
 
 def test_ranks_along_axes_partition_the_world():
-    shape = {"pp": 2, "dp": 3, "cp": 2, "tp": 2}
+    shape = {"pp": 2, "dp": 3, "ep": 1, "cp": 2, "tp": 2}
     meshes = [Mesh(**shape, rank=rank) for rank in range(24)]
     for axes in itertools.chain.from_iterable(itertools.combinations(AXES, n) for n in range(5)):
         lines = {mesh.ranks_along(*axes) for mesh in meshes}

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megalite.config import ModelConfig
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
+from megalite.model.build import Build
 from megalite.model.head import IGNORED, VocabParallelHead
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megalite.placement import row_box, split_evenly
 from tests.support.chaos import ChaosGroups
 
@@ -21,9 +22,29 @@ REGIONS = [(1, False), (2, False), (2, True), (4, True), (3, False)]
 
 
 def region_of(rank, ranks, sequence):
+    build, groups = build_of(rank, ranks, sequence)
+    return build.region, groups
+
+
+def build_of(rank, ranks, sequence, dtype=torch.float64, **model):
     groups = ChaosGroups(seed=rank)
     mesh = Mesh(tp=ranks, rank=rank, make_group=groups)
-    return TensorRegion(mesh.group("tp"), sequence), groups
+    region = TensorRegion(mesh.group("tp"), sequence)
+    return Build(ModelConfig(**model), mesh, region, select_kernels({}, mesh.device), dtype), groups
+
+
+class Reports:
+    """A store that only counts how often a parameter reports."""
+
+    def __init__(self):
+        self.count = 0
+
+    def gather(self, parameter): ...
+
+    def allocate_gradients(self): ...
+
+    def gradient_added(self, parameter):
+        self.count += 1
 
 
 def cut(tensor_S, region):
@@ -78,30 +99,30 @@ def test_stacked_gather_keeps_ranks_apart(pool):
 
 def linears(rank, ranks, sequence, main, column_OI, bias_O, row_IO, x, grad):
     """Column, then SwiGLU-like product, then row, as one block; twice, as two micro-batches would."""
-    region, groups = region_of(rank, ranks, sequence)
+    build, groups = build_of(rank, ranks, sequence)
+    region = build.region
     (outs, ins) = column_OI.shape
     start, length = split_evenly(outs, ranks, rank)
-    options = {"dtype": torch.float64}
     boxes = (row_box("w", (outs, ins), start, length, 0, (rank,)),)
     bias_boxes = (row_box("b", (outs,), start, length, 0, (rank,)),)
-    column = ColumnParallelLinear(ins, boxes, bias_boxes, region, **options)
-    row = RowParallelLinear("r", (ins, outs), (start, length), rank, region, 0.02, **options)
+    column = build.column(boxes, bias_boxes)
+    row = build.row("r", (ins, outs), (start, length))
     mine = slice(start, start + length)
     column.weight.data.copy_(column_OI[mine])
     column.bias.data.copy_(bias_O[mine])
     row.weight.data.copy_(row_IO[:, mine])
     parameters = (column.weight, column.bias, row.weight)
-    reports = []
+    reports = Reports()
     for parameter in parameters:
         if main:
             parameter.main_grad = torch.zeros_like(parameter.data)
-        parameter.listen(lambda: reports.append(1))
+        parameter.store = reports
     part = cut(x, region).requires_grad_()
     for _ in range(2):
         out = row(column(part), prologue=torch.sin) if main else row(torch.sin(column(part)))
         out.backward(cut(grad, region))
     groups.verify()
-    assert len(reports) == (6 if main else 0)
+    assert reports.count == (6 if main else 0)
     grads = [(parameter.main_grad if main else parameter.grad).clone() for parameter in parameters]
     return out.detach(), part.grad, grads
 
@@ -122,8 +143,8 @@ def test_column_and_row_linear(pool, ranks, sequence, main):
 
 
 def embed(rank, ranks, sequence, main, table_VH, tokens_BS, grad):
-    region, groups = region_of(rank, ranks, sequence)
-    layer = VocabParallelEmbedding("e", *table_VH.shape, (rank,), region, dtype=torch.float64)
+    build, groups = build_of(rank, ranks, sequence, vocab_size=table_VH.shape[0], hidden_size=table_VH.shape[1])
+    region, layer = build.region, build.embedding("e", (rank,))
     layer.weight.data.zero_()
     for box in layer.weight.placement.boxes:
         box.view(layer.weight.data).copy_(box.of(table_VH))
@@ -152,8 +173,9 @@ def test_embedding(pool, ranks, sequence, main, vocabulary):
 
 
 def head_loss(rank, ranks, sequence, main, table_VH, hidden, labels_BS, scale, z_loss):
-    region, groups = region_of(rank, ranks, sequence)
-    head = VocabParallelHead("h", *table_VH.shape, (rank,), region, select_kernels({}, hidden.device), z_loss=z_loss)
+    sizes = {"vocab_size": table_VH.shape[0], "hidden_size": table_VH.shape[1]}
+    build, groups = build_of(rank, ranks, sequence, torch.float32, **sizes)
+    region, head = build.region, VocabParallelHead(build, "h", (rank,), z_loss=z_loss, tied_to=None)
     head.weight.data.fill_(7.0)  # padded columns hold anything
     for box in head.weight.placement.boxes:
         box.view(head.weight.data).copy_(box.of(table_VH))
@@ -225,8 +247,9 @@ def test_label_outside_the_vocabulary_is_not_a_number(pool, label):
 
 
 def head_only_loss(rank, table_VH, hidden, labels_BS):
-    region, groups = region_of(rank, 2, False)
-    head = VocabParallelHead("h", *table_VH.shape, (rank,), region, select_kernels({}, hidden.device))
+    sizes = {"vocab_size": table_VH.shape[0], "hidden_size": table_VH.shape[1]}
+    build, groups = build_of(rank, 2, False, torch.float32, **sizes)
+    head = VocabParallelHead(build, "h", (rank,), z_loss=0.0, tied_to=None)
     head.weight.data.fill_(7.0)
     for box in head.weight.placement.boxes:
         box.view(head.weight.data).copy_(box.of(table_VH))

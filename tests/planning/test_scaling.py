@@ -14,8 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import scaling
 from benchmarks.planner.published import scaling_points
 from benchmarks.planner.queues import queued_makespan
+from megalite.config import ModelConfig
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.model.build import Build
 from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import row_box
 from megalite.planning import DEVICES
 from megalite.planning.hardware import gather_seconds, link
@@ -107,12 +110,13 @@ def test_collectives_are_hidden_and_exposed_as_in_the_trainer(sequence, schedule
     """The layers themselves are run, and every collective is looked at: was a product started beside it?"""
     recorder, postponed = Recorder(), []
     region = TensorRegion(recorder, sequence)
-    column = ColumnParallelLinear(6, (row_box("up", (8, 6), 0, 4, 0, (0,)),), (), region)
-    row = RowParallelLinear("down", (6, 8), (0, 4), 0, region, 0.02)
+    build = Build(ModelConfig(), Mesh(), region, select_kernels({}, torch.device("cpu")))
+    column = build.column((row_box("up", (8, 6), 0, 4, 0, (0,)),))
+    row = build.row("down", (6, 8), (0, 4))
     for layer in (column, row):
         torch.nn.init.normal_(layer.weight)
         if schedule == "zb_h1":
-            layer.weight.postpone = postponed.append
+            layer.weight.delay = postponed.append
     x = torch.randn(4 // region.split, 3, 6, requires_grad=True)
     with recorder:
         output = row(column(x))

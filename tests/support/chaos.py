@@ -3,7 +3,7 @@
 gloo finishes small transfers almost at once and NCCL runs in stream order, so code that forgets a `wait()`, reads a
 buffer early or reuses one that is still being sent works by luck on one and fails on the other. A `ChaosGroup`
 
-- works on copies: until `wait()` a receiving buffer holds NaN (integers: a huge negative number), whatever has arrived;
+- works on copies: until `wait()` a receiving buffer holds poison (NaN and a number in turn);
 - starts late and completes late, by random delays that differ from rank to rank;
 - complains when a buffer in flight was written, or when an operation was never waited for.
 
@@ -150,18 +150,23 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _poison_value(dtype: torch.dtype) -> float | int:
-    if dtype.is_floating_point:
-        return float("nan")
-    return 0 if dtype is torch.bool else torch.iinfo(dtype).min + 3
+def _poison_of(tensor: Tensor) -> Tensor:
+    """What a buffer in flight holds: NaN, which shows in whatever is computed from it, and at every other place a
+    number, since what is added to NaN leaves no trace of having been written."""
+    if not tensor.dtype.is_floating_point:
+        value = 0 if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).min + 3
+        return torch.full_like(tensor, value)
+    poison = torch.full_like(tensor, float("nan"))
+    poison.view(-1)[1::2] = 1234.0
+    return poison
 
 
 def _poison(tensor: Tensor) -> None:
-    tensor.data.fill_(_poison_value(tensor.dtype))  # `.data`: not an update that autograd should see
+    tensor.data.copy_(_poison_of(tensor.detach()))  # `.data`: not an update that autograd should see
 
 
 def _is_poisoned(tensor: Tensor) -> bool:
-    return torch.equal(_bytes(tensor), _bytes(torch.full_like(tensor, _poison_value(tensor.dtype))))
+    return torch.equal(_bytes(tensor), _bytes(_poison_of(tensor.detach())))
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

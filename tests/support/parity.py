@@ -25,6 +25,8 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.model.head import IGNORED
+from megalite.objective import Objective
+from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.schedule import learning_rate
 from megalite.placement import Box, placed_parameters
 from megalite.schedule.schedules import SCHEDULES
@@ -118,11 +120,14 @@ def layouts(limit: int) -> Iterator[Layout]:
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: `fields` of the configuration (over BASE), steps, whether documents restart positions."""
+    """What is trained: `fields` of the configuration (over BASE), steps, whether documents restart positions, and what
+    a step minimises, with which head."""
 
     fields: tuple[tuple[str, Any], ...] = ()
     steps: int = 8
     documents: bool = False
+    objective: Objective = NEXT_TOKEN
+    head: str = "vocabulary"
 
     @staticmethod
     def of(fields: Mapping[str, Any] | None = None, **options: Any) -> Case:
@@ -202,12 +207,12 @@ def micro_batches(first: int, samples: int, config: Config, mesh: Mesh, document
     return [Batch(*(torch.stack(column) for column in zip(*block))) for block in rows]
 
 
-def build_trainer(config: Config, rank: int, world: int, make_group: Any = create_group) -> Trainer:
+def build_trainer(config: Config, rank: int, world: int, make_group: Any = create_group, **options: Any) -> Trainer:
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline, dp=config.data_parallel(world), tp=parallel.tensor, rank=rank, make_group=make_group
     )
-    trainer = Trainer(config, mesh, select_kernels({}, mesh.device))
+    trainer = Trainer(config, mesh, select_kernels({}, mesh.device), **options)
     trainer.initialise()
     return trainer
 
@@ -246,7 +251,8 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
     """Train on this rank: gradients of the first step, then all steps, then an evaluation."""
     config = case.config(world)
     groups = ChaosGroups(seed=rank + 1)
-    trainer = build_trainer(config, rank, world, groups if chaos else create_group)
+    make_group = groups if chaos else create_group
+    trainer = build_trainer(config, rank, world, make_group, head=case.head, objective=case.objective)
 
     def batches(first: int, samples: int) -> list[Any]:
         made = micro_batches(first, samples, config, trainer.mesh, case.documents)
@@ -262,7 +268,8 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
         outcome.losses.append(result.loss)
         outcome.grad_norms.append(result.grad_norm)
         first += samples
-    outcome.evaluation = trainer.evaluate(batches(first, config.train.global_batch_size))
+    if case.head == "vocabulary":
+        outcome.evaluation = trainer.evaluate(batches(first, config.train.global_batch_size))
     outcome.weights = pieces_of_weights(trainer)
     if chaos:
         groups.verify()

@@ -36,7 +36,9 @@ def batches_of(trainer, config, first=0, samples=12):
 
 def state_of(trainer):
     moments = [
-        tensor.clone() for segment in trainer.optimizer.segments for tensor in (segment.exp_avg, segment.exp_avg_sq)
+        tensor.clone()
+        for segment in trainer.optimizer.segments
+        for tensor in (segment.state["exp_avg"], segment.state["exp_avg_sq"])
     ]
     return [torch.from_numpy(piece.values) for piece in pieces_of_weights(trainer)], moments
 
@@ -65,7 +67,8 @@ def refuse(rank, case, layout, guilty, how):
                 parameter.main_grad[1, 2] = math.nan if how == "nan" else math.inf
                 spoiled.append(True)
 
-        parameter._listeners.insert(0, spoil)
+        bucket, report = parameter.store, parameter.store.gradient_added
+        bucket.gradient_added = lambda which: (which is parameter and spoil(), report(which))
     result = trainer.step(bad, 1e-2, flag=float(rank))
     unchanged = same(before, state_of(trainer)) and trainer.optimizer.step_count == 1
     after = [one.step(batches_of(one, config, 24), 1e-2) for one in (trainer, pristine)]

@@ -1,0 +1,116 @@
+"""What layers are made of: one value that every layer's constructor is given, and the factories of what they hold.
+
+A layer asks for its parts by their global names; how they are cut over the tensor ranks, in which precision they
+multiply, and whether an adapter is put around them is decided here, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megalite.config import ModelConfig
+from megalite.kernels import Kernels
+from megalite.mesh import DATA_AXES, Mesh
+from megalite.model.norm import RMSNorm
+from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
+from megalite.parallel.fp8 import PLAIN, Products
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.placement import Box, PlacedParameter, Placement, row_box
+
+STD = 0.02
+"""Standard deviation of initial weights."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """How the layers of one pipeline stage are built.
+
+    `prefix` is put before every global name (`critic.` for a second model in the same checkpoint). With `shared`,
+    parameters are taken from there instead of being made: a second view of the same weights, say for generation with
+    whole sequences. `parameters` collects what is made, by name.
+    """
+
+    model: ModelConfig
+    mesh: Mesh
+    region: TensorRegion
+    kernels: Kernels
+    dtype: torch.dtype = torch.float32
+    products: Products = PLAIN
+    prefix: str = ""
+    shared: Mapping[str, PlacedParameter] | None = None
+    parameters: dict[str, PlacedParameter] = field(default_factory=dict)
+
+    @property
+    def residual_std(self) -> float:
+        """For projections that add to the residual stream: the sum over all layers keeps its scale (GPT-2)."""
+        return STD / math.sqrt(2 * self.model.layers)
+
+    def parameter(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        boxes: tuple[Box, ...],
+        *,
+        init: str = "normal",
+        std: float = STD,
+        role: str = "matrix",
+        reduce: tuple[str, ...] = DATA_AXES,
+    ) -> PlacedParameter:
+        """An uninitialised parameter of `shape` on this rank that holds `boxes`; `key` tells it from all others."""
+        if self.shared is not None:
+            self.parameters[key] = self.shared[key]
+        else:
+            boxes = tuple(dataclasses.replace(box, name=self.prefix + box.name) for box in boxes)
+            data = torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
+            self.parameters[key] = PlacedParameter(data, Placement(boxes, init, std, reduce, role))
+        return self.parameters[key]
+
+    def column(self, boxes: tuple[Box, ...], bias_boxes: tuple[Box, ...] = ()) -> ColumnParallelLinear:
+        """A linear layer whose output is split: `boxes` say which rows of which global weights this rank holds, one
+        after the other in its fused weight [o, I]; `bias_boxes` the same for the bias [o]."""
+        features = sum(box.size[0] for box in boxes)
+        weight = self.parameter(boxes[0].name, (features, boxes[0].shape[1]), boxes)
+        bias = None
+        if bias_boxes:
+            bias = self.parameter(bias_boxes[0].name, (features,), bias_boxes, init="zeros", role="vector")
+        return ColumnParallelLinear(weight, bias, self.region, self.products)
+
+    def row(
+        self, name: str, features: tuple[int, int], columns: tuple[int, int], std: float | None = None
+    ) -> RowParallelLinear:
+        """A linear layer whose input is split: this rank holds (first, count) `columns` of the global weight
+        `features` = (O, I). `std` is `residual_std` unless given."""
+        (outputs, _), (start, length) = features, columns
+        box = Box(name, features, (0, start), (outputs, length), (0, 0), (self.mesh.rank,))
+        weight = self.parameter(name, (outputs, length), (box,), std=self.residual_std if std is None else std)
+        return RowParallelLinear(weight, self.region, self.products)
+
+    def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
+        """A norm whose weight all tensor ranks hold. `partial`: each of them normalises other tokens or heads than the
+        rest, so that gradients are parts of a sum; by default so where activations are cut by sequence."""
+        replicas = self.mesh.ranks_along("tp")
+        summed = (self.region.sequence if partial is None else partial) and len(replicas) > 1
+        box = row_box(name, (size,), 0, size, 0, replicas, partial=summed)
+        weight = self.parameter(name, (size,), (box,), init="ones", role="vector")
+        return RMSNorm(weight, self.model.norm_eps, self.kernels)
+
+    def embedding(self, name: str, replicas: tuple[int, ...]) -> VocabParallelEmbedding:
+        """The token embedding; `replicas` are the ranks that hold the same rows (a tied output layer elsewhere)."""
+        weight, first, _ = self.vocabulary(name, replicas, role="embedding")
+        return VocabParallelEmbedding(weight, first, self.region)
+
+    def vocabulary(self, name: str, replicas: tuple[int, ...], **kwargs: Any) -> tuple[PlacedParameter, int, int]:
+        """(weight [v, H] with padding, its first row, its true rows) of a vocabulary split over the tensor ranks."""
+        hidden = self.model.hidden_size
+        rows, first, boxes = vocabulary_box(
+            name, self.model.vocab_size, hidden, self.region, replicas, partial=len(replicas) > 1
+        )
+        weight = self.parameter(f"{kwargs['role']}: {name}", (rows, hidden), boxes, **kwargs)
+        return weight, first, sum(box.size[0] for box in boxes)

@@ -1,0 +1,53 @@
+"""Initial weights: the same global tensors from the same seed, however they are cut.
+
+A row's values depend on (seed, global name, row) alone, so that every layout begins with the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megalite.placement import Box, PlacedParameter, Placement, placed_parameters
+
+_UINT64 = (1 << 64) - 1
+
+
+def _row_generator(seed: int, name: str, row: int) -> np.random.Generator:
+    """A stream that depends on (seed, name, row) alone: Philox, keyed by a hash of the first two, and the row."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    key = np.array([int.from_bytes(digest[:8], "little"), row & _UINT64], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
+    """The initial fp32 values of a box; the same global tensor results from any cut into boxes.
+
+    A row is drawn whole and then cut, so that column-sharded weights agree as well.
+    """
+    if placement.init != "normal":
+        return torch.full(box.size, 1.0 if placement.init == "ones" else 0.0)
+    width = box.shape[1]
+    columns = slice(box.offset[1], box.offset[1] + box.size[1])
+    values = np.empty(box.size, dtype=np.float32)
+    for i in range(box.size[0]):
+        row = _row_generator(seed, box.name, box.offset[0] + i).standard_normal(width, dtype=np.float32)
+        values[i] = row[columns]
+    return torch.from_numpy(values).mul_(placement.std)
+
+
+@torch.no_grad()
+def initialise_parameter(parameter: PlacedParameter, seed: int) -> None:
+    """Fill a parameter with the global initial values that its boxes name; padding becomes zero."""
+    parameter.zero_()
+    for box in parameter.placement.boxes:
+        box.view(parameter).copy_(initial_values(box, parameter.placement, seed))
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """`initialise_parameter` for all parameters of a module."""
+    for parameter in placed_parameters(module):
+        initialise_parameter(parameter, seed)

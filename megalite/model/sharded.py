@@ -1,0 +1,217 @@
+"""One model as this rank holds it: its stages, where they lie, and how micro-batches go through them.
+
+Trained or frozen, whole or under ZeRO, with a vocabulary or a scalar head: the trainer, evaluation, generation, a
+frozen reference and a reward model all run this.
+
+S sequence, B micro-batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.data.batches import Batch
+from megalite.kernels import Kernels
+from megalite.mesh import Mesh
+from megalite.model.decoder import Stage
+from megalite.model.init import initialise_parameter
+from megalite.optim.shard import Segment, segments_of
+from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
+from megalite.parallel.zero import StageBuckets
+from megalite.placement import PlacedParameter, placed_parameters
+from megalite.schedule.lowering import lower
+from megalite.schedule.schedules import build_schedule, forward_only, place_stages
+
+MicroBatches = Sequence[Batch | None]
+"""The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
+
+Finish = Callable[[Stage, Tensor, Batch, int], Tensor]
+"""(last stage, its hidden [s, B, H] before the norm, micro-batch, its number) -> what the pipeline is to return: in
+training the loss (fp64 scalar)."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ShardedModel:
+    """The stages of one model on this rank. Parameters are uninitialised until `initialise` or a checkpoint.
+
+    `head` is `vocabulary` or `scalar`; `prefix` is put before all global names, to tell two models in one checkpoint
+    apart. A model that is not `trained` has neither gradients nor optimizer state. `freeze` says of each parameter of a
+    trained model whether it stays as it is.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        kernels: Kernels,
+        *,
+        head: str = "vocabulary",
+        prefix: str = "",
+        trained: bool = True,
+        freeze: Callable[[PlacedParameter], bool] | None = None,
+    ) -> None:
+        self.config, self.mesh, self.kernels = config, mesh, kernels
+        self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
+        self.dtype = DTYPES[config.train.precision]
+        self.tied = config.model.tie_embeddings and head == "vocabulary"
+        self.stages: dict[int, Stage] = {}
+        for number in (number for number, owner in enumerate(self.owners) if owner == mesh.index("pp")):
+            self.stages[number] = Stage(
+                config.model,
+                mesh,
+                kernels,
+                stage=number,
+                owners=self.owners,
+                embedding=self.stages[0].embedding if 0 in self.stages else None,
+                sequence=bool(config.parallel.sequence),
+                dtype=self.dtype,
+                recompute=config.train.recompute,
+                fp8=config.train.fp8,
+                z_loss=config.train.z_loss,
+                head=head,
+                prefix=prefix,
+            )
+        parameters = [parameter for stage in self.stages.values() for parameter in placed_parameters(stage)]
+        for parameter in parameters:
+            if not trained or (freeze is not None and freeze(parameter)):
+                parameter.requires_grad_(False)
+        aliases = [parameter for parameter in parameters if parameter.tied_to is not None]
+        self.buckets = {
+            number: StageBuckets(stage, mesh, zero=config.parallel.zero, aliases=aliases)
+            for number, stage in self.stages.items()
+        }
+        self.segments: list[Segment] = segments_of(self.buckets.values())
+        self._inference_stages: dict[int, Stage] | None = None
+        self._engines: dict[tuple[int, tuple[int, int], bool], PipelineEngine] = {}
+
+    @property
+    def stage_count(self) -> int:
+        return len(self.owners)
+
+    @property
+    def last_stage(self) -> Stage | None:
+        return self.stages.get(self.stage_count - 1)
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether this rank reads tokens or labels; the ranks in the middle of the pipeline need neither."""
+        return 0 in self.stages or self.last_stage is not None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S) of a micro-batch as the configuration has it."""
+        return self.config.train.micro_batch_size, self.config.train.seq_length
+
+    # Parameters
+
+    def fill(self, write: Callable[[PlacedParameter], None]) -> None:
+        """Call `write` for every parameter, which it is to overwrite; under ZeRO-3 one layer at a time is whole."""
+        for buckets in self.buckets.values():
+            buckets.fill(write)
+
+    def initialise(self) -> None:
+        """Fill the model with the initial weights of `run.seed`: the same global tensors in every layout."""
+        self.fill(functools.partial(initialise_parameter, seed=self.config.run.seed))
+
+    @torch.no_grad()
+    def copy_from(self, other: ShardedModel) -> None:
+        """Take over the weights of a model of the same layout and shapes."""
+        for number, buckets in self.buckets.items():
+            with other.buckets[number].whole():
+                theirs = dict(other.stages[number].named_parameters())
+                names = {id(parameter): name for name, parameter in self.stages[number].named_parameters()}
+
+                def write(
+                    parameter: PlacedParameter, theirs: Mapping[str, Tensor] = theirs, names: Mapping[int, str] = names
+                ) -> None:
+                    parameter.copy_(theirs[names[id(parameter)]])
+
+                buckets.fill(write)
+
+    def settle(self) -> None:
+        """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten
+        other than by a step."""
+        for buckets in self.buckets.values():
+            buckets.settle()
+
+    # Computation
+
+    def _engine(self, micro_batches: int, shape: tuple[int, int], train: bool) -> PipelineEngine:
+        key = (micro_batches, shape, train)
+        if key not in self._engines:
+            parallel, (batch, length) = self.config.parallel, shape
+            if train:
+                plan = build_schedule(parallel.schedule, self.mesh.pp, micro_batches, parallel.virtual_stages)
+            else:
+                plan = forward_only(self.owners, micro_batches)
+            lowered = lower(plan, tied=self.tied)
+            split = next(iter(self.stages.values())).region.split
+            hidden = (length // split, batch, self.config.model.hidden_size)
+            activation = Activation(hidden, self.dtype, self.mesh.device)
+            self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.owners, self.mesh, activation)
+        return self._engines[key]
+
+    def run(
+        self,
+        batches: MicroBatches,
+        finish: Finish,
+        *,
+        shape: tuple[int, int] | None = None,
+        train: bool = False,
+        observe: Observer = unobserved,
+    ) -> dict[int, Tensor]:
+        """Send micro-batches of `shape` (B, S) through the pipeline; what `finish` returned, by micro-batch, on the
+        rank of the last stage. With `train`, backward passes follow and gradients are reduced."""
+        shape = shape or self.shape
+
+        def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
+            stage, batch = self.stages[number], batches[micro]
+            own = (batch.positions_BS, batch.documents_BS) if batch is not None else (None, None)
+            positions = stage.positions(shape[1], 0, *own)
+            if hidden is None:
+                assert batch is not None
+                hidden = batch.tokens_BS
+            hidden = stage(hidden, positions)
+            if not stage.last:
+                return hidden
+            assert batch is not None
+            return finish(stage, hidden, batch, micro)
+
+        engine = self._engine(len(batches), shape, train)
+        if train:
+            for buckets in self.buckets.values():
+                buckets.begin(len(batches))
+            return engine.run(forward, self.buckets, observe)
+        with torch.no_grad():
+            return engine.run(forward, observe=observe)
+
+    def score(self, batches: MicroBatches, *, shape: tuple[int, int] | None = None) -> list[Tensor]:
+        """Of each micro-batch [2, B, S] (fp32): the labels' log-probabilities and whether they are likeliest, on the
+        rank of the last stage; an empty list on the others."""
+        outputs = self.run(
+            batches, lambda stage, hidden, batch, _: stage.label_stats(hidden, batch.labels_BS), shape=shape
+        )
+        return [outputs[micro] for micro in sorted(outputs)]
+
+    def values(self, batches: MicroBatches, *, shape: tuple[int, int] | None = None) -> list[Tensor]:
+        """The same for a scalar head: [B, S] (fp32) of each micro-batch."""
+        outputs = self.run(batches, lambda stage, hidden, batch, _: stage.values(hidden), shape=shape)
+        return [outputs[micro] for micro in sorted(outputs)]
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[dict[int, Stage]]:
+        """Within, the stages for inference by number: the live weights, whole under ZeRO-3, and activations that are
+        not cut by sequence. No second copy is made; no step may be taken meanwhile."""
+        if self._inference_stages is None:
+            self._inference_stages = {number: stage.whole_sequences() for number, stage in self.stages.items()}
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for buckets in self.buckets.values():
+                stack.enter_context(buckets.whole())
+            yield self._inference_stages

@@ -1,0 +1,50 @@
+"""What a step minimises: a value that the trainer is given, a function of [B, S] tensors that sees no group or rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from megalite.data.batches import Batch
+
+Reads = Literal["loss", "logprobs", "values"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the last stage hands to an objective: that which it `reads`, equal on all tensor ranks."""
+
+    loss: Tensor | None = None
+    """fp64 scalar: `scale` times the sum of the token losses of the micro-batch, from the one-pass head."""
+    logprobs_BS: Tensor | None = None
+    """fp32, differentiable: log-probability of each label, 0 where it is ignored."""
+    values_BS: Tensor | None = None
+    """fp32, differentiable: the scalar head's number at each position."""
+
+
+class Objective(Protocol):
+    """A sum over units, tokens or pairs say, times one scale: 1 / the count of units in the global batch.
+
+    The count is known before the first forward pass, so accumulation and layouts cannot disagree about it.
+    """
+
+    reads: Reads
+
+    def units(self, batch: Batch) -> Tensor:
+        """How many units the micro-batch holds, a scalar; counted over the global batch in float64."""
+        ...
+
+    def loss(self, outputs: Outputs, batch: Batch, scale: Tensor | float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(fp64 scalar: `scale` times the sum over the units, named sums of the same kind for the metrics).
+
+        The names must be the same for every micro-batch. A metric is the sum of its values over the global batch.
+        """
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the sums that `loss` gives, the same on every rank."""
+        ...

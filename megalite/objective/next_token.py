@@ -1,0 +1,28 @@
+"""Pretraining: the mean loss of the next token over all labels that count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from megalite.data.batches import Batch
+from megalite.kernels.cross_entropy import IGNORE_INDEX
+from megalite.objective import Outputs, Reads
+
+
+class NextToken:
+    """Reads the one-pass head, in which the logits become their gradient as soon as they are there."""
+
+    reads: Reads = "loss"
+    metrics: tuple[str, ...] = ()
+
+    def units(self, batch: Batch) -> Tensor:
+        return (batch.labels_BS != IGNORE_INDEX).sum()
+
+    def loss(self, outputs: Outputs, batch: Batch, scale: Tensor | float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert outputs.loss is not None
+        return outputs.loss, {}
+
+
+NEXT_TOKEN = NextToken()

@@ -1,0 +1,73 @@
+"""The optimizer of a rank: which rule updates which of its segments, and the order of a step.
+
+A rule (AdamW, Muon, …) works on segments alone: it knows neither stages nor groups, and keeps its state in them under
+names of its own. Checkpoints, resharding and resume read the names from the segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from megalite.optim.shard import Segment
+from megalite.parallel.zero import StageBuckets
+
+
+class Rule(Protocol):
+    """How some segments are updated."""
+
+    name: str
+    """For the start-up log."""
+
+    def prepare(self, segments: Sequence[Segment]) -> None:
+        """Take charge of these segments: allocate their state, zero."""
+        ...
+
+    def update(self, segments: Sequence[Segment], *, lr: float, gradient_scale: float, step: int) -> None:
+        """Update the master weights (and round them into the parameters) with `gradient_scale` times the gradients;
+        `step` counts from 1."""
+        ...
+
+
+class Optimizer:
+    """All updates of this rank. `step_count` is the number of updates made."""
+
+    def __init__(self, stages: Sequence[StageBuckets], segments: Sequence[Segment], rule: Rule) -> None:
+        self.stages, self.rule = stages, rule
+        self.segments = [segment for segment in segments if segment.gradient is not None]
+        self.step_count = 0
+        rule.prepare(self.segments)
+
+    @property
+    def name(self) -> str:
+        return self.rule.name
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of all state tensors, sorted."""
+        return tuple(sorted({name for segment in self.segments for name in segment.state}))
+
+    def set_step_count(self, steps: int) -> None:
+        """The state is now that after `steps` updates."""
+        self.step_count = steps
+
+    @torch.no_grad()
+    def step(self, lr: float, gradient_scale: float) -> None:
+        """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
+        for stage in self.stages:
+            stage.settle()
+        self.step_count += 1
+        self.rule.update(self.segments, lr=lr, gradient_scale=gradient_scale, step=self.step_count)
+        for stage in self.stages:
+            stage.gather_parameters()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin with the parameters as they are: they become the master weights, the state zero."""
+        for segment in self.segments:
+            segment.take_parameters()
+            for tensor in segment.state.values():
+                tensor.zero_()
+        self.set_step_count(0)

@@ -1,0 +1,32 @@
+"""Names in a configuration that stand for code: built-in ones, or a user's own as `module:name`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TypeVar
+
+from megalite.errors import UserError
+
+Thing = TypeVar("Thing")
+
+
+def look_up(name: str, known: Mapping[str, Thing], field: str) -> Thing:
+    """What `name` stands for in `known`, or the attribute of a module where it is written `module:name`.
+
+    `field` is the configuration field that holds the name, for the message of the `UserError`.
+    """
+    if name in known:
+        return known[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{field} = {name!r} is unknown; use {', '.join(known)} or module:name of your own{hint}")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"{field} = {name!r}: {error}; the module must be importable (PYTHONPATH)") from None
+    except AttributeError:
+        raise UserError(f"{field} = {name!r}: the module {module} has no {attribute}") from None
