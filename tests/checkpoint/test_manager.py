@@ -170,6 +170,7 @@ def test_remains_are_swept_and_strangers_left_alone(trainer: Trainer, tmp_path: 
         (folder / name / "file").write_text("content")
     with manager_of(trainer, tmp_path) as manager:
         assert manager.load_latest(trainer) is None
+        manager.accept()
         assert sorted(path.name for path in folder.iterdir()) == ["notes", "step_x"]
 
 
