@@ -142,12 +142,10 @@ class Start:
             code = UNUSABLE
             raise
         except RuntimeError:
-            if missing := watch.roll_call(lambda: self.stop.signal is not None):
-                log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
+            watch.roll_call.after_failure(lambda: self.stop.signal is not None)
             raise
         finally:
             if self.accepted:
                 self.events.write("stop", code=code, signal=self.stop.signal)
                 if self.world.rank == 0:
                     draw_loss(Path(self.config.run.dir))
-
