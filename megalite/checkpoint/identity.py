@@ -56,8 +56,8 @@ class RunIdentity:
                 found.setdefault(run, path)
         if len(found) > 1 and not self._allow_others:
             raise UserError(
-                f"{self._path} is missing, and checkpoints of several runs lie here: {', '.join(map(str, found.values()))}; "
-                "remove the others', or take them all with checkpoint.allow_other_run = true"
+                f"{self._path} is missing, and checkpoints of several runs lie here: "
+                f"{', '.join(map(str, found.values()))}; remove the others', or take them all with checkpoint.allow_other_run = true"
             )
         return list(found)[::-1] or [uuid.uuid4().hex]
 
@@ -67,8 +67,8 @@ class RunIdentity:
             return
         if not self._allow_others:
             raise UserError(
-                f"{checkpoint} is of another run: its id is {run}, that of {self._path} is {self.own}; remove it, start "
-                "a new run.dir from it with checkpoint.load, or take it with checkpoint.allow_other_run = true"
+                f"{checkpoint} is of another run: its id is {run}, that in {self._path} is {self.own}; remove it, "
+                "start a new run.dir from it with checkpoint.load, or take it with checkpoint.allow_other_run = true"
             )
         self._accepted.add(run)
         if self.kept:

@@ -164,7 +164,8 @@ class RunLock:
             with contextlib.suppress(OSError):  # file systems without flock: the link below still decides
                 # Two runs that start at once on one host look at a stale lock one after the other.
                 stack.enter_context(locked(self.path.parent, wait=True))
-            file = open(temporary, "xb")  # held open: the kernel's lock on it tells other namespaces that we live
+            # Held open: the kernel's lock on it tells other namespaces that we live.
+            file = open(temporary, "xb")  # noqa: SIM115
             try:
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -74,8 +74,8 @@ def _attempt(action: Callable[[], Any]) -> str | None:
 class CheckpointManager:
     """The checkpoints under `run_dir`; made, used and closed by all ranks together.
 
-    Holds the lock of the run directory until `close`: `lock`, which rank 0 may hold already, or one of its own, and then
-    construction raises `UserError` where another run holds it. Nothing but that lock is written before `accept`.
+    Holds the lock of the run directory until `close`: `lock`, which rank 0 may hold already, or one of its own; then
+    construction raises `UserError` where another run holds it. Nothing but the lock is written before `accept`.
     `failures` counts saves that failed, `last_failure` tells why: each is reported and cleaned up, and the run goes on.
     """
 

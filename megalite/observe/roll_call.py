@@ -77,10 +77,8 @@ class RollCall:
                 self._call(step)
 
     def _call(self, step: int) -> None:
-        seconds = min(_ANSWER_SECONDS, _ANSWER_SHARE * self.timeout)
-        found = self._bounded(
-            lambda: self._ask(f"step {step}", _where_main_stands(), seconds, self._over.is_set), seconds
-        )
+        seconds, place = min(_ANSWER_SECONDS, _ANSWER_SHARE * self.timeout), _where_main_stands()
+        found = self._bounded(lambda: self._ask(f"step {step}", place, seconds, self._over.is_set), seconds)
         if self._over.is_set():
             return
         missing = sorted(set(range(self.mesh.size)) - found.keys())

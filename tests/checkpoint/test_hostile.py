@@ -1,8 +1,8 @@
 """Manifests and safetensors files that nobody honest wrote: each ends in one clear error, and quickly."""
 
 import json
-import os
 import math
+import os
 import random
 import zlib
 from collections.abc import Callable
