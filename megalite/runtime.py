@@ -184,7 +184,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self, world: World, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Within, a request ends the process with code 75 after `clean_up`; raises `StoppedEarly` if one came before."""
+        """Within, a request ends the process with 75 after `clean_up`; raises `StoppedEarly` if one came before."""
 
         def go(code: int) -> None:
             clean_up()

@@ -57,7 +57,8 @@ class RunIdentity:
         if len(found) > 1 and not self._allow_others:
             raise UserError(
                 f"{self._path} is missing, and checkpoints of several runs lie here: "
-                f"{', '.join(map(str, found.values()))}; remove the others', or take them all with checkpoint.allow_other_run = true"
+                f"{', '.join(map(str, found.values()))}; remove the others', "
+                "or take them all with checkpoint.allow_other_run = true"
             )
         return list(found)[::-1] or [uuid.uuid4().hex]
 

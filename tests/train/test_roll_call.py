@@ -1,4 +1,4 @@
-"""Where no wait fails, as with NCCL, a lost rank is named all the same: by a thread, before a watchdog ends the process."""
+"""Where no wait fails, as with NCCL, a lost rank is named all the same: by a thread, before a watchdog ends all."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
 
-# A wait that would fail sits for ever instead, as a host does in a copy from a device whose stream waits for a dead peer.
+# A wait that would fail sits for ever instead, as a host does that copies from a device whose stream waits for a peer.
 PROGRAM = """
 import os, sys, time
 from megalite import mesh
