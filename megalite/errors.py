@@ -1,4 +1,7 @@
-"""How megalite's programs end: the exit codes, and the one line that tells users what is wrong."""
+"""How megalite's programs end: the exit codes, and the one line that tells users what is wrong.
+
+The only home of the exit codes: `launch/entry.sh` and `launch/job.sh`, which cannot import, are tested to agree.
+"""
 
 import functools
 import sys
@@ -8,11 +11,29 @@ from typing import NoReturn, TypeVar
 FINISHED, FAULT, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Done; anything unforeseen; a user's mistake; stopped on request with a checkpoint; Ctrl-C."""
 
+ENDINGS = {FINISHED: "finished", UNUSABLE: "refused", STOPPED: "stopped on request", INTERRUPTED: "interrupted"}
+"""The exit codes that are no fault, in words."""
+
+EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
+"""Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
+
 Result = TypeVar("Result")
 
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the field or file, its value, and what would be right."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on, for a known reason that every rank found: one line without a trace, exit code 1."""
+
+
+class Diverged(RunFailed):
+    """Loss or gradients are beyond recovery."""
+
+
+class NotSaved(RunFailed):
+    """The last checkpoint could not be written."""
 
 
 def fail(message: str) -> NoReturn:

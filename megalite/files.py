@@ -7,8 +7,10 @@ wrong on the way leaves the old file as it was and no temporary file behind.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,19 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_bounded(path: Path | str, limit: int) -> bytes:
+    """The content of a file of at most `limit` bytes. Raises OSError for longer ones, and for what is no plain file:
+    reading a pipe waits for ever, a device never ends."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"longer than {limit} bytes", str(path))
+    return content
 
 
 @contextlib.contextmanager
@@ -79,13 +94,29 @@ def _mode_of(path: Path) -> int:
         return 0o666 & ~mask
 
 
+def private_folder() -> Path:
+    """This user's own folder for temporary files that several processes know by name, made where it is missing.
+
+    Raises UserError where someone else has put something in its place: names in the temporary folder can be guessed.
+    """
+    path = Path(tempfile.gettempdir()) / f"megalite-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(f"{path} is not a folder that only this user can write to; remove it, or set TMPDIR to another")
+    return path
+
+
 @contextlib.contextmanager
 def locked(path: Path | str, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the advisory lock (flock) of a lock file, made where it is missing and never followed through a link.
+    """Hold the advisory lock (flock) of a lock file, made where it is missing and never followed through a link, or
+    that of a directory.
 
     Yields whether the lock is held: always with `wait`, otherwise False at once where another process has it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    kind = os.O_RDONLY | os.O_DIRECTORY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    descriptor = os.open(path, kind | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -315,8 +315,11 @@ class Mesh:
         two ranks may each wait in another one. Groups first, in the order in which they were made, then the pairs of
         neighbours of the pipeline, the last and the first among them: the lower rank of a pair sends first.
         """
-        for group in self._groups.values():
-            group.all_reduce(torch.zeros(1, device=self.device)).wait()
+        for axes, group in self._groups.items():
+            # Stages talk in pairs: a communicator of a whole pipeline would only take memory. Of two stages the group
+            # is the pair, and sums the gradients of tied weights.
+            if axes != ("pp",) or group.size == 2:
+                group.all_reduce(torch.zeros(1, device=self.device)).wait()
         pipeline = self._groups.get(("pp",))
         if pipeline is None or pipeline.size == 1:
             return

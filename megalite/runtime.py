@@ -1,4 +1,8 @@
-"""The process around a run: who this rank is, how ranks find each other, what signals mean, how a process ends."""
+"""The process around a run: who this rank is, how ranks find each other, what signals mean, how a process ends.
+
+Importing this module imports no torch: a request to stop must be heard from the first moment of a process, and torch
+alone takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,28 @@ import contextlib
 import ctypes
 import functools
 import logging
+import logging.handlers
 import os
+import re
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+from megalite.errors import EXIT_CODES_ENVIRONMENT, INTERRUPTED, STOPPED, UserError
 
-from megalite.config import Config
-from megalite.errors import UserError
-from megalite.mesh import DATA_AXES, Mesh, create_group
+if TYPE_CHECKING:
+    import torch
 
-EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
-"""Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
+    from megalite.config import Config
+    from megalite.mesh import Mesh
 
 STARTUP_TIMEOUT_SECONDS = 1800.0
 """Limit of a communication until the run is warm: data indices are built and kernels compiled, on some ranks first.
@@ -34,11 +40,22 @@ STARTUP_TIMEOUT_SECONDS = 1800.0
 SILENCE_SECONDS = 15.0
 """Before the ranks have met, those other than 0 keep a mistake to themselves for so long: rank 0 will say it."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
 _PATIENCE_SECONDS = 5.0
 """A rank that lost a peer waits this long before it complains: the launcher may be about to end it, and the peer's own
 message is the one that helps."""
 
+_INTERRUPT_SECONDS = 1.0
+"""How long Ctrl-C may take to reach a main thread that sits in a library, before the process ends without it."""
+
+_PARENT_DEATH_SIGNAL = 1
+"""`PR_SET_PDEATHSIG` of Linux's prctl."""
+
 log = logging.getLogger("megalite")
+
+
+# Who this rank is
 
 
 @dataclass(frozen=True)
@@ -51,45 +68,187 @@ class World:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> World:
+        """Raises UserError where the variables are no numbers or contradict each other."""
         for rank, size, local in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
             ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
         ):
-            if rank in environment and size in environment:
-                world = World(int(environment[rank]), int(environment[size]), int(environment.get(local, "0")))
-                if world.size > 1 and "MASTER_ADDR" not in environment:
-                    if rank == "SLURM_PROCID":
-                        return World()  # an interactive shell inside an allocation, not a launched task
-                    raise UserError(f"MASTER_ADDR is not set for {world.size} ranks; start them with torchrun or SLURM")
-                return world
+            if rank not in environment or size not in environment:
+                continue
+            world = World(
+                *(_number_in(environment, name, default) for name, default in ((rank, ""), (size, ""), (local, "0")))
+            )
+            if not world.rank < world.size:
+                raise UserError(f"{rank} = {world.rank} is not below {size} = {world.size}; ranks count from 0")
+            if world.size > 1 and not environment.get("MASTER_ADDR"):
+                if rank == "SLURM_PROCID":
+                    return World()  # an interactive shell inside an allocation, not a launched task
+                raise UserError(f"MASTER_ADDR is not set for {world.size} ranks; start them with torchrun or SLURM")
+            if world.size > 1:
+                _number_in(environment, "MASTER_PORT", "")
+            return world
         return World()
 
 
-def follow_launcher() -> None:
-    """On Linux: be asked to stop (SIGTERM) when the launcher dies, so that killing it leaves no orphans behind."""
-    if sys.platform == "linux":
-        parent_death_signal = 1
-        ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
+def _number_in(environment: Mapping[str, str], name: str, default: str) -> int:
+    text = environment.get(name, default)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise UserError(
+            f"{name} = {text[:40]!r} in the environment is not a number; start the ranks with torchrun or SLURM, or "
+            f"unset {name} to run one process"
+        )
+    return int(text)
+
+
+def follow_launcher(world: World) -> None:
+    """On Linux: be asked to stop (SIGTERM) when the launcher dies, so that killing it leaves no orphans behind.
+
+    A launcher that died before the request was made sends nothing: this process then ends at once.
+    """
+    if world.size == 1 or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+    if _orphaned(os.environ, os.getppid()):
+        leave(STOPPED, world)
+
+
+def _orphaned(environment: Mapping[str, str], parent: int) -> bool:
+    """Whether torchrun is gone and the system's init has adopted this process.
+
+    torchrun runs its workers with its own interpreter: it may itself be process 1, of a container.
+    """
+    if parent != 1 or "TORCHELASTIC_RUN_ID" not in environment:
+        return False
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{parent}/exe") != os.readlink("/proc/self/exe")
+    return True
+
+
+# Requests to stop
+
+
+class StoppedEarly(Exception):
+    """A request to stop came before there was anything to save."""
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGUSR1 from the first moment of a process; the loop asks at step boundaries, when all
+    ranks can agree.
+
+    Before the ranks have met they cannot agree, and the main thread may sit in a library that returns to Python only
+    after minutes. Within `at_once` a request therefore ends the process on the spot, from a thread that the signals
+    wake.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self._guard = threading.Lock()
+        self._leave: Callable[[int], None] | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Hear signals within; also those that a launcher has blocked until someone listens."""
+
+        def remember(number: int, frame: FrameType | None) -> None:
+            self.signal = signal.Signals(number).name
+
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        previous_descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+        threading.Thread(target=self._heed, args=(reading,), name="stop request", daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_descriptor)
+            os.close(writing)
+
+    def _heed(self, reading: int) -> None:
+        """The thread: woken by every signal, whatever the main thread does."""
+        while byte := os.read(reading, 1):
+            if byte[0] in STOP_SIGNALS:
+                self.signal = signal.Signals(byte[0]).name
+                self._leave_if_allowed(STOPPED)
+            elif byte[0] == signal.SIGINT:
+                time.sleep(_INTERRUPT_SECONDS)  # the main thread answers by itself where it can
+                self._leave_if_allowed(INTERRUPTED)
+        os.close(reading)
+
+    def _leave_if_allowed(self, code: int) -> None:
+        with self._guard:
+            if self._leave is not None:
+                self._leave(code)
+
+    @contextlib.contextmanager
+    def at_once(self, world: World, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Within, a request ends the process with 75 after `clean_up`; raises `StoppedEarly` if one came before."""
+
+        def go(code: int) -> None:
+            clean_up()
+            if world.rank == 0:
+                print("stopped on request before training began", file=sys.stderr, flush=True)
+            leave(code, world)
+
+        with self._guard:
+            if self.signal is not None:
+                raise StoppedEarly
+            self._leave = go
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._leave = None
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep for so long, or until there is a request; whether there is one."""
+        deadline = time.monotonic() + seconds
+        while self.signal is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.signal is not None
+
+    def agreed(self, mesh: Mesh) -> bool:
+        """Whether any rank has been asked to stop; asked by all together."""
+        import torch
+
+        asked = torch.tensor([float(self.signal is not None)], device=mesh.device)
+        mesh.world.all_reduce(asked).wait()
+        return bool(asked.item())
+
+
+# How ranks find each other
 
 
 def choose_device(config: Config, world: World) -> torch.device:
-    """The GPU of this local rank, or the CPU: `run.device`."""
+    """The GPU of this local rank, or the CPU: `run.device`. Where each task sees one GPU only, that one."""
+    import torch
+
     if config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if world.local_rank >= count:
+    count, index = torch.cuda.device_count(), world.local_rank
+    if count == 1 and "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+        index = 0  # the others of this machine see others: srun --gpus-per-task=1, a container for each rank
+    if index >= count:
         raise UserError(
             f"local rank {world.local_rank} has no GPU: this machine has {count}; start {count} processes on it, "
             "or set run.device to cpu"
         )
-    torch.cuda.set_device(world.local_rank)
-    return torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def connect(config: Config, world: World, device: torch.device) -> Mesh:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and build the mesh; with start-up's patience for now."""
+    import torch.distributed as dist
+
+    from megalite.mesh import DATA_AXES, Mesh, create_group
+
     timeout = timedelta(seconds=max(STARTUP_TIMEOUT_SECONDS, config.train.timeout_seconds))
     if world.size > 1:
+        # Pairs of pipeline neighbours have communicators of their own: what torch warns of cannot happen.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     parallel = config.parallel
@@ -108,39 +267,39 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
     return mesh
 
 
-class StopRequest:
-    """Remembers SIGTERM and SIGUSR1; the loop asks at step boundaries, when all ranks can agree."""
+# What a rank says, and how it ends
 
-    def __init__(self) -> None:
-        self.signal: str | None = None
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        def remember(number: int, frame: FrameType | None) -> None:
-            self.signal = signal.Signals(number).name
+class RunLog:
+    """What this rank says: on the terminal at once, and from `keep` on in run.dir/log, with all that was said before.
 
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    Rank 0's notices and all warnings go to the terminal. A start that is refused leaves no file.
+    """
+
+    def __init__(self, config: Config, world: World) -> None:
+        self._path = Path(config.run.dir) / "log" / f"rank_{world.rank:05d}.log"
+        self._held = logging.handlers.MemoryHandler(1 << 30, logging.CRITICAL + 1, flushOnClose=False)
+        self._terminal = logging.StreamHandler(sys.stderr)
+        self._terminal.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
+        prefix = f"[rank {world.rank}] " if world.rank else ""
+        self._terminal.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+        log.handlers[:] = [self._held, self._terminal]
+        logging.raiseExceptions = False  # a full disk must not fill the terminal with the log's own traces
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
+    def keep(self) -> None:
+        """The run was accepted: open the file."""
         try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def open_log(config: Config, world: World) -> None:
-    """Everything goes to this rank's file under run.dir/log; rank 0's notices and all warnings to the terminal too."""
-    folder = Path(config.run.dir) / "log"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / f"rank_{world.rank:05d}.log", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    terminal = logging.StreamHandler(sys.stderr)
-    terminal.setLevel(logging.INFO if world.rank == 0 else logging.WARNING)
-    prefix = "" if world.size == 1 else f"[rank {world.rank}] "
-    terminal.setFormatter(logging.Formatter(f"{prefix if world.rank else ''}%(message)s"))
-    log.handlers[:] = [file, terminal]
-    logging.raiseExceptions = False  # a full disk must not fill the terminal with the log's own traces
-    log.setLevel(logging.INFO)
-    log.propagate = False
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(self._path, encoding="utf-8")
+        except OSError as error:
+            log.warning("%s cannot be written (%s); training goes on without it", self._path, error.strerror)
+            return
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._held.setTarget(file)
+        self._held.flush()
+        log.handlers[:] = [file, self._terminal]
 
 
 def leave(code: int, world: World) -> None:
@@ -149,27 +308,26 @@ def leave(code: int, world: World) -> None:
     if folder:
         with contextlib.suppress(OSError):
             (Path(folder) / f"rank_{world.rank:05d}").write_text(f"{code}\n")
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not change the code
+            stream.flush()
     # Threads that still wait for a dead peer would keep an ordinary exit from ending.
     os._exit(code)
 
 
 def explain_fault(error: BaseException, world: World, stop: StopRequest) -> None:
-    """One line on the terminal, the trace in the rank's log. A lost peer's own complaint goes first."""
+    """One line on the terminal, the trace in the rank's log, or before it where there is no log yet. A lost peer's own
+    complaint goes first."""
     trace = "".join(traceback.format_exception(error))
-    for handler in log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(logging.LogRecord("megalite", logging.ERROR, "", 0, trace, None, None))
-    if world.size > 1 and isinstance(error, RuntimeError):
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while time.monotonic() < deadline and stop.signal is None:
-            time.sleep(0.1)
-        if stop.signal is not None:
-            return
+    files = [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
+    for handler in files:
+        handler.emit(logging.LogRecord("megalite", logging.ERROR, "", 0, trace, None, None))
+    if world.size > 1 and isinstance(error, RuntimeError) and stop.wait(_PATIENCE_SECONDS):
+        return
     summary = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    where = f"log/rank_{world.rank:05d}.log"
-    print(
-        f"error: rank {world.rank}: {type(error).__name__}: {summary} (trace in {where})", file=sys.stderr, flush=True
-    )
+    where = f" (trace in log/rank_{world.rank:05d}.log)" if files else ""
+    if not files:
+        print(trace, file=sys.stderr, end="")
+    print(f"error: rank {world.rank}: {type(error).__name__}: {summary}{where}", file=sys.stderr, flush=True)

@@ -2,21 +2,33 @@
 
 A checkpoint has its final name, `step_00000100`, if and only if it is complete: it is written under another name,
 synced and renamed; it is deleted by renaming it first. Order is by step number, never by a clock.
+
+What is deleted here are directories under names that this module gives, and nothing else. A link to a checkpoint
+elsewhere is deleted as a link; files, and directories under other names, are left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from megalite.checkpoint.files import sync_directory, write_durably
+from megalite.checkpoint.files import write_durably
 from megalite.checkpoint.manifest import MANIFEST, Manifest
 from megalite.errors import UserError
+from megalite.files import sync_directory
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-_STEP = re.compile(r"step_(\d{8,})")
+_STEP = re.compile(r"step_([0-9]{8,})")
 _PARTIAL, _DELETED, _REPLACED, _DAMAGED = ".partial", ".deleted", ".replaced", ".damaged"
+_LEFT = re.compile(r"step_[0-9]{8,}((\.[^/]+-[0-9]+(-[0-9a-f]{8})?)?\.partial|\.(deleted|replaced)[0-9]*)")
+_TEMPORARY = (_PARTIAL, _DELETED, _REPLACED)
 
 
 def step_name(step: int) -> str:
@@ -49,61 +61,99 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path} holds no checkpoint ({MANIFEST}, or {CHECKPOINTS}/step_…)")
 
 
+def remove(path: Path) -> None:
+    """Delete a directory of ours, or the link that stands for one; raises OSError, for plain files too."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def remove_calmly(path: Path) -> None:
+    """`remove`; what cannot be deleted is told, and stays for the next sweep."""
+    try:
+        remove(path)
+    except OSError as error:
+        log.warning("%s could not be deleted: %s", path, error)
+
+
+def _free_name(path: Path, suffix: str) -> Path:
+    """`path` with a suffix, and a number where something has that name."""
+    number = 0
+    while os.path.lexists(name := path.with_name(f"{path.name}{suffix}{number or ''}")):
+        number += 1
+    return name
+
+
 def prepare(final: Path, owner: str = "") -> Path:
     """An empty directory to write the checkpoint into; the remains of an interrupted attempt are removed."""
     partial = partial_path(final, owner)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    if partial.is_dir() or partial.is_symlink():
+        remove(partial)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{partial} cannot be made: {error.strerror}") from None
     return partial
 
 
 def commit(partial: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, make everything durable and give the checkpoint its final name.
 
-    An older checkpoint of the same step (from before a rollback) is replaced.
+    An older checkpoint of the same step (from before a rollback) is replaced; something else under that name is set
+    aside.
     """
     write_durably(partial / MANIFEST, manifest.to_bytes())
     sync_directory(partial)
-    replaced = final.with_name(final.name + _REPLACED)
-    if final.exists():
-        final.rename(replaced)
+    replaced = None
+    if final.is_dir():
+        replaced = final.rename(_free_name(final, _REPLACED))
+    elif os.path.lexists(final):
+        log.warning("%s is no checkpoint: set aside as %s", final, set_aside(final))
     partial.rename(final)
     sync_directory(final.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    if replaced is not None:
+        remove_calmly(replaced)
 
 
 def retire(path: Path) -> None:
     """Delete a complete checkpoint: first its name, then its content."""
-    deleted = path.with_name(path.name + _DELETED)
-    if deleted.exists():
-        shutil.rmtree(deleted)
-    path.rename(deleted)
-    shutil.rmtree(deleted)
+    remove_calmly(path.rename(_free_name(path, _DELETED)))
 
 
 def set_aside(path: Path) -> Path:
     """Take a damaged checkpoint out of the order, its content kept for whoever wants to look; its new path."""
-    number = 0
-    while (aside := path.with_name(f"{path.name}{_DAMAGED}{number or ''}")).exists():
-        number += 1
-    path.rename(aside)
+    aside = path.rename(_free_name(path, _DAMAGED))
     sync_directory(path.parent)
     return aside
+
+
+def restore(folder: Path) -> None:
+    """Give a checkpoint that was to be replaced, and whose successor did not arrive, its name back."""
+    for path in _left(folder):
+        final, replaced, _ = path.name.rpartition(_REPLACED)
+        if replaced and not os.path.lexists(path.with_name(final)):
+            path.rename(path.with_name(final))
 
 
 def sweep(folder: Path) -> list[Path]:
     """Remove what interrupted saves and deletions left behind; only for the holder of the run directory's lock.
 
-    A checkpoint that was to be replaced, and whose successor did not arrive, gets its name back.
+    Returns what was found. Whatever looks similar and is not ours is named and left alone; nothing here stops a start.
     """
-    if not folder.is_dir():
-        return []
-    for path in folder.glob("*" + _REPLACED):
-        if not (final := path.with_name(path.name.removesuffix(_REPLACED))).exists():
-            path.rename(final)
-    left = [path for path in sorted(folder.iterdir()) if path.name.endswith((_PARTIAL, _DELETED, _REPLACED))]
+    restore(folder)
+    left = list(_left(folder))
     for path in left:
-        shutil.rmtree(path)
+        remove_calmly(path)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name.endswith(_TEMPORARY) and path not in left:
+            log.warning("%s was not made by a checkpoint's save: left alone", path)
     return left
+
+
+def _left(folder: Path) -> Iterator[Path]:
+    """Directories under temporary names of ours, and links (that stand for checkpoints elsewhere)."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in sorted(folder.iterdir()):
+            if _LEFT.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):
+                yield path

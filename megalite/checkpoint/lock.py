@@ -1,9 +1,14 @@
 """One run directory, one job: the lock file `run.lock` names host, process and job of the run that writes there.
 
 The file appears with its whole content at once (a hard link of a finished temporary file). A lock is taken over only
-when its holder is known to be gone: the process is dead on this very host, an earlier start or step of the same SLURM
-job held it, or a job that SLURM calls over (`MEGALITE_ENDED_JOB`, from the job's script). In every other case the run
-is refused: clocks and file times of two machines prove nothing.
+when its holder is known to be gone:
+
+- an earlier start or step of the same SLURM job held it, or a job that SLURM calls over (`MEGALITE_ENDED_JOB`);
+- its process is dead, asked under the same kernel (boot id) and in the same pid namespace, where numbers mean the same;
+- another pid namespace of the same kernel held it, and the kernel's own lock (flock) on the file is free again;
+- this host has been started anew since, and neither the holder nor this process runs in a container.
+
+In every other case the run is refused: host names, clocks and file times of two machines prove nothing.
 
 What SLURM calls over may live on behind a cut network. So the lock is a fence too: its holder looks at it again before
 it changes checkpoints, and ends if it has been taken over; and `token` keeps the unfinished files of two holders apart.
@@ -15,36 +20,66 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megalite.errors import UserError
+from megalite.files import locked, read_bounded
 
 LOCK = "run.lock"
 ENDED_JOB_ENVIRONMENT = "MEGALITE_ENDED_JOB"
 """Names the SLURM job that holds the lock where SLURM knows that it is over."""
+
+_MAX_BYTES = 1 << 16
+_MAX_PID = 1 << 31
+_INITIAL_PID_NAMESPACE = "pid:[4026531836]"
+"""That of a system without containers; the number is fixed in the kernel (PROC_PID_INIT_INO)."""
+_FIELDS = {"host": str, "pid": int, "started": str, "job_id": str, "restart_count": str, "step_id": str}
+_LATER_FIELDS = {"boot": str, "machine": str, "pid_namespace": str, "flock": bool}
+"""Absent from locks of older versions."""
 
 
 class TakenOver(RuntimeError):
     """A later start has taken the run directory over: this process must not write there any more."""
 
 
-def _process_start(pid: int) -> str:
-    """When a process was started, in the kernel's ticks since boot; empty where it does not run or cannot be asked."""
+def _system(path: str) -> str:
+    """What the system says of itself; empty where it does not."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(path).read_text().strip()
     except OSError:
         return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str:
+    """When a process was started, in the kernel's ticks since boot; empty where it does not run or cannot be asked."""
+    fields = _system(f"/proc/{pid}/stat").rpartition(")")[2].split()
     # A zombie holds no files and writes nothing any more.
-    return "" if fields[0] in "ZX" else fields[19]
+    return "" if not fields or fields[0] in "ZX" else fields[19]
 
 
 def _identity() -> dict[str, Any]:
     job = {name: os.environ.get(f"SLURM_{name.upper()}", "") for name in ("job_id", "restart_count", "step_id")}
     pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, "started": _process_start(pid), **job}
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": _process_start(pid),
+        **job,
+        "boot": _system("/proc/sys/kernel/random/boot_id"),
+        "machine": _system("/etc/machine-id"),
+        "pid_namespace": _pid_namespace(),
+        "flock": False,
+    }
 
 
 def _alive(pid: int, started: str) -> bool:
@@ -60,17 +95,34 @@ def _alive(pid: int, started: str) -> bool:
 
 
 def _number(text: str) -> int:
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 18 else 0
 
 
-def _gone(holder: dict[str, Any], own: dict[str, Any]) -> bool:
+def _gone(holder: dict[str, Any], own: dict[str, Any], path: Path) -> bool:
     if own["job_id"] and holder["job_id"] == own["job_id"]:
         then, now = ((_number(one["restart_count"]), _number(one["step_id"])) for one in (holder, own))
         if now != then:
             return now > then
     elif holder["job_id"] and holder["job_id"] == os.environ.get(ENDED_JOB_ENVIRONMENT):
         return True
-    return holder["host"] == own["host"] and not _alive(holder["pid"], holder["started"])
+    if holder["host"] != own["host"]:
+        return False
+    if holder["boot"] != own["boot"]:
+        namespaces = {holder["pid_namespace"], own["pid_namespace"]}
+        same_machine = bool(own["machine"]) and holder["machine"] == own["machine"]
+        return same_machine and namespaces == {_INITIAL_PID_NAMESPACE}
+    if holder["pid_namespace"] != own["pid_namespace"]:
+        return holder["flock"] and _is_free(path)
+    return not _alive(holder["pid"], holder["started"])
+
+
+def _is_free(path: Path) -> bool:
+    """Whether no process holds the kernel's lock on the file; False where it cannot be asked."""
+    try:
+        with locked(path) as held:
+            return held
+    except OSError:
+        return False
 
 
 def _describe(holder: dict[str, Any]) -> str:
@@ -78,57 +130,60 @@ def _describe(holder: dict[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']}{job}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    fields = {"host": str, "pid": int, "started": str, "job_id": str, "restart_count": str, "step_id": str}
-    try:
-        holder = json.loads(path.read_text())
-        if isinstance(holder, dict) and all(isinstance(holder.get(name), kind) for name, kind in fields.items()):
-            return holder
-    except (OSError, ValueError):
-        pass
+def _read(path: Path, own: dict[str, Any]) -> dict[str, Any]:
+    """The holder that a lock names; what older versions did not write is taken to be as it is here."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        holder = json.loads(read_bounded(path, _MAX_BYTES))
+        if isinstance(holder, dict):
+            holder = {name: own[name] for name in _LATER_FIELDS} | {"flock": False} | holder
+            fields = _FIELDS | _LATER_FIELDS
+            if all(type(holder.get(name)) is kind for name, kind in fields.items()) and 0 < holder["pid"] < _MAX_PID:
+                return holder
     raise UserError(f"{path} is not readable as a lock; if no run uses {path.parent}, delete it")
-
-
-@contextlib.contextmanager
-def _alone_on_this_host(directory: Path) -> Iterator[None]:
-    """Two runs that start at once on one host look at a stale lock one after the other."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # file systems without flock: the link below still decides
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class RunLock:
     """Held from construction until `release`; raises `UserError` where another run holds the directory."""
 
-    def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self.path = run_dir / LOCK
+    def __init__(self, run_dir: Path | str) -> None:
+        self.path = Path(run_dir) / LOCK
         self._own = _identity()
-        self._acquire()
-
-    @property
-    def token(self) -> str:
-        """A word for file names that no other living holder has."""
-        return f"{self._own['host']}-{self._own['pid']}"
+        self.token = f"{self._own['host']}-{self._own['pid']}-{secrets.token_hex(4)}"
+        """A word for file names that no other holder has; two containers may have one host name and process number."""
+        self._file: BinaryIO | None = None
+        try:
+            self._made = not self.path.parent.is_dir()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+            raise UserError(f"run.dir = {str(run_dir)!r} cannot be used: {error}") from None
 
     def _acquire(self) -> None:
         temporary = self.path.with_name(f"{LOCK}.{self.token}")
-        with _alone_on_this_host(self.path.parent):
-            temporary.write_text(json.dumps(self._own) + "\n")
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # file systems without flock: the link below still decides
+                # Two runs that start at once on one host look at a stale lock one after the other.
+                stack.enter_context(locked(self.path.parent, wait=True))
+            # Held open: the kernel's lock on it tells other namespaces that we live.
+            file = open(temporary, "xb")  # noqa: SIM115
             try:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._own["flock"] = True
+                file.write(json.dumps(self._own).encode() + b"\n")
+                file.flush()
                 self._take(temporary)
+                self._file = file
             finally:
                 temporary.unlink(missing_ok=True)
+                if self._file is not file:
+                    file.close()
 
     def verify(self) -> None:
         """Raise `TakenOver` if another holds the directory now; a lock that was deleted is made again."""
         if not self.path.exists():
             self._acquire()
-        holder = _read(self.path)
+        holder = _read(self.path, self._own)
         if holder != self._own:
             raise TakenOver(f"run.dir = {self.path.parent} was taken over by {_describe(holder)}; this start ends")
 
@@ -138,8 +193,8 @@ class RunLock:
             return
         except FileExistsError:
             pass
-        holder = _read(self.path)
-        if not _gone(holder, self._own):
+        holder = _read(self.path, self._own)
+        if not _gone(holder, self._own, self.path):
             raise UserError(
                 f"run.dir = {self.path.parent} is in use by {_describe(holder)}; "
                 f"choose another run.dir, or delete {self.path} if that run is over"
@@ -147,7 +202,15 @@ class RunLock:
         os.replace(temporary, self.path)
 
     def release(self) -> None:
-        """Give the directory free, unless someone has removed or replaced the lock meanwhile."""
+        """Give the directory free, unless someone has removed or replaced the lock meanwhile. May be called again.
+
+        A directory that was made for the lock alone goes with it.
+        """
         with contextlib.suppress(OSError, UserError):
-            if _read(self.path) == self._own:
+            if _read(self.path, self._own) == self._own:
                 self.path.unlink()
+                if self._made:
+                    self.path.parent.rmdir()
+        if self._file is not None:
+            self._file.close()
+            self._file = None

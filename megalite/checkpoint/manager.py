@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 import threading
 import time
 import zlib
@@ -29,6 +28,7 @@ from torch import Tensor
 from megalite.checkpoint import directory
 from megalite.checkpoint.files import DamagedFile, write_durably, write_tensor_file
 from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
+from megalite.checkpoint.identity import RunIdentity
 from megalite.checkpoint.lock import RunLock
 from megalite.checkpoint.manifest import Index, Manifest, Piece, add_piece
 from megalite.checkpoint.peers import Peers
@@ -74,15 +74,17 @@ def _attempt(action: Callable[[], Any]) -> str | None:
 class CheckpointManager:
     """The checkpoints under `run_dir`; made, used and closed by all ranks together.
 
-    Holds the lock of the run directory until `close`; construction raises `UserError` where another run holds it.
+    Holds the lock of the run directory until `close`: `lock`, which rank 0 may hold already, or one of its own; then
+    construction raises `UserError` where another run holds it. Nothing but the lock is written before `accept`.
     `failures` counts saves that failed, `last_failure` tells why: each is reported and cleaned up, and the run goes on.
     """
 
-    def __init__(self, run_dir: Path | str, config: Config, mesh: Mesh) -> None:
+    def __init__(self, run_dir: Path | str, config: Config, mesh: Mesh, lock: RunLock | None = None) -> None:
         self.config, self.failures, self.last_failure = config, 0, ""
         self.folder = Path(run_dir) / directory.CHECKPOINTS
         self._peers = Peers(mesh)
-        self._lock: RunLock | None = None
+        self._lock = lock
+        self._identity: RunIdentity | None = None
         self._staging: Staging | None = None
         self._writer: threading.Thread | None = None
         self._crash: BaseException | None = None
@@ -94,10 +96,16 @@ class CheckpointManager:
         self._looked = time.monotonic()
 
     def _begin(self) -> None:
-        self._lock = RunLock(self.folder.parent)
-        self.folder.mkdir(exist_ok=True)
-        for path in directory.sweep(self.folder):
-            log.warning("removed %s, left by an interrupted run", path)
+        self._lock = self._lock or RunLock(self.folder.parent)
+        directory.restore(self.folder)
+        self._identity = RunIdentity(self.folder, self.config.checkpoint.allow_other_run)
+
+    def accept(self) -> None:
+        """The run is to go on in this directory: clear away what interrupted ones left, and keep the run's id."""
+        if self._identity is not None and not self._identity.kept:
+            for path in directory.sweep(self.folder):
+                log.warning("removed %s, left by an interrupted run", path)
+            self._identity.keep()
 
     def _verify(self) -> None:
         if self._lock is not None:
@@ -164,8 +172,8 @@ class CheckpointManager:
         fault = "; ".join(faults)
         if first and not fault:
             fault = _attempt(lambda: self._commit(partial, snapshot, reports))
-        if first and fault:
-            shutil.rmtree(partial, ignore_errors=True)
+        if first and fault and partial.is_dir():
+            directory.remove_calmly(partial)
         if fault := self._peers.first(fault):
             return self._failed(snapshot, fault)
         if first:
@@ -174,6 +182,7 @@ class CheckpointManager:
 
     def _prepare(self, final: Path) -> None:
         self._verify()
+        self.accept()
         directory.prepare(final, self._owner)
 
     def _failed(self, snapshot: _Snapshot, fault: str) -> bool:
@@ -218,6 +227,7 @@ class CheckpointManager:
                 add_piece(index, kind, name, shape, "F32", piece)
                 manifest.files[piece.file] = (report["bytes"], report["header"])
         manifest.index = index
+        manifest.run = self._identity.own if self._identity else ""
         manifest.check_tiling(partial)
         for name, content in self._extras():
             write_durably(partial / name, content)
@@ -262,7 +272,7 @@ class CheckpointManager:
 
         A damaged checkpoint is reported and set aside, and the one before it is used. `fingerprint` identifies the
         training data; it is compared with `state["fingerprint"]` unless `checkpoint.allow_data_change`. Raises
-        `UserError` where all checkpoints are damaged, or where the newest is of another model or of other data.
+        `UserError` where all checkpoints are damaged, or where the newest is of another run, model or data.
         """
         self.wait()
         steps = [step for step in self.steps() if at_most is None or step <= at_most]
@@ -279,6 +289,7 @@ class CheckpointManager:
                 continue
             if self._peers.rank == 0 and damaged:
                 self._verify()
+                self.accept()
                 for path in damaged:
                     log.error("the damaged checkpoint was set aside as %s", directory.set_aside(path))
             self._peers.first(None)
@@ -318,6 +329,8 @@ class CheckpointManager:
         def read() -> None:
             with CheckpointReader(path) as reader:
                 manifests.append(reader.manifest)
+                if resume and self._identity is not None:
+                    self._identity.compare(reader.manifest.run, path)
                 compare_model(reader.manifest.model, path, self.config.model, () if resume else ADAPTABLE)
                 if fingerprint is not None and not self.config.checkpoint.allow_data_change:
                     compare_fingerprint(reader, fingerprint)

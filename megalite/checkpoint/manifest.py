@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: everything that is not a tensor, and where every piece of every tensor lies.
 
 A checkpoint directory holds safetensors files of *pieces*, boxes of global tensors under keys such as
-`weight/model.norm.weight/0`, and one `manifest.json`, written last: step, model, the loop's state, the files with
+`weight/model.norm.weight/0`, and one `manifest.json`, written last: step, run, model, the loop's state, the files with
 their sizes, and for each kind of tensor (`weight`, the fp32 master weights; `exp_avg` and `exp_avg_sq`, the optimizer's
 moments) the global shape and the pieces with their CRC-32. The manifest carries a checksum of itself.
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megalite.checkpoint.files import DTYPES, DamagedFile, is_extents, parse_json
+from megalite.checkpoint.files import DTYPES, DamagedFile, is_extents, parse_json, read_regular
 from megalite.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -30,6 +30,7 @@ KINDS = (WEIGHT, *MOMENTS)
 
 _FORMAT, _VERSION = "megalite checkpoint", 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
+_RUN = re.compile("[0-9a-f]{0,64}")
 _PREFIX = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "checkpoint": ')
 _SUFFIX = b"}\n"
 _MAX_BYTES = 1 << 31
@@ -97,7 +98,8 @@ class Manifest:
 
     `updates` counts the optimizer's updates, which the moments have seen; `model` are the fields of `ModelConfig`;
     `state` is the loop's own. `files` are those of the tensors, with (bytes, CRC-32 of the header), `extras` further
-    files (config.toml, a tokenizer) with (bytes, CRC-32).
+    files (config.toml, a tokenizer) with (bytes, CRC-32). `run` is the id of the run that wrote it; empty for imported
+    weights and for checkpoints of older versions.
     """
 
     step: int
@@ -107,6 +109,7 @@ class Manifest:
     files: dict[str, tuple[int, int]]
     extras: dict[str, tuple[int, int]]
     index: Index
+    run: str = ""
 
     def shapes(self, kind: str = WEIGHT) -> Mapping[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.index.get(kind, {}).items()}
@@ -131,6 +134,7 @@ class Manifest:
             "version": _VERSION,
             "step": self.step,
             "updates": self.updates,
+            "run": self.run,
             "state": self.state,
             "model": self.model,
             "files": _files_json(self.files, "header_crc32"),
@@ -149,13 +153,7 @@ class Manifest:
     @classmethod
     def from_file(cls, path: Path) -> Manifest:
         """Read and check a manifest; raises `DamagedFile`."""
-        try:
-            size = path.stat().st_size
-            if size > _MAX_BYTES:
-                raise DamagedFile(f"{path} has {size} bytes, at most {_MAX_BYTES} are allowed: not a manifest")
-            data = path.read_bytes()
-        except OSError as error:
-            raise DamagedFile(f"{path}: {error.strerror}: the checkpoint is incomplete") from None
+        data = read_regular(path, _MAX_BYTES)
         prefix = _PREFIX.match(data)
         if prefix is None or not data.endswith(_SUFFIX):
             raise DamagedFile(f"{path} does not begin and end like a manifest: truncated or damaged")
@@ -217,7 +215,10 @@ class _Parser:
             for kind in tensors
         }
         step, updates = (self.count(body.get(name), name) for name in ("step", "updates"))
-        result = Manifest(step, updates, self.object(body, "state"), self.object(body, "model"), files, extras, index)
+        run = body.get("run", "")
+        self.require(isinstance(run, str) and _RUN.fullmatch(run) is not None, "run is not the id of a run")
+        state, model = self.object(body, "state"), self.object(body, "model")
+        result = Manifest(step, updates, state, model, files, extras, index, run)
         result.check_tiling(self.path)
         return result
 

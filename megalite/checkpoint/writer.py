@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megalite.checkpoint.directory import commit, prepare
+from megalite.checkpoint.directory import commit, prepare, remove
 from megalite.checkpoint.files import DTYPE_NAMES, write_durably, write_tensor_file
 from megalite.checkpoint.manifest import WEIGHT, Index, Manifest, Piece, add_piece, piece_key
 from megalite.errors import UserError
@@ -34,7 +34,7 @@ class CheckpointWriter:
         shard_bytes: int = 1 << 30,
     ) -> None:
         self.directory = Path(directory)
-        if self.directory.exists():
+        if os.path.lexists(self.directory):
             raise UserError(f"{self.directory} exists already; give a new directory, or remove it first")
         self._shard_bytes = shard_bytes
         self._index: Index = {}
@@ -88,5 +88,5 @@ class CheckpointWriter:
                 self._manifest.check_tiling(self.directory)
                 commit(self._partial, self.directory, self._manifest)
         finally:
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
+            if self._partial.is_dir():
+                remove(self._partial)

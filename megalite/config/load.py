@@ -32,6 +32,7 @@ class CommandLine(NamedTuple):
 
     config: Config
     check_only: bool
+    recipe: str | None = None
 
 
 def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.train") -> CommandLine:
@@ -41,7 +42,7 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.t
         raise SystemExit(0)
     arguments = [argument for argument in argv if argument != "--check"]
     recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    return CommandLine(load_config(recipe, arguments), "--check" in argv)
+    return CommandLine(load_config(recipe, arguments), "--check" in argv, recipe)
 
 
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -257,6 +257,8 @@ class CheckpointConfig:
     """false: take only the weights from `load`, and start at step 0 (fine-tuning)."""
     allow_data_change: bool = False
     """Go on from a checkpoint although its training data was another."""
+    allow_other_run: bool = False
+    """Go on from a checkpoint in run.dir although another run wrote it."""
 
 
 @dataclass(frozen=True)

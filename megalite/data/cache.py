@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 
 from megalite.data.indexed import sync_folder, writing
 from megalite.errors import UserError
+from megalite.files import private_folder
 
 Arrays = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
@@ -125,7 +125,8 @@ def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
 
 def _open_lock(path: Path) -> int:
     """A descriptor that can be locked: beside the cache, or per node where that file system knows no locks."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(descriptor, fcntl.LOCK_UN)
@@ -134,8 +135,7 @@ def _open_lock(path: Path) -> int:
         return descriptor
     except OSError:
         os.close(descriptor)
-    name = f"megalite-{os.getuid()}-{content_key(path=str(path.resolve()))}.lock"
-    return os.open(Path(tempfile.gettempdir()) / name, os.O_RDWR | os.O_CREAT, 0o600)
+    return os.open(private_folder() / f"{content_key(path=str(path.resolve()))}.lock", flags, 0o600)
 
 
 def _try_lock(descriptor: int) -> bool:

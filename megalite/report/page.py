@@ -13,7 +13,7 @@ import tomli_w
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from megalite.errors import UserError
+from megalite.errors import ENDINGS, UserError
 from megalite.report import curves, timing
 from megalite.report.findings import history, remarks
 from megalite.report.run import Run
@@ -138,8 +138,7 @@ def state_of(run: Run) -> str:
     if code == 0:
         steps, made = run.setting("train", "steps"), run.last("step")
         return "finished" if not steps or not made or made >= steps else "stopped early"
-    known = {75: "stopped on request", 130: "interrupted", 2: "refused"}
-    return known.get(int(code), f"failed (exit code {code})")
+    return ENDINGS.get(int(code), f"failed (exit code {code})")
 
 
 def _summary(run: Run) -> list[str]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megalite.checkpoint.lock import RunLock
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
-from megalite.errors import FINISHED, STOPPED
+from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
 from megalite.mesh import Mesh
 from megalite.observe.events import EventLog, read_events
 from megalite.observe.goodput import account, describe_goodput
@@ -33,10 +33,6 @@ MAX_REFUSED_STEPS = 5
 """So many steps in a row with a loss or gradient that is not finite end the run."""
 
 log = logging.getLogger("megalite")
-
-
-class Diverged(Exception):
-    """The run cannot go on by itself: too many steps in a row were refused."""
 
 
 @dataclass
@@ -80,9 +76,11 @@ class TrainingRun:
         watch: Watch,
         events: EventLog,
         eod: int | None,
+        lock: RunLock | None,
+        accept: Callable[[], None],
     ) -> None:
         self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
-        self.events = events
+        self.events, self._accept = events, accept
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
         train, valid = open_data(config)
         self.fingerprint = train.fingerprint()
@@ -90,7 +88,7 @@ class TrainingRun:
         self.detector = SpikeDetector(config.recovery.spike_threshold)
         self.train_data = Reader(config, mesh, trainer, train, eod)
         self.valid_data = Reader(config, mesh, trainer, valid, eod)
-        self.checkpoints = CheckpointManager(config.run.dir, config, mesh)
+        self.checkpoints = CheckpointManager(config.run.dir, config, mesh, lock)
         self.meter = SpeedMeter(config, mesh.size, mesh.device)
         self.recorder = Recorder(mesh, config.run.dir)
         self.profiler = Profiler(config, mesh, trainer, self.recorder)
@@ -121,6 +119,8 @@ class TrainingRun:
             log.info("resumed at step %d", self.position.step)
         else:
             self._begin()
+        self.checkpoints.accept()
+        self._accept()
         if self.mesh.rank == 0:
             self.metrics = MetricsLog(self.config, self.position.step)
             self._rewind_metrics()
@@ -174,9 +174,7 @@ class TrainingRun:
 
     def _asked_to_stop(self) -> bool:
         """Whether any rank has been asked to stop; asked by all together, after what takes long and is not a step."""
-        asked = torch.tensor([float(self.stop.signal is not None)], device=self.mesh.device)
-        self.mesh.world.all_reduce(asked).wait()
-        return bool(asked.item())
+        return self.stop.agreed(self.mesh)
 
     def _save(self) -> float:
         """Make a checkpoint; the seconds for which training stood still."""
@@ -195,7 +193,10 @@ class TrainingRun:
         saved = self.checkpoints.wait()
         self._tell_failures(failures)
         if not saved:
-            raise Diverged(f"the last checkpoint could not be written; the run directory is {self.config.run.dir}")
+            raise NotSaved(
+                f"the last checkpoint could not be written ({self.checkpoints.last_failure}); "
+                f"mend this and start the same command to go on from the one before, in {self.config.run.dir}"
+            )
         if self.metrics is not None:
             goodput = account(read_events(Path(self.config.run.dir)), self.metrics.rows(), time.time())
             if goodput is not None:

@@ -193,6 +193,7 @@ def test_a_crash_at_any_file_operation_of_a_save(tmp_path: Path, again: bool) ->
             state = manager.load_latest(trainer)
             assert state is not None, f"nothing was left after operation {operation}"
             assert_holds(trainer, contents[state["content"]])
+            manager.accept()
             left = {path.name for path in manager.folder.iterdir()} - {f"step_{n:08d}" for n in manager.steps()}
             assert not left, f"remains of operation {operation}: {left}"
             seen.append(state["content"])

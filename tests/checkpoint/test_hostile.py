@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import zlib
 from collections.abc import Callable
@@ -78,6 +79,8 @@ LIES: dict[str, tuple[Callable[[Body], object], str]] = {
     "wrong checksum": (lambda body: pieces(body)[0].update(crc32="00000000"), "does not match its checksum"),
     "wrong size": (lambda body: body["files"]["part_00000.safetensors"].update(bytes=5), "5 were written"),
     "another format": (lambda body: body.update(format="pickle"), "format is 'pickle'"),
+    "a run that is no id": (lambda body: body.update(run="../x"), "run is not the id"),
+    "a run of another type": (lambda body: body.update(run=[]), "run is not the id"),
     "another version": (lambda body: body.update(version=9), "has version 9"),
     "lists for objects": (lambda body: body.update(tensors=[]), "'tensors' is missing or not an object"),
     "text for an object": (lambda body: body["tensors"]["weight"].update(matrix="x"), "matrix: not an object"),
@@ -101,6 +104,21 @@ def test_no_manifest_at_all(folder: Path, text: bytes) -> None:
         (folder / MANIFEST).write_bytes(content)
         with pytest.raises(UserError, match=MANIFEST):
             CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "part_00000.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "endless", "directory"])
+def test_what_is_no_plain_file(folder: Path, name: str, kind: str) -> None:
+    """A pipe would wait for ever, and a device never ends."""
+    (folder / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "endless":
+        (folder / name).symlink_to("/dev/zero")
+    else:
+        (folder / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is not a regular file"), CheckpointReader(folder) as reader:
+        raise UserError("; ".join(reader.verify()))
 
 
 def header_file(path: Path, header: Any, data: bytes = bytes(40), length: int | None = None) -> Path:

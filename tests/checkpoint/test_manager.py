@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megalite.checkpoint import files
+from megalite.checkpoint import lock as lock_module
 from megalite.checkpoint.lock import LOCK, RunLock
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.source import CheckpointReader, load_weights, model_shapes
@@ -108,8 +109,103 @@ def test_a_requeued_slurm_job_takes_its_own_lock_over(
             RunLock(tmp_path)
 
 
-def test_an_unreadable_lock_is_named(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text("{")
+@pytest.mark.parametrize(
+    ("namespace", "flock", "alive", "free"),
+    [
+        ("pid:[1]", True, True, False),
+        ("pid:[1]", True, False, True),
+        ("pid:[1]", False, False, False),
+        ("", True, False, True),
+    ],
+)
+def test_another_pid_namespace_of_this_kernel(
+    tmp_path: Path, namespace: str, flock: bool, alive: bool, free: bool
+) -> None:
+    """Its process numbers mean nothing here; the kernel's own lock tells whether the holder lives."""
+    lock = RunLock(tmp_path)
+    content = json.loads(lock.path.read_text())
+    lock.path.write_text(json.dumps(content | {"pid": dead_process(), "pid_namespace": namespace, "flock": flock}))
+    if not alive:
+        del lock
+    if free:
+        assert json.loads(RunLock(tmp_path).path.read_text())["pid"] == os.getpid()
+    else:
+        with pytest.raises(UserError, match="in use"):
+            RunLock(tmp_path)
+
+
+def test_containers_with_one_host_name(tmp_path: Path) -> None:
+    """A container that starts while another of the same name trains: the same process number, another namespace."""
+    program = (
+        "import os, sys, time; from megalite.checkpoint.lock import RunLock\n"
+        "try: lock = RunLock(sys.argv[1]); print(os.getpid(), flush=True); sys.stdin.readline()\n"
+        "except Exception as error: print(error, flush=True)\n"
+    )
+    command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", program, str(tmp_path)]
+    if subprocess.run([*command[:4], "true"], capture_output=True).returncode:
+        pytest.skip("pid namespaces need privileges")
+    first, second = (subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in "12")
+    said = sorted(process.stdout.readline() for process in (first, second) if process.stdout)
+    assert said[0] == "1\n" and "in use by process 1 on" in said[1]
+    for process in (first, second):
+        process.communicate("\n")
+    RunLock(tmp_path)  # the winner has ended without a release
+
+
+@pytest.mark.parametrize(
+    ("machines", "namespace", "free"),
+    [
+        (("m", "m"), "pid:[4026531836]", True),  # this host has been started anew
+        (("m", "n"), "pid:[4026531836]", False),
+        (("", ""), "pid:[4026531836]", False),
+        (("m", "m"), "pid:[5]", False),  # a container, whose machine-id may be its image's
+    ],
+)
+def test_another_boot_of_this_host_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: tuple[str, str], namespace: str, free: bool
+) -> None:
+    real = lock_module._identity
+    for machine, boot in zip(machines, ("old", "new")):
+        own = {"machine": machine, "boot": boot, "pid_namespace": namespace}
+        monkeypatch.setattr(lock_module, "_identity", lambda own=own: real() | own)
+        if boot == "old" or free:
+            RunLock(tmp_path)
+        else:
+            with pytest.raises(UserError, match="in use"):
+                RunLock(tmp_path)
+
+
+def test_a_lock_of_an_older_version_is_understood(tmp_path: Path) -> None:
+    holder(tmp_path)
+    content = json.loads((tmp_path / LOCK).read_text())
+    for name in ("boot", "machine", "pid_namespace", "flock"):
+        del content[name]
+    (tmp_path / LOCK).write_text(json.dumps(content))
+    with pytest.raises(UserError, match="in use"):
+        RunLock(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps(content | {"pid": dead_process()}))
+    RunLock(tmp_path)
+
+
+@pytest.mark.parametrize("pid", [1e30, 10**30, 1 << 31, 0, -1, True, "1", None])
+def test_a_process_number_that_is_none(tmp_path: Path, pid: object) -> None:
+    holder(tmp_path, pid=pid)
+    with pytest.raises(UserError, match="is not readable as a lock"):
+        RunLock(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[" * 10_000, "\0", "1" * 5000, "[]", " " * 100_000, None, "pipe", "/dev/zero"]
+)
+def test_an_unreadable_lock_is_named(tmp_path: Path, content: str | None) -> None:
+    if content is None:
+        (tmp_path / LOCK).mkdir()
+    elif content == "pipe":
+        os.mkfifo(tmp_path / LOCK)
+    elif content.startswith("/"):
+        (tmp_path / LOCK).symlink_to(content)
+    else:
+        (tmp_path / LOCK).write_text(content)
     with pytest.raises(UserError, match=f"{tmp_path / LOCK} is not readable as a lock"):
         RunLock(tmp_path)
 
@@ -163,14 +259,83 @@ def test_order_is_by_step_whatever_the_clocks_say(trainer: Trainer, tmp_path: Pa
         assert manager.steps() == [100_000_000, 100_000_001]
 
 
-def test_remains_are_swept_and_strangers_left_alone(trainer: Trainer, tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    for name in ("step_00000007.partial", "step_00000003.deleted", "step_x", "notes"):
+def test_remains_are_swept_and_strangers_left_alone(
+    trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only directories under our own temporary names go; whatever else looks like them stays, and is named."""
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    ours = (
+        "step_00000007.partial",
+        "step_00000007.node-1.x-12.partial",
+        "step_00000003.deleted",
+        "step_00000003.deleted1",
+    )
+    strangers = ("step_x", "notes", "my.partial", "step_00000007.mine.deleted")
+    for name in (*ours, *strangers, str(elsewhere)):
         (folder / name).mkdir(parents=True)
         (folder / name / "file").write_text("content")
+    files = ("download.partial", "step_00000009.partial", "step_00000009")
+    for name in files:
+        (folder / name).write_text("a file")
+    (folder / "step_00000011.deleted").symlink_to(elsewhere)
     with manager_of(trainer, tmp_path) as manager:
         assert manager.load_latest(trainer) is None
-        assert sorted(path.name for path in folder.iterdir()) == ["notes", "step_x"]
+        assert len(list(folder.iterdir())) == 12, "nothing is touched before the run is accepted"
+        manager.accept()
+        assert sorted(path.name for path in folder.iterdir()) == sorted((*strangers, *files))
+        assert manager.save(trainer, {"step": 9}) and manager.steps() == [9]
+    assert (elsewhere / "file").read_text() == "content"
+    for name in ("my.partial", "download.partial", "step_00000009.partial"):
+        assert f"{folder / name} was not made by a checkpoint's save: left alone" in caplog.text
+    assert (folder / "step_00000009.damaged").read_text() == "a file", "what stood in the way was set aside"
+
+
+def test_a_linked_checkpoint_is_deleted_as_a_link(trainer: Trainer, tmp_path: Path) -> None:
+    """By retention, by a rollback, by a save of the same step, and after damage; what it stands for stays."""
+    with manager_of(trainer, tmp_path / "other") as other:
+        for step in (1, 2, 3, 4):
+            other.save(trainer, {"step": step})
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+
+    def link(step: int) -> None:
+        (folder / f"step_{step:08d}").symlink_to(other.folder / f"step_{step:08d}")
+
+    link(1)
+    link(2)
+    (folder / "step_00000001.deleted").write_text("in the way")
+    with manager_of(trainer, tmp_path / "run", keep=1, allow_other_run=True) as manager:
+        assert manager.load_latest(trainer) == {"step": 2}
+        manager.save(trainer, {"step": 2})
+        assert manager.steps() == [2] and not (folder / "step_00000002").is_symlink()
+        link(3)
+        manager.discard_after(2)
+        assert manager.steps() == [2]
+    link(4)
+    (other.folder / "step_00000004" / "config.toml").unlink()
+    with manager_of(trainer, tmp_path / "run", allow_other_run=True) as manager:
+        assert manager.load_latest(trainer) == {"step": 2}
+    assert (folder / "step_00000004.damaged").is_symlink()
+    assert sorted(path.name for path in other.folder.iterdir()) == [f"step_{step:08d}" for step in (1, 2, 3, 4)]
+    with CheckpointReader(other.folder / "step_00000002") as reader:
+        assert not reader.verify()
+
+
+def test_what_cannot_be_deleted_does_not_stop_a_start(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / "checkpoints" / "step_00000007.partial"
+    left.mkdir(parents=True)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with manager_of(trainer, tmp_path) as manager:
+        manager.accept()
+        manager.save(trainer, {"step": 1})
+        assert manager.steps() == [1]
+    assert f"{left} could not be deleted" in caplog.text
 
 
 def test_after_a_rollback_the_abandoned_course_is_gone(trainer: Trainer, tmp_path: Path) -> None:

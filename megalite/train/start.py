@@ -1,0 +1,151 @@
+"""A start of a run, on one rank: from an accepted configuration to the way it ends.
+
+The run directory is locked already. Nothing is written into it before `accept`, which the loop calls when it stands
+where the run is to go on: the checkpoint has been loaded, or the initial weights have been made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalite.checkpoint.directory import CHECKPOINTS, complete_checkpoints
+from megalite.checkpoint.lock import RunLock
+from megalite.config import Config, to_toml
+from megalite.errors import FAULT, INTERRUPTED, STOPPED, UNUSABLE, UserError
+from megalite.files import write_atomically
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.model.cost import FORMULA, parameter_count
+from megalite.observe.events import EventLog
+from megalite.observe.metrics import draw_loss
+from megalite.observe.watch import Watch
+from megalite.runtime import RunLog, StopRequest, World, choose_device, connect
+from megalite.train.loop import TrainingRun
+from megalite.train.trainer import Trainer
+
+log = logging.getLogger("megalite")
+
+
+def write_config(config: Config, recipe: str | None) -> None:
+    """Write run.dir/config.toml, unless it is itself the recipe of this start: its author's file is not overwritten."""
+    path = Path(config.run.dir) / "config.toml"
+    if recipe and path.exists() and path.samefile(recipe):
+        log.info("%s is the recipe of this start and stays as it is; checkpoints keep the configuration in use", path)
+        return
+    try:
+        write_atomically(path, to_toml(config))
+    except OSError as error:
+        log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
+
+
+def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None:
+    """The start-up log: what is trained, how it is laid out, what computes it."""
+    log.info("%s parameters, %s tokens a step", f"{parameter_count(config.model):,}", f"{config.tokens_per_step:,}")
+    log.info(
+        "%d ranks on %s: tensor %d%s x pipeline %d (%s) x data %d (zero %d), %s, recompute %s",
+        mesh.size,
+        mesh.device,
+        mesh.tp,
+        " with sequence" if config.parallel.sequence else "",
+        mesh.pp,
+        config.parallel.schedule,
+        mesh.dp,
+        config.parallel.zero,
+        config.train.precision,
+        config.train.recompute,
+    )
+    log.info("optimizer: %s; FLOPs: %s", trainer.optimizer.name, FORMULA)
+    log.info("kernels: %s", ", ".join(line.removeprefix("kernels.") for line in kernels.splitlines()))
+    log.info("TensorBoard: %s", f"{config.run.dir}/tensorboard" if config.log.tensorboard else "off")
+
+
+def what_is_kept(config: Config) -> str:
+    """After Ctrl-C: where the run can go on, and how to stop it without losing steps."""
+    saved = complete_checkpoints(Path(config.run.dir) / CHECKPOINTS)
+    kept = f"the newest checkpoint is {saved[-1][1]}" if saved else f"{config.run.dir} holds no checkpoint yet"
+    go_on = "go on from it" if saved else "begin anew"
+    return f"{kept}, start the same command to {go_on}; to stop with a checkpoint, send SIGTERM (kill PID), not Ctrl-C"
+
+
+class Start:
+    """One start of a run on one rank; rank 0 holds the lock."""
+
+    def __init__(
+        self, config: Config, recipe: str | None, world: World, stop: StopRequest, lock: RunLock | None
+    ) -> None:
+        self.config, self.recipe, self.world, self.stop, self.lock = config, recipe, world, stop, lock
+        self.accepted = False
+        self.log = RunLog(config, world)
+        self.events = EventLog(config.run.dir, world.rank)
+
+    def accept(self) -> None:
+        """From here on the run directory is this start's to write."""
+        self.accepted = True
+        self.log.keep()
+        if self.world.rank == 0:
+            write_config(self.config, self.recipe)
+        self.events.write_start(self.world.size)
+
+    def run(self, eod: int | None) -> int:
+        """Everything from here to the end; returns the exit code."""
+        try:
+            code = self._run(eod)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(what_is_kept(self.config)) from None
+        except RuntimeError:
+            # Peers that were asked to stop before all had met have left already.
+            if self.stop.signal is None or self.accepted:
+                raise
+            return STOPPED
+        if self.world.size > 1:
+            dist.destroy_process_group()
+        return code
+
+    def _run(self, eod: int | None) -> int:
+        """Meet the other ranks, build the model and train."""
+        with self.stop.at_once(self.world, self.lock.release if self.lock else lambda: None):
+            device = choose_device(self.config, self.world)
+            if self.config.train.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            mesh = connect(self.config, self.world, device)
+            asked = self.stop.agreed(mesh)
+        if asked:
+            log.info("stopped on request before training began")
+            return STOPPED
+        kernels = select_kernels(dataclasses.asdict(self.config.kernels), device)
+        trainer = Trainer(self.config, mesh, kernels)
+        mesh.warm_up()
+        if self.world.rank == 0:
+            announce(self.config, mesh, trainer, kernels.describe())
+        with Watch(mesh, self.config.run.dir, self.config.train.timeout_seconds, self.events).listening() as watch:
+            return self._train(mesh, trainer, watch, eod)
+
+    def _train(self, mesh: Mesh, trainer: Trainer, watch: Watch, eod: int | None) -> int:
+        code = FAULT
+        try:
+            code = TrainingRun(
+                self.config, mesh, trainer, self.stop, watch, self.events, eod, self.lock, self.accept
+            ).run()
+            mesh.world.all_reduce(torch.zeros(1, device=mesh.device)).wait()  # nobody leaves while another still talks
+            return code
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            raise
+        except UserError:
+            code = UNUSABLE
+            raise
+        except RuntimeError:
+            watch.roll_call.after_failure(lambda: self.stop.signal is not None)
+            raise
+        finally:
+            if self.accepted:
+                self.events.write("stop", code=code, signal=self.stop.signal)
+                if self.world.rank == 0:
+                    draw_loss(Path(self.config.run.dir))
