@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megalite.config import Config
 from megalite.errors import UserError
 from megalite.mesh import Mesh, create_group
+from megalite.rendezvous import open_store
 
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
@@ -91,7 +92,8 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
     timeout = timedelta(seconds=max(STARTUP_TIMEOUT_SECONDS, config.train.timeout_seconds))
     if world.size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store = open_store(world.rank, world.size, timeout)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline,

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store
 
 from megalite.config import Config, check, parse_command_line
 from megalite.data.indexed import IndexedDataset
@@ -37,6 +37,7 @@ from megalite.doctor.machine import (
 )
 from megalite.errors import UNUSABLE, UserError
 from megalite.model.cost import parameter_count
+from megalite.rendezvous import open_store
 from megalite.runtime import World
 
 _BYTES_A_PARAMETER = 12
@@ -82,7 +83,8 @@ def _meet_and_examine(
     config: Config, world: World, host: str, limit: TimeLimit, on_mesh: bool
 ) -> tuple[list[Finding], bool]:
     limit.check = "meeting of the ranks"
-    store = _connect(world, _MEET_SHARE * limit.seconds)
+    meeting = open_store(world.rank, world.size, timedelta(seconds=_MEET_SHARE * limit.seconds))
+    store = PrefixStore("megalite/doctor", meeting)
     store.set(f"here/{world.rank}", host)
     if missing := _missing(store, world, "here", limit, _MEET_SHARE):
         if world.rank:
@@ -116,14 +118,6 @@ def _fits(config: Config, world: World) -> bool:
         return False
     check(config, world.size)
     return True
-
-
-def _connect(world: World, seconds: float) -> Store:
-    """The store that all ranks share; torchrun's agent has one on the port already."""
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = TCPStore(host, port, None, serves, timedelta(seconds=seconds), wait_for_workers=False)
-    return PrefixStore("megalite/doctor", store)
 
 
 def _missing(store: Store, world: World, name: str, limit: TimeLimit, share: float) -> list[int]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import rank_environment, take_processes, translate
+from launch.local import rank_environment, take_processes
 from megalite.errors import UserError
+from megalite.processes import outcome
 from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -166,28 +167,32 @@ def test_processes_are_taken_from_anywhere():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("codes", "interrupted", "expected"),
+    ("codes", "requests", "expected"),
     [
-        ([0, 0], False, 0),
-        ([0], False, 1),  # a rank that left no code did not finish
-        ([], False, 1),
-        ([2, 1], False, 2),
-        ([2], False, 2),
-        ([75, 75], False, 75),
-        ([75], False, 75),
-        ([75, 1], False, 1),
-        ([130, 1], False, 130),
-        ([1], True, 130),
-        ([7], False, 7),
+        ([0, 0], [], 0),
+        ([0, 0], [signal.SIGTERM], 0),  # it came too late
+        ([], [signal.SIGTERM], 75),  # before the first rank was started
+        ([2, 1], [], 2),
+        ([2], [signal.SIGTERM], 2),
+        ([75, 75], [signal.SIGTERM], 75),
+        ([75], [], 75),
+        ([75, 1], [], 1),
+        ([-signal.SIGTERM, 75], [signal.SIGTERM], 75),  # one rank did not listen yet
+        ([-signal.SIGTERM], [], 1),
+        ([-signal.SIGKILL], [signal.SIGUSR1], 1),
+        ([130, 1], [], 130),
+        ([1], [signal.SIGINT], 130),
+        ([7, 1], [], 7),
     ],
 )
-def test_exit_code_of_the_whole(codes, interrupted, expected):
-    assert translate(codes, 2, interrupted) == expected
+def test_exit_code_of_the_whole(codes, requests, expected):
+    assert outcome(codes, requests) == expected
 
 
 @pytest.mark.fast
-def test_threads_are_shared_out_among_ranks():
+def test_surroundings_of_ranks():
     cores = len(os.sched_getaffinity(0))
-    assert rank_environment(1, True)["OMP_NUM_THREADS"] == str(cores)
-    assert rank_environment(1000, True)["OMP_NUM_THREADS"] == "1"
-    assert "MALLOC_MMAP_MAX_" not in rank_environment(2, False)
+    assert rank_environment(1, 0)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(1000, 0)["OMP_NUM_THREADS"] == "1"
+    assert "MALLOC_MMAP_MAX_" in rank_environment(2, 0) and "MALLOC_MMAP_MAX_" not in rank_environment(2, 1)
+    assert rank_environment(2, 2)["TORCH_NCCL_HIGH_PRIORITY"] == "1"
