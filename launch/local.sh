@@ -10,5 +10,5 @@ find_python
 
 # A request to stop waits until local.py listens, whenever it comes.
 before=()
-! env --block-signal=TERM true 2> /dev/null || before=(env --block-signal=TERM,USR1,HUP,INT)
+! env --block-signal=TERM true 2> /dev/null || before=(env "--block-signal=TERM,USR1,HUP,INT")
 exec "${before[@]}" "$PYTHON" "$ROOT/launch/local.py" "$@"
