@@ -1,8 +1,8 @@
 """What pip is to install beside a torch that another environment lends: python launch/lent.py FOLDER [EXTRA]
 
-Leaves FOLDER/wanted.txt, megalite's requirements without torch (and without a triton that imports), and FOLDER/lent.txt,
-the exact versions of what must stay as it is. pip itself cannot be asked: a vendor's build (2.11.0a0+…, or one that was
-installed from a file) is known to no registry, and pip would put another one in its place. Needs no library.
+Leaves FOLDER/wanted.txt, megalite's requirements without torch (and without a triton that imports), and
+FOLDER/lent.txt, the exact versions of what must stay as it is. A vendor's build (2.11.0a0+…, or one that was installed
+from a file) is known to no registry, and pip would put another one in its place. Needs no library.
 """
 
 from __future__ import annotations
