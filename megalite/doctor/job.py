@@ -22,13 +22,15 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store
 
+from megalite.affinity import own_cores
 from megalite.config import Config, check, parse_command_line
 from megalite.data.indexed import IndexedDataset
 from megalite.doctor.collectives import look_at_collectives
-from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, healthy, rows
+from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, count, healthy, rows
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.machine import (
     devices_here,
+    look_at_cores,
     look_at_devices,
     look_at_disk,
     look_at_limits,
@@ -43,7 +45,8 @@ from megalite.runtime import World
 _BYTES_A_PARAMETER = 12
 """A checkpoint's fp32 weight and two fp32 moments."""
 _SLOW = {"gpu": 0.90, "cpu": 0.60}
-"""A device below this share of the median rate is slow; CPU cores are shared more often."""
+"""A device below this share of the median rate is slow. CPU cores may be busy with something else at the moment: that
+is told, and no fault of the node."""
 _SLOW_LINK = 0.5
 _CLOCK_SKEW = 5.0
 _SHARE_SECONDS = 30.0
@@ -143,6 +146,7 @@ def _examine(config: Config, world: World, host: str, store: Store, limit: TimeL
     """What one rank finds. What belongs to the node is left to the first rank on it."""
     findings: list[Finding] = []
     report: dict[str, Any] = {"host": host, "versions": versions(), "time": time.time(), "links": {}, "late": []}
+    report["cores"] = sorted(own_cores())
     run_dir = Path(config.run.dir)
     gpus = config.run.device != "cpu"
 
@@ -228,7 +232,7 @@ def _look_at_data(config: Config, host: str, report: dict[str, Any]) -> list[Fin
         try:
             dataset = IndexedDataset(Path(prefix))
             report["data"][prefix] = dataset.fingerprint()
-            findings.append(Finding(OK, "data", host, f"{prefix}: {len(dataset):,} sequences"))
+            findings.append(Finding(OK, "data", host, f"{prefix}: {count(len(dataset), 'sequence')}"))
         except (UserError, OSError) as error:
             remedy = "copy the token file there, or mend data.train and data.valid"
             findings.append(Finding(FAULT, "data", host, str(error), remedy))
@@ -255,6 +259,7 @@ def compare(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
         for device, rate in report.get("rates", {}).items()
     }
     findings += compare_rates(rates)
+    findings += _compare_cores(reports)
     findings += _compare_links(reports)
     return list(dict.fromkeys(findings))
 
@@ -277,6 +282,16 @@ def _compare_facts(name: str, reports: Mapping[int, Mapping[str, Any]], remedy: 
     return findings
 
 
+def _compare_cores(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
+    """The cores that the ranks of a node have between them, whether shared or each its own, against its GPUs."""
+    cores: dict[str, set[int]] = defaultdict(set)
+    gpus: dict[str, set[str]] = defaultdict(set)
+    for report in reports.values():
+        cores[report["host"]].update(report.get("cores", ()))
+        gpus[report["host"]].update(name for name in report.get("rates", {}) if name.startswith("gpu"))
+    return [finding for host in gpus for finding in look_at_cores(host, len(cores[host]), len(gpus[host]))]
+
+
 def compare_rates(rates: Mapping[str, float]) -> list[Finding]:
     """Name the devices that multiply much slower than the median of their kind."""
     findings = []
@@ -291,7 +306,7 @@ def compare_rates(rates: Mapping[str, float]) -> list[Finding]:
                 remedy = (
                     "other processes, heat or a power limit: nvidia-smi -q -d PERFORMANCE tells; or exclude the node"
                 )
-                findings.append(Finding(FAULT, "matmul", where, found, remedy))
+                findings.append(Finding(FAULT if kind == "gpu" else WARNING, "matmul", where, found, remedy))
     return findings
 
 
@@ -303,17 +318,19 @@ def _compare_links(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
             ranks = tuple(link["ranks"])
             groups[axis][ranks] = min(link["gigabytes_per_second"], groups[axis].get(ranks, float("inf")))
     findings = []
+    on_gpus = any(name.startswith("gpu") for report in reports.values() for name in report.get("rates", {}))
     for axis, rates in groups.items():
         median = statistics.median_high(rates.values())
         size = len(next(iter(rates)))
-        value = f"{axis}: sums correct, {median:,.3g} GB/s (bus) in {len(rates)} groups of {size}"
+        value = f"{axis}: sums correct, {median:,.3g} GB/s (bus) in {count(len(rates), 'group')} of {size}"
         findings.append(Finding(OK, "collectives", "all ranks", value))
         for ranks, rate in rates.items():
             if rate < _SLOW_LINK * median:
                 hosts = ", ".join(sorted({str(reports[rank]["host"]) for rank in ranks if rank in reports}))
                 found = f"{axis}: {rate:,.3g} GB/s, {rate / median:.0%} of the median"
                 remedy = "a slow link or cable: check the network of these nodes, or exclude them"
-                findings.append(Finding(FAULT, "collectives", f"{_ranks(ranks)} ({hosts})", found, remedy))
+                level = FAULT if on_gpus else WARNING
+                findings.append(Finding(level, "collectives", f"{_ranks(ranks)} ({hosts})", found, remedy))
     return findings
 
 

@@ -35,7 +35,7 @@ def start(recipe, *arguments):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     output, errors = process.communicate(timeout=timeout)
     return process.returncode, output, errors
 
@@ -47,7 +47,7 @@ def steps_done(recipe):
 
 
 def wait_for_step(recipe, process, step):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not steps_done(recipe) or steps_done(recipe)[-1] < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
@@ -114,15 +114,50 @@ def test_a_killed_rank_is_a_fault_and_leaves_nobody_behind(recipe):
     assert not ranks_of(recipe)
 
 
+def wait_for_none_of(recipe, seconds=120):
+    deadline = time.monotonic() + seconds
+    while ranks_of(recipe):
+        assert time.monotonic() < deadline, f"still there: {ranks_of(recipe)}"
+        time.sleep(0.2)
+
+
+def moment_of(recipe, process, moment):
+    """Wait for a moment of the start-up: so many ranks, and so many seconds afterwards."""
+    ranks, seconds = moment
+    while len(ranks_of(recipe)) < 1 + ranks and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(seconds)
+
+
+MOMENTS = [(-1, 0.0), (0, 0.0), (0, 0.3), (1, 0.0), (2, 0.0), (2, 1.0)]
+"""(ranks that have been started, seconds later); with -1 ranks nothing is there but bash."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_request_at_any_moment_of_start_up(recipe, moment):
+    process = start(recipe, "--train.steps", "100000")
+    moment_of(recipe, process, moment)
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code == 75, errors
+    wait_for_none_of(recipe, 10)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_launcher_killed_at_any_moment_of_start_up_leaves_no_orphans(recipe, moment):
+    process = start(recipe, "--train.steps", "100000")
+    moment_of(recipe, process, moment)
+    process.kill()
+    finish(process)
+    wait_for_none_of(recipe)
+
+
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(recipe):
     process = start(recipe, "--train.steps", "100000")
     wait_for_step(recipe, process, 2)
     process.kill()
     finish(process)
-    deadline = time.monotonic() + 60
-    while ranks_of(recipe):
-        assert time.monotonic() < deadline, f"still there: {ranks_of(recipe)}"
-        time.sleep(0.2)
+    wait_for_none_of(recipe)
 
 
 @pytest.mark.parametrize(
