@@ -39,8 +39,9 @@ base_python() {
 torch_of() {
     "$1" - << 'PYTHON' 2> /dev/null
 import importlib.metadata as metadata
+import re
 distribution = metadata.distribution("torch")
-if tuple(int(part) for part in distribution.version.split("+")[0].split(".")[:2]) >= (2, 11):
+if tuple(map(int, re.match(r"(\d+)\.(\d+)", distribution.version).groups())) >= (2, 11):
     print(distribution.locate_file(""))
 PYTHON
 }
@@ -57,13 +58,15 @@ install_megalite() {
     local options=(--quiet --disable-pip-version-check --no-compile --no-warn-script-location)
     if [ -n "$lent" ]; then
         # torch stays what it is, whatever else is installed beside it
-        "$PYTHON" -m pip freeze 2> /dev/null | grep -E '^(torch|triton|numpy)==' > "$ROOT/.venv/lent.txt" || true
-        options+=(--constraint "$ROOT/.venv/lent.txt")
-    elif ! gpu_is_seen; then
-        options+=(--constraint "$ROOT/constraints-cpu.txt")
+        "$PYTHON" "$ROOT/launch/lent.py" "$ROOT/.venv" "$extra" &&
+            "$PYTHON" -m pip install "${options[@]}" --constraint "$ROOT/.venv/lent.txt" \
+                --requirement "$ROOT/.venv/wanted.txt" &&
+            "$PYTHON" -m pip install "${options[@]}" --no-deps --editable "$ROOT" && return
+    else
+        gpu_is_seen || options+=(--constraint "$ROOT/constraints-cpu.txt")
+        "$PYTHON" -m pip install "${options[@]}" --editable "$ROOT${extra:+[$extra]}" && return
     fi
-    "$PYTHON" -m pip install "${options[@]}" --editable "$ROOT${extra:+[$extra]}" ||
-        refuse "the installation failed; what pip says above tells why (is the package registry within reach?)"
+    refuse "the installation failed; what pip says above tells why (is the package registry within reach?)"
 }
 
 prepare_environment() {

@@ -14,6 +14,16 @@ set -u
 export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_RANK=$SLURM_LOCALID
 ulimit -Sn "$(ulimit -Hn)"
 
+# Kernels are compiled once on a node, and not by all ranks into one directory on a network. Whoever could write there
+# could run code as us: it must be our own.
+if [ -z "${TRITON_CACHE_DIR:-}" ]; then
+    cache=${TMPDIR:-/tmp}/megalite-triton-$(id -u)
+    mkdir -m 700 "$cache" 2> /dev/null
+    if [ -O "$cache" ] && [ ! -L "$cache" ]; then
+        export TRITON_CACHE_DIR=$cache
+    fi
+fi
+
 # A request to stop must not kill a rank that still imports its libraries: it is ignored until the trainer listens, and
 # the job's script repeats it. SIGTERM is the trainer's own affair; this shell stays to translate.
 trap '' USR1

@@ -38,12 +38,29 @@ request_stop() {
 
 # shellcheck disable=SC2317
 repeat_request() {
-    local steps
+    local steps said
     while :; do
         steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | sed -n 's/ megalite-.*//p')
-        for step in $steps; do scancel --signal=USR1 "$step"; done
+        for step in $steps; do
+            # A step may end between the two commands: nothing is left to ask then.
+            said=$(scancel --signal=USR1 "$step" 2>&1) || [[ ${said,,} =~ "already complet"|"invalid job id" ]] ||
+                say "step $step could not be asked, once more in 10 s: $said"
+        done
         sleep 10
     done
+}
+
+# Where rank 0 shall listen: at the address by which this node, the first, reaches the second, and on no other network;
+# on one node not beyond it. A name leads to the same place, but has rank 0 listen on all networks.
+meeting_address() {
+    local first second peer
+    { read -r first && read -r second; } < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    if [ "$SLURM_JOB_NUM_NODES" = 1 ]; then
+        echo 127.0.0.1
+    elif ! peer=$(getent ahostsv4 "$second" | awk '{ print $1; exit }') || [ -z "$peer" ] ||
+        ! ip -4 route get "$peer" 2> /dev/null | sed -n 's/.* src \([0-9.]*\).*/\1/p' | grep .; then
+        echo "$first"
+    fi
 }
 
 # run_step NAME SRUN-OPTION... COMMAND...: one srun to its end, whatever signals arrive meanwhile.
@@ -147,7 +164,7 @@ trap 'request_stop TERM' TERM # preemption, a lost node
 trap 'request_stop INT' INT   # scancel --batch --signal=INT JOB: save, stop, and do not come back
 
 ends=$(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s 2> /dev/null || echo 0)
-MASTER_ADDR=${HEAD:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+MASTER_ADDR=${HEAD:-$(meeting_address)}
 # Below the ports that systems hand out by themselves, and another one for each job and restart.
 MASTER_PORT=${PORT:-$((20000 + (SLURM_JOB_ID * 16 + restart) % 12000))}
 export MASTER_ADDR MASTER_PORT
@@ -185,7 +202,7 @@ if [ "$PREFLIGHT" = yes ]; then
 fi
 
 [ -z "$stopping" ] || go_on_later
-run_step train --kill-on-bad-exit=1 --unbuffered --output="${logs}%5t.out" \
+run_step train --kill-on-bad-exit=1 --unbuffered --output="${logs//%/%%}%5t.out" \
     "${CONTAINER[@]}" bash "$REPOSITORY/launch/entry.sh" "$PYTHON" -m megalite.train "${RECIPE[@]}"
 code=$?
 [ -z "$stopping" ] || kill "$repeater"
@@ -206,6 +223,8 @@ case $code in
         ;;
     75) go_on_later ;;
     *)
+        # SIGTERM that comes before the ranks have begun to listen ends them: there was nothing to save.
+        [ "$code" != 143 ] || [ -z "$stopping" ] || go_on_later
         explain
         try_again "$code" "a rank failed, code $code"
         ;;

@@ -18,7 +18,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megalite.errors import UserError, exit_on_user_error
+from megalite.command import Parser
+from megalite.config.load import parse_overrides
+from megalite.errors import FINISHED, STOPPED, UserError, exit_on_user_error
+from megalite.processes import Processes, outcome
 from megalite.text.readers import expand_inputs, read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,25 +33,25 @@ LONGEST_PIECE = 20_000
 """Characters; few documents are cut at line ends into pieces of about this size, so that some can be held out."""
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and len(text) <= 9 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give 1 or more")
+    return int(text)
+
+
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the `--section.field value` overrides for the trainer that remain."""
-    parser = argparse.ArgumentParser(
-        prog="bash launch/quickstart.sh",
-        allow_abbrev=False,
-        description="From raw text to a trained model, a sample and bits per byte.",
-    )
+    parser = Parser("From raw text to a trained model, a sample and bits per byte.")
+    parser.prog = "bash launch/quickstart.sh"
     parser.add_argument(
         "--input", nargs="+", metavar="FILE", help="text to train on (default: Python's standard library)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    parser.add_argument("--processes", type=int, metavar="N", help="ranks (default: one a GPU, or 4 on the CPU)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps")
+    parser.add_argument("--processes", type=_count, metavar="N", help="ranks (default: one a GPU, or 4 on the CPU)")
+    parser.add_argument("--steps", type=_count, metavar="N", help="optimizer steps")
     parser.add_argument("--out", default="runs/quickstart", metavar="DIR", help="directory of the run")
     options, rest = parser.parse_known_args(argv)
-    for name in ("processes", "steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is below 1; give 1 or more")
+    parse_overrides(rest)  # known now, not after the text has been prepared
     return options, rest
 
 
@@ -131,11 +134,15 @@ def run(title: str, *command: str | Path, capture: bool = False) -> str:
     print(f"\n== {title}\n$ {shlex.join(words)}", flush=True)
     program = [sys.executable, *words[1:]] if words[0] == "python" else words
     environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
-    done = subprocess.run(program, cwd=ROOT, env=environment, stdout=subprocess.PIPE if capture else None, text=True)
-    if done.returncode:
-        print(f"the stage “{title}” ended with exit code {done.returncode}", file=sys.stderr)
-        raise SystemExit(done.returncode)
-    return done.stdout or ""
+    processes = Processes()
+    with processes.listening():
+        child = processes.start(program, cwd=ROOT, env=environment, stdout=subprocess.PIPE if capture else None)
+        said = child.stdout.read() if child.stdout else ""
+        code = outcome([code for _, code in processes.wait()], processes.requests)
+    if code != FINISHED or processes.requests:
+        print(f"the stage “{title}” ended with exit code {code}", file=sys.stderr)
+        raise SystemExit(code or STOPPED)
+    return said
 
 
 def count_gpus(device: str) -> int:

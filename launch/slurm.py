@@ -5,7 +5,7 @@
 
 What follows `--` overrides the recipe. Runs on a login node with nothing but Python 3.11: no torch, no installation.
 A submission leaves RUN/launch/001.sbatch and 001.toml (the recipe as it was), then 002 and so on. The script is these
-settings followed by launch/job.sh, where the ways in which a job ends and goes on are written down.
+settings (launch/sbatch.py) followed by launch/job.sh, where the ways in which a job ends and goes on are written down.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import argparse
 import itertools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from launch.sbatch import Job, checked, render  # noqa: E402
 from megalite.errors import UserError, exit_on_user_error  # noqa: E402
+from megalite.files import write_atomically  # noqa: E402
 
 try:
     import tomllib
@@ -34,27 +34,9 @@ except ModuleNotFoundError:
     print(f"error: Python {sys.version.split()[0]} runs this; 3.11 or newer is needed", file=sys.stderr)
     raise SystemExit(2) from None
 
-BODY = ROOT / "launch" / "job.sh"
 _OVERRIDE = re.compile(r"--([a-z]\w*)[.]([a-z]\w*)", re.ASCII)
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run to be submitted: the options, and what is particular to it (a sweep makes several)."""
-
-    options: argparse.Namespace
-    name: str
-    run_dir: Path
-    overrides: tuple[str, ...]
-    tasks_per_node: int
-
-    @property
-    def submission(self) -> Path:
-        """Path without suffix of this submission's files: the next free number in RUN/launch."""
-        taken = [int(path.stem) for path in self.run_dir.glob("launch/*.sbatch") if path.stem.isdigit()]
-        return self.run_dir / "launch" / f"{max(taken, default=0) + 1:03d}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     for option in ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem", "dependency"):
         add(f"--{option}")
     add("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
-    add("--cpus-per-task", type=_count, metavar="C")
+    add("--cpus-per-task", type=_count, metavar="C", help="default: 8 for a rank on a GPU, SLURM's own (1) on CPUs")
     add("--exclusive", action="store_true", help="whole nodes")
     add("--job-name", metavar="NAME", help="default: the run directory's name")
     add(
@@ -145,8 +127,9 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse what is wrong by itself; nothing here looks at files but at the setup's."""
     for name, value in vars(options).items():
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and (not text.strip() or not text.isprintable()):
-                raise UserError(f"--{name.replace('_', '-')} {text!r} is empty or holds control characters")
+            option = f"--{name.replace('_', '-')}"
+            if isinstance(text, str) and not checked(option, text).strip():
+                raise UserError(f"{option} is empty; give a value or leave it out")
     if options.time is not None and seconds_of(options.time) <= options.signal_seconds:
         raise UserError(
             f"--time {options.time} leaves nothing beside --signal-seconds {options.signal_seconds}; "
@@ -184,7 +167,8 @@ def pair_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
             if not rest:
                 raise UserError(f"{option} after -- has no value")
             value = rest.pop(0)
-        pairs.append((f"{match[1]}.{match[2]}", value))
+        field = f"{match[1]}.{match[2]}"
+        pairs.append((field, checked(field, value)))
     return pairs
 
 
@@ -241,7 +225,7 @@ def plan_jobs(options: argparse.Namespace, arguments: Sequence[str]) -> list[Job
         raise UserError(f"--tasks-per-node {tasks}: one rank runs on each of --gpus-per-node {options.gpus_per_node}")
     section = tables.get("run", {})
     base = dict(given).get("run.dir") or (section.get("dir") if isinstance(section, dict) else None)
-    base = os.path.abspath(str(base or f"runs/{recipe.stem}"))
+    base = os.path.abspath(checked("run.dir", str(base or f"runs/{recipe.stem}")))
     jobs = []
     for point in sweep_points(options.sweep):
         suffix = "".join(f"-{field.rpartition('.')[2]}-{value}" for field, value in point)
@@ -252,108 +236,6 @@ def plan_jobs(options: argparse.Namespace, arguments: Sequence[str]) -> list[Job
         name = re.sub(r"[^\w.+-]+", "_", options.job_name or run_dir.name)
         jobs.append(Job(options, name, run_dir, overrides, tasks))
     return jobs
-
-
-def choose_python(options: argparse.Namespace) -> str:
-    if options.python:
-        return str(options.python)
-    if options.container_image or options.setup:
-        return "python3"
-    for home in (os.environ.get("VIRTUAL_ENV"), os.environ.get("CONDA_PREFIX"), str(ROOT / ".venv")):
-        if home and os.access(f"{home}/bin/python", os.X_OK):
-            return f"{home}/bin/python"
-    return "python3"
-
-
-def code_version() -> str:
-    """The commit that is checked out, for the record."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def container(job: Job) -> tuple[list[str], list[str]]:
-    """(options of srun for pyxis, command before the ranks' command for apptainer)."""
-    options = job.options
-    if options.container_image is None:
-        return [], []
-    seen = dict.fromkeys(str(path) for path in (ROOT, Path.cwd(), job.run_dir))
-    mounts = [f"{path}:{path}" for path in seen] + (options.container_mounts or "").split(",")
-    joined = ",".join(mount for mount in mounts if mount)
-    image = options.container_image
-    runtime = options.container_runtime or ("apptainer" if image.endswith(".sif") else "pyxis")
-    if runtime == "pyxis":
-        return [f"--container-image={image}", f"--container-mounts={joined}", f"--container-workdir={Path.cwd()}"], []
-    gpus = ["--nv"] if options.gpus_per_node else []
-    return [], ["apptainer", "exec", *gpus, "--bind", joined, "--pwd", str(Path.cwd()), image]
-
-
-def directives(job: Job) -> list[str]:
-    options = job.options
-    lines = [f"--job-name={job.name}", f"--nodes={options.nodes}", f"--ntasks-per-node={job.tasks_per_node}"]
-    if options.gpus_per_node:
-        lines.append(f"--gpus-per-node={options.gpus_per_node}")
-    names = ("cpus_per_task", "mem", "time", "partition", "account", "qos", "constraint", "exclude", "reservation")
-    lines += [f"--{name.replace('_', '-')}={value}" for name in names if (value := getattr(options, name)) is not None]
-    lines += ["--exclusive"] * options.exclusive
-    lines += [f"--chdir={Path.cwd()}", f"--output={job.run_dir}/launch/slurm-%j.out", "--open-mode=append"]
-    return [*lines, "--requeue", f"--signal=B:USR1@{options.signal_seconds}"]
-
-
-def _array(name: str, words: Sequence[str]) -> str:
-    """A shell array, on one line if that is short. Commas are quoted: unquoted ones look like a mistake."""
-    quoted = [f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words]
-    line = f"{name}=({' '.join(quoted)})"
-    return line if len(line) <= 120 else "\n    ".join([f"{name}=(", *quoted]) + "\n)"
-
-
-def render(job: Job) -> str:
-    """The sbatch script."""
-    options, submission = job.options, job.submission
-    inside, before = container(job)
-    srun = [f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else []
-    srun += ["--gpu-bind=none"] if options.gpus_per_node else []  # every rank sees its node's GPUs and takes its own
-    settings: dict[str, str] = {
-        "REPOSITORY": str(ROOT),
-        "RUN": str(job.run_dir),
-        "SUBMISSION": str(submission),
-        "PYTHON": choose_python(options),
-        "RANKS": str(options.nodes * job.tasks_per_node),
-        "PREFLIGHT": "no" if options.no_preflight else "yes",
-        "CHAINED": "yes" if options.chain > 1 else "no",
-        "MAX_REQUEUES": str(options.max_requeues),
-        "SIGNAL_SECONDS": str(options.signal_seconds),
-        "HEAD": options.master_addr or "",
-        "PORT": str(options.master_port or ""),
-    }
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            *(f"#SBATCH {shlex.quote(line)}" for line in directives(job)),
-            *(f"#SBATCH {line}" for line in options.extra_sbatch),
-            "",
-            f"# {options.recipe} on {options.nodes * job.tasks_per_node} ranks; megalite {code_version()}",
-            *(f"{name}={shlex.quote(value) if value else ''}" for name, value in settings.items()),
-            _array("RECIPE", [f"{submission}.toml", "--run.dir", str(job.run_dir), *job.overrides]),
-            _array("SRUN", [*srun, *inside, *options.extra_srun]),
-            _array("CONTAINER", before),
-            *_environment(options),
-            "",
-            BODY.read_text(encoding="utf-8"),
-        ]
-    )
-
-
-def _environment(options: argparse.Namespace) -> list[str]:
-    """Lines that set the ranks' surroundings up."""
-    values: dict[str, str] = {"OMP_NUM_THREADS": str(options.cpus_per_task or 1), "NCCL_DEBUG": "WARN"}
-    if options.ifname:
-        values |= {"NCCL_SOCKET_IFNAME": options.ifname, "GLOO_SOCKET_IFNAME": options.ifname}
-    values |= dict(entry.split("=", 1) for entry in options.env)
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
-    return lines + ([f"source {shlex.quote(os.path.abspath(options.setup))}"] if options.setup else [])
 
 
 def _sbatch(arguments: Sequence[str], script: str | None = None) -> str:
@@ -367,12 +249,6 @@ def _sbatch(arguments: Sequence[str], script: str | None = None) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def submit(job: Job) -> None:
     """Write the script and the recipe beside it, and hand the chain's jobs to SLURM."""
     submission, script = job.submission, render(job)
@@ -382,7 +258,7 @@ def submit(job: Job) -> None:
     try:
         submission.parent.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
-            _write(path, content)
+            write_atomically(path, content)
         for _ in range(job.options.chain):
             order = [f"afterany:{identities[-1]}"] if identities else [job.options.dependency]
             after = [f"--dependency={order[0]}"] if order[0] else []

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from megalite.affinity import stay_near
 from megalite.errors import EXIT_CODES_ENVIRONMENT, INTERRUPTED, STOPPED, UserError
 
 if TYPE_CHECKING:
@@ -236,6 +237,8 @@ def choose_device(config: Config, world: World) -> torch.device:
             "or set run.device to cpu"
         )
     torch.cuda.set_device(index)
+    properties = torch.cuda.get_device_properties(index)
+    stay_near(f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0")
     return torch.device("cuda", index)
 
 
@@ -244,13 +247,15 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
     import torch.distributed as dist
 
     from megalite.mesh import DATA_AXES, Mesh, create_group
+    from megalite.rendezvous import open_store
 
     timeout = timedelta(seconds=max(STARTUP_TIMEOUT_SECONDS, config.train.timeout_seconds))
     if world.size > 1:
         # Pairs of pipeline neighbours have communicators of their own: what torch warns of cannot happen.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store = open_store(world.rank, world.size, timeout)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline,

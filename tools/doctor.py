@@ -12,33 +12,46 @@ finding with node or rank, value and remedy; 2: unusable arguments.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
-from megalite.doctor.findings import OK, Finding, TimeLimit, healthy, rows, sort
+from megalite.affinity import own_cores
+from megalite.command import Parser
+from megalite.doctor.findings import WARNING, Finding, TimeLimit, count, healthy, rows, sort
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.job import compare_rates, preflight
-from megalite.doctor.machine import devices_here, look_at_devices, look_at_disk, look_at_limits, look_at_software
+from megalite.doctor.machine import (
+    devices_here,
+    look_at_cores,
+    look_at_devices,
+    look_at_disk,
+    look_at_limits,
+    look_at_software,
+)
 from megalite.errors import UserError, exit_on_user_error
 
 
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= threading.TIMEOUT_MAX:
+            return float(text)
+    raise UserError(f"--time-limit {text} is not a time; give seconds above 0")
+
+
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python tools/doctor.py", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser(__doc__)
     parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are to live (default: runs)")
     parser.add_argument("--preflight", metavar="RECIPE", help="check all nodes of a job for this recipe")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--time-limit", type=float, default=300.0, metavar="SECONDS", help="for everything (300)")
+    parser.add_argument("--time-limit", type=_seconds, default=300.0, metavar="SECONDS", help="for everything (300)")
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.preflight:
         raise UserError(f"{rest[0]} is not an option of doctor; overrides of a recipe need --preflight RECIPE")
-    if options.time_limit <= 0:
-        raise UserError(f"--time-limit {options.time_limit} is not a time; give seconds above 0")
     return options, rest
 
 
@@ -48,6 +61,7 @@ def examine(run_dir: Path) -> list[Finding]:
     findings = [*look_at_software(host), *look_at_limits(host), *look_at_disk(host, run_dir)]
     findings += look_at_gpus(host)[0]
     products, rates = look_at_devices(host, devices_here())
+    findings += look_at_cores(host, len(own_cores()), sum(name.startswith("gpu") for name in rates))
     return findings + products + compare_rates({f"{host} {name}": rate for name, rate in rates.items()})
 
 
@@ -57,10 +71,11 @@ def show(findings: list[Finding], as_json: bool) -> None:
         return
     for finding in sort(findings):
         print(finding)
-    wrong = sum(finding.level != OK for finding in findings)
-    print(
-        "healthy" + (f", {wrong} warnings" if wrong else "") if healthy(findings) else "something is wrong: see above"
-    )
+    warnings = sum(finding.level == WARNING for finding in findings)
+    if not healthy(findings):
+        print("something is wrong: see above")
+    else:
+        print("healthy" + (f", {count(warnings, 'warning')}" if warnings else ""))
 
 
 @exit_on_user_error

@@ -20,15 +20,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store
 
+from megalite.affinity import own_cores
 from megalite.config import Config, check, parse_command_line
 from megalite.data.indexed import IndexedDataset
 from megalite.doctor.collectives import look_at_collectives
-from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, healthy, rows
+from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, count, healthy, rows
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.machine import (
     devices_here,
+    look_at_cores,
     look_at_devices,
     look_at_disk,
     look_at_limits,
@@ -37,12 +39,14 @@ from megalite.doctor.machine import (
 )
 from megalite.errors import UNUSABLE, UserError
 from megalite.model.cost import parameter_count
+from megalite.rendezvous import open_store
 from megalite.runtime import World
 
 _BYTES_A_PARAMETER = 12
 """A checkpoint's fp32 weight and two fp32 moments."""
 _SLOW = {"gpu": 0.90, "cpu": 0.60}
-"""A device below this share of the median rate is slow; CPU cores are shared more often."""
+"""A device below this share of the median rate is slow. CPU cores may be busy with something else at the moment: that
+is told, and no fault of the node."""
 _SLOW_LINK = 0.5
 _CLOCK_SKEW = 5.0
 _SHARE_SECONDS = 30.0
@@ -82,7 +86,8 @@ def _meet_and_examine(
     config: Config, world: World, host: str, limit: TimeLimit, on_mesh: bool
 ) -> tuple[list[Finding], bool]:
     limit.check = "meeting of the ranks"
-    store = _connect(world, _MEET_SHARE * limit.seconds)
+    meeting = open_store(world.rank, world.size, timedelta(seconds=_MEET_SHARE * limit.seconds))
+    store = PrefixStore("megalite/doctor", meeting)
     store.set(f"here/{world.rank}", host)
     if missing := _missing(store, world, "here", limit, _MEET_SHARE):
         if world.rank:
@@ -118,14 +123,6 @@ def _fits(config: Config, world: World) -> bool:
     return True
 
 
-def _connect(world: World, seconds: float) -> Store:
-    """The store that all ranks share; torchrun's agent has one on the port already."""
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = TCPStore(host, port, None, serves, timedelta(seconds=seconds), wait_for_workers=False)
-    return PrefixStore("megalite/doctor", store)
-
-
 def _missing(store: Store, world: World, name: str, limit: TimeLimit, share: float) -> list[int]:
     """The ranks that have not set their key when that share of the time is over: rank 0 looks, all others are told."""
     if world.rank == 0:
@@ -149,6 +146,7 @@ def _examine(config: Config, world: World, host: str, store: Store, limit: TimeL
     """What one rank finds. What belongs to the node is left to the first rank on it."""
     findings: list[Finding] = []
     report: dict[str, Any] = {"host": host, "versions": versions(), "time": time.time(), "links": {}, "late": []}
+    report["cores"] = sorted(own_cores())
     run_dir = Path(config.run.dir)
     gpus = config.run.device != "cpu"
 
@@ -234,7 +232,7 @@ def _look_at_data(config: Config, host: str, report: dict[str, Any]) -> list[Fin
         try:
             dataset = IndexedDataset(Path(prefix))
             report["data"][prefix] = dataset.fingerprint()
-            findings.append(Finding(OK, "data", host, f"{prefix}: {len(dataset):,} sequences"))
+            findings.append(Finding(OK, "data", host, f"{prefix}: {count(len(dataset), 'sequence')}"))
         except (UserError, OSError) as error:
             remedy = "copy the token file there, or mend data.train and data.valid"
             findings.append(Finding(FAULT, "data", host, str(error), remedy))
@@ -261,6 +259,7 @@ def compare(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
         for device, rate in report.get("rates", {}).items()
     }
     findings += compare_rates(rates)
+    findings += _compare_cores(reports)
     findings += _compare_links(reports)
     return list(dict.fromkeys(findings))
 
@@ -283,6 +282,16 @@ def _compare_facts(name: str, reports: Mapping[int, Mapping[str, Any]], remedy: 
     return findings
 
 
+def _compare_cores(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
+    """The cores that the ranks of a node have between them, whether shared or each its own, against its GPUs."""
+    cores: dict[str, set[int]] = defaultdict(set)
+    gpus: dict[str, set[str]] = defaultdict(set)
+    for report in reports.values():
+        cores[report["host"]].update(report.get("cores", ()))
+        gpus[report["host"]].update(name for name in report.get("rates", {}) if name.startswith("gpu"))
+    return [finding for host in gpus for finding in look_at_cores(host, len(cores[host]), len(gpus[host]))]
+
+
 def compare_rates(rates: Mapping[str, float]) -> list[Finding]:
     """Name the devices that multiply much slower than the median of their kind."""
     findings = []
@@ -297,7 +306,7 @@ def compare_rates(rates: Mapping[str, float]) -> list[Finding]:
                 remedy = (
                     "other processes, heat or a power limit: nvidia-smi -q -d PERFORMANCE tells; or exclude the node"
                 )
-                findings.append(Finding(FAULT, "matmul", where, found, remedy))
+                findings.append(Finding(FAULT if kind == "gpu" else WARNING, "matmul", where, found, remedy))
     return findings
 
 
@@ -309,17 +318,19 @@ def _compare_links(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
             ranks = tuple(link["ranks"])
             groups[axis][ranks] = min(link["gigabytes_per_second"], groups[axis].get(ranks, float("inf")))
     findings = []
+    on_gpus = any(name.startswith("gpu") for report in reports.values() for name in report.get("rates", {}))
     for axis, rates in groups.items():
         median = statistics.median_high(rates.values())
         size = len(next(iter(rates)))
-        value = f"{axis}: sums correct, {median:,.3g} GB/s (bus) in {len(rates)} groups of {size}"
+        value = f"{axis}: sums correct, {median:,.3g} GB/s (bus) in {count(len(rates), 'group')} of {size}"
         findings.append(Finding(OK, "collectives", "all ranks", value))
         for ranks, rate in rates.items():
             if rate < _SLOW_LINK * median:
                 hosts = ", ".join(sorted({str(reports[rank]["host"]) for rank in ranks if rank in reports}))
                 found = f"{axis}: {rate:,.3g} GB/s, {rate / median:.0%} of the median"
                 remedy = "a slow link or cable: check the network of these nodes, or exclude them"
-                findings.append(Finding(FAULT, "collectives", f"{_ranks(ranks)} ({hosts})", found, remedy))
+                level = FAULT if on_gpus else WARNING
+                findings.append(Finding(level, "collectives", f"{_ranks(ranks)} ({hosts})", found, remedy))
     return findings
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megalite.doctor.findings import FAULT, OK, WARNING, Finding
+from megalite.affinity import LEAST_CORES, own_cores
+from megalite.doctor.findings import FAULT, OK, WARNING, Finding, count
 from megalite.kernels import native
 
 _PACKAGES = ("torch", "triton", "numpy", "megalite")
@@ -78,9 +79,19 @@ def look_at_limits(host: str) -> Iterator[Finding]:
     if shared.is_dir() and (free := shutil.disk_usage(shared).free) < 512 * 2**20:
         remedy = "NCCL talks through it: give the container more (--shm-size, --ipc=host)"
         yield Finding(WARNING, "/dev/shm", host, f"{free / 2**20:.0f} MiB free", remedy)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    yield Finding(OK, "machine", host, f"{cores} cores for this process, {memory:.0f} GiB of memory")
+    yield Finding(
+        OK, "machine", host, f"{count(len(own_cores()), 'core')} for this process, {memory:.0f} GiB of memory"
+    )
+
+
+def look_at_cores(host: str, cores: int, gpus: int) -> list[Finding]:
+    """A fault where the ranks of a node, one on each GPU, have too few cores between them."""
+    if cores >= LEAST_CORES * gpus:
+        return []
+    remedy = f"give each rank {LEAST_CORES} or more: --cpus-per-task 8 in a SLURM job, more CPUs for the container"
+    value = f"{count(cores, 'core')} for {count(gpus, 'GPU')}"
+    return [Finding(FAULT, "cores", host, value, remedy)]
 
 
 def look_at_disk(host: str, run_dir: Path, needed: int = 0) -> Iterator[Finding]:
@@ -149,6 +160,6 @@ def look_at_devices(host: str, devices: Sequence[torch.device]) -> tuple[list[Fi
         if not same:
             remedy = "silent data corruption: drain the node"
             findings.append(Finding(FAULT, "matmul", where, "two runs of one product differ", remedy))
-        kind = "bf16" if device.type == "cuda" else f"fp32, {torch.get_num_threads()} threads"
+        kind = "bf16" if device.type == "cuda" else f"fp32, {count(torch.get_num_threads(), 'thread')}"
         findings.append(Finding(OK, "matmul", where, f"{rates[name]:,.3g} TFLOP/s ({kind})"))
     return findings, rates

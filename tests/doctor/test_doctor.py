@@ -124,12 +124,15 @@ def test_slow_devices_are_named_among_their_kind():
     assert compare_rates(even) == []
     found = compare_rates(even | {"node9 gpu 3 (rank 6)": 500.0, "node9 cpu (rank 7)": 0.1})
     assert [finding.where for finding in found] == ["node9 gpu 3 (rank 6)"] and "71% of the median" in found[0].value
+    busy = compare_rates({"node0 cpu (rank 0)": 1.0, "node1 cpu (rank 1)": 0.1})
+    assert [finding.level for finding in busy] == [WARNING], "whatever else runs there at the moment"
 
 
 def node(host, rank=0, **more):
     plain = {
         "host": host, "versions": {"torch": "2.13.0", "NCCL": "2.27"}, "data": {"corpus": "abc"}, "time": 1e9,
-        "rates": {"gpu 0": 700.0}, "links": {}, "findings": rows([Finding(OK, "disk", host, "fine")]),
+        "rates": {"gpu 0": 700.0}, "links": {}, "cores": list(range(8)),
+        "findings": rows([Finding(OK, "disk", host, "fine")]),
     }  # fmt: skip
     return plain | more
 
@@ -142,6 +145,17 @@ def test_nodes_that_differ_are_named():
     found = wrong(compare(reports))
     assert [finding.where for finding in found] == ["node2", "node2", "rank 2 (node2)"]
     assert "NCCL 2.21, elsewhere 2.27" in found[0].value and "corpus" in found[1].value and "-60 s" in found[2].value
+
+
+@pytest.mark.fast
+def test_a_node_with_too_few_cores_is_named():
+    """One core for each rank, its own or shared, is what SLURM gives to whom does not ask."""
+    own = {rank: node("node0", rates={f"gpu {rank}": 700.0}, cores=[rank]) for rank in range(4)}
+    shared = {rank + 4: node("node1", rates={f"gpu {rank}": 700.0}, cores=[0, 1, 2, 3]) for rank in range(4)}
+    enough = {rank + 8: node("node2", rates={f"gpu {rank}": 700.0}, cores=list(range(16))) for rank in range(4)}
+    found = wrong(compare(own | shared | enough))
+    assert [(finding.level, finding.where) for finding in found] == [(FAULT, "node0"), (FAULT, "node1")]
+    assert "4 cores for 4 GPUs" in found[0].value and "--cpus-per-task" in found[0].remedy
 
 
 @pytest.mark.fast
@@ -180,7 +194,10 @@ def test_alone_on_this_machine(tmp_path):
     ("arguments", "message"),
     [
         (["--quick"], "--quick is not an option"),
-        (["--time-limit", "0"], "--time-limit 0.0 is not a time"),
+        (["--time-limit", "0"], "--time-limit 0 is not a time"),
+        (["--time-limit", "soon"], "--time-limit soon is not a time"),
+        (["--time-limit", "1e400"], "--time-limit 1e400 is not a time"),
+        (["--run-dir"], "--run-dir: expected one argument"),
         (["--preflight", "nowhere.toml"], "nowhere.toml"),
         (["--preflight", "RECIPE", "--model.layrs", "2"], "did you mean model.layers"),
     ],
@@ -228,8 +245,8 @@ def processes(recipe, ranks, *arguments, size=2, scheduler="torchrun"):
 @pytest.mark.parametrize("scheduler", ["torchrun", "slurm"])
 def test_a_healthy_job(recipe, scheduler):
     with processes(recipe, (0, 1), scheduler=scheduler) as (first, second):
-        output, errors = first.communicate(timeout=120)
-        quiet = second.communicate(timeout=120)[0]
+        output, errors = first.communicate(timeout=400)
+        quiet = second.communicate(timeout=400)[0]
         assert (first.returncode, second.returncode) == (0, 0), output + errors
     assert "tp: sums correct" in output and "healthy" in output and "data: " in output
     assert not quiet, "rank 0 speaks for all"
@@ -240,30 +257,28 @@ def test_data_that_is_missing_or_broken_is_a_fault(recipe):
     body = recipe.parent / "tokens.bin"
     body.write_bytes(body.read_bytes()[:-10])
     with processes(recipe, (0, 1)) as started:
-        output = started[0].communicate(timeout=120)[0]
-        started[1].communicate(timeout=120)
+        output = started[0].communicate(timeout=400)[0]
+        started[1].communicate(timeout=400)
         assert [process.returncode for process in started] == [1, 1]
     faults = [line for line in output.splitlines() if line.startswith("fault")]
     assert len(faults) == 1 and "tokens" in faults[0] and "data: " in faults[0]
 
 
 def test_a_rank_that_does_not_come_is_named(recipe):
-    began = time.monotonic()
-    with processes(recipe, (0, 3), "--time-limit", "20", size=4) as started:
-        output = started[0].communicate(timeout=120)[0]
-        started[1].communicate(timeout=120)
+    with processes(recipe, (0, 3), "--time-limit", "60", size=4) as started:
+        output = started[0].communicate(timeout=400)[0]
+        started[1].communicate(timeout=400)
         assert [process.returncode for process in started] == [1, 1]
     assert "ranks 1, 2 " in output and "did not come" in output
-    assert time.monotonic() - began < 60
 
 
 def test_a_rank_that_hangs_is_named(recipe):
-    with processes(recipe, (0, 1), "--time-limit", "16") as (first, second):
+    with processes(recipe, (0, 1), "--time-limit", "30") as (first, second):
         while not (recipe.parent / "run").exists():  # rank 0 makes it once all are there
             assert first.poll() is None, first.communicate()
             time.sleep(0.01)
         second.send_signal(signal.SIGSTOP)
-        output = first.communicate(timeout=60)[0]
+        output = first.communicate(timeout=400)[0]
     faults = [line for line in output.splitlines() if line.startswith("fault")]
     assert first.returncode == 1 and len(faults) == 1, output
     assert "rank 1 " in faults[0] and "did not finish" in faults[0]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import rank_environment, take_processes, translate
+from launch.local import rank_environment, take_processes
 from megalite.errors import UserError
+from megalite.processes import outcome
 from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def start(recipe, *arguments):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=300):
     output, errors = process.communicate(timeout=timeout)
     return process.returncode, output, errors
 
@@ -46,7 +47,7 @@ def steps_done(recipe):
 
 
 def wait_for_step(recipe, process, step):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not steps_done(recipe) or steps_done(recipe)[-1] < step:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
@@ -113,15 +114,50 @@ def test_a_killed_rank_is_a_fault_and_leaves_nobody_behind(recipe):
     assert not ranks_of(recipe)
 
 
+def wait_for_none_of(recipe, seconds=120):
+    deadline = time.monotonic() + seconds
+    while ranks_of(recipe):
+        assert time.monotonic() < deadline, f"still there: {ranks_of(recipe)}"
+        time.sleep(0.2)
+
+
+def moment_of(recipe, process, moment):
+    """Wait for a moment of the start-up: so many ranks, and so many seconds afterwards."""
+    ranks, seconds = moment
+    while len(ranks_of(recipe)) < 1 + ranks and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(seconds)
+
+
+MOMENTS = [(-1, 0.0), (0, 0.0), (0, 0.3), (1, 0.0), (2, 0.0), (2, 1.0)]
+"""(ranks that have been started, seconds later); with -1 ranks nothing is there but bash."""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_request_at_any_moment_of_start_up(recipe, moment):
+    process = start(recipe, "--train.steps", "100000")
+    moment_of(recipe, process, moment)
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code == 75, errors
+    wait_for_none_of(recipe, 10)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_launcher_killed_at_any_moment_of_start_up_leaves_no_orphans(recipe, moment):
+    process = start(recipe, "--train.steps", "100000")
+    moment_of(recipe, process, moment)
+    process.kill()
+    finish(process)
+    wait_for_none_of(recipe)
+
+
 def test_ranks_do_not_outlive_a_launcher_that_is_killed(recipe):
     process = start(recipe, "--train.steps", "100000")
     wait_for_step(recipe, process, 2)
     process.kill()
     finish(process)
-    deadline = time.monotonic() + 60
-    while ranks_of(recipe):
-        assert time.monotonic() < deadline, f"still there: {ranks_of(recipe)}"
-        time.sleep(0.2)
+    wait_for_none_of(recipe)
 
 
 @pytest.mark.parametrize(
@@ -166,28 +202,32 @@ def test_processes_are_taken_from_anywhere():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    ("codes", "interrupted", "expected"),
+    ("codes", "requests", "expected"),
     [
-        ([0, 0], False, 0),
-        ([0], False, 1),  # a rank that left no code did not finish
-        ([], False, 1),
-        ([2, 1], False, 2),
-        ([2], False, 2),
-        ([75, 75], False, 75),
-        ([75], False, 75),
-        ([75, 1], False, 1),
-        ([130, 1], False, 130),
-        ([1], True, 130),
-        ([7], False, 7),
+        ([0, 0], [], 0),
+        ([0, 0], [signal.SIGTERM], 0),  # it came too late
+        ([], [signal.SIGTERM], 75),  # before the first rank was started
+        ([2, 1], [], 2),
+        ([2], [signal.SIGTERM], 2),
+        ([75, 75], [signal.SIGTERM], 75),
+        ([75], [], 75),
+        ([75, 1], [], 1),
+        ([-signal.SIGTERM, 75], [signal.SIGTERM], 75),  # one rank did not listen yet
+        ([-signal.SIGTERM], [], 1),
+        ([-signal.SIGKILL], [signal.SIGUSR1], 1),
+        ([130, 1], [], 130),
+        ([1], [signal.SIGINT], 130),
+        ([7, 1], [], 7),
     ],
 )
-def test_exit_code_of_the_whole(codes, interrupted, expected):
-    assert translate(codes, 2, interrupted) == expected
+def test_exit_code_of_the_whole(codes, requests, expected):
+    assert outcome(codes, requests) == expected
 
 
 @pytest.mark.fast
-def test_threads_are_shared_out_among_ranks():
+def test_surroundings_of_ranks():
     cores = len(os.sched_getaffinity(0))
-    assert rank_environment(1, True)["OMP_NUM_THREADS"] == str(cores)
-    assert rank_environment(1000, True)["OMP_NUM_THREADS"] == "1"
-    assert "MALLOC_MMAP_MAX_" not in rank_environment(2, False)
+    assert rank_environment(1, 0)["OMP_NUM_THREADS"] == str(cores)
+    assert rank_environment(1000, 0)["OMP_NUM_THREADS"] == "1"
+    assert "MALLOC_MMAP_MAX_" in rank_environment(2, 0) and "MALLOC_MMAP_MAX_" not in rank_environment(2, 1)
+    assert rank_environment(2, 2)["TORCH_NCCL_HIGH_PRIORITY"] == "1"

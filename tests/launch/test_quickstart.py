@@ -2,8 +2,10 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,47 @@ def test_foreign_files_are_not_cleared(tmp_path):
     assert (foreign / "chapter.tex").exists()
     with pytest.raises(UserError, match="is a file"):
         quickstart.clear(foreign / "chapter.tex")
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "x"], "argument --steps: 'x' is not a number; give 1 or more"),
+        (["--processes", "0"], "argument --processes: '0' is not a number"),
+        (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--model.layrs", "2"], "did you mean"),
+        (["--stepz", "2"], "'--stepz' is not understood"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(arguments, message):
+    with pytest.raises(UserError, match=message):
+        quickstart.parse(arguments)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_request_reaches_the_stage_and_nobody_is_left_behind(tmp_path, number, code):
+    """Of a stage that saves and leaves in order, and takes its time."""
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def leave(number, frame):\n"
+        "    time.sleep(1)\n"
+        "    (here / 'saved').touch()\n"
+        "    sys.exit(75 if number == signal.SIGTERM else 130)\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, leave)\n"
+        "(here / 'running').touch()\n"
+        "while True: time.sleep(0.1)\n"
+    )
+    program = f"from launch import quickstart; quickstart.run('one', 'python', {str(stage)!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    while not (tmp_path / "running").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
-CORES = 8  # that each node claims to have
+CORES = 16  # that each node claims to have
 
 _CONFIGURATION = """
 ClusterName=test

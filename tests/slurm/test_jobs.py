@@ -1,7 +1,9 @@
 """Jobs on a real SLURM, from submission to their end: finished, refused, or given up."""
 
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 from tests.slurm.conftest import ROOT, STEPS, Run
 
@@ -9,7 +11,8 @@ from tests.slurm.conftest import ROOT, STEPS, Run
 def test_a_run_to_its_end(undisturbed):
     assert undisturbed.steps() == list(range(1, STEPS + 1))
     assert "finished" in undisturbed.log.splitlines()[-1]
-    head = "n0" if undisturbed.cluster.network else "127.0.0.1"
+    network = undisturbed.cluster.network
+    head = network.address("n0") if network else "127.0.0.1"
     job = int(undisturbed.jobs[0])
     assert f"meeting at {head}:{20000 + job * 16 % 12000}, from the beginning" in undisturbed.log
     outputs = sorted(path.name for path in undisturbed.folder.glob("log/slurm-*"))
@@ -54,6 +57,31 @@ def test_slurm_accepts_the_scripts(cluster, run):
         words = f"--recipe {run.recipe} --nodes 2 --gpus-per-node 0 --test-only {wrong}".split()
         output = cluster.command(sys.executable, str(ROOT / "launch/slurm.py"), *words, check=False)
         assert re.match(f"error: sbatch refuses the job: .*(?:{message})", output) and output.count("\n") == 1
+
+
+def test_sbatch_and_srun_read_names_as_they_are(cluster, run):
+    """Quotation marks, spaces, SLURM's own patterns and shell's expansions in the run directory's name."""
+    run.folder = run.folder.with_name('it\'s a "run" #1 at 50%j, $HOME `id`; &')
+    run.python = "/bin/false"
+    run.submit(options="--no-preflight --max-requeues 0")
+    assert run.finish() == ("FAILED", "1:0")
+    assert "giving up" in run.log
+    assert len(list(run.folder.glob("log/slurm-*-rank_0000[01].out"))) == 2
+    assert [path.name for path in run.folder.parent.iterdir() if path.is_dir()] == [run.folder.name]
+
+
+def test_rank_0_listens_on_the_jobs_network_alone(run):
+    run.submit("--train.steps", "5000")
+    run.wait_for_step(2)
+    place = re.search(r"meeting at ([0-9.]+):(\d+)", run.log)
+    seen = subprocess.run(
+        ["nsenter", "--net", f"--target={run.ranks()[0]}", "cat", "/proc/net/tcp", "/proc/net/tcp6"],
+        capture_output=True, text=True, check=True,
+    ).stdout if run.cluster.network else Path("/proc/net/tcp").read_text()  # fmt: skip
+    hosts = {words[1] for line in seen.splitlines() if (words := line.split())[3] == "0A"}
+    wanted = f":{int(place[2]):04X}"
+    address = "".join(f"{int(part):02X}" for part in reversed(place[1].split(".")))
+    assert {host for host in hosts if host.endswith(wanted)} == {address + wanted}
 
 
 def test_an_unusable_configuration_is_not_tried_again(run):
