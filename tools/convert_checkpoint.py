@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from megalite.checkpoint.huggingface.export import NAMES, Progress, export_huggingface
+from megalite.checkpoint.huggingface.config import NAMES
+from megalite.checkpoint.huggingface.export import Progress, export_huggingface
 from megalite.checkpoint.huggingface.load import import_huggingface
 from megalite.checkpoint.source import CheckpointReader
 from megalite.command import Parser

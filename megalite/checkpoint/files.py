@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,33 @@ def is_extents(value: Any) -> bool:
     )
 
 
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading; anything else (pipes and devices, which never end) is refused at
+    once as a `DamagedFile`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+    except OSError as error:
+        raise DamagedFile(f"{path}: {error.strerror}") from None
+    except ValueError as error:  # a NUL in the path
+        raise DamagedFile(f"{str(path)!r}: {error}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedFile(f"{path} is not a regular file")
+    return descriptor
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; anything else is a `DamagedFile`."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise DamagedFile(f"{path}: {error.strerror}") from None
+    if len(data) > limit:
+        raise DamagedFile(f"{path} has more than {limit} bytes, which no such file needs")
+    return data
+
+
 def parse_json(data: bytes, path: Path) -> Any:
     """The JSON value in `data`; anything unusable is a `DamagedFile` that names `path`."""
     try:
@@ -90,10 +118,7 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DamagedFile(f"{path}: {error.strerror}") from None
+        self._descriptor = open_regular(path)
         try:
             self.size = os.fstat(self._descriptor).st_size
             self.metadata, self.tensors = self._header()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megalite.checkpoint.manifest import MOMENTS, WEIGHT
 from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes, model_shapes
+from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.train.trainer import Trainer
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
 """Model fields that may differ from those of a checkpoint that a new run starts from: no weight depends on them."""
@@ -60,7 +60,7 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
     )
 
 
-def _targets(trainer: Trainer, kind: str) -> Iterator[Target]:
+def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
     for segment in trainer.optimizer.segments:
         values: Tensor = segment.master.detach() if kind == WEIGHT else getattr(segment, kind)
         pieces = list(segment.pieces())
@@ -70,7 +70,7 @@ def _targets(trainer: Trainer, kind: str) -> Iterator[Target]:
             yield Target(box.name, box.offset, box.size, values[where].view(box.size))
 
 
-def read_state(trainer: Trainer, source: TensorSource, *, optimizer: bool) -> None:
+def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool) -> None:
     """Read weights, and the moments if `optimizer`, into this rank's optimizer shard; no communication.
 
     `finish_load` must follow on all ranks. Raises `DamagedFile` or another `UserError`; the trainer's state is then
@@ -101,7 +101,7 @@ def _has_moments(source: TensorSource) -> bool:
     return False
 
 
-def finish_load(trainer: Trainer, updates: int) -> None:
+def finish_load(trainer: Checkpointable, updates: int) -> None:
     """Round the master weights into the parameters, share them, take the moments as those after `updates` updates."""
     with torch.no_grad():
         for segment in trainer.optimizer.segments:

@@ -233,18 +233,23 @@ def _copy_overlap(content: Tensor, piece: Piece, target: Target) -> None:
     destination.copy_(source)
 
 
-def compare_shapes(expected: Shapes, found: Shapes, where: str) -> None:
-    """Raise a `UserError` that names how the tensors in `where` differ from what the model needs."""
-    differences = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    differences += [f"{name} is not part of the model" for name in sorted(found.keys() - expected.keys())]
+def compare_shapes(expected: Shapes, found: Shapes, where: str, what: str = "the model") -> None:
+    """Raise a `UserError` that names how the tensors in `where` differ from what `what` needs."""
+    differences = [f"{_plain(name)} is missing" for name in sorted(expected.keys() - found.keys())]
+    differences += [f"{_plain(name)} is not part of {what}" for name in sorted(found.keys() - expected.keys())]
     differences += [
-        f"{name} has shape {list(found[name])}, the model needs {list(expected[name])}"
+        f"{_plain(name)} has shape {list(found[name])}, {what} needs {list(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
     if differences:
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
-        raise UserError(f"{where} does not fit the model: {'; '.join(differences[:3])}{more}")
+        raise UserError(f"{where} does not fit {what}: {'; '.join(differences[:3])}{more}")
+
+
+def _plain(name: str) -> str:
+    """A name from a file as it may stand in a message of one line."""
+    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
 
 
 def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
