@@ -64,4 +64,4 @@ def huggingface_config(
     family = family_of_model(model, preferred)
     carried = {name: value for name, value in (kept or {}).items() if name in family.without_effect}
     carried = {name: value for name, value in carried.items() if name not in DTYPE_FIELDS}
-    return dict(sorted((carried | family.write_config(model) | {DTYPE_FIELDS[0]: dtype}).items()))
+    return dict(sorted((family.write_config(model) | carried | {DTYPE_FIELDS[0]: dtype}).items()))

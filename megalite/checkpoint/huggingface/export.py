@@ -297,7 +297,7 @@ def kept_files(directory: Path) -> dict[str, bytes]:
     files = {}
     for name in (CONFIG, GENERATION, *TOKENIZER_FILES):
         path = directory / name
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
         if path.suffix == ".json" and name not in ("tokenizer.json", "vocab.json"):
             read_json(path)

@@ -7,6 +7,7 @@ is read as it lies, in any layout, and only the rows that a rank needs. Nothing 
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,15 +101,15 @@ class HuggingFaceSource:
     def _places(self) -> dict[str, str]:
         """The file of every tensor, as the index says it, or those of the only file."""
         index, single = self.directory / INDEX, self.directory / SINGLE
-        if not index.exists():
-            if single.exists():
+        if not os.path.lexists(index):  # a link that leads nowhere is a fault, not an absent file
+            if os.path.lexists(single):
                 return dict.fromkeys(self._open(SINGLE).tensors, SINGLE)
             remedy = f"needed is {SINGLE}, or {INDEX} and its shards"
             if any(self.directory.glob("pytorch_model*.bin")):
                 remedy = "its .bin files are pickle, which is never loaded: save it again as safetensors"
             raise UserError(f"{self.directory} holds no weights; {remedy}")
         places = self._weight_map(index)
-        if single.exists() and set(places.values()) != {SINGLE}:
+        if os.path.lexists(single) and set(places.values()) != {SINGLE}:
             raise UserError(f"{self.directory} holds both {SINGLE} and {INDEX}, which names other files; remove one")
         for file in sorted(set(places.values())):
             for name in self._open(file).tensors:
@@ -132,7 +133,7 @@ class HuggingFaceSource:
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:
             path = self.directory / file
-            if not path.exists():
+            if not os.path.lexists(path):
                 raise UserError(f"{path} is missing, though {INDEX} names it; download the model again")
             self._files[file] = TensorFile(path)
         return self._files[file]
@@ -216,7 +217,7 @@ class HuggingFaceSource:
     def eos_ids(self) -> tuple[int, ...] | None:
         """The ids that end a text, as `generation_config.json` or, where that is silent, `config.json` names them."""
         path = self.directory / GENERATION
-        chosen = eos_ids(read_json(path), str(path)) if path.exists() else None
+        chosen = eos_ids(read_json(path), str(path)) if os.path.lexists(path) else None
         return eos_ids(self.config, str(self.directory / CONFIG)) if chosen is None else chosen
 
     def close(self) -> None:
