@@ -20,6 +20,7 @@ from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, c
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
+from megalite.placement import Region
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
 """Model fields that may differ from those of a checkpoint that a new run starts from: no weight depends on them."""
@@ -67,7 +68,7 @@ def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
         if sum(where.stop - where.start for _, where in pieces) < len(values):
             values.zero_()  # padding
         for box, where in pieces:
-            yield Target(box.name, box.offset, box.size, values[where].view(box.size))
+            yield Target(box.name, Region(box.offset, box.size), values[where].view(box.size))
 
 
 def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool) -> None:
@@ -82,7 +83,7 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
         source.read_into(WEIGHT, _targets(trainer, WEIGHT))
     else:
         for target in _targets(trainer, WEIGHT):
-            target.destination.copy_(source.read(target.name, target.offset, target.size))
+            target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
     for kind in MOMENTS:
         targets = list(_targets(trainer, kind))
         if optimizer and _has_moments(source):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,6 @@ from megalite.checkpoint.files import (
     read_regular,
     safetensors_header,
     tensor_bytes,
-    write_durably,
 )
 from megalite.checkpoint.huggingface.config import (
     DTYPE_FIELDS,
@@ -48,7 +48,7 @@ from megalite.checkpoint.manifest import WEIGHT
 from megalite.checkpoint.source import CheckpointReader, compare_shapes
 from megalite.config import ModelConfig, build_config
 from megalite.errors import UserError
-from megalite.files import sync_directory, write_errors_named
+from megalite.files import TEMPORARY_SUFFIX, atomic_file, sync_directory, write_atomically, write_errors_named
 from megalite.model.families import FileTensor, Rows, family_of_model
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -77,18 +77,17 @@ def appearing(final: Path) -> Iterator[Path]:
     """A directory to fill, beside `final`, whose name it takes when the block ends without an exception."""
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists already; give a new directory, or remove it first")
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    try:
-        with write_errors_named(final):
-            partial.mkdir(parents=True)
+    with write_errors_named(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # A name that nothing else has, so that nothing of anybody else's is in the way or removed.
+        partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+        partial.mkdir()
+        try:
             yield partial
             sync_directory(partial)
             partial.rename(final)
             sync_directory(final.parent)
-    finally:
-        if partial.exists():
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -124,9 +123,9 @@ def export_huggingface(
         if len(files) > 1:
             places = {name: file for file, names in files.items() for name in names}
             size = {"total_parameters": sum(math.prod(tensor.shape) for tensor in tensors), "total_size": total}
-            write_durably(partial / INDEX, _json_file({"metadata": size, "weight_map": places}))
+            write_atomically(partial / INDEX, _json_file({"metadata": size, "weight_map": places}))
         for name, content in small.items():
-            write_durably(partial / name, content)
+            write_atomically(partial / name, content)
     return Export(len(tensors), total, tuple(files))
 
 
@@ -185,13 +184,11 @@ class _WeightWriter:
         """One file with these tensors, streamed and synced."""
         ordered = sorted(names, key=lambda name: (_FILE_ORDER[self.dtypes[name]], name))
         entries = [(name, self.dtypes[name], self.tensors[name].shape) for name in ordered]
-        with open(path, "xb") as file:
+        with atomic_file(path) as file:
             file.write(safetensors_header(entries, {"format": "pt"}))
             for name in ordered:
                 for rows in self.tensors[name].parts:
                     self._write_rows(file, name, rows)
-            file.flush()
-            os.fsync(file.fileno())
 
     def _write_rows(self, file: BinaryIO, name: str, rows: Rows) -> None:
         for first, last in row_blocks(self.reader, rows.name):

@@ -11,13 +11,12 @@ import math
 from pathlib import Path
 
 from megalite.checkpoint.directory import CHECKPOINTS, step_name
-from megalite.checkpoint.files import write_durably
 from megalite.checkpoint.huggingface.export import BLOCK_BYTES, KEPT, Progress, appearing, kept_files
 from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource
 from megalite.checkpoint.source import compare_shapes, model_shapes
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, build_config, to_toml
-from megalite.files import sync_directory
+from megalite.files import sync_directory, write_atomically
 
 _LONGEST = 4096
 """Sequence length that the recipe suggests, where the model allows as much."""
@@ -33,9 +32,9 @@ def import_huggingface(directory: Path, run: Path, progress: Progress | None = N
         with appearing(run) as partial:
             (partial / KEPT).mkdir()
             for name, content in files.items():
-                write_durably(partial / KEPT / name, content)
+                write_atomically(partial / KEPT / name, content)
             sync_directory(partial / KEPT)
-            write_durably(partial / "config.toml", to_toml(config).encode())
+            write_atomically(partial / "config.toml", to_toml(config).encode())
             _write_checkpoint(source, partial / CHECKPOINTS / step_name(0), config, files, progress)
             sync_directory(partial / CHECKPOINTS)
     return config

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from megalite.checkpoint.files import DamagedFile, TensorFile, parse_json, read_regular
 from megalite.checkpoint.huggingface.config import declared_dtype, eos_ids
-from megalite.checkpoint.source import Shapes, compare_shapes
+from megalite.checkpoint.source import Shapes, check_inside, compare_shapes
 from megalite.errors import UserError
 from megalite.model.families import FileTensor, Rows, family_of_config
+from megalite.placement import Region
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION = "generation_config.json"
@@ -184,12 +185,7 @@ class HuggingFaceSource:
         shape = self._shapes.get(name)
         if shape is None:
             raise UserError(f"{self.directory} has no tensor {name!r}, which the model of its {CONFIG} needs")
-        if len(offset) != len(shape) or any(
-            start < 0 or start + length > extent for start, length, extent in zip(offset, size, shape)
-        ):
-            raise UserError(
-                f"{self.directory}: {name} has shape {list(shape)}, which has no box of {list(size)} at {list(offset)}"
-            )
+        check_inside(Region(tuple(offset), tuple(size)), name, shape, self.directory)
         box = torch.empty(tuple(size), dtype=self.dtype(name))
         for tensor, start, rows in self._parts[name]:
             first, stop = max(offset[0], rows.first), min(offset[0] + size[0], rows.first + rows.count)
