@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +24,34 @@ from torch import Tensor, nn
 from megalite.mesh import DATA_AXES
 
 Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Region:
+    """An axis-aligned part of a tensor: where it begins, and how far it reaches."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    def inside(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape has the region."""
+        return len(self.offset) == len(self.size) == len(shape) and all(
+            start >= 0 and length >= 0 and start + length <= extent
+            for start, length, extent in zip(self.offset, self.size, shape)
+        )
+
+    def overlap(self, other: Region) -> Region | None:
+        """What two regions of the same tensor share."""
+        first = tuple(map(max, self.offset, other.offset))
+        ends = (min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size))
+        size = tuple(end - start for start, end in zip(first, ends))
+        return Region(first, size) if all(length > 0 for length in size) else None
+
+    def of(self, tensor: Tensor, origin: Sequence[int]) -> Tensor:
+        """This region of a tensor whose own first element lies at `origin`; a view."""
+        for dim, (start, length, begin) in enumerate(zip(self.offset, self.size, origin)):
+            tensor = tensor.narrow(dim, start - begin, length)
+        return tensor
 
 
 @dataclass(frozen=True)

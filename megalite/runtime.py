@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megalite.affinity import stay_near
 from megalite.errors import EXIT_CODES_ENVIRONMENT, INTERRUPTED, STOPPED, UserError
@@ -237,7 +237,7 @@ def choose_device(config: Config, world: World) -> torch.device:
             "or set run.device to cpu"
         )
     torch.cuda.set_device(index)
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)
     stay_near(f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0")
     return torch.device("cuda", index)
 

@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from megalite.checkpoint.huggingface.export import NAMES, Progress, export_huggingface
+from megalite.checkpoint.huggingface.config import NAMES
+from megalite.checkpoint.huggingface.export import Progress, export_huggingface
 from megalite.checkpoint.huggingface.load import import_huggingface
 from megalite.checkpoint.source import CheckpointReader
 from megalite.command import Parser
@@ -30,8 +31,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", choices=("auto", *NAMES.values()), help="to-hf: of the weights")
     parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="to-hf: size of one file (default 5)")
     options = parser.parse_args(argv)
-    if options.shard_gb <= 0:
-        raise UserError(f"--shard-gb {options.shard_gb} is not above 0")
+    if not 1e-9 <= options.shard_gb < 1e9:  # NaN fails as well
+        raise UserError(f"--shard-gb {options.shard_gb} is not a number of gigabytes above 0")
     if options.direction == "from-hf" and (options.dtype != "auto" or options.shard_gb != 5.0):
         raise UserError("--dtype and --shard-gb belong to to-hf; from-hf keeps the dtype of the weights")
     return options

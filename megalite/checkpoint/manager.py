@@ -43,10 +43,10 @@ from megalite.checkpoint.restore import (
 )
 from megalite.checkpoint.shards import Staging
 from megalite.checkpoint.source import CheckpointReader
+from megalite.checkpoint.state import Checkpointable
 from megalite.config import Config, to_toml
 from megalite.errors import UserError
 from megalite.mesh import Mesh
-from megalite.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class CheckpointManager:
 
     # Saving
 
-    def save(self, trainer: Trainer, state: Mapping[str, Any]) -> float:
+    def save(self, trainer: Checkpointable, state: Mapping[str, Any]) -> float:
         """Save the trainer and the loop's `state` (JSON values; `step` among them) as `step_<step>`.
 
         Returns the seconds for which training stood still: until the state is copied to host memory if
@@ -266,7 +266,7 @@ class CheckpointManager:
         return self._peers.first(found)
 
     def load_latest(
-        self, trainer: Trainer, *, fingerprint: Any = None, at_most: int | None = None
+        self, trainer: Checkpointable, *, fingerprint: Any = None, at_most: int | None = None
     ) -> dict[str, Any] | None:
         """Load the newest intact checkpoint (of a step of `at_most`) into the trainer; its state, or None without any.
 
@@ -298,7 +298,7 @@ class CheckpointManager:
             f"all checkpoints in {self.folder} are damaged; restore one, or remove the directory to start afresh"
         )
 
-    def load(self, trainer: Trainer, path: Path | str, *, optimizer: bool = True) -> dict[str, Any]:
+    def load(self, trainer: Checkpointable, path: Path | str, *, optimizer: bool = True) -> dict[str, Any]:
         """Start from another run's checkpoint, run directory, or Hugging Face directory; the state it carries.
 
         The state is empty for weights alone: a Hugging Face directory, or `optimizer` False. Raises `UserError`.
@@ -322,7 +322,7 @@ class CheckpointManager:
         return {}
 
     def _load_checkpoint(
-        self, trainer: Trainer, path: Path, *, optimizer: bool, fingerprint: Any, resume: bool
+        self, trainer: Checkpointable, path: Path, *, optimizer: bool, fingerprint: Any, resume: bool
     ) -> dict[str, Any]:
         manifests: list[Manifest] = []
 

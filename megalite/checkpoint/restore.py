@@ -17,9 +17,10 @@ from torch import Tensor
 
 from megalite.checkpoint.manifest import MOMENTS, WEIGHT
 from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes, model_shapes
+from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.train.trainer import Trainer
+from megalite.placement import Region
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
 """Model fields that may differ from those of a checkpoint that a new run starts from: no weight depends on them."""
@@ -60,17 +61,17 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
     )
 
 
-def _targets(trainer: Trainer, kind: str) -> Iterator[Target]:
+def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
     for segment in trainer.optimizer.segments:
         values: Tensor = segment.master.detach() if kind == WEIGHT else segment.state[kind]
         pieces = list(segment.pieces())
         if sum(where.stop - where.start for _, where in pieces) < len(values):
             values.zero_()  # padding
         for box, where in pieces:
-            yield Target(box.name, box.offset, box.size, values[where].view(box.size))
+            yield Target(box.name, Region(box.offset, box.size), values[where].view(box.size))
 
 
-def read_state(trainer: Trainer, source: TensorSource, *, optimizer: bool) -> None:
+def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool) -> None:
     """Read weights, and the moments if `optimizer`, into this rank's optimizer shard; no communication.
 
     `finish_load` must follow on all ranks. Raises `DamagedFile` or another `UserError`; the trainer's state is then
@@ -82,7 +83,7 @@ def read_state(trainer: Trainer, source: TensorSource, *, optimizer: bool) -> No
         source.read_into(WEIGHT, _targets(trainer, WEIGHT))
     else:
         for target in _targets(trainer, WEIGHT):
-            target.destination.copy_(source.read(target.name, target.offset, target.size))
+            target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
     for kind in MOMENTS:
         targets = list(_targets(trainer, kind))
         if optimizer and _has_moments(source):
@@ -101,7 +102,7 @@ def _has_moments(source: TensorSource) -> bool:
     return False
 
 
-def finish_load(trainer: Trainer, updates: int) -> None:
+def finish_load(trainer: Checkpointable, updates: int) -> None:
     """Round the master weights into the parameters, share them, take the moments as those after `updates` updates."""
     with torch.no_grad():
         for segment in trainer.optimizer.segments:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.manifest import MOMENTS, WEIGHT, piece_key
+from megalite.checkpoint.state import Checkpointable
 from megalite.optim.shard import Segment
 from megalite.placement import Box, range_boxes
-from megalite.train.trainer import Trainer
 
 _PIECE_BYTES = 64 << 20
 """Larger pieces are cut by rows: whoever loads a part of one verifies, and so reads, all of it."""
@@ -54,7 +54,7 @@ def _cut_rows(piece: Box, where: slice) -> Iterator[tuple[Box, slice]]:
         yield from _cut(piece, where.start, first * row, min(count, (first + rows) * row))
 
 
-def rank_parts(trainer: Trainer) -> list[Part]:
+def rank_parts(trainer: Checkpointable) -> list[Part]:
     """What this rank writes of the trainer's state."""
     parts = []
     for segment in trainer.optimizer.segments:
@@ -82,7 +82,7 @@ def _within(box: Box, where: slice, window: slice) -> Iterator[tuple[Box, slice]
 class Staging:
     """Host memory for one rank's part of a checkpoint, allocated once and used for every save."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Checkpointable) -> None:
         self.trainer, self.parts = trainer, rank_parts(trainer)
         self._cuda = trainer.mesh.device.type == "cuda"
         self._buffers: list[dict[str, Tensor]] = []

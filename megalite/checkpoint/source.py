@@ -27,7 +27,7 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.sharded import ShardedModel
-from megalite.placement import PlacedParameter, placed_parameters
+from megalite.placement import PlacedParameter, Region, placed_parameters
 
 _READERS = 4
 """Threads of a load: while one waits for the disk, others compute checksums and copy."""
@@ -49,11 +49,10 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A box of a global tensor and the tensor of the same size, on any device and of any dtype, that shall hold it."""
+    """A region of a global tensor and the tensor of the same size, on any device and of any dtype, to hold it."""
 
     name: str
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+    region: Region
     destination: Tensor
 
 
@@ -88,7 +87,7 @@ class CheckpointReader:
         if name not in entries:
             raise UserError(f"{self.directory} holds no {kind} of {name}")
         box = torch.empty(tuple(size), dtype=DTYPES[entries[name].dtype])
-        self.read_into(kind, [Target(name, tuple(offset), tuple(size), box)])
+        self.read_into(kind, [Target(name, Region(tuple(offset), tuple(size)), box)])
         return box
 
     def read_into(self, kind: str, targets: Iterable[Target]) -> None:
@@ -104,9 +103,10 @@ class CheckpointReader:
             entry = self.manifest.index.get(kind, {}).get(name)
             if entry is None:
                 raise UserError(f"{self.directory} holds no {kind} of {name}")
-            _check_bounds(wanted, entry.shape, self.directory)
+            for target in wanted:
+                check_inside(target.region, name, entry.shape, self.directory)
             for piece in entry.pieces:
-                touched = [target for target in wanted if _overlap(piece, target) is not None]
+                touched = [target for target in wanted if target.region.overlap(_region(piece)) is not None]
                 if touched:
                     stored = self._file(piece.file).entry(piece_key(kind, name, piece.offset))
                     jobs.append((piece.file, stored.begin, name, piece, touched))
@@ -191,61 +191,50 @@ def _collect(faults: list[str], check: Callable[[], object]) -> None:
         faults.append(str(error))
 
 
-def _check_bounds(targets: Iterable[Target], shape: tuple[int, ...], where: Path) -> None:
-    for target in targets:
-        inside = len(target.offset) == len(target.size) == len(shape) and all(
-            start >= 0 and start + length <= extent for start, length, extent in zip(target.offset, target.size, shape)
+def check_inside(region: Region, name: str, shape: tuple[int, ...], where: Path) -> None:
+    """Raise a `UserError` unless the tensor in `where` has this region."""
+    if not region.inside(shape):
+        raise UserError(
+            f"{where}: {name} has shape {list(shape)}, which has no box of size {list(region.size)} at "
+            f"{list(region.offset)}"
         )
-        if not inside:
-            raise UserError(
-                f"{where}: {target.name} has shape {list(shape)}, which has no box of size {list(target.size)} at "
-                f"{list(target.offset)}"
-            )
 
 
-def _overlap(piece: Piece, target: Target) -> list[tuple[int, int]] | None:
-    """Start and stop of the shared box along every dimension, in global coordinates."""
-    spans = []
-    for start, length, first, count in zip(piece.offset, piece.size, target.offset, target.size):
-        low, high = max(start, first), min(start + length, first + count)
-        if low >= high:
-            return None
-        spans.append((low, high))
-    return spans
+def _region(piece: Piece) -> Region:
+    return Region(piece.offset, piece.size)
 
 
 def _room_for(piece: Piece, target: Target, dtype: torch.dtype) -> Tensor | None:
     """The part of the target that a piece fills, if the piece can be read into it as it is."""
-    room = target.destination
-    if room.dtype != dtype or room.device.type != "cpu" or room.dim() == 0:
+    room, region = target.destination, _region(piece)
+    if room.dtype != dtype or room.device.type != "cpu" or room.dim() == 0 or target.region.overlap(region) != region:
         return None
-    for dim, (first, start, length, count) in enumerate(zip(target.offset, piece.offset, piece.size, target.size)):
-        if start < first or start + length > first + count:
-            return None
-        room = room.narrow(dim, start - first, length)
+    room = region.of(room, target.region.offset)
     return room if room.is_contiguous() else None
 
 
 def _copy_overlap(content: Tensor, piece: Piece, target: Target) -> None:
-    source, destination = content, target.destination
-    for dim, (low, high) in enumerate(_overlap(piece, target) or ()):
-        source = source.narrow(dim, low - piece.offset[dim], high - low)
-        destination = destination.narrow(dim, low - target.offset[dim], high - low)
-    destination.copy_(source)
+    if shared := _region(piece).overlap(target.region):
+        shared.of(target.destination, target.region.offset).copy_(shared.of(content, piece.offset))
 
 
-def compare_shapes(expected: Shapes, found: Shapes, where: str) -> None:
-    """Raise a `UserError` that names how the tensors in `where` differ from what the model needs."""
-    differences = [f"{name} is missing" for name in sorted(expected.keys() - found.keys())]
-    differences += [f"{name} is not part of the model" for name in sorted(found.keys() - expected.keys())]
+def compare_shapes(expected: Shapes, found: Shapes, where: str, what: str = "the model") -> None:
+    """Raise a `UserError` that names how the tensors in `where` differ from what `what` needs."""
+    differences = [f"{_plain(name)} is missing" for name in sorted(expected.keys() - found.keys())]
+    differences += [f"{_plain(name)} is not part of {what}" for name in sorted(found.keys() - expected.keys())]
     differences += [
-        f"{name} has shape {list(found[name])}, the model needs {list(expected[name])}"
+        f"{_plain(name)} has shape {list(found[name])}, {what} needs {list(expected[name])}"
         for name in sorted(expected.keys() & found.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
     if differences:
         more = f" (and {len(differences) - 3} more differences)" if len(differences) > 3 else ""
-        raise UserError(f"{where} does not fit the model: {'; '.join(differences[:3])}{more}")
+        raise UserError(f"{where} does not fit {what}: {'; '.join(differences[:3])}{more}")
+
+
+def _plain(name: str) -> str:
+    """A name from a file as it may stand in a message of one line."""
+    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
 
 
 def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:

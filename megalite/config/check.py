@@ -42,7 +42,7 @@ _ABOVE_ZERO = {
 _FP8_ALIGNMENT = 16  # matrix sizes of the hardware's FP8 products
 
 # Keys that each type of model.rope_scaling needs, and those that it may have.
-_ROPE_SCALING: dict[str, tuple[set[str], set[str]]] = {
+ROPE_SCALING: dict[str, tuple[set[str], set[str]]] = {
     "linear": ({"factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
     "yarn": (
@@ -173,9 +173,9 @@ def _check_model(config: Config) -> None:
 
 def _check_rope_scaling(table: dict[str, Any]) -> None:
     kind = table.get("type")
-    if kind not in _ROPE_SCALING:
-        raise UserError(f"model.rope_scaling.type = {kind!r} is unknown; known are {', '.join(_ROPE_SCALING)}")
-    needed, optional = _ROPE_SCALING[kind]
+    if kind not in ROPE_SCALING:
+        raise UserError(f"model.rope_scaling.type = {kind!r} is unknown; known are {', '.join(ROPE_SCALING)}")
+    needed, optional = ROPE_SCALING[kind]
     given = set(table) - {"type"}
     if needed - given:
         raise UserError(f"model.rope_scaling = {table} lacks {', '.join(sorted(needed - given))}; {kind} needs it")

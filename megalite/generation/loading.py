@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.huggingface.export import recipe_of
-from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
+from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface, read_json
 from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
@@ -91,11 +91,11 @@ def open_checkpoint(path: str | Path, tokenizer: str = "") -> Iterator[Opened]:
 def _opened_huggingface(source: HuggingFaceSource, name: str) -> Opened:
     chosen = Path(name) if name else _first_existing(source.directory, TOKENIZER_FILES[:2])
     loaded = load_tokenizer(chosen) if chosen is not None else None
-    eos = source.special_ids().get("eos_token_id", loaded.eod if loaded else None)
-    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    precision = "fp32" if source.dtype("model.norm.weight") == torch.float32 else "bf16"
+    eos = source.eos_ids()
+    if eos is None:
+        eos = () if loaded is None or loaded.eod is None else (loaded.eod,)
     model = dataclasses.asdict(source.model)
-    return Opened(source, source.directory, model, precision, loaded, leading_ids(loaded), tuple(map(int, stops)))
+    return Opened(source, source.directory, model, source.precision, loaded, leading_ids(loaded), eos)
 
 
 def _opened_run(reader: CheckpointReader, name: str) -> Opened:
@@ -120,7 +120,9 @@ def leading_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
     path = tokenizer.files[0]
     settings = path.with_name("tokenizer_config.json")
     if settings.is_file():
-        wanted = json.loads(settings.read_bytes()).get("add_bos_token")
+        wanted = read_json(settings).get("add_bos_token")
+        if wanted is not None and type(wanted) is not bool:
+            raise UserError(f"{settings}: add_bos_token = {reprlib.repr(wanted)} is neither true nor false")
         if wanted is not None:
             return (tokenizer.bos,) if wanted else ()
     if tokenizer.kind != "huggingface":

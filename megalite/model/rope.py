@@ -53,7 +53,7 @@ def _yarn(speeds: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)
     keep = 1 - ramp.clamp(0.0, 1.0)
     magnitude = scaling.get("attention_factor")
     if magnitude is None:

@@ -22,6 +22,8 @@ LLAMA: dict[str, Any] = {
     "intermediate_size": 72,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
     "vocab_size": 101,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
@@ -57,7 +59,8 @@ def test_what_is_read_is_a_valid_configuration(name: str) -> None:
 
 def test_defaults_of_old_models() -> None:
     """Llama 2's first files have neither kv heads, nor a head size, nor a rotary base."""
-    model = _read()
+    old = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
+    model = model_config_from_huggingface(old)
     assert (model.kv_heads, model.head_dim, model.rope_theta, model.tie_embeddings) == (6, 8, 10000.0, False)
     assert _read(rope_scaling={"type": "linear", "factor": 2.0}).rope_scaling == {"type": "linear", "factor": 2.0}
 
@@ -72,7 +75,6 @@ def test_yarn_without_its_original_length() -> None:
     [
         ({"model_type": "mistral", "sliding_window": 5}, 5),
         ({"model_type": "mistral", "sliding_window": None}, 0),
-        ({"model_type": "llama", "sliding_window": 5}, 0),
         ({"model_type": "qwen2", "sliding_window": 5}, 0),
         ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": False, "max_window_layers": 0}, 0),
         ({"model_type": "qwen2", "sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, 5),
@@ -109,7 +111,7 @@ def test_sliding_windows(changes: dict[str, Any], window: int) -> None:
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one table for all layers"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type = 'longrope'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks high_freq_factor, low_freq_factor"),
         (
             {
                 "model_type": "qwen2",
@@ -117,7 +119,7 @@ def test_sliding_windows(changes: dict[str, Any], window: int) -> None:
                 "use_sliding_window": True,
                 "max_window_layers": 2,
             },
-            "layer_types",
+            "layer_types = ",
         ),
         (
             {
@@ -127,7 +129,9 @@ def test_sliding_windows(changes: dict[str, Any], window: int) -> None:
             },
             "layer_types",
         ),
-        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": None}, "hidden_size = None"),
+        ({"hidden_size": 48.0}, "hidden_size = 48.0"),
+        ({"sliding_window": 5}, "sliding_window = 5"),
         ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
         ({"num_hidden_layers": 2.5}, "num_hidden_layers = 2.5 is not a whole number"),
         ({"vocab_size": "many"}, "vocab_size = 'many'"),
@@ -142,5 +146,5 @@ def test_refused_by_name(changes: dict[str, Any], message: str) -> None:
 
 
 def test_no_architecture_has_both() -> None:
-    with pytest.raises(UserError, match=r"model\.qk_norm with model\.attention_bias"):
+    with pytest.raises(UserError, match=r"Qwen2ForCausalLM has no model\.qk_norm = True"):
         huggingface_config(ModelConfig(qk_norm=True, attention_bias=True, vocab_size=9), "float32")

@@ -199,7 +199,7 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = sorted(path.name for path in tmp_path.iterdir())
-    monkeypatch.setattr("megalite.checkpoint.huggingface.export.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     for action in (lambda to: _export(run, to), lambda to: import_huggingface(golden.folder("llama3_gqa"), to)):
         with pytest.raises(UserError, match="No space left on device"):
             action(tmp_path / "new")

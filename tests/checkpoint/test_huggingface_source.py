@@ -234,7 +234,10 @@ def test_redundant_tensors_are_left_out(tmp_path: Path) -> None:
     """The output layer of a tied model, saved a second time, and the rotary frequencies of old exports."""
     shutil.copytree(golden.folder("llama_tied_mha"), tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "a.rotary_emb.inv_freq": torch.ones(4)}
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     save_file(tensors | extra, tmp_path / "model" / "model.safetensors")
     with HuggingFaceSource(tmp_path / "model") as source:
         assert source.shapes() == model_shapes(source.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,30 +24,37 @@ import torch
 from megalite.checkpoint.directory import CHECKPOINTS
 from megalite.checkpoint.files import (
     DTYPES,
+    parse_json,
+    read_regular,
     safetensors_header,
-    sync_directory,
     tensor_bytes,
-    write_durably,
 )
-from megalite.checkpoint.huggingface.config import DTYPE_FIELDS, huggingface_config, model_config_from_huggingface
+from megalite.checkpoint.huggingface.config import (
+    DTYPE_FIELDS,
+    NAMES,
+    huggingface_config,
+    model_config_from_huggingface,
+)
 from megalite.checkpoint.huggingface.names import (
     CONFIG,
     GENERATION,
     INDEX,
+    MAX_SMALL_FILE,
     SINGLE,
     TOKENIZER_FILES,
     read_json,
 )
 from megalite.checkpoint.manifest import WEIGHT
-from megalite.checkpoint.source import CheckpointReader, compare_shapes, model_shapes
+from megalite.checkpoint.source import CheckpointReader, compare_shapes
 from megalite.config import ModelConfig, build_config
 from megalite.errors import UserError
+from megalite.files import TEMPORARY_SUFFIX, atomic_file, sync_directory, write_atomically, write_errors_named
+from megalite.model.families import FileTensor, Rows, family_of_model
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
 KEPT = "huggingface"
 """Folder of a run directory that keeps the small files of the model it was imported from."""
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 BLOCK_BYTES = 1 << 28
 
 _FILE_ORDER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -69,19 +77,17 @@ def appearing(final: Path) -> Iterator[Path]:
     """A directory to fill, beside `final`, whose name it takes when the block ends without an exception."""
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists already; give a new directory, or remove it first")
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        sync_directory(partial)
-        partial.rename(final)
-        sync_directory(final.parent)
-    except OSError as error:
-        raise UserError(f"{final}: {error.strerror}; make room, or choose another place") from None
-    finally:
-        if partial.exists():
+    with write_errors_named(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        # A name that nothing else has, so that nothing of anybody else's is in the way or removed.
+        partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+        partial.mkdir()
+        try:
+            yield partial
+            sync_directory(partial)
+            partial.rename(final)
+            sync_directory(final.parent)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -98,40 +104,47 @@ def export_huggingface(
     and never trained, what they came in. More than `shard_bytes` of weights make several files and an index.
     """
     model = build_config({"model": reader.manifest.model}).model
-    shapes = model_shapes(model)
-    compare_shapes(shapes, reader.shapes(), str(reader.directory))
-    dtypes = _dtypes(reader, dtype)
-    files = _assign({name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}, shard_bytes)
-    total = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
+    kept = _kept_files(reader)
+    original = parse_json(kept[CONFIG], Path(KEPT) / CONFIG) if CONFIG in kept else {}
+    family = family_of_model(model, original.get("model_type", ""))
+    tensors = list(family.tensors(model))
+    needed = {rows.name: rows.shape for tensor in tensors for rows in tensor.parts}
+    compare_shapes(needed, reader.shapes(), str(reader.directory), what=family.architectures[0])
+    dtypes = _dtypes(reader, tensors, dtype)
+    sizes = {tensor.name: math.prod(tensor.shape) * dtypes[tensor.name].itemsize for tensor in tensors}
+    files, total = _assign(sizes, shard_bytes), sum(sizes.values())
+    as_imported = dtype == "auto" and reader.manifest.step == 0
+    config = _config_file(reader, model, kept.get(CONFIG), NAMES[dtypes[tensors[0].name]], as_imported=as_imported)
+    small = _small_files(reader, kept) | {CONFIG: config}
     with appearing(directory) as partial:
-        meter = _Meter(progress, total)
+        writer = _WeightWriter(reader, {tensor.name: tensor for tensor in tensors}, dtypes, progress, total)
         for file, names in files.items():
-            _write_weights(partial / file, reader, names, dtypes, meter)
+            writer.write(partial / file, names)
         if len(files) > 1:
             places = {name: file for file, names in files.items() for name in names}
-            size = {"total_parameters": sum(map(math.prod, shapes.values())), "total_size": total}
-            write_durably(partial / INDEX, _json_file({"metadata": size, "weight_map": places}))
-        for name, content in _small_files(reader, model, dtypes).items():
-            write_durably(partial / name, content)
-    return Export(len(shapes), total, tuple(files))
+            size = {"total_parameters": sum(math.prod(tensor.shape) for tensor in tensors), "total_size": total}
+            write_atomically(partial / INDEX, _json_file({"metadata": size, "weight_map": places}))
+        for name, content in small.items():
+            write_atomically(partial / name, content)
+    return Export(len(tensors), total, tuple(files))
 
 
 def _json_file(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def _dtypes(reader: CheckpointReader, wanted: str) -> dict[str, torch.dtype]:
-    """The dtype to write each tensor in."""
+def _dtypes(reader: CheckpointReader, tensors: Sequence[FileTensor], wanted: str) -> dict[str, torch.dtype]:
+    """The dtype to write each tensor of the files in."""
     stored = {name: DTYPES[entry.dtype] for name, entry in reader.manifest.index[WEIGHT].items()}
     if wanted != "auto":
         by_name = {name: dtype for dtype, name in NAMES.items()}
         if wanted not in by_name:
             raise UserError(f"dtype {wanted!r} is not one of auto, {', '.join(by_name)}")
-        return dict.fromkeys(stored, by_name[wanted])
-    if reader.manifest.step == 0:
-        return stored
-    precision = recipe_of(reader).get("train", {}).get("precision", "fp32")
-    return dict.fromkeys(stored, torch.float32 if precision == "fp32" else torch.bfloat16)
+        return dict.fromkeys((tensor.name for tensor in tensors), by_name[wanted])
+    if reader.manifest.step > 0:
+        precision = recipe_of(reader).get("train", {}).get("precision", "fp32")
+        stored = dict.fromkeys(stored, torch.float32 if precision == "fp32" else torch.bfloat16)
+    return {tensor.name: stored[tensor.parts[0].name] for tensor in tensors}
 
 
 def recipe_of(reader: CheckpointReader) -> dict[str, Any]:
@@ -157,40 +170,36 @@ def _assign(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 
 @dataclass
-class _Meter:
-    """Reports progress in bytes."""
+class _WeightWriter:
+    """Writes safetensors files from a checkpoint, block by block; `progress` is told of `done` bytes out of `total`."""
 
+    reader: CheckpointReader
+    tensors: Mapping[str, FileTensor]
+    dtypes: Mapping[str, torch.dtype]
     progress: Progress | None
     total: int
     done: int = 0
 
-    def add(self, what: str, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(what, self.done, self.total)
+    def write(self, path: Path, names: Sequence[str]) -> None:
+        """One file with these tensors, streamed and synced."""
+        ordered = sorted(names, key=lambda name: (_FILE_ORDER[self.dtypes[name]], name))
+        entries = [(name, self.dtypes[name], self.tensors[name].shape) for name in ordered]
+        with atomic_file(path) as file:
+            file.write(safetensors_header(entries, {"format": "pt"}))
+            for name in ordered:
+                for rows in self.tensors[name].parts:
+                    self._write_rows(file, name, rows)
 
-
-def _write_weights(
-    path: Path, reader: CheckpointReader, names: Sequence[str], dtypes: Mapping[str, torch.dtype], meter: _Meter
-) -> None:
-    """One safetensors file, streamed and synced."""
-    shapes = reader.shapes()
-    ordered = sorted(names, key=lambda name: (_FILE_ORDER[dtypes[name]], name))
-    with open(path, "xb") as file:
-        file.write(safetensors_header([(name, dtypes[name], shapes[name]) for name in ordered], {"format": "pt"}))
-        for name in ordered:
-            for count in _write_tensor(file, reader, name, dtypes[name]):
-                meter.add(name, count)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensor(file: BinaryIO, reader: CheckpointReader, name: str, dtype: torch.dtype) -> Iterator[int]:
-    shape = reader.shapes()[name]
-    for start, stop in row_blocks(reader, name):
-        offset, size = (start, *(0,) * (len(shape) - 1)), (stop - start, *shape[1:])
-        block = reader.read(name, offset, size).to(dtype).contiguous()
-        yield file.write(tensor_bytes(block))
+    def _write_rows(self, file: BinaryIO, name: str, rows: Rows) -> None:
+        for first, last in row_blocks(self.reader, rows.name):
+            start, stop = max(first, rows.first), min(last, rows.first + rows.count)
+            if start >= stop:
+                continue
+            offset, size = (start, *(0,) * (len(rows.shape) - 1)), (stop - start, *rows.shape[1:])
+            block = self.reader.read(rows.name, offset, size).to(self.dtypes[name]).contiguous()
+            self.done += file.write(tensor_bytes(block))
+            if self.progress is not None:
+                self.progress(name, self.done, self.total)
 
 
 def row_blocks(reader: CheckpointReader, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
@@ -211,27 +220,34 @@ def row_blocks(reader: CheckpointReader, name: str, block_bytes: int = BLOCK_BYT
     yield start, stop
 
 
-def _small_files(reader: CheckpointReader, model: ModelConfig, dtypes: Mapping[str, torch.dtype]) -> dict[str, bytes]:
-    """`config.json` and the tokenizer: those the run was imported with, as far as they still fit, or new ones."""
-    kept = _kept_files(reader)
-    dtype = NAMES[next(iter(dtypes.values()))]
+def _config_file(
+    reader: CheckpointReader, model: ModelConfig, kept: bytes | None, dtype: str, *, as_imported: bool
+) -> bytes:
+    """`config.json`: the imported one where it still describes the model, else a new one with what it says beside.
+
+    `dtype` is what the weights are written in; where they are `as_imported`, the imported file keeps what it says.
+    """
+    original = {} if kept is None else parse_json(kept, Path(KEPT) / CONFIG)
+    beside = _special_ids(reader) | original
+    written = huggingface_config(model, dtype, beside, preferred=original.get("model_type", ""))
+    if kept is None or model_config_from_huggingface(original, f"{KEPT}/{CONFIG}") != model:
+        return _json_file(written)
+    stale = [field for field in DTYPE_FIELDS if not as_imported and original.get(field) not in (None, dtype)]
+    changed: dict[str, Any] = dict.fromkeys(stale, dtype)
+    if original.get("architectures") not in (None, written["architectures"]):
+        changed["architectures"] = written["architectures"]  # imported without the class of the output layer
+    return _json_file({**original, **changed}) if changed else kept
+
+
+def _small_files(reader: CheckpointReader, kept: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer, and what else lay beside the model that was imported."""
     files = {name: content for name, content in kept.items() if name != CONFIG}
-    if not any(name in files for name in TOKENIZER_FILES[:2]):
-        files |= _tokenizer_files(reader)
-    original = json.loads(kept[CONFIG]) if CONFIG in kept else None
-    if original is not None and model_config_from_huggingface(original, f"{KEPT}/{CONFIG}") == model:
-        fields = [field for field in DTYPE_FIELDS if field in original]
-        if all(original[field] == dtype for field in fields):
-            return files | {CONFIG: kept[CONFIG]}
-        return files | {CONFIG: _json_file(original | dict.fromkeys(fields or DTYPE_FIELDS[:1], dtype))}
-    return files | {CONFIG: _json_file(huggingface_config(model, dtype, _special_ids(reader)))}
+    return files if any(name in files for name in TOKENIZER_FILES[:2]) else files | _tokenizer_files(reader)
 
 
 def _kept_files(reader: CheckpointReader) -> dict[str, bytes]:
     folder = reader.directory.parent
-    folder = (folder.parent if folder.name == CHECKPOINTS else folder) / KEPT
-    wanted = (CONFIG, GENERATION, *TOKENIZER_FILES)
-    return {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+    return kept_files((folder.parent if folder.name == CHECKPOINTS else folder) / KEPT)
 
 
 def _tokenizer(reader: CheckpointReader) -> Tokenizer | None:
@@ -273,14 +289,14 @@ def _special_ids(reader: CheckpointReader) -> dict[str, int]:
     return {name: number for name, number in ids.items() if number is not None}
 
 
-def kept_json(directory: Path) -> dict[str, bytes]:
+def kept_files(directory: Path) -> dict[str, bytes]:
     """The small files of a Hugging Face directory that are worth keeping, checked to be what they should be."""
     files = {}
     for name in (CONFIG, GENERATION, *TOKENIZER_FILES):
         path = directory / name
-        if not path.is_file():
+        if not os.path.lexists(path):
             continue
         if path.suffix == ".json" and name not in ("tokenizer.json", "vocab.json"):
             read_json(path)
-        files[name] = path.read_bytes()
+        files[name] = read_regular(path, MAX_SMALL_FILE)
     return files

@@ -10,16 +10,13 @@ import dataclasses
 import math
 from pathlib import Path
 
-import torch
-
 from megalite.checkpoint.directory import CHECKPOINTS, step_name
-from megalite.checkpoint.files import sync_directory, write_durably
-from megalite.checkpoint.huggingface.export import BLOCK_BYTES, KEPT, Progress, appearing, kept_json
+from megalite.checkpoint.huggingface.export import BLOCK_BYTES, KEPT, Progress, appearing, kept_files
 from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource
 from megalite.checkpoint.source import compare_shapes, model_shapes
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, build_config, to_toml
-from megalite.errors import UserError
+from megalite.files import sync_directory, write_atomically
 
 _LONGEST = 4096
 """Sequence length that the recipe suggests, where the model allows as much."""
@@ -30,14 +27,14 @@ def import_huggingface(directory: Path, run: Path, progress: Progress | None = N
     with HuggingFaceSource(directory) as source:
         shapes = model_shapes(source.model)
         compare_shapes(shapes, source.shapes(), str(directory))
-        files = kept_json(directory)
+        files = kept_files(directory)
         config = _recipe(source, run, files)
         with appearing(run) as partial:
             (partial / KEPT).mkdir()
             for name, content in files.items():
-                write_durably(partial / KEPT / name, content)
+                write_atomically(partial / KEPT / name, content)
             sync_directory(partial / KEPT)
-            write_durably(partial / "config.toml", to_toml(config).encode())
+            write_atomically(partial / "config.toml", to_toml(config).encode())
             _write_checkpoint(source, partial / CHECKPOINTS / step_name(0), config, files, progress)
             sync_directory(partial / CHECKPOINTS)
     return config
@@ -45,14 +42,14 @@ def import_huggingface(directory: Path, run: Path, progress: Progress | None = N
 
 def _recipe(source: HuggingFaceSource, run: Path, files: dict[str, bytes]) -> Config:
     tokenizer = next((name for name in TOKENIZER_FILES[:2] if name in files), None)
-    narrow = any(source.dtype(name) != torch.float32 for name in source.shapes())
+    run = run.absolute()  # so that the recipe works from any folder
     return build_config(
         {
             "run": {"dir": str(run)},
             "model": dataclasses.asdict(source.model),
             "data": {"tokenizer": str(run / KEPT / tokenizer) if tokenizer else ""},
             "train": {
-                "precision": "bf16" if narrow else "fp32",
+                "precision": source.precision,
                 "seq_length": min(source.model.max_positions, _LONGEST),
             },
         }
@@ -66,10 +63,7 @@ def _write_checkpoint(
     total = sum(math.prod(shape) * source.dtype(name).itemsize for name, shape in shapes.items())
     done = 0
     with CheckpointWriter(path, step=0, model=dataclasses.asdict(config.model), state={}) as writer:
-        for name in model_shapes(config.model):
-            shape = shapes[name]
-            if not shape:
-                raise UserError(f"{source.directory}: {name} has no dimension")
+        for name, shape in shapes.items():
             row_bytes = max(1, math.prod(shape[1:]) * source.dtype(name).itemsize)
             rows = max(1, BLOCK_BYTES // row_bytes)
             for start in range(0, shape[0], rows):

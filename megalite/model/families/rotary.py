@@ -1,0 +1,113 @@
+"""Rotary positions in a `config.json`: their base, and how they are stretched.
+
+transformers 4 keeps them in `rope_theta` and `rope_scaling`, transformers 5 in one table, `rope_parameters`, to which
+it prefers a `rope_scaling` that stands beside it. Where two of these say different things the file is refused: each
+version of transformers would compute something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from megalite.config import ModelConfig
+from megalite.config.check import ROPE_SCALING
+from megalite.model.families.family import Fields
+
+_TABLES = ("rope_scaling", "rope_parameters")
+_ORIGINAL = "original_max_position_embeddings"
+_COMMON = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+_UNUSED = {"finetuned"}  # a remark of the authors of YaRN, which no implementation reads
+_MAY_BE_NULL = {"yarn": {"factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}}
+
+Rotary = tuple[float, dict[str, Any]]
+
+
+def read_rotary(fields: Fields, positions: int) -> Rotary:
+    """Base of the rotary frequencies, and the scaling as `ModelConfig.rope_scaling` writes it."""
+    theta = fields.check_number("rope_theta", fields.value("rope_theta"), above=1)
+    original = fields.count(_ORIGINAL, 1 << 40) if fields.given(_ORIGINAL) else None
+    found = {name: table for name in _TABLES if (table := fields.table(name))}
+    readings = {name: _read_table(fields, name, table, theta, original, positions) for name, table in found.items()}
+    if len(readings) == 2 and readings["rope_scaling"] != readings["rope_parameters"]:
+        raise fields.refusal(
+            "rope_scaling", found["rope_scaling"], "contradicts rope_parameters beside it; keep one table with all keys"
+        )
+    rotary = next(iter(readings.values()), (theta, {}))
+    if fields.given("rope_theta") and rotary[0] != theta:
+        raise fields.refusal("rope_theta", theta, f"contradicts rope_theta = {rotary[0]} in {next(iter(found))}")
+    return rotary
+
+
+def _read_table(
+    fields: Fields, table_name: str, table: Mapping[str, Any], theta: float, original: int | None, positions: int
+) -> Rotary:
+    kind = _kind(fields, table_name, table)
+    needed, optional = ROPE_SCALING.get(kind, (set(), set()))
+    for key, value in table.items():
+        if isinstance(value, dict):
+            raise fields.refusal(table_name, table, "is not supported; megalite computes one table for all layers")
+        if key not in _COMMON | _UNUSED | needed | optional and value is not None:
+            raise fields.refusal(f"{table_name}.{key}", value, f"has no meaning for rope_type = {kind!r}; remove it")
+    if table.get("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise fields.refusal("partial_rotary_factor", table["partial_rotary_factor"], "is not supported; 1.0 is")
+    theta = fields.check_number(f"{table_name}.rope_theta", table.get("rope_theta", theta), above=1)
+    if kind == "default":
+        return theta, {}
+    scaling = {key: table[key] for key in sorted(needed | optional) if key in table}
+    if _ORIGINAL in needed:
+        scaling[_ORIGINAL] = _original(fields, scaling.get(_ORIGINAL), original, positions)
+    if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
+        scaling["factor"] = positions / scaling[_ORIGINAL]
+    scaling = {
+        key: value for key, value in scaling.items() if value is not None or key not in _MAY_BE_NULL.get(kind, ())
+    }
+    _check(fields, table_name, kind, needed, scaling)
+    return theta, {"type": kind, **scaling}
+
+
+def _kind(fields: Fields, table_name: str, table: Mapping[str, Any]) -> str:
+    named = {
+        table[key] if isinstance(table[key], str) else repr(table[key]) for key in ("rope_type", "type") if key in table
+    }
+    if len(named) > 1:
+        raise fields.refusal(f"{table_name}.type", table["type"], f"contradicts rope_type = {table['rope_type']!r}")
+    kind = next(iter(named), "default")
+    if kind != "default" and kind not in ROPE_SCALING:
+        raise fields.refusal("rope_type", kind, f"is not supported; known are default, {', '.join(ROPE_SCALING)}")
+    return kind
+
+
+def _original(fields: Fields, inside: Any, outside: int | None, positions: int) -> Any:
+    """The original length: transformers 5 looks beside the table first; without any, it is that of the model."""
+    if outside is not None and inside is not None and inside != outside:
+        raise fields.refusal(_ORIGINAL, outside, f"contradicts {_ORIGINAL} = {inside!r} in the rotary table")
+    return next(value for value in (inside, outside, positions) if value is not None)
+
+
+def _check(fields: Fields, table_name: str, kind: str, needed: set[str], scaling: Mapping[str, Any]) -> None:
+    if missing := sorted(needed - scaling.keys()):
+        raise fields.refusal(table_name, dict(scaling), f"lacks {', '.join(missing)}")
+    for key, value in scaling.items():
+        if key == "truncate":
+            if type(value) is not bool:
+                raise fields.refusal(f"{table_name}.truncate", value, "is neither true nor false")
+        else:
+            fields.check_number(f"{table_name}.{key}", value)
+    if scaling["factor"] < 1:
+        raise fields.refusal(f"{table_name}.factor", scaling["factor"], "is below 1")
+    low, high = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ("beta_slow", "beta_fast")
+    defaults = {"beta_slow": 1, "beta_fast": 32}
+    if kind != "linear" and scaling.get(low, defaults.get(low)) >= scaling.get(high, defaults.get(high)):
+        raise fields.refusal(f"{table_name}.{low}", scaling.get(low), f"is not below {high}")
+
+
+def write_rotary(model: ModelConfig) -> dict[str, Any]:
+    """The fields of transformers 4, which version 5 reads as well."""
+    scaling = {key: value for key, value in model.rope_scaling.items() if key != "type"}
+    kind = model.rope_scaling.get("type", "default")
+    return {
+        "rope_theta": float(model.rope_theta) if math.isfinite(model.rope_theta) else None,
+        "rope_scaling": None if kind == "default" else {"rope_type": kind, **scaling},
+    }
