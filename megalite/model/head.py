@@ -19,13 +19,11 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from megalite.kernels import Kernels
+from megalite.kernels.cross_entropy import IGNORE_INDEX as IGNORED
 from megalite.kernels.cross_entropy import add_product_, cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import vocabulary_box
 from megalite.placement import PlacedParameter, Placement
-
-IGNORED = -100
-"""The label of a position that takes no part in the loss."""
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
