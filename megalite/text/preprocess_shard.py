@@ -112,7 +112,7 @@ class _Encoder:
         """Encode one piece; returns how many lines (rows, files) it has."""
         counter = ReadCounter()
         reported = 0
-        options = {"with_extra": False, "max_record_bytes": self._options.max_record_bytes}
+        key, limit = self._options.key, self._options.max_record_bytes
 
         def note_bad(record: BadRecord) -> None:
             self._records += 1
@@ -121,7 +121,7 @@ class _Encoder:
             else:
                 self._bad.add({"piece": number, **quarantine_row(record)})
 
-        for document in read_documents(piece.path, self._options.key, piece.byte_range, note_bad, counter, **options):
+        for document in read_documents(piece.path, key, piece.byte_range, note_bad, counter, False, limit):
             self._records += 1
             self._add(document.text)
             if self._batch.full:

@@ -69,8 +69,9 @@ def read_unit(
 ) -> Iterator[tuple[int, Document]]:
     """The documents of a unit in order, each with the number of its piece; bad records go to `unusable`."""
     for number, piece in enumerate(unit.pieces):
-        options = {"with_extra": with_extra, "max_record_bytes": max_record_bytes}
-        for document in read_documents(piece.path, key, piece.byte_range, unusable.add, **options):
+        for document in read_documents(
+            piece.path, key, piece.byte_range, unusable.add, with_extra=with_extra, max_record_bytes=max_record_bytes
+        ):
             yield number, document
 
 
