@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import stat
 import tempfile
@@ -82,6 +83,27 @@ def write_atomically(path: Path | str, content: bytes | str, *, durable: bool = 
     """`atomic_file` for content that is there already; text becomes UTF-8."""
     with atomic_file(path, durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+class PendingFile:
+    """`atomic_file` where the writing is not one block: `commit` gives the file its name, `abort` removes it.
+
+    What an earlier process was killed over is removed first: it would lie there for ever. Raises OSError.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        for leftover in Path(path).parent.glob(f".{glob.escape(Path(path).name)}.*{TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+        self._stack = contextlib.ExitStack()
+        self.file = self._stack.enter_context(atomic_file(path))
+
+    def commit(self) -> None:
+        self._stack.close()
+
+    def abort(self) -> None:
+        """Nothing after `commit`. A full disk refuses the last flush, too: the file goes anyway."""
+        with contextlib.suppress(OSError):
+            self._stack.__exit__(InterruptedError, InterruptedError(), None)
 
 
 def _mode_of(path: Path) -> int:

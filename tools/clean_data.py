@@ -14,7 +14,8 @@ from megalite.errors import UserError, exit_on_user_error
 from megalite.text.clean.report import write_report
 from megalite.text.clean.rules import load_rules
 from megalite.text.clean.run import clean_corpus
-from megalite.text.readers import expand_inputs
+from megalite.text.inputs import expand_inputs
+from megalite.text.records import MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,16 @@ class Options:
     """Share of records that may be unusable (broken JSON, missing key, ...) before the run fails."""
     allow_damaged: bool = False
     """Accept truncated or corrupt compressed files: what can be read of them is used."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """A longer line, text file or JSON array is counted as unusable; bounds the memory that each worker takes."""
 
 
 @exit_on_user_error
 def main() -> None:
     options = tyro.cli(Options)
-    if options.workers < 1:
-        raise UserError(f"--workers {options.workers} must be at least 1")
+    for name in ("workers", "max_record_bytes"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     started = time.monotonic()
     counts, unusable = clean_corpus(
         expand_inputs(options.input),
@@ -54,6 +58,7 @@ def main() -> None:
         keep_rejected=options.keep_rejected,
         max_bad_ratio=options.max_bad_ratio,
         allow_damaged=options.allow_damaged,
+        max_record_bytes=options.max_record_bytes,
     )
     write_report(options.output, counts, unusable, time.monotonic() - started)
 

@@ -14,7 +14,8 @@ from megalite.text.dedup.clusters import Keep
 from megalite.text.dedup.minhash import choose_banding
 from megalite.text.dedup.report import write_report
 from megalite.text.dedup.run import Deduplication, Settings
-from megalite.text.readers import expand_inputs
+from megalite.text.inputs import expand_inputs
+from megalite.text.records import MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Options:
     """Share of records that may be unusable (broken JSON, missing key, ...) before the run fails."""
     allow_damaged: bool = False
     """Accept truncated or corrupt compressed files: what can be read of them is used."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """A longer line, text file or JSON array is counted as unusable; bounds the memory that each worker takes."""
 
 
 @exit_on_user_error
 def main() -> None:
     options = tyro.cli(Options)
-    for name in ("workers", "ngram", "decontaminate_ngram", "memory"):
+    for name in ("workers", "ngram", "decontaminate_ngram", "memory", "max_record_bytes"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
     settings = Settings(
@@ -67,12 +70,13 @@ def main() -> None:
         ngram=options.ngram,
         keep=options.keep,
         key=options.key,
-        decontaminate=tuple(map(str, expand_inputs(options.decontaminate))),
+        decontaminate=tuple(map(str, expand_inputs(options.decontaminate, "--decontaminate"))),
         decontaminate_key=options.decontaminate_key,
         decontaminate_ngram=options.decontaminate_ngram,
         keep_rejected=options.keep_rejected,
         max_bad_ratio=options.max_bad_ratio,
         allow_damaged=options.allow_damaged,
+        max_record_bytes=options.max_record_bytes,
     )
     paths = expand_inputs(options.input)
     task = Deduplication(paths, options.output, settings, options.workers, options.memory << 20)

@@ -68,10 +68,11 @@ def show_statistics(dataset: IndexedDataset, as_json: bool) -> None:
     print(f"  fingerprint  {dataset.fingerprint()}")
     description = dataset.description()
     if tokenizer := description.get("tokenizer"):
-        files = ", ".join(tokenizer["files"]) or tokenizer["kind"]
-        print(f"  tokenizer    {files}, {tokenizer['vocab_size']:,} entries, sha256 {tokenizer['sha256'][:16]}")
+        files = ", ".join(tokenizer.get("files", [])) or tokenizer.get("kind", "unknown")
+        size, sha256 = tokenizer.get("vocab_size", 0), tokenizer.get("sha256", "unknown")
+        print(f"  tokenizer    {files}, {size:,} entries, sha256 {sha256[:16]}")
     for source in description.get("merged_from", []):
-        print(f"  merged from  {source['name']}, {source['tokens']:,} tokens")
+        print(f"  merged from  {source.get('name', 'unknown')}, {source.get('tokens', 0):,} tokens")
     for line in histogram_lines(numbers.histogram):
         print(line)
 

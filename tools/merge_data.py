@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from megalite.data.indexed import IndexedDataset, merge, merged_provenance
+from megalite.data.indexed import IndexedDataset
+from megalite.data.merge import merge, merged_provenance
 from megalite.errors import exit_on_user_error
 
 

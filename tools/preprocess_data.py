@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from megalite.errors import exit_on_user_error
+from megalite.text.records import MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
     """Use what could be read of truncated or corrupt files instead of failing."""
     keep_empty: bool = False
     """Keep empty texts as documents without tokens, as Megatron-LM does: document numbers are then record numbers."""
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """A longer line, text file or JSON array is counted as unusable; bounds the memory that each worker takes."""
 
 
 @exit_on_user_error

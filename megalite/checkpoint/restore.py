@@ -6,6 +6,7 @@ step of training; so the loaded state is bitwise the saved one in every layout.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.manifest import MOMENTS, WEIGHT
+from megalite.checkpoint.directory import CHECKPOINTS, complete_checkpoints
+from megalite.checkpoint.manifest import MANIFEST, MOMENTS, WEIGHT, Manifest
+from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes, model_shapes
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
+from megalite.mesh import Mesh
 from megalite.placement import Region
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
@@ -52,6 +56,7 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
         return
     if isinstance(stored, dict) and isinstance(own, dict):
         names = sorted(name for name in stored.keys() | own.keys() if stored.get(name) != own.get(name))
+        names = [name for name in names if name != "order"] or names  # it follows from the others
         what = ", ".join(f"{name} was {stored.get(name)!r} and is {own.get(name)!r}" for name in names)
     else:
         what = f"its fingerprint was {stored!r} and is {own!r}"
@@ -59,6 +64,21 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
         f"the training data is not that of {reader.directory}: {what}; restore the data, or go on with "
         "checkpoint.allow_data_change = true"
     )
+
+
+def planned_samples(run_dir: Path | str, mesh: Mesh) -> int | None:
+    """How many samples a run was first planned for, as its newest checkpoint says; None without one that does.
+
+    Asked by all ranks together, before the data is opened: a run that is made longer keeps the order of its plan.
+    """
+    planned = None
+    if mesh.rank == 0:
+        for _, path in reversed(complete_checkpoints(Path(run_dir) / CHECKPOINTS)):
+            with contextlib.suppress(UserError):  # damaged: the one before it is used
+                planned = Manifest.from_file(path / MANIFEST).state.get("planned_samples")
+                break
+    planned = Peers(mesh).first(planned)
+    return planned if isinstance(planned, int) and planned > 0 else None
 
 
 def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:

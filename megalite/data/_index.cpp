@@ -273,10 +273,13 @@ py::tuple gather(const Bytes& tokens, char kind, std::int64_t item_bytes, const 
       const std::int64_t available = load<std::int32_t>(file.lengths, document) - offset;
       const std::int64_t taken = std::min(available, wanted - filled);
       if (taken <= 0) continue;
-      const std::int64_t byte = load<std::int64_t>(file.offsets, document) + offset * item_bytes;
-      if (offset < 0 || byte < 0 || byte + taken * item_bytes > file.token_bytes) {
+      const std::int64_t begin = load<std::int64_t>(file.offsets, document);
+      if (offset < 0 || begin < 0 || begin > file.token_bytes ||
+          begin + (offset + taken) * item_bytes > file.token_bytes) {
         bad_document(document, "lies outside the file");
       }
+      if (begin % item_bytes != 0) bad_document(document, "begins between two tokens");
+      const std::int64_t byte = begin + offset * item_bytes;
       largest = std::max(largest, copy_as(kind, file, byte, taken, target + filled));
       for (std::int64_t i = 0; with_documents && i < taken; ++i) {
         place[filled + i] = i;

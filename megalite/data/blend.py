@@ -16,7 +16,6 @@ from megalite.data import _index
 from megalite.data.cache import Arrays
 
 SURPLUS = 0.005  # Megatron-LM's mid_level_dataset_surplus
-MAX_DATASETS = 32766
 UNLIMITED = np.iinfo(np.int64).max
 
 

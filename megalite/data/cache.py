@@ -1,6 +1,6 @@
 """Arrays built once per node and memory-mapped by every process: content-keyed, atomic, with a wait that tells."""
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import logging
@@ -8,16 +8,15 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import orjson
 
-from megalite.data.indexed import sync_folder, writing
 from megalite.errors import UserError
-from megalite.files import private_folder
+from megalite.files import locked, read_bounded, sync_directory, write_atomically, write_errors_named
 
 Arrays = dict[str, np.ndarray]
 logger = logging.getLogger(__name__)
@@ -25,6 +24,8 @@ logger = logging.getLogger(__name__)
 WAIT_SECONDS = 3600.0
 TELL_SECONDS = 15.0
 POLL_SECONDS = 0.05
+DTYPES = {name: np.dtype(name) for name in ("int16", "int32", "int64", "uint32")}
+NPY_PREFIX = 10  # bytes: magic, version, and the length of the header
 
 
 def content_key(**content: Any) -> str:
@@ -45,7 +46,7 @@ def load_or_build(
     folder = Path(cache_dir) / key
     if (arrays := _load(folder)) is not None:
         return arrays
-    with writing(folder):
+    with write_errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock"), wait_seconds):
         if (arrays := _load(folder)) is None:
@@ -59,88 +60,88 @@ def load_or_build(
 def _load(folder: Path) -> Arrays | None:
     """The arrays of a complete folder, or None where there is none or a file of it is damaged (it is then rebuilt)."""
     try:
-        expected: Mapping[str, list] = json.loads((folder / "arrays.json").read_text())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in expected}
-    except (OSError, ValueError):
+        expected = orjson.loads(read_bounded(folder / "arrays.json", 1 << 16))
+        return {
+            name: _map(folder / f"{name}.npy", DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in expected.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if any([str(array.dtype), list(array.shape)] != expected[name] for name, array in arrays.items()):
-        return None
-    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Map a `.npy` file of this dtype and shape.
+
+    Not by `np.load`: it parses the header as Python source, which is not safe in several threads at once (CPython 3.11
+    ended in a SystemError). What the header says is in `arrays.json`, too; here only its length is read.
+    """
+    with open(path, "rb") as file:
+        prefix = file.read(NPY_PREFIX)
+    offset = NPY_PREFIX + int.from_bytes(prefix[8:], "little")
+    size = dtype.itemsize * int(np.prod(shape, dtype=object))
+    if prefix[:8] != b"\x93NUMPY\x01\x00" or path.stat().st_size != offset + size:
+        raise ValueError(f"{path} is damaged")
+    if size == 0:
+        return np.empty(shape, dtype)  # nothing cannot be mapped
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
 
 
 def _store(folder: Path, arrays: Arrays) -> None:
     temporary = folder.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")
     try:
-        with writing(folder):
+        with write_errors_named(folder):
             temporary.mkdir()
             for name, array in arrays.items():
-                with _synced(temporary / f"{name}.npy") as file:
+                with open(temporary / f"{name}.npy", "wb") as file:
                     np.save(file, array, allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
             description = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
-            with _synced(temporary / "arrays.json") as file:
-                file.write(json.dumps(description).encode())
+            write_atomically(temporary / "arrays.json", json.dumps(description))
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 os.rename(temporary, folder)
             except OSError:
                 if _load(folder) is None:  # another node, whose lock is not seen here, may have been first
                     raise
-            sync_folder(folder.parent)
+            sync_directory(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-@contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
-    """Hold the lock file `path`, which the system releases even when its holder is killed."""
-    descriptor = _open_lock(path)
-    try:
-        start, told = time.monotonic(), 0.0
-        while not _try_lock(descriptor):
-            waited = time.monotonic() - start
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            if waited > wait_seconds:
-                raise UserError(
-                    f"{path}: waited {waited:.0f} s for {holder} to build the data index;"
-                    " stop that process if it hangs, then start again"
-                )
-            if waited - told > TELL_SECONDS:
-                told = waited
-                logger.warning("waiting for %s to build the data index %s (%.0f s so far)", holder, path.stem, waited)
-            time.sleep(POLL_SECONDS)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+    """Hold the lock file `path`, which the system releases even when its holder is killed.
+
+    Where the file system knows no locks every process builds its own: the arrays are the same, and one of them stays.
+    """
+    start, told = time.monotonic(), 0.0
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                held = stack.enter_context(locked(path))
+            except OSError as error:
+                logger.warning("%s: cannot be locked (%s); building the data index unlocked", path, error.strerror)
+                held = True
+            if held:
+                with contextlib.suppress(OSError):
+                    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                yield
+                return
+        waited = time.monotonic() - start
+        holder = _holder(path)
+        if waited > wait_seconds:
+            raise UserError(
+                f"{path}: waited {waited:.0f} s for {holder} to build the data index;"
+                " stop that process if it hangs, then start again"
+            )
+        if waited - told > TELL_SECONDS:
+            told = waited
+            logger.warning("waiting for %s to build the data index %s (%.0f s so far)", holder, path.stem, waited)
+        time.sleep(POLL_SECONDS)
 
 
-def _open_lock(path: Path) -> int:
-    """A descriptor that can be locked: beside the cache, or per node where that file system knows no locks."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+def _holder(path: Path) -> str:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        return descriptor
-    except BlockingIOError:
-        return descriptor
+        return read_bounded(path, 1 << 12).decode(errors="replace")[:200] or "another process"
     except OSError:
-        os.close(descriptor)
-    return os.open(private_folder() / f"{content_key(path=str(path.resolve()))}.lock", flags, 0o600)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+        return "another process"

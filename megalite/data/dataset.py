@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from megalite.config.schema import DataConfig
+from megalite.config.sources import Source, parse_sources
 from megalite.data import _index
-from megalite.data.blend import MAX_DATASETS, SURPLUS, build_blend, build_exhaustive_blend, normalized, planned_sizes
+from megalite.data.blend import SURPLUS, build_blend, build_exhaustive_blend, normalized, planned_sizes
 from megalite.data.cache import Arrays, content_key, load_or_build
 from megalite.data.indexed import IndexedDataset
 from megalite.data.sample_index import Cut, build_indices, parse_split, plan_cut, split_spans
@@ -30,17 +32,6 @@ PADDING = -1  # where a last, partial sample has no token
 NO_ROW = np.empty(0, np.int64)
 NO_LIMIT = 1 << 63  # the unsigned form of the smallest negative id
 INDEX_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
-
-
-class DataConfig(Protocol):
-    """The fields of the recipe's `data` section that are read here."""
-
-    @property
-    def train(self) -> Sequence[Any]: ...
-    @property
-    def valid(self) -> Sequence[Any]: ...
-    @property
-    def split(self) -> str | Sequence[float]: ...
 
 
 class SampledFile:
@@ -68,6 +59,7 @@ class SampledFile:
     ) -> None:
         self.file, self.span, self.seq_length, self.seed = file, span, seq_length, seed
         self._cache_dir = cache_dir
+        file.require_lengths()
         tokens = int(file.lengths[span.start : span.stop].sum(dtype=np.int64))
         if tokens < 2:
             raise UserError(
@@ -238,8 +230,28 @@ class TokenDataset:
         return {"sources": [source.identity() for source in self.sources], "weights": self.weights}
 
     def fingerprint(self) -> str:
-        """Short name of `identity()`, for checkpoints; neither paths nor the layout have a part in it."""
+        """Short name of `identity()`; neither paths nor the layout have a part in it."""
         return content_key(**self.identity())
+
+    def fields(self) -> dict[str, Any]:
+        """What the order follows from, under the names of the recipe, for checkpoints: so that a difference has a name.
+
+        JSON values. `order` is the fingerprint of all of it and of the planned number of samples.
+        """
+        shares = self.weights or [1.0]
+        return {
+            "order": self.fingerprint(),
+            "train.seq_length": self.seq_length,
+            "run.seed": self.sources[0].seed,
+            **{
+                f"data.train[{number}]": {
+                    "fingerprint": source.file.fingerprint()[:16],
+                    "sequences": [source.span.start, source.span.stop],
+                    "share": round(share, 6),
+                }
+                for number, (source, share) in enumerate(zip(self.sources, shares, strict=True))
+            },
+        }
 
     def blend(self) -> Arrays:
         """The planned blend's arrays; empty where there is only one file."""
@@ -263,39 +275,6 @@ class TokenDataset:
                 self._blends.append(build_blend(self.weights, self._samples, self._counts))
 
 
-@dataclass(frozen=True)
-class Blend:
-    """Prefixes and, where the user gave them, their weights."""
-
-    prefixes: tuple[str, ...]
-    weights: tuple[float, ...] | None
-
-
-def parse_blend(entries: Sequence[Any], field: str) -> Blend:
-    """Read prefixes, [weight, prefix] pairs, or weights and prefixes in turn as Megatron-LM takes them.
-
-    Raises `UserError` naming `field` for a mixture of these or a weight that is not positive.
-    """
-    flat: list[Any] = []
-    for entry in entries:
-        flat.extend(entry if isinstance(entry, (list, tuple)) else [entry])
-    numbers = [_as_number(entry) for entry in flat]
-    if not flat:
-        raise UserError(f"{field}: no token file given; give prefixes of .bin/.idx files")
-    if all(number is None for number in numbers):
-        blend = Blend(tuple(str(entry) for entry in flat), None)
-    elif len(flat) % 2 == 0 and all((number is None) == bool(i % 2) for i, number in enumerate(numbers)):
-        weights = tuple(float(number) for number in numbers[::2] if number is not None)
-        blend = Blend(tuple(str(entry) for entry in flat[1::2]), weights)
-        if bad := [weight for weight in weights if not 0 < weight < float("inf")]:
-            raise UserError(f"{field}: weight {bad[0]} is not a positive number")
-    else:
-        raise UserError(f"{field}: {list(entries)} mixes forms; give only prefixes, or a weight before every prefix")
-    if len(blend.prefixes) > MAX_DATASETS:
-        raise UserError(f"{field}: {len(blend.prefixes)} files; at most {MAX_DATASETS} can be blended: merge some")
-    return blend
-
-
 def build_datasets(
     data_config: DataConfig,
     *,
@@ -309,11 +288,10 @@ def build_datasets(
     """Open the files of a recipe's `data` section as training and validation samples.
 
     Args:
-        data_config: `train`, `valid`: prefixes, [weight, prefix] pairs or weights and prefixes in turn; `split`:
-            shares like "99,1,0" or [99, 1, 0] by which the files of `train` are divided. `valid` and `split` exclude
-            each other.
+        data_config: `train`, `valid`: prefixes or (weight, prefix) pairs; `split`: shares like [99, 1, 0] by which the
+            files of `train` are divided. `valid` and `split` exclude each other.
         seq_length, seed: of the samples and their shuffles.
-        train_samples: planned number, steps x global batch size.
+        train_samples: planned number: what the steps take that the run was first planned for. More can be read.
         valid_samples: planned number of validation samples; 0 wants none, None all of them once.
         vocab_size: refuse token ids from here on.
         cache_dir: where indices are kept and shared by the processes of a node; None keeps them in memory.
@@ -326,12 +304,13 @@ def build_datasets(
             f"data.split: {data_config.split} cannot be combined with data.valid; leave one of the two empty"
         )
     sampling = Sampling(seq_length, seed, vocab_size, cache_dir)
-    train = parse_blend(data_config.train, "data.train")
+    train = parse_sources(data_config.train, "data.train")
+    valid = parse_sources(data_config.valid, "data.valid")
+    if not train:
+        raise UserError("data.train: no token file given; give prefixes of .bin/.idx files")
     if not data_config.split:
         training = sampling.dataset(train, train_samples)
-        if not data_config.valid or valid_samples == 0:
-            return training, None
-        return training, sampling.dataset(parse_blend(data_config.valid, "data.valid"), valid_samples)
+        return training, sampling.dataset(valid, valid_samples) if valid and valid_samples != 0 else None
     training = sampling.dataset(train, train_samples, data_config.split, 0)
     if parse_split(data_config.split)[1] == 0 or valid_samples == 0:
         return training, None
@@ -348,17 +327,18 @@ class Sampling:
     cache_dir: str | Path | None = None
 
     def dataset(
-        self, blend: Blend, samples: int | None, split: str | Sequence[float] = "", part: int = 0
+        self, given: Sequence[Source], samples: int | None, split: str | Sequence[float] = "", part: int = 0
     ) -> TokenDataset:
-        """Open a blend, or one part of its split, by Megatron-LM's rules.
+        """Open token files, or one part of their split, by Megatron-LM's rules.
 
         A single file is not blended, unless it has a weight and is split. With weights each file gets its share of the
         samples and 0.5 % more to draw from; without, one epoch of each is mixed in proportion to their sizes. `samples`
         None takes every sample of one epoch once, whatever the weights.
         """
-        files = [IndexedDataset(prefix) for prefix in blend.prefixes]
+        files = [IndexedDataset(source.prefix) for source in given]
         spans = [split_spans(split, len(file))[part] if split else range(len(file)) for file in files]
-        weights = None if blend.weights is None or samples is None else normalized(blend.weights)
+        shares = [source.weight for source in given if source.weight is not None]
+        weights = normalized(shares) if shares and samples is not None else None
         unblended = len(files) == 1 and (weights is None or not split)
         built: Sequence[int | None] = [samples if unblended else None] * len(files)
         target = samples
@@ -368,15 +348,8 @@ class Sampling:
             sources = list(pool.map(self._sampled, files, spans, built))
         if unblended:
             return TokenDataset(sources, None, samples, self.vocab_size, self.cache_dir)
-        shares = normalized([len(source) for source in sources] if weights is None else weights)
-        return TokenDataset(sources, shares, target, self.vocab_size, self.cache_dir)
+        weights = normalized([len(source) for source in sources] if weights is None else weights)
+        return TokenDataset(sources, weights, target, self.vocab_size, self.cache_dir)
 
     def _sampled(self, file: IndexedDataset, span: range, samples: int | None) -> SampledFile:
         return SampledFile(file, span, self.seq_length, self.seed, samples, self.cache_dir)
-
-
-def _as_number(entry: Any) -> float | None:
-    try:
-        return float(entry)
-    except (TypeError, ValueError):
-        return None

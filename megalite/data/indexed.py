@@ -1,4 +1,4 @@
-"""Token files in Megatron-LM's `.bin/.idx` format: streaming writer, memory-mapped reader and merge.
+"""Token files in Megatron-LM's `.bin/.idx` format: streaming writer and memory-mapped reader.
 
 `PREFIX.bin` holds the tokens of all sequences one after another, without a header. `PREFIX.idx` (little-endian) holds
 
@@ -18,21 +18,23 @@ checksums and where the data came from. An empty document is a document without 
 This module must not import torch: the offline tools start in a fraction of a second without it.
 """
 
-import errno
+import contextlib
 import hashlib
 import json
-import os
+import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, BinaryIO, Self
 
 import numpy as np
+import orjson
 
 import megalite
 from megalite.errors import UserError
+from megalite.files import PendingFile, atomic_file, read_bounded, write_atomically, write_errors_named
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -51,33 +53,12 @@ TOKEN_DTYPES = {code: dtype for code, dtype in DTYPE_CODES.items() if dtype.kind
 INT32, INT64 = np.dtype("<i4"), np.dtype("<i8")
 CHUNK = 1 << 20  # entries that are in memory at once wherever a whole file is walked
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 256, 4096
+DESCRIPTION_BYTES = 1 << 30  # at most, of PREFIX.json: it names every input file
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
     """The dtype Megatron-LM stores token ids of this vocabulary in: uint16 below 65500 entries, else int32."""
     return DTYPE_CODES[8] if vocab_size < 65500 else DTYPE_CODES[4]
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses (disk full, no permission, no such folder) into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: disk full while writing; make room and run the same command again") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
@@ -107,15 +88,12 @@ class IndexedWriter:
         self._code = codes[0]
         self.sequences = self.documents = self.tokens = 0
         self._bin, self._idx, self._json = file_paths(prefix)
-        self._temporary = {
-            part: Path(f"{prefix}.{part}.tmp") for part in ("bin", "idx", "lengths", "documents", "json")
-        }
         self._hash = hashlib.sha256()
-        self._files: dict[str, BinaryIO] = {}
-        with writing(self._bin):
+        with write_errors_named(self._bin):
             self._bin.parent.mkdir(parents=True, exist_ok=True)
-            for name in ("bin", "lengths", "documents"):
-                self._files[name] = open(self._temporary[name], "wb", buffering=1 << 20)  # noqa: SIM115
+            self._pending = PendingFile(self._bin)
+            folder = self._bin.parent
+            self._parts = {name: tempfile.TemporaryFile(dir=folder) for name in ("lengths", "documents")}  # noqa: SIM115
         self._write("documents", np.zeros(1, INT64))
 
     def add_document(self, tokens: Any) -> None:
@@ -153,31 +131,23 @@ class IndexedWriter:
 
         `provenance` (JSON values) is stored beside the counts and checksums.
         """
-        with writing(self._idx):
-            for file in self._files.values():
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-            self._write_index()
-            self._idx.unlink(missing_ok=True)  # a crash between the renames must not pair a new .bin with an old .idx
-            os.replace(self._temporary["bin"], self._bin)
-            os.replace(self._temporary["idx"], self._idx)
-            description = {**(provenance or {}), **self._describe()}
-            _write_synced(self._temporary["json"], json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-            os.replace(self._temporary["json"], self._json)
-            sync_folder(self._bin.parent)
+        with write_errors_named(self._idx), atomic_file(self._idx) as idx:
+            self._write_index(idx)
+            for stale in (self._idx, self._json):  # a crash between the renames must not pair the new .bin with them
+                stale.unlink(missing_ok=True)
+            self._pending.commit()
         self.abort()
+        description = {**(provenance or {}), **self._describe()}
+        with write_errors_named(self._json):
+            write_atomically(self._json, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         return description
 
     def abort(self) -> None:
         """Close and remove every temporary file; what is finished stays."""
-        for file in self._files.values():
-            try:
+        self._pending.abort()
+        for file in self._parts.values():
+            with contextlib.suppress(OSError):  # a full disk refuses the last flush, too
                 file.close()
-            except OSError:  # a full disk refuses the last flush, too: the file goes anyway
-                continue
-        for path in self._temporary.values():
-            path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -185,7 +155,7 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and not self._files["bin"].closed:
+        if kind is None and not self._pending.file.closed:
             try:
                 self.finish()
             finally:
@@ -221,25 +191,22 @@ class IndexedWriter:
     def _write(self, name: str, array: np.ndarray) -> None:
         dtype = {"bin": self.dtype, "lengths": INT32, "documents": INT64}[name]
         payload = np.ascontiguousarray(array, dtype).data
-        with writing(self._temporary[name]):
-            self._files[name].write(payload)
+        with write_errors_named(self._bin):
+            (self._pending.file if name == "bin" else self._parts[name]).write(payload)
         if name == "bin":
             self._hash.update(payload)
 
-    def _write_index(self) -> None:
-        with open(self._temporary["idx"], "wb", buffering=1 << 20) as idx:
-            idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
-            for lengths in read_pieces(self._temporary["lengths"], INT32):
-                idx.write(lengths.data)
-            offset = 0
-            for lengths in read_pieces(self._temporary["lengths"], INT32):
-                ends = offset + np.cumsum(lengths, dtype=INT64) * self.dtype.itemsize
-                idx.write((ends - lengths.astype(INT64) * self.dtype.itemsize).data)
-                offset = int(ends[-1])
-            for boundaries in read_pieces(self._temporary["documents"], INT64):
-                idx.write(boundaries.data)
-            idx.flush()
-            os.fsync(idx.fileno())
+    def _write_index(self, idx: BinaryIO) -> None:
+        idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+        for lengths in file_pieces(self._parts["lengths"], INT32):
+            idx.write(lengths.data)
+        offset = 0
+        for lengths in file_pieces(self._parts["lengths"], INT32):
+            ends = offset + np.cumsum(lengths, dtype=INT64) * self.dtype.itemsize
+            idx.write((ends - lengths.astype(INT64) * self.dtype.itemsize).data)
+            offset = int(ends[-1])
+        for boundaries in file_pieces(self._parts["documents"], INT64):
+            idx.write(boundaries.data)
 
     def _describe(self) -> dict[str, Any]:
         dataset = IndexedDataset(self.prefix)
@@ -303,7 +270,7 @@ class IndexedDataset:
         if int(self.boundaries[0]) != 0 or int(self.boundaries[-1]) != sequences:
             raise UserError(f"{idx_path}: its documents do not cover its {sequences} sequences; write the file again")
         self.tokens = data.view(self.dtype)
-        self._fingerprint = ""
+        self._fingerprint, self._lengths_checked = "", False
 
     def __len__(self) -> int:
         """Number of sequences (what splits and sample indices count)."""
@@ -319,13 +286,37 @@ class IndexedDataset:
 
     def slice(self, sequence: int, start: int, stop: int) -> np.ndarray:
         """Token ids `start` to `stop` of one sequence, a view."""
-        first = int(self.offsets[sequence]) // self.dtype.itemsize
+        first, odd = divmod(int(self.offsets[sequence]), self.dtype.itemsize)
+        if odd or first < 0 or stop < start or first + stop > self.tokens.size:
+            raise self._damaged(f"sequence {sequence} lies outside the file or between two tokens")
         return self.tokens[first + start : first + stop]
 
     def document(self, number: int) -> np.ndarray:
         """Token ids of one document (all its sequences), [length]."""
         sequences = range(int(self.boundaries[number]), int(self.boundaries[number + 1]))
+        if not 0 <= sequences.start <= sequences.stop <= len(self):
+            raise self._damaged(f"document {number} has no such sequences")
         return np.concatenate([self[sequence] for sequence in sequences] or [self.tokens[:0]])
+
+    def require_lengths(self) -> None:
+        """Refuse lengths that do not add up to the file's tokens: they decide how many samples there are.
+
+        One walk over the lengths, once for each open file. Raises `UserError`.
+        """
+        if self._lengths_checked:
+            return
+        total = 0
+        for number, lengths in enumerate(self.pieces("lengths")):
+            if lengths.min() < 0:
+                where = number * CHUNK + int(np.argmin(lengths))
+                raise self._damaged(f"sequence {where} has length {lengths.min()}")
+            total += int(lengths.sum(dtype=np.int64))
+        if total != self.tokens.size:
+            raise self._damaged(f"its sequences have {total} tokens, but the .bin has {self.tokens.size}")
+        self._lengths_checked = True
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.prefix}.idx: {what}; the file is damaged: write it again")
 
     def document_of(self, sequence: int) -> int:
         """Number of the document that holds this sequence."""
@@ -369,65 +360,39 @@ class IndexedDataset:
         """What `PREFIX.json` holds; empty where there is none (files from Megatron-LM)."""
         path = file_paths(self.prefix)[2]
         try:
-            return json.loads(path.read_bytes())
+            description = orjson.loads(read_bounded(path, DESCRIPTION_BYTES))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: not JSON ({error}); write the token file again or delete this one") from error
+        if not _is_description(description):
+            raise UserError(
+                f"{path}: not the description of a token file; write the token file again or delete this one"
+            )
+        return description
 
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
         return IndexedDataset, (self.prefix,)
 
 
-def merge(
-    prefixes: Sequence[str | Path], output: str | Path, provenance: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Write the documents of several token files, in the order given, as one; returns its description.
-
-    Memory stays bounded whatever the sizes. Raises `UserError` where an input is unusable, dtypes differ, or the
-    output is one of the inputs.
-    """
-    inputs = [IndexedDataset(prefix) for prefix in prefixes]
-    if not inputs:
-        raise UserError(f"{output}: nothing to merge; give at least one input prefix")
-    if Path(f"{output}.bin").resolve() in {Path(f"{prefix}.bin").resolve() for prefix in prefixes}:
-        raise UserError(f"{output}: the output is one of the inputs; choose another output prefix")
-    for dataset in inputs[1:]:
-        if dataset.dtype != inputs[0].dtype:
-            raise UserError(
-                f"{dataset.prefix}.idx: token dtype {dataset.dtype} differs from {inputs[0].dtype} of"
-                f" {inputs[0].prefix}.idx; tokenize both with the same vocabulary"
-            )
-    writer = IndexedWriter(output, inputs[0].dtype)
-    try:
-        for dataset in inputs:
-            writer.add_dataset(dataset)
-        return writer.finish(provenance)
-    finally:
-        writer.abort()
+_NOTES = {"fingerprint": str, "bin_sha256": str, "idx_sha256": str, "tokenizer": dict, "merged_from": list}
+_TOKENIZER_NOTES = {"kind": str, "files": list, "sha256": str, "vocab_size": int, "eod": int | None}
+_SOURCE_NOTES = {"name": str, "tokens": int}
 
 
-def merged_provenance(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """What to note beside a merged file: what all inputs' descriptions agree on, and the inputs.
+def _is_description(value: Any) -> bool:
+    """Whether `value` is what `PREFIX.json` may hold, as far as it is used; everything in it may be absent."""
 
-    Raises `UserError` where they were made with different tokenizers: their ids mean different things.
-    """
-    described = [dataset.description() for dataset in datasets]
-    for dataset, description in zip(datasets, described, strict=True):
-        ours, theirs = described[0].get("tokenizer"), description.get("tokenizer")
-        if ours and theirs and ours["sha256"] != theirs["sha256"]:
-            raise UserError(
-                f"{dataset.prefix}.json: made with another tokenizer than {datasets[0].prefix}"
-                f" (sha256 {theirs['sha256'][:12]} and {ours['sha256'][:12]}); tokenize both with the same one"
-            )
-    shared = dict(described[0].items()) if described else {}
-    for description in described[1:]:
-        shared = {key: value for key, value in shared.items() if description.get(key) == value}
-    inputs = [
-        {"name": Path(dataset.prefix).name, "tokens": dataset.tokens.size, "fingerprint": dataset.fingerprint()}
-        for dataset in datasets
-    ]
-    return {**shared, "merged_from": inputs}
+    def fits(entry: Any, kinds: Mapping[str, Any]) -> bool:
+        return isinstance(entry, dict) and all(
+            isinstance(entry[name], kind) for name, kind in kinds.items() if name in entry
+        )
+
+    if not fits(value, _NOTES) or not fits(value.get("tokenizer", {}), _TOKENIZER_NOTES):
+        return False
+    names = value.get("tokenizer", {}).get("files", [])
+    sources = value.get("merged_from", [])
+    return all(isinstance(name, str) for name in names) and all(fits(source, _SOURCE_NOTES) for source in sources)
 
 
 def file_sha256(path: Path) -> str:
@@ -439,26 +404,27 @@ def file_sha256(path: Path) -> str:
 def _map(path: Path) -> np.ndarray:
     """The bytes of a file, memory-mapped, as a plain array [bytes] that keeps the mapping alive."""
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: is no regular file; give the prefix of a .bin and .idx beside each other")
+        if status.st_size == 0:
             return np.empty(0, np.uint8)  # an empty file cannot be mapped
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give the prefix of a .bin and .idx beside each other") from None
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{str(path)!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_pieces(path: Path, dtype: np.dtype, start: int = 0, entries: int = -1) -> Iterator[np.ndarray]:
     """`entries` entries (default: all) of a file from byte `start` on, in pieces of at most `CHUNK`."""
     with open(path, "rb") as file:
-        file.seek(start)
-        while (piece := np.fromfile(file, dtype, CHUNK if entries < 0 else min(CHUNK, entries))).size:
-            yield piece
-            entries -= piece.size if entries > 0 else 0
+        yield from file_pieces(file, dtype, start, entries)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def file_pieces(file: IO[bytes], dtype: np.dtype, start: int = 0, entries: int = -1) -> Iterator[np.ndarray]:
+    """`read_pieces` of an open file."""
+    file.seek(start)
+    while (piece := np.fromfile(file, dtype, CHUNK if entries < 0 else min(CHUNK, entries))).size:
+        yield piece
+        entries -= piece.size if entries > 0 else 0

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megalite.data.dataset import Blend, Sampling
+from megalite.config.sources import parse_sources
+from megalite.data.dataset import Sampling
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
@@ -83,14 +84,13 @@ def order(
     """
     if weights and len(weights) != len(prefixes):
         raise UserError(f"--weights: {len(weights)} weights for {len(prefixes)} prefixes; give one each, or none")
-    if any(not 0 < weight < float("inf") for weight in weights):
-        raise UserError(f"--weights: {list(weights)} must all be positive numbers")
+    sources = parse_sources(list(zip(weights, prefixes, strict=True)) if weights else prefixes, "--weights")
     for name, value in (("--seq-length", seq_length), ("--samples", samples)):
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
     if not 0 <= seed < 1 << 32:
         raise UserError(f"--seed {seed}: must be from 0 to {(1 << 32) - 1}")
-    dataset = Sampling(seq_length, seed).dataset(Blend(tuple(prefixes), tuple(weights) or None), samples)
+    dataset = Sampling(seq_length, seed).dataset(sources, samples)
     result: dict[str, Any] = {
         name: _sha256(*[source.indices[name] for source in dataset.sources]) for name in INDEX_NAMES
     }

@@ -13,6 +13,7 @@ number of tokens to a 32-bit float before it divides. Above 2^24 tokens that can
 Nothing here imports torch.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -107,7 +108,7 @@ def parse_split(split: str | Sequence[float]) -> tuple[float, ...]:
         shares = np.array([float(part) for part in parts], np.float64)
     except ValueError:
         shares = np.array([-1.0])
-    if not 1 <= shares.size <= 3 or not np.all(np.isfinite(shares)) or shares.min() < 0 or shares.sum() <= 0:
+    if not 1 <= shares.size <= 3 or not 0 < sum(shares.tolist()) < math.inf or shares.min() < 0:
         raise UserError(f"data.split: {split} is not a split; give shares of training, validation, test like 99,1,0")
     shares = np.concatenate((shares, np.zeros(3 - shares.size)))
     return tuple((shares / shares.sum()).tolist())

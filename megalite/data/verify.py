@@ -1,7 +1,5 @@
 """Full verification of a token file: what opening it does not look at, because that costs a walk over all of it."""
 
-from pathlib import Path
-
 import numpy as np
 
 from megalite.data.indexed import INT64, IndexedDataset, file_paths, file_sha256
@@ -14,7 +12,7 @@ def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
     `vocab_size` where given and never negative, and the checksums of `PREFIX.json` where there is one.
     """
     bin_path, idx_path, json_path = file_paths(dataset.prefix)
-    problems = _index_problems(dataset, idx_path)
+    problems = [problem] if (problem := index_problem(dataset)) else []
     if not problems and (bad := _first_bad_token(dataset, vocab_size)):
         problems.append(f"{bin_path}: {bad}")
     description = dataset.description()
@@ -26,26 +24,29 @@ def verify(dataset: IndexedDataset, vocab_size: int | None = None) -> list[str]:
     return problems
 
 
-def _index_problems(dataset: IndexedDataset, idx_path: Path) -> list[str]:
+def index_problem(dataset: IndexedDataset) -> str:
+    """The first thing that is wrong with the index, or nothing; one walk over it in bounded memory."""
+    idx_path = file_paths(dataset.prefix)[1]
     offset = start = 0
     for piece, offsets in zip(dataset.pieces("lengths"), dataset.pieces("offsets"), strict=True):
         lengths = piece.astype(INT64)
         if lengths.min() < 0:
             where = int(np.argmin(lengths))
-            return [f"{idx_path}: sequence {start + where} has length {lengths[where]}"]
+            return f"{idx_path}: sequence {start + where} has length {lengths[where]}"
         ends = offset + np.cumsum(lengths) * dataset.dtype.itemsize
         wrong = offsets != ends - lengths * dataset.dtype.itemsize
         if wrong.any():
             where = start + int(np.argmax(wrong))
-            return [f"{idx_path}: sequence {where} does not begin where the one before it ends"]
+            return f"{idx_path}: sequence {where} does not begin where the one before it ends"
         offset, start = int(ends[-1]), start + lengths.size
     document, previous = -1, 0
     for boundaries in dataset.pieces("boundaries"):
-        steps = np.diff(boundaries, prepend=previous)
-        if steps.min() < 0:
-            return [f"{idx_path}: document {document + int(np.argmin(steps))} ends before it begins"]
+        # compared, not subtracted: a difference of two wild numbers may overflow and look right
+        falls = boundaries < np.concatenate(([previous], boundaries[:-1]))
+        if falls.any():
+            return f"{idx_path}: document {document + int(np.argmax(falls))} ends before it begins"
         document, previous = document + boundaries.size, int(boundaries[-1])
-    return []
+    return ""
 
 
 def _first_bad_token(dataset: IndexedDataset, vocab_size: int | None) -> str:

@@ -6,30 +6,27 @@ the job fails, and the same command goes on from them. Nothing has its final nam
 """
 
 import contextlib
-import fcntl
-import hashlib
-import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
-
-import orjson
+from typing import Any
 
 import megalite
-from megalite.data.indexed import IndexedDataset, IndexedWriter, sync_folder, token_dtype, writing
+from megalite.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from megalite.errors import UserError
-from megalite.text.preprocess_shard import EncodeOptions, Piece, bad_records_path, plan_shards, read_manifest
-from megalite.text.preprocess_workers import ProgressBar, run_workers
+from megalite.files import locked, write_errors_named
+from megalite.text.inputs import expand_inputs
+from megalite.text.jobs import ProgressBar, Unit, begin_notes, fingerprint, known_fingerprint, note_path, run_tasks
+from megalite.text.preprocess_shard import STAGE, EncodeOptions, EncodeTask, encode_unit, plan_shards
 from megalite.text.quarantine import Quarantine, read_quarantine
-from megalite.text.readers import DAMAGED, expand_inputs
+from megalite.text.records import DAMAGED, MAX_RECORD_BYTES
 from megalite.text.tokenizers import Tokenizer, load_tokenizer, tokenizer_hash
 
 LOCK_SECONDS = 30  # workers of a killed run need a moment to notice and stop
-FORMAT = 1  # of the parts; another number makes parts of older versions void
+FORMAT = 2  # of the parts; another number makes parts of older versions void
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class PreprocessOptions:
     max_bad_ratio: float = 0.05
     allow_damaged: bool = False
     keep_empty: bool = False
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,8 @@ def preprocess(options: PreprocessOptions, show_progress: bool = True) -> list[S
         raise UserError(f"--workers {options.workers}: must be at least 1")
     if not 0 <= options.max_bad_ratio <= 1:
         raise UserError(f"--max-bad-ratio {options.max_bad_ratio}: must be between 0 and 1")
+    if options.max_record_bytes < 1:
+        raise UserError(f"--max-record-bytes {options.max_record_bytes}: must be at least 1")
     if len(set(options.json_keys)) != len(options.json_keys) or not options.json_keys:
         raise UserError(f"--json-keys {' '.join(options.json_keys)}: give each field once, at least one")
     if options.tokenizer_model is None and options.tokenizer_type != "byte":
@@ -86,63 +86,46 @@ class _Job:
         self.prefix = f"{options.output_prefix}_{key}_document"
         self._options = options
         self._tokenizer = tokenizer
-        self._encoding = EncodeOptions(key, options.append_eod, options.keep_empty)
+        self._encoding = EncodeOptions(key, options.append_eod, options.keep_empty, options.max_record_bytes)
         self._paths = paths
         self._parts = Path(f"{self.prefix}.parts")
-        self._shards = plan_shards(paths)
+        self._units = plan_shards(paths)
+        self._tasks = [EncodeTask(unit, self._parts, tokenizer, self._encoding) for unit in self._units]
 
     def run(self, show_progress: bool) -> Summary:
-        with writing(self._parts):
-            self._parts.mkdir(parents=True, exist_ok=True)
-        with _locked(self._parts / "lock", self.prefix):
+        with _exclusively(self._parts, self.prefix):
             self._adopt_or_clear()
-            done = [read_manifest(self._shard_prefix(number)) is not None for number in range(len(self._shards))]
+            done = [note_path(task, STAGE).is_file() for task in self._tasks]
             description = self._write(done, show_progress)
             shutil.rmtree(self._parts)
         return Summary(self.prefix, description, sum(done), len(done))
 
-    def _shard_prefix(self, number: int) -> Path:
-        return self._parts / f"{number:06d}"
-
-    def _identity(self) -> dict[str, Any]:
-        """Everything the shards' bytes follow from."""
-        status = [(str(path.absolute()), path.stat()) for path in self._paths]
-        plan = orjson.dumps([[asdict(piece) for piece in shard] for shard in self._shards])
-        return {
-            "format": FORMAT,
-            "version": megalite.__version__,
-            "tokenizer": tokenizer_hash(self._tokenizer),
-            "options": asdict(self._encoding),
-            "inputs": hashlib.sha256(repr([(n, s.st_size, s.st_mtime_ns) for n, s in status]).encode()).hexdigest(),
-            "plan": hashlib.sha256(plan).hexdigest(),
-        }
-
     def _adopt_or_clear(self) -> None:
-        """Keep an interrupted run's shards if they are of this very job; else start afresh."""
-        marker = self._parts / "job.json"
-        identity = orjson.dumps(self._identity(), option=orjson.OPT_INDENT_2)
-        kept = marker.is_file() and marker.read_bytes() == identity
-        for path in self._parts.iterdir():
-            if path.name != "lock" and (not kept or path.suffix == ".tmp"):
-                path.unlink()
-        if not kept:
-            with writing(marker):
-                _write_synced(marker, identity)
+        """Keep an interrupted run's shards if all that their bytes follow from is the same; else start afresh."""
+        settings = [FORMAT, megalite.__version__, tokenizer_hash(self._tokenizer), asdict(self._encoding)]
+        identity = fingerprint(self._units, settings)
+        if known_fingerprint(self._parts) != identity:
+            with write_errors_named(self._parts):
+                for path in self._parts.iterdir():
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    elif path.name != "lock":
+                        path.unlink()
+        begin_notes(self._parts, identity)
 
     def _write(self, done: list[bool], show_progress: bool) -> dict[str, Any]:
         """Make the missing shards and join all in order while later ones are still being made."""
-        todo = [number for number, finished in enumerate(done) if not finished]
-        sizes = [sum(piece.size for piece in shard) for shard in self._shards]
+        todo = [task for task, finished in zip(self._tasks, done, strict=True) if not finished]
+        ready = {unit.number: encode_unit(task) for unit, task, known in zip(self._units, self._tasks, done) if known}
+        total = sum(unit.bytes for unit in self._units)
         writer = IndexedWriter(self.prefix, token_dtype(self._tokenizer.vocab_size))
-        tally = _Tally(self._shards, Quarantine(Path(f"{self.prefix}.bad.jsonl")))
+        tally = _Tally(self._units, Quarantine(Path(f"{self.prefix}.bad.jsonl")))
         try:
-            with ProgressBar(sum(sizes), self.prefix, show_progress) as bar:
-                bar.skip(sum(sizes) - sum(sizes[number] for number in todo))
-                ready = set(range(len(done))) - set(todo)
+            with ProgressBar(total, self.prefix, show_progress) as bar:
+                bar.skip(total - sum(task.unit.bytes for task in todo))
                 self._join(writer, tally, ready)
-                jobs = [(self._shard_prefix(number), self._shards[number]) for number in todo]
-                for position in run_workers(jobs, self._tokenizer, self._encoding, self._options.workers, bar):
-                    ready.add(todo[position])
+                for position, manifest in run_tasks(encode_unit, todo, self._options.workers, bar.advance):
+                    ready[todo[position].unit.number] = manifest
                     self._join(writer, tally, ready)
                     self._refuse_hopeless(tally)
             self._judge(tally)
@@ -151,14 +134,11 @@ class _Job:
             tally.bad.abort()
             writer.abort()
 
-    def _join(self, writer: IndexedWriter, tally: "_Tally", ready: set[int]) -> None:
-        while tally.shards < len(self._shards) and tally.shards in ready:
-            prefix = self._shard_prefix(tally.shards)
-            manifest = read_manifest(prefix)
-            if manifest is None:
-                raise UserError(f"{prefix}.json: vanished while the job ran; run the same command again")
-            writer.add_dataset(IndexedDataset(prefix))
-            tally.add(manifest, bad_records_path(prefix))
+    def _join(self, writer: IndexedWriter, tally: "_Tally", ready: dict[int, dict[str, Any]]) -> None:
+        while tally.shards in ready:
+            task = self._tasks[tally.shards]
+            writer.add_dataset(IndexedDataset(task.prefix))
+            tally.add(ready[tally.shards], task.bad_records)
 
     def _refuse_hopeless(self, tally: "_Tally") -> None:
         """Stop early where not one record of many could be used: a wrong key costs a shard, not the whole corpus."""
@@ -205,14 +185,14 @@ class _Job:
 class _Tally:
     """Counts of the shards so far, and their bad records with line numbers of the whole file."""
 
-    def __init__(self, shards: Sequence[Sequence[Piece]], bad: Quarantine) -> None:
+    def __init__(self, units: Sequence[Unit], bad: Quarantine) -> None:
         self.bad = bad
-        self._plan = shards
+        self._units = units
         self._lines: Counter[str] = Counter()
         self.shards = self.records = self.empty = self.text_bytes = 0
 
     def add(self, manifest: dict[str, Any], bad_records: Path) -> None:
-        pieces = self._plan[self.shards]
+        pieces = self._units[self.shards].pieces
         before = []
         for piece, lines in zip(pieces, manifest["lines"], strict=True):
             before.append(self._lines[piece.path])
@@ -231,30 +211,17 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, output: str) -> Iterator[None]:
+def _exclusively(parts: Path, output: str) -> Iterator[None]:
     """Keep a second run away from the same output. Workers inherit the lock, so it lasts until the last has stopped."""
-    with writing(path), open(path, "w") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _try_lock(file):
-            if time.monotonic() > deadline:
-                raise UserError(f"--output-prefix: {output} is being written by another run; wait for it or stop it")
-            time.sleep(0.1)
-        yield
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        with contextlib.ExitStack() as stack:
+            with write_errors_named(parts):
+                parts.mkdir(parents=True, exist_ok=True)
+                held = stack.enter_context(locked(parts / "lock"))
+            if held and (parts / "lock").exists():  # else the run waited for has just removed it, being done
+                yield
+                return
+        if time.monotonic() > deadline:
+            raise UserError(f"--output-prefix: {output} is being written by another run; wait for it or stop it")
+        time.sleep(0.1)

@@ -1,20 +1,21 @@
 """One shard of a preprocessing job: read its pieces of the input, encode, leave a finished token file or nothing."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.errors import UserError
+from megalite.text.jobs import Piece, Report, Unit, noted, plan_units
 from megalite.text.quarantine import Quarantine, quarantine_row
-from megalite.text.readers import EMPTY, BadRecord, ReadCounter, can_split, read_documents
+from megalite.text.readers import read_documents
+from megalite.text.records import EMPTY, BadRecord, ReadCounter
 from megalite.text.tokenizers import Tokenizer
 
+STAGE = "encode"
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 1 << 20
 
@@ -25,22 +26,13 @@ SMALLEST_SHARD, LARGEST_SHARD = 1 << 20, 128 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
-    """The whole of a file (`end` None), or its records that begin in bytes [start, end); `size` in bytes on disk."""
-
-    path: str
-    start: int
-    end: int | None
-    size: int
-
-
-@dataclass(frozen=True)
 class EncodeOptions:
     """How documents become tokens."""
 
     key: str
     append_eod: bool
     keep_empty: bool
+    max_record_bytes: int
 
 
 @dataclass
@@ -57,69 +49,70 @@ class _Batch:
         return self.characters >= BATCH_CHARACTERS or len(self.texts) >= BATCH_DOCUMENTS
 
 
-def plan_shards(paths: Sequence[Path]) -> list[tuple[Piece, ...]]:
+def plan_shards(paths: Sequence[Path]) -> list[Unit]:
     """Cut the input into shards of about equal size on disk: parts of large files, or many small files together."""
-    sizes = [path.stat().st_size for path in paths]
-    target = min(max(sum(sizes) // TARGET_SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
-    shards: list[tuple[Piece, ...]] = []
-    current: list[Piece] = []
-    filled = 0
-    for path, size in zip(paths, sizes, strict=True):
-        pieces = [Piece(str(path), 0, None, size)]
-        if can_split(path) and size > target:
-            count = -(-size // target)
-            cuts = [size * index // count for index in range(count + 1)]
-            pieces = [Piece(str(path), start, end, end - start) for start, end in itertools.pairwise(cuts)]
-        for piece in pieces:
-            if current and filled + piece.size > target:
-                shards.append(tuple(current))
-                current, filled = [], 0
-            current.append(piece)
-            filled += piece.size
-    return [*shards, tuple(current)] if current else shards
+    total = sum(path.stat().st_size for path in paths)
+    target = min(max(total // TARGET_SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+    return plan_units(paths, target, target)
 
 
-class ShardWriter:
-    """Encodes the pieces of one shard into PREFIX.bin, .idx and .json; the last is its manifest and is written last.
+@dataclass(frozen=True)
+class EncodeTask:
+    """One shard to be made in the directory `output`."""
 
-    Args:
-        prefix: of the shard's files.
-        report: called after each batch with the bytes of input read since the last call; may raise to stop.
+    unit: Unit
+    output: Path
+    tokenizer: Tokenizer
+    options: EncodeOptions
+
+    @property
+    def prefix(self) -> Path:
+        return self.output / f"{self.unit.number:06d}"
+
+    @property
+    def bad_records(self) -> Path:
+        """Where the shard lists the records it could not use; their lines count from the beginning of each piece."""
+        return Path(f"{self.prefix}.bad.jsonl")
+
+
+@noted(STAGE)
+def encode_unit(task: EncodeTask, report: Report) -> dict[str, Any]:
+    """Encode a shard into its token file.
+
+    Returns:
+        `records`, `empty`, `text_bytes`, and `lines`: how many lines (rows, files) each piece has.
     """
+    return _Encoder(task, report).write()
 
-    def __init__(
-        self, prefix: Path, tokenizer: Tokenizer, options: EncodeOptions, report: Callable[[int], None]
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._options = options
+
+class _Encoder:
+    """`report` is called after each batch with the bytes of input read since the last call."""
+
+    def __init__(self, task: EncodeTask, report: Report) -> None:
+        self._task, self._options, self._tokenizer = task, task.options, task.tokenizer
         self._report = report
-        self._writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
+        self._writer = IndexedWriter(task.prefix, token_dtype(task.tokenizer.vocab_size))
         self._batch = _Batch()
-        self._bad = Quarantine(bad_records_path(prefix))
+        self._bad = Quarantine(task.bad_records)
         self._empty = self._records = self._text_bytes = 0
-        self._eod = np.array([tokenizer.eod] if options.append_eod else [], np.int32)
+        self._eod = np.array([task.tokenizer.eod] if task.options.append_eod else [], np.int32)
 
-    def write(self, pieces: Sequence[Piece]) -> None:
+    def write(self) -> dict[str, Any]:
         """Write the whole shard; after any error none of its files is there."""
         try:
-            lines = [self._read(number, piece) for number, piece in enumerate(pieces)]
-            manifest = {
-                "records": self._records,
-                "empty": self._empty,
-                "text_bytes": self._text_bytes,
-                "lines": lines,
-            }
+            lines = [self._read(number, piece) for number, piece in enumerate(self._task.unit.pieces)]
             self._bad.finish()
-            self._writer.finish({"shard": manifest})
+            self._writer.finish()
         finally:
             self._bad.abort()
             self._writer.abort()
+        return {"records": self._records, "empty": self._empty, "text_bytes": self._text_bytes, "lines": lines}
 
     def _read(self, number: int, piece: Piece) -> int:
         """Encode one piece; returns how many lines (rows, files) it has."""
         counter = ReadCounter()
         reported = 0
-        byte_range = None if piece.end is None else (piece.start, piece.end)
+        key, limit = self._options.key, self._options.max_record_bytes
 
         def note_bad(record: BadRecord) -> None:
             self._records += 1
@@ -128,7 +121,7 @@ class ShardWriter:
             else:
                 self._bad.add({"piece": number, **quarantine_row(record)})
 
-        for document in read_documents(piece.path, self._options.key, byte_range, note_bad, counter, with_extra=False):
+        for document in read_documents(piece.path, key, piece.byte_range, note_bad, counter, False, limit):
             self._records += 1
             self._add(document.text)
             if self._batch.full:
@@ -136,7 +129,7 @@ class ShardWriter:
                 self._report(counter.bytes - reported)
                 reported = counter.bytes
         self._flush()
-        self._report(piece.size - reported)
+        self._report(piece.end - piece.start - reported)
         return counter.lines
 
     def _add(self, text: str) -> None:
@@ -166,18 +159,3 @@ class ShardWriter:
             )
         self._writer.add_documents(tokens, np.array(lengths, np.int32))
         self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-
-
-def bad_records_path(prefix: Path) -> Path:
-    """Where a shard lists the records it could not use; their lines count from the beginning of each piece."""
-    return Path(f"{prefix}.bad.jsonl")
-
-
-def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """The manifest of a finished shard, or None where it is not finished."""
-    try:
-        description = orjson.loads(Path(f"{prefix}.json").read_bytes())
-        complete = all(Path(f"{prefix}.{part}").is_file() for part in ("bin", "idx"))
-    except (OSError, ValueError):
-        return None
-    return description.get("shard") if complete else None

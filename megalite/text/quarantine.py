@@ -1,17 +1,15 @@
 """Records that could not be used, kept in a `.jsonl` file with where they stood and why."""
 
 import base64
-import contextlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 
-from megalite.data.indexed import sync_folder, writing
-from megalite.text.readers import DAMAGED, BadRecord
+from megalite.files import PendingFile, write_errors_named
+from megalite.text.records import DAMAGED, BadRecord
 
 KEPT_BYTES = 1 << 16  # of one record; its file and line tell where the rest is
 EXAMPLES = 3
@@ -31,8 +29,7 @@ class Quarantine:
         self.reasons: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
         self.damaged: dict[str, Any] | None = None
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file: IO[bytes] | None = None
+        self._pending: PendingFile | None = None
 
     @property
     def count(self) -> int:
@@ -45,29 +42,22 @@ class Quarantine:
             self.examples.append(row)
         if row["reason"] == DAMAGED:
             self.damaged = self.damaged or row
-        with writing(self.path):
-            if self._file is None:
-                self._file = open(self._temporary, "wb")  # noqa: SIM115
-            self._file.write(orjson.dumps(row) + b"\n")
+        with write_errors_named(self.path):
+            self._pending = self._pending or PendingFile(self.path)
+            self._pending.file.write(orjson.dumps(row) + b"\n")
 
     def finish(self) -> None:
         """Give the file its name, or remove one of an earlier run where there is nothing to tell now."""
-        with writing(self.path):
-            if self._file is None:
+        with write_errors_named(self.path):
+            if self._pending is None:
                 self.path.unlink(missing_ok=True)
-                return
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
+            else:
+                self._pending.commit()
 
     def abort(self) -> None:
         """Remove the temporary file; a finished one stays."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk refuses the last flush, too
-                self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        if self._pending is not None:
+            self._pending.abort()
 
 
 def quarantine_row(record: BadRecord) -> dict[str, Any]:

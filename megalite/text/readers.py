@@ -2,121 +2,46 @@
 
 Files are read as bytes and decoded record by record, so one bad byte costs one record and never the file. Whatever
 cannot be used is handed to the caller as a `BadRecord` with its file, line and reason; nothing is dropped in silence.
+What a file holds is told by its first bytes, and by its name where they could be several things (`formats`).
 
 A byte range [start, end) of an uncompressed `.jsonl` or `.parquet` file means the lines (row groups) that *begin* in
 it, so ranges that tile a file give every document exactly once, and processes need no parent that feeds them.
 """
 
-import glob
 import json
-import os
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import orjson
-import zstandard
 
 from megalite.errors import UserError
+from megalite.text.formats import UTF8_BOM, blocks, can_split, file_format, lines, lines_in_range
+from megalite.text.inputs import expand_inputs
+from megalite.text.records import (
+    BINARY,
+    BROKEN_JSON,
+    DAMAGED,
+    EMPTY,
+    INVALID_UTF8,
+    LONE_SURROGATE,
+    MAX_RECORD_BYTES,
+    MISNAMED,
+    MISSING_KEY,
+    NOT_AN_OBJECT,
+    NOT_TEXT,
+    BadRecord,
+    Damaged,
+    Document,
+    OnBad,
+    ReadCounter,
+    too_long,
+)
 
-READ_BYTES = 1 << 20
-COMPRESSED_READ_BYTES = 1 << 16
+__all__ = ["BadRecord", "Document", "ReadCounter", "can_split", "expand_inputs", "file_format", "read_documents"]
+
 PARQUET_ROWS = 256
-UTF8_BOM = b"\xef\xbb\xbf"
-COMPRESSIONS = (".gz", ".zst")
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-
-# Reasons why a record (or the rest of a file) cannot be used
-INVALID_UTF8 = "invalid UTF-8"
-BROKEN_JSON = "broken JSON"
-NOT_AN_OBJECT = "not a JSON object"
-MISSING_KEY = "missing key"
-NOT_TEXT = "not text"
-EMPTY = "empty text"
-LONE_SURROGATE = "lone surrogate"
-BINARY = "binary file"
-DAMAGED = "damaged file"
-
-
-@dataclass(slots=True)
-class Document:
-    """One text with the line (from 1; rows of a table) it begins at, and the record's other fields."""
-
-    text: str
-    line: int
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class BadRecord:
-    """A record that gives no document: where, why (one of the reasons above), in words, and its bytes where known."""
-
-    path: Path
-    line: int
-    reason: str
-    detail: str
-    raw: bytes = b""
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.reason}: {self.detail}"
-
-
-@dataclass(slots=True)
-class ReadCounter:
-    """How far a reader is: bytes of the file (compressed ones where it is) and lines, rows or files seen."""
-
-    bytes: int = 0
-    lines: int = 0
-
-
-OnBad = Callable[[BadRecord], None]
-
-
-class _Damaged(Exception):
-    """The file ends too early or its compression is broken."""
-
-
-def expand_inputs(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that names, globs (`**` too) and directories (all below, hidden ones apart) stand for, each once.
-
-    The order is that of the patterns, sorted within each, and so does not depend on the file system.
-
-    Raises:
-        UserError: a pattern matches no file, or a file cannot be read.
-    """
-    files: dict[Path, None] = {}
-    for pattern in map(str, patterns):
-        matches = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if os.path.isdir(pattern):
-            matches = sorted(glob.glob(os.path.join(glob.escape(pattern), "**"), recursive=True))
-        found = [Path(match) for match in matches if os.path.isfile(match)]
-        if not found:
-            what = "is a directory without files" if os.path.isdir(pattern) else "matches no file"
-            raise UserError(f"--input {pattern}: {what}; give files, directories or globs such as 'corpus/*.jsonl.gz'")
-        files.update(dict.fromkeys(found))
-    for path in files:
-        if not os.access(path, os.R_OK):
-            raise UserError(f"--input {path}: cannot be read (permission denied); change its mode or leave it out")
-    return list(files)
-
-
-def file_format(path: Path) -> tuple[str, str]:
-    """What a file's name says: (`jsonl`, `parquet`, `warc`, `text` or `unknown`, and `.gz`, `.zst` or nothing)."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
-    kind = suffixes[-1] if suffixes else ""
-    if kind in JSON_LINES:
-        return "jsonl", compression
-    return {".parquet": "parquet", ".warc": "warc", ".txt": "text"}.get(kind, "unknown"), compression
-
-
-def can_split(path: Path) -> bool:
-    """Whether byte ranges of this file can be read apart."""
-    kind, compression = file_format(path)
-    return kind in ("jsonl", "parquet") and not compression
 
 
 def read_documents(
@@ -126,16 +51,18 @@ def read_documents(
     on_bad: OnBad | None = None,
     counter: ReadCounter | None = None,
     with_extra: bool = True,
+    max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Iterator[Document]:
     """The documents of one file, in order, in bounded memory (one record at a time).
 
     Args:
-        path: its name says the format; a name with an unknown ending is one text document, as `.txt` is.
+        path: the file. One that holds nothing known is one text document.
         key: the field or column that holds the text.
         byte_range: only the records that begin in [start, end); lines then count from the first of them.
         on_bad: gets every record that cannot be used; without it the first one raises.
         counter: is kept up to date while reading.
         with_extra: whether documents carry the record's other fields (a table's other columns are not read without).
+        max_record_bytes: a longer line, text file or JSON array is unusable.
 
     Raises:
         UserError: the file cannot be opened, or a bad record and no `on_bad`.
@@ -143,28 +70,36 @@ def read_documents(
     path = Path(path)
     on_bad = on_bad or _refuse
     counter = counter if counter is not None else ReadCounter()
-    kind, compression = file_format(path)
     if byte_range is not None and not can_split(path):
         if byte_range[0] > 0:
             return  # the file is one piece, which begins at byte 0
         byte_range = None
+    kind, compression = file_format(path)
+    limit = max_record_bytes
     try:
         if kind == "jsonl":
-            documents = _json_lines(path, compression, key, byte_range, on_bad, counter)
+            documents = _json_lines(path, compression, key, byte_range, on_bad, counter, limit)
+        elif kind == "json":
+            documents = _json_value(path, compression, key, on_bad, counter, limit)
         elif kind == "parquet":
             documents = _parquet(path, compression, key, byte_range, on_bad, counter, with_extra)
         elif kind == "warc":
             from megalite.text.warc import read_warc
 
-            documents = read_warc(path, on_bad, counter)
+            documents = read_warc(path, on_bad, counter, limit)
+        elif kind in ("text", "unknown"):
+            documents = _text_file(path, compression, kind == "unknown", on_bad, counter, limit)
         else:
-            documents = _text_file(path, compression, kind == "unknown", on_bad, counter)
+            on_bad(_unread(path, kind))
+            return
         for document in documents:
-            if document.text:
-                yield document
-            else:
+            if not document.text:
                 on_bad(BadRecord(path, document.line, EMPTY, "the text has no characters"))
-    except _Damaged as damage:
+            elif len(document.text) > limit:  # of a table, whose rows have no size before they are read
+                on_bad(too_long(path, document.line, len(document.text), limit, "text"))
+            else:
+                yield document
+    except Damaged as damage:
         on_bad(BadRecord(path, counter.lines + 1, DAMAGED, str(damage)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -174,85 +109,34 @@ def _refuse(record: BadRecord) -> NoReturn:
     raise UserError(f"{record}; mend or remove the record")
 
 
-# ---- bytes
-
-
-def _blocks(path: Path, compression: str, counter: ReadCounter) -> Iterator[bytes]:
-    """The decompressed content, in order; raises `_Damaged` after what could be read of a truncated file."""
-    with open(path, "rb") as file:
-        if not compression:
-            while block := file.read(READ_BYTES):
-                counter.bytes += len(block)
-                yield block
-            return
-        unpack = _new_decompressor(compression)
-        started = False  # whether a member or frame is open: then the end of the file is too early
-        while block := file.read(COMPRESSED_READ_BYTES):
-            counter.bytes += len(block)
-            while block:
-                if not started and not block.strip(b"\0"):
-                    break  # zero padding between or after members
-                try:
-                    data = unpack.decompress(block)
-                except (zlib.error, zstandard.ZstdError) as error:
-                    raise _Damaged(f"broken {compression} data ({error}); what came before it was kept") from error
-                started, block = True, b""
-                if data:
-                    yield data
-                if unpack.eof:
-                    started, block, unpack = False, unpack.unused_data, _new_decompressor(compression)
-        if started:
-            raise _Damaged(f"the {compression} data end too early; what came before was kept")
-
-
-def _new_decompressor(compression: str) -> Any:
-    if compression == ".gz":
-        return zlib.decompressobj(wbits=31)
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-
-
-def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Lines without their "\\n"; only that byte ends a line, so a lone CR or U+2028 does not cut a record."""
-    pending: list[bytes] = []
-    for block in blocks:
-        first, *rest = block.split(b"\n")
-        pending.append(first)
-        if rest:
-            yield b"".join(pending)
-            yield from rest[:-1]
-            pending = [rest[-1]]
-    if last := b"".join(pending):
-        yield last
-
-
-def _lines_in_range(path: Path, start: int, end: int, counter: ReadCounter) -> Iterator[bytes]:
-    """The lines whose first byte lies in [start, end), without their "\\n"."""
-    with open(path, "rb", buffering=READ_BYTES) as file:
-        position = start
-        if start > 0:
-            file.seek(start - 1)
-            position += len(file.readline()) - 1  # to the first line that begins at or after `start`
-        for line in file:
-            if position >= end:
-                return
-            position += len(line)
-            counter.bytes = position - start
-            yield line.removesuffix(b"\n")
+def _unread(path: Path, kind: str) -> BadRecord:
+    if kind == "misnamed":
+        return BadRecord(path, 1, MISNAMED, "its lines are JSON objects, but a .txt file is one text; call it .jsonl")
+    return BadRecord(path, 1, BINARY, f"holds {kind}, which is not read; unpack it, or pack it with gzip or zstd")
 
 
 # ---- formats
 
 
 def _json_lines(
-    path: Path, compression: str, key: str, byte_range: tuple[int, int] | None, on_bad: OnBad, counter: ReadCounter
+    path: Path,
+    compression: str,
+    key: str,
+    byte_range: tuple[int, int] | None,
+    on_bad: OnBad,
+    counter: ReadCounter,
+    limit: int,
 ) -> Iterator[Document]:
     if byte_range is None:
-        lines = _lines(_blocks(path, compression, counter))
+        content = lines(blocks(path, compression, counter), limit)
     else:
-        lines = _lines_in_range(path, *byte_range, counter)
+        content = lines_in_range(path, *byte_range, limit, counter)
     at_file_start = byte_range is None or byte_range[0] == 0
-    for line in lines:
+    for line in content:
         counter.lines += 1
+        if isinstance(line, int):
+            on_bad(too_long(path, counter.lines, line, limit, "line"))
+            continue
         if counter.lines == 1 and at_file_start:
             line = line.removeprefix(UTF8_BOM)
         try:
@@ -263,19 +147,49 @@ def _json_lines(
             record = _second_opinion(path, counter.lines, line, str(error), on_bad)
             if record is None:
                 continue
-        if type(record) is not dict:
-            detail = f"the line holds a JSON {_json_type(record)}, not an object with a field {key!r}"
-            on_bad(BadRecord(path, counter.lines, NOT_AN_OBJECT, detail, line))
-            continue
         document = _from_record(path, counter.lines, record, key, line, on_bad)
         if document is not None:
             yield document
 
 
+def _json_value(
+    path: Path, compression: str, key: str, on_bad: OnBad, counter: ReadCounter, limit: int
+) -> Iterator[Document]:
+    """The objects of one JSON array, or one object over several lines; `line` is the number of the object."""
+    content = _whole(path, compression, counter, limit)
+    if isinstance(content, int):
+        on_bad(too_long(path, 1, content, limit, "JSON array, read as a whole,"))
+        return
+    raw = content.removeprefix(UTF8_BOM)
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        value = _second_opinion(path, 1, raw, str(error), on_bad)
+        if value is None:
+            return
+    for record in value if type(value) is list else [value]:
+        counter.lines += 1
+        document = _from_record(path, counter.lines, record, key, b"", on_bad)
+        if document is not None:
+            yield document
+
+
+def _whole(path: Path, compression: str, counter: ReadCounter, limit: int) -> bytes | int:
+    """The content of a file, or its size where that exceeds `limit`."""
+    gathered: list[bytes] = []
+    size = 0
+    for block in blocks(path, compression, counter):
+        size += len(block)
+        gathered.append(block)
+        if size > limit:
+            gathered.clear()
+    return b"".join(gathered) if size <= limit else size
+
+
 def _second_opinion(path: Path, line: int, raw: bytes, error: str, on_bad: OnBad) -> Any:
     """Why orjson refused the line; the record itself where that was only a NaN, which Python's own parser takes."""
     try:
-        record = json.loads(raw.decode())
+        record = json.loads(raw.decode(), parse_int=_as_orjson)
         orjson.dumps(record)  # refuses what cannot be UTF-8
         return record
     except UnicodeDecodeError as decoding:
@@ -290,11 +204,20 @@ def _second_opinion(path: Path, line: int, raw: bytes, error: str, on_bad: OnBad
     return None
 
 
+def _as_orjson(digits: str) -> int | float:
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
 def _json_type(value: object) -> str:
     return {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}.get(type(value), "null")
 
 
-def _from_record(path: Path, line: int, record: dict[str, Any], key: str, raw: bytes, on_bad: OnBad) -> Document | None:
+def _from_record(path: Path, line: int, record: Any, key: str, raw: bytes, on_bad: OnBad) -> Document | None:
+    if type(record) is not dict:
+        what = "the line" if raw else "the entry"
+        detail = f"{what} holds a JSON {_json_type(record)}, not an object with a field {key!r}"
+        on_bad(BadRecord(path, line, NOT_AN_OBJECT, detail, raw))
+        return None
     text = record.pop(key, record)  # the record itself stands for "not there"
     if type(text) is str:
         return Document(text, line, record)
@@ -308,22 +231,29 @@ def _from_record(path: Path, line: int, record: dict[str, Any], key: str, raw: b
 
 
 def _text_file(
-    path: Path, compression: str, check_binary: bool, on_bad: OnBad, counter: ReadCounter
+    path: Path, compression: str, check_binary: bool, on_bad: OnBad, counter: ReadCounter, limit: int
 ) -> Iterator[Document]:
     """The whole file as one document, exactly as it stands but for a byte order mark."""
-    blocks: list[bytes] = []
-    damage: _Damaged | None = None
+    gathered: list[bytes] = []
+    size = 0
+    damage: Damaged | None = None
     try:
-        for block in _blocks(path, compression, counter):
-            if check_binary and not blocks and b"\0" in block:
-                on_bad(
-                    BadRecord(path, 1, BINARY, f"NUL bytes in a file whose name ({path.suffix}) says no known format")
-                )
+        for block in blocks(path, compression, counter):
+            if check_binary and not size and b"\0" in block:
+                detail = f"NUL bytes in a file whose name ({path.suffix}) says no known format"
+                on_bad(BadRecord(path, 1, BINARY, detail))
                 return
-            blocks.append(block)
-    except _Damaged as error:
+            size += len(block)
+            gathered.append(block)
+            if size > limit:
+                gathered.clear()
+    except Damaged as error:
         damage = error
-    raw = b"".join(blocks).removeprefix(UTF8_BOM)
+    if size > limit:
+        counter.lines += 1
+        on_bad(too_long(path, 1, size, limit, "text"))
+        return
+    raw = b"".join(gathered).removeprefix(UTF8_BOM)
     counter.lines += 1
     try:
         text = raw.decode()
@@ -374,7 +304,7 @@ def _parquet(
             for batch in table.iter_batches(PARQUET_ROWS, groups, columns):
                 yield from _rows(path, batch, key, on_bad, counter)
         except pyarrow.ArrowException as error:
-            raise _Damaged(f"not readable as parquet ({str(error).splitlines()[0]})") from error
+            raise Damaged(f"not readable as parquet ({str(error).splitlines()[0]})") from error
         start, end = byte_range or (0, path.stat().st_size)
         counter.bytes = end - start
 
@@ -385,7 +315,7 @@ def _seekable(path: Path, compression: str, counter: ReadCounter) -> IO[bytes]:
         return open(path, "rb")
     copy = tempfile.TemporaryFile()  # noqa: SIM115
     try:
-        for block in _blocks(path, compression, counter):
+        for block in blocks(path, compression, counter):
             copy.write(block)
         copy.seek(0)
     except BaseException:

@@ -1,7 +1,6 @@
 """Train a sentencepiece BPE tokenizer on a corpus of any size: a sample is drawn, some documents are held out."""
 
 import io
-import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -10,9 +9,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from megalite.data.indexed import sync_folder, writing
 from megalite.errors import UserError
-from megalite.text.readers import EMPTY, BadRecord, can_split, expand_inputs, read_documents
+from megalite.files import write_atomically, write_errors_named
+from megalite.text.formats import can_split
+from megalite.text.inputs import expand_inputs
+from megalite.text.readers import read_documents
+from megalite.text.records import EMPTY, BadRecord
 from megalite.text.sentencepiece import SPACE_MARK, SentencePieceTokenizer
 
 CHAT_MARKERS = ("<|im_start|>", "<|im_end|>")
@@ -96,7 +98,7 @@ def _check(options: TrainingOptions) -> None:
     if options.max_bytes < 1:
         raise UserError(f"--max-bytes {options.max_bytes}: must be positive")
     folder = Path(options.output_prefix).parent
-    with writing(Path(f"{options.output_prefix}.model")):
+    with write_errors_named(f"{options.output_prefix}.model"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -188,14 +190,5 @@ def _vocabulary(model: bytes) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with writing(path):
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors_named(path):
+        write_atomically(path, data)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megalite.errors import UserError
-from megalite.text.readers import DAMAGED, INVALID_UTF8, BadRecord, Document, OnBad, ReadCounter
+from megalite.text.records import DAMAGED, INVALID_UTF8, BadRecord, Document, OnBad, ReadCounter, too_long
 
 TEXT_TYPES = ("text/html", "application/xhtml+xml", "text/plain")
 
 
-def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter) -> Iterator[Document]:
+def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter, limit: int) -> Iterator[Document]:
     """The main text of every HTML or plain response of a `.warc`, `.warc.gz` or `.warc.zst` file.
 
     Boilerplate (navigation, lists of links, footers) is left out. `extra` holds `url`, `date` and `id` of the record.
@@ -33,6 +33,9 @@ def read_warc(path: Path, on_bad: OnBad, counter: ReadCounter) -> Iterator[Docum
                 counter.bytes = max(counter.bytes, file.tell())
                 kind = (record.http_content_type or "").lower()
                 if kind not in TEXT_TYPES:
+                    continue
+                if record.content_length > limit:
+                    on_bad(too_long(path, counter.lines, record.content_length, limit, "response"))
                     continue
                 body = record.reader.read()
                 if len(body) < record.content_length:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
 
 from megalite.config import Config, check
+from megalite.config.sources import parse_sources
 from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.errors import UserError
 from megalite.model.cost import parameter_count
@@ -45,25 +47,22 @@ def index_folder(config: Config) -> Path:
     """Where sample indices are kept: `data.cache_dir`, else beside the first token file, else in the run directory."""
     if config.data.cache_dir:
         return Path(config.data.cache_dir)
-    first = next(entry for entry in config.data.train if not isinstance(entry, int | float))
-    prefix = Path(first if isinstance(first, str) else first[-1])
-    beside = prefix.parent / "megalite_cache"
+    first = parse_sources(config.data.train, "data.train")[0]
+    beside = Path(first.prefix).parent / "megalite_cache"
     with contextlib.suppress(OSError):
         beside.mkdir(exist_ok=True)
-        probe = beside / ".writable"
-        probe.touch()
-        probe.unlink()
-        return beside
+        with tempfile.TemporaryFile(dir=beside):  # has no name that other ranks could remove
+            return beside
     return Path(config.run.dir) / "cache"
 
 
-def open_data(config: Config) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training and validation samples of a run."""
+def open_data(config: Config, planned: int | None = None) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training and validation samples of a run; `planned` for so many samples, by default those of its steps."""
     return build_datasets(
         config.data,
         seq_length=config.train.seq_length,
         seed=config.run.seed,
-        train_samples=config.samples_after(config.train.steps),
+        train_samples=planned or config.samples_after(config.train.steps),
         valid_samples=config.train.eval_samples if config.train.eval_interval else 0,
         vocab_size=config.model.vocab_size,
         cache_dir=index_folder(config),

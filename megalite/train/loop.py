@@ -12,6 +12,7 @@ from typing import Any
 
 from megalite.checkpoint.lock import RunLock
 from megalite.checkpoint.manager import CheckpointManager
+from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
 from megalite.mesh import Mesh
@@ -40,6 +41,7 @@ class Position:
     """Where a run stands; saved with every checkpoint. All of it is the same on every rank.
 
     `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` those trained on.
+    `planned_samples` is what the run was first planned for: the data order of a longer plan begins with it.
     `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window.
     """
 
@@ -48,7 +50,8 @@ class Position:
     tokens: int = 0
     skipped_samples: int = 0
     rollbacks: int = 0
-    fingerprint: str = ""
+    planned_samples: int = 0
+    fingerprint: dict[str, Any] = field(default_factory=dict)
     skips: list[tuple[int, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -82,8 +85,10 @@ class TrainingRun:
         self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
         self.events, self._accept = events, accept
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
-        train, valid = open_data(config)
-        self.fingerprint = train.fingerprint()
+        kept = None if config.checkpoint.allow_data_change else planned_samples(config.run.dir, mesh)
+        self.planned = kept or config.samples_after(config.train.steps)
+        train, valid = open_data(config, self.planned)
+        self.fingerprint = train.fields()
         self.position = Position()
         self.detector = SpikeDetector(config.recovery.spike_threshold)
         self.train_data = Reader(config, mesh, trainer, train, eod)
@@ -140,7 +145,7 @@ class TrainingRun:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved; its data were compared with this run's when it was loaded."""
-        self.position = Position(**state | {"fingerprint": self.fingerprint})
+        self.position = Position(**state | {"fingerprint": self.fingerprint, "planned_samples": self.planned})
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.position.losses)
 
     def _train(self) -> int:

@@ -41,7 +41,7 @@ def dataset(tmp_path):
     rng = np.random.default_rng()
     first, _ = write(tmp_path / "a", rng.integers(1, 50, 90), 1)
     second, _ = write(tmp_path / "b", rng.integers(1, 9, 200), 2, np.int32)
-    return dataset_of([0.7, first, 0.3, second])
+    return dataset_of([[0.7, first], [0.3, second]])
 
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2)])

@@ -1,5 +1,6 @@
 """Datasets by global sample number: continuation beyond the plan, fingerprints, splits, blends, the shared cache."""
 
+import math
 import multiprocessing
 import os
 import re
@@ -10,10 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megalite.config.sources import Source, parse_sources
 from megalite.data import cache, dataset
 from megalite.data._index import build_sample_index
 from megalite.data.cache import content_key, load_or_build
-from megalite.data.dataset import Blend, build_datasets, parse_blend
+from megalite.data.dataset import build_datasets
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sample_index import plan_cut, split_spans
 from megalite.errors import UserError
@@ -56,7 +58,7 @@ def test_beyond_the_plan_every_epoch_is_whole_and_differently_shuffled(tmp_path)
 
 
 def test_reading_far_ahead_does_not_change_the_plan(tmp_path):
-    prefixes = [0.5, write(tmp_path / "a", 40, 1), 0.5, write(tmp_path / "b", 90, 2)]
+    prefixes = [[0.5, write(tmp_path / "a", 40, 1)], [0.5, write(tmp_path / "b", 90, 2)]]
     fresh, used = build(prefixes)[0], build(prefixes)[0]
     far = samples_of(used, range(500, 700))
     assert samples_of(used, range(120)) == samples_of(fresh, range(120))
@@ -93,8 +95,8 @@ def test_fingerprint_follows_content_and_order_not_the_path(tmp_path):
         build([prefix], seed=2)[0],
         build([prefix], samples=1000)[0],
         build([prefix, other])[0],
-        build([1.0, prefix, 2.0, other])[0],
-        build([1.0, prefix, 3.0, other])[0],
+        build([[1.0, prefix], [2.0, other]])[0],
+        build([[1.0, prefix], [3.0, other]])[0],
         build([prefix], split="50,50")[0],
     ]
     assert len({fingerprint, *(data.fingerprint() for data in changed)}) == 1 + len(changed)
@@ -125,11 +127,19 @@ def test_validation_files_and_a_whole_pass(tmp_path):
     ("arguments", "message"),
     [
         ({"train": []}, "data.train: no token file given"),
-        ({"train": [0.5, "P", "P"]}, "data.train: .* mixes forms"),
-        ({"train": [["P", 0.5]]}, "data.train: .* mixes forms"),
-        ({"train": [0.0, "P"]}, "data.train: weight 0.0 is not a positive number"),
-        ({"train": [-1, "P"]}, "data.train: weight -1.0 is not a positive number"),
-        ({"train": [0.5, 0.7]}, "data.train: .* mixes forms"),
+        ({"train": [[0.5, "P"], "P"]}, "data.train mixes weighted and plain prefixes"),
+        ({"train": [["P", 0.5]]}, r"data.train has \['P', 0.5\]; its entries are prefixes"),
+        ({"train": [0.5, "P"]}, "data.train has 0.5; its entries are prefixes"),
+        ({"train": [[True, "P"]]}, "data.train has .*; its entries are prefixes"),
+        ({"train": [[0.0, "P"]]}, "data.train: weight 0.0 of P is not a positive number; leave the file out"),
+        ({"train": [[-1, "P"]]}, "data.train: weight -1.0 of P is not a positive number"),
+        ({"train": [[math.inf, "P"]]}, "data.train: weight inf of P is not a positive number"),
+        ({"train": [[1, "P"], [math.nan, "P"]]}, "data.train: weight nan of P is not a positive number"),
+        ({"train": [[1e308, "P"], [1e308, "P"]]}, "data.train: weights from 1e.308 to 1e.308 have no shares"),
+        ({"train": [[5e-324, "P"], [1e10, "P"]]}, "data.train: weights from 5e-324 to .* have no shares"),
+        ({"train": [[10**400, "P"]]}, "data.train: a weight of 401 digits"),
+        ({"train": ["P\0"]}, r"data.train: 'P\\x00' is no name of a file"),
+        ({"train": ["P"], "valid": [[0, "P"]]}, "data.valid: weight 0.0 of P is not a positive number"),
         ({"train": ["P"], "split": "99;1"}, "data.split: 99;1 is not a split"),
         ({"train": ["P"], "split": [-1, 2]}, r"data.split: \[-1, 2\] is not a split"),
         ({"train": ["P"], "split": "0,0"}, "data.split: 0,0 is not a split"),
@@ -147,9 +157,9 @@ def test_user_mistakes_are_one_line(tmp_path, monkeypatch, arguments, message):
 
 
 def test_forms_of_a_blend():
-    assert parse_blend(["a", "b"], "f") == Blend(("a", "b"), None)
-    for entries in ([[3, "a"], [1, "b"]], ["3", "a", "1.0", "b"], [3, "a", 1.0, "b"]):
-        assert parse_blend(entries, "f") == Blend(("a", "b"), (3.0, 1.0))
+    assert parse_sources(["a", "b"], "f") == (Source("a"), Source("b"))
+    weighted = parse_sources([[3, "a"], (1.0, "b")], "f")
+    assert weighted == parse_sources(weighted, "f") == (Source("a", 3.0), Source("b", 1.0))
 
 
 def test_last_epoch_is_apart_below_eighty_percent():

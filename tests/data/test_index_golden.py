@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from megalite.config.sources import parse_sources
 from megalite.data.blend import build_blend
-from megalite.data.dataset import Blend, SampledFile, Sampling, TokenDataset, build_datasets
+from megalite.data.dataset import SampledFile, Sampling, TokenDataset, build_datasets
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.sample_index import plan_cut
 
@@ -219,7 +220,7 @@ def test_split(files):
 
 
 def test_one_weighted_file_with_split_is_built_as_a_blend(files):
-    train, valid = build([2.0, files["a"]], 300, 40, 16, 5, "80,20,0")
+    train, valid = build([[2.0, files["a"]]], 300, 40, 16, 5, "80,20,0")
     check(train, "weighted_single_train")
     check(valid, "weighted_single_valid")
 
@@ -234,12 +235,12 @@ def test_blend_without_weights(files):
 
 
 def test_blend_of_everything_once(files):
-    everything = Sampling(16, 11).dataset(Blend(tuple(files[name] for name in "abc"), None), None)
+    everything = Sampling(16, 11).dataset(parse_sources([files[name] for name in "abc"], "files"), None)
     check(everything, "blend_exhaustive")
 
 
-def test_blend_with_split_and_weights_as_strings(files):
-    train, valid = build(["1", files["a"], "3", files["b"]], 700, 60, 16, 3, "90,10,0")
+def test_blend_with_split_and_weights(files):
+    train, valid = build([[1, files["a"]], [3, files["b"]]], 700, 60, 16, 3, "90,10,0")
     check(train, "blend_split_train")
     check(valid, "blend_split_valid")
 

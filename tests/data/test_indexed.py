@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedDataset, IndexedWriter, merge, token_dtype
+from megalite import files
+from megalite.data.indexed import IndexedDataset, IndexedWriter, token_dtype
+from megalite.data.merge import merge
 from megalite.data.verify import verify
 from megalite.errors import UserError
 
@@ -143,10 +145,10 @@ def test_merge_refuses_mixed_dtypes_and_its_own_input(tmp_path):
 
 
 def test_description_has_true_checksums(tmp_path):
-    description = write(tmp_path / "a", random_documents(2, 30), provenance={"tokenizer": "T"}).description()
+    description = write(tmp_path / "a", random_documents(2, 30), provenance={"tokenizer": {"kind": "T"}}).description()
     assert description["bin_sha256"] == hashlib.sha256((tmp_path / "a.bin").read_bytes()).hexdigest()
     assert description["idx_sha256"] == hashlib.sha256((tmp_path / "a.idx").read_bytes()).hexdigest()
-    assert (description["documents"], description["tokenizer"]) == (30, "T")
+    assert (description["documents"], description["tokenizer"]) == (30, {"kind": "T"})
 
 
 def test_fingerprint_ignores_the_path_but_not_the_content(tmp_path):
@@ -221,7 +223,7 @@ def test_killed_writer_leaves_no_file_under_its_final_name(tmp_path):
     assert started.wait(30)
     process.kill()
     process.join()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".tmp"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}
     write(tmp_path / "a", [[1, 2]])  # the next run takes over what was left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.json"]
 
@@ -230,7 +232,8 @@ def test_memory_does_not_grow_with_the_documents(tmp_path):
     code = """
 import resource, sys
 import numpy as np
-from megalite.data.indexed import IndexedDataset, IndexedWriter, merge
+from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.merge import merge
 from megalite.data.verify import verify
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with IndexedWriter(sys.argv[1] + "/a", np.uint16) as writer:
@@ -246,8 +249,8 @@ sys.exit(f'grew by {grown} KiB' if grown > 60_000 else 0)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    (tmp_path / "a.bin.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="disk full"), IndexedWriter(tmp_path / "a", np.uint16) as writer:
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "mkstemp", lambda **_: (os.open("/dev/full", os.O_WRONLY), str(tmp_path / "t")))
+    with pytest.raises(UserError, match="No space left"), IndexedWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_document(np.zeros(1 << 21, np.uint16))
     assert list(tmp_path.iterdir()) == []

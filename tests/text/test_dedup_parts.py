@@ -15,7 +15,7 @@ from megalite.text.dedup.contamination import read_benchmarks
 from megalite.text.dedup.minhash import Banding, Sketcher, choose_banding, jaccard
 from megalite.text.dedup.near import CandidateTask, verify_candidates
 from megalite.text.dedup.store import Run, Store, equal_key_groups, key_ranges, run_path, save_array
-from megalite.text.shards import DONE_DIRECTORY
+from megalite.text.jobs import DONE_DIRECTORY
 from megalite.text.words import WordNumbers, comparable_words, ngram_hashes
 
 pytestmark = pytest.mark.fast

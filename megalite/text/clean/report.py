@@ -2,13 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
 
+from megalite.files import atomic_file, write_atomically, write_errors_named
 from megalite.text.clean.run import BINS_PER_CHARACTER, BINS_PER_OCTAVE, Counts
-from megalite.text.shards import Unusable, atomic_path, write_atomically
+from megalite.text.shards import Unusable
 
 _KEPT, _REJECTED = "#2a6f97", "#d1495b"
 
@@ -16,9 +17,10 @@ _KEPT, _REJECTED = "#2a6f97", "#d1495b"
 def write_report(output: Path, counts: Counts, unusable: Unusable, seconds: float) -> None:
     """Write `report.json` and `report.png` into the output directory and print the table."""
     report = {**asdict(counts), "unusable": asdict(unusable), "seconds": round(seconds, 3)}
-    write_atomically(output / "report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    with atomic_path(output / "report.png") as temporary:
-        draw(temporary, counts)
+    with write_errors_named(output / "report.json"):
+        write_atomically(output / "report.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    with write_errors_named(output / "report.png"), atomic_file(output / "report.png") as file:
+        draw(file, counts)
     _print_table(counts, unusable, seconds)
     print(f"shards and report: {output}")
 
@@ -56,7 +58,7 @@ def _print_table(counts: Counts, unusable: Unusable, seconds: float) -> None:
     console.print(f"{seconds:.1f} s, {speed:.1f} million characters a second", highlight=False)
 
 
-def draw(path: Path, counts: Counts) -> None:
+def draw(file: BinaryIO, counts: Counts) -> None:
     """Histograms of size and word length, kept against rejected, and documents rejected by rule, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -73,7 +75,7 @@ def draw(path: Path, counts: Counts) -> None:
     _draw_rejections(panels["rejections"], counts.rejected)
     share = counts.kept / max(1, counts.documents)
     figure.suptitle(f"kept {counts.kept:,} of {counts.documents:,} documents ({share:.1%})")
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(file, dpi=110, format="png")
 
 
 def _draw_sizes(axes: Any, counts: Counts, name: str) -> None:

@@ -10,23 +10,14 @@ from typing import Any
 import tomli_w
 
 from megalite.errors import UserError
+from megalite.files import write_atomically, write_errors_named
 from megalite.text.clean import classifiers, filters
 from megalite.text.clean.filters import Page, Rejection
 from megalite.text.clean.privacy import mask
 from megalite.text.clean.rules import Rules
-from megalite.text.readers import Document
-from megalite.text.shards import (
-    Unit,
-    Unusable,
-    fingerprint,
-    map_tasks,
-    noted,
-    open_output,
-    open_shards,
-    plan_units,
-    read_unit,
-    write_atomically,
-)
+from megalite.text.jobs import Unit, fingerprint, map_tasks, noted, plan_units
+from megalite.text.records import MAX_RECORD_BYTES, Document
+from megalite.text.shards import Unusable, open_output, open_shards, read_unit
 from megalite.text.words import WordNumbers
 
 BINS_PER_OCTAVE = 4  # of the histograms of sizes
@@ -128,6 +119,7 @@ class CleanTask:
     key: str
     rules: Rules
     keep_rejected: bool
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 @noted("clean")
@@ -152,7 +144,7 @@ def _outcomes(
     task: CleanTask, cleaner: Cleaner, counts: Counts, unusable: Unusable
 ) -> Iterator[tuple[Document, Page | Rejection]]:
     """Every document of the unit with its cleaned page or its rejection, counted."""
-    for _, document in read_unit(task.unit, task.key, unusable):
+    for _, document in read_unit(task.unit, task.key, unusable, True, task.max_record_bytes):
         page = Page(document.text, cleaner.numbers)
         outcome = cleaner.apply(page, counts)
         counts.documents += 1
@@ -176,6 +168,7 @@ def clean_corpus(
     keep_rejected: bool = False,
     max_bad_ratio: float = 0.01,
     allow_damaged: bool = False,
+    max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> tuple[Counts, Unusable]:
     """Clean files into `output`: a `.jsonl.zst` shard a unit, `rules.toml` and, if wanted, `rejected/`.
 
@@ -186,9 +179,10 @@ def clean_corpus(
     """
     Cleaner(rules)
     units = plan_units(paths)
-    open_output(output, fingerprint(units, [rules.as_dict(), key, keep_rejected]))
-    write_atomically(output / "rules.toml", tomli_w.dumps(rules.as_dict()).encode())
-    tasks = [CleanTask(unit, output, key, rules, keep_rejected) for unit in units]
+    open_output(output, fingerprint(units, [rules.as_dict(), key, keep_rejected, max_record_bytes]))
+    with write_errors_named(output / "rules.toml"):
+        write_atomically(output / "rules.toml", tomli_w.dumps(rules.as_dict()))
+    tasks = [CleanTask(unit, output, key, rules, keep_rejected, max_record_bytes) for unit in units]
     counts, unusable = Counts(), Unusable()
     for result in map_tasks(clean_unit, tasks, workers, "cleaning", [unit.bytes for unit in units]):
         counts.include(result["counts"])

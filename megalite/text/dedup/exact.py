@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from megalite.text.dedup.store import RUN_DOCUMENTS, Run, Store, run_path, save_array, slice_of_range
-from megalite.text.shards import Unit, Unusable, noted, read_unit
+from megalite.text.jobs import Unit, noted
+from megalite.text.records import MAX_RECORD_BYTES
+from megalite.text.shards import Unusable, read_unit
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class DigestTask:
     unit: Unit
     output: Path
     key: str
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 @noted("exact")
@@ -34,7 +37,7 @@ def digest_unit(task: DigestTask) -> dict[str, Any]:
     digests, sizes = bytearray(), list[int]()
     lines = list[tuple[int, int]]()
     characters = 0
-    for piece, document in read_unit(task.unit, task.key, unusable, with_extra=False):
+    for piece, document in read_unit(task.unit, task.key, unusable, False, task.max_record_bytes):
         digests += blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         lines.append((piece, document.line))
         characters += len(document.text)

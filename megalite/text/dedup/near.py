@@ -11,10 +11,13 @@ from typing import IO, Any
 import numpy as np
 
 from megalite.errors import UserError
+from megalite.files import atomic_file, write_errors_named
 from megalite.text.dedup.contamination import load_arrays
 from megalite.text.dedup.minhash import Banding, Sketcher, jaccard
 from megalite.text.dedup.store import Run, Store, equal_key_groups, run_path, save_array
-from megalite.text.shards import DONE_DIRECTORY, Unit, Unusable, atomic_path, noted, read_unit
+from megalite.text.jobs import DONE_DIRECTORY, Unit, noted
+from megalite.text.records import MAX_RECORD_BYTES
+from megalite.text.shards import Unusable, read_unit
 
 SIMILARITY_BINS = 50
 LARGE_GROUP = 64  # above this, documents are compared with leaders only and not all with all
@@ -33,6 +36,7 @@ class SketchTask:
     ngram: int
     decontaminate_ngram: int | None
     copies: np.ndarray
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 @noted("near")
@@ -51,21 +55,22 @@ def sketch_unit(task: SketchTask) -> dict[str, Any]:
         benchmarks = load_arrays(task.output / DONE_DIRECTORY, task.decontaminate_ngram)
     copies = set(task.copies.tolist())
     contaminated: list[tuple[int, int]] = []
-    texts = (document.text for _, document in read_unit(task.unit, task.key, Unusable(), with_extra=False))
+    documents = read_unit(task.unit, task.key, Unusable(), False, task.max_record_bytes)
+    texts = (document.text for _, document in documents)
     for run in task.runs:
-        with atomic_path(run_path(task.output, run.unit, run.number, "sets")) as temporary:
-            with open(temporary, "wb") as file:
-                builder = _RunBuilder(run.size, task.banding.bands, file)
-                for number, text in zip(range(run.start, run.start + run.size), texts):
-                    shingles_S = np.empty(0, np.uint32)
-                    if number not in copies:
-                        numbers_W = sketcher.word_numbers(text)
-                        item = benchmarks.find(numbers_W) if benchmarks else None
-                        if item is None:
-                            shingles_S = sketcher.shingles(numbers_W)
-                        else:
-                            contaminated.append((number, item))
-                    builder.add(shingles_S, sketcher)
+        sets = run_path(task.output, run.unit, run.number, "sets")
+        with write_errors_named(sets), atomic_file(sets) as file:
+            builder = _RunBuilder(run.size, task.banding.bands, file)
+            for number, text in zip(range(run.start, run.start + run.size), texts):
+                shingles_S = np.empty(0, np.uint32)
+                if number not in copies:
+                    numbers_W = sketcher.word_numbers(text)
+                    item = benchmarks.find(numbers_W) if benchmarks else None
+                    if item is None:
+                        shingles_S = sketcher.shingles(numbers_W)
+                    else:
+                        contaminated.append((number, item))
+                builder.add(shingles_S, sketcher)
             builder.save(task.output, run)
     if any(True for _ in texts) or builder.documents != run.size:
         raise UserError(f"{task.unit.pieces[0]} changed while it was read: start again with a new --output")

@@ -2,23 +2,25 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import orjson
 
+from megalite.files import atomic_file, write_atomically, write_errors_named
 from megalite.text.dedup.near import SIMILARITY_BINS
 from megalite.text.dedup.run import Summary
-from megalite.text.shards import atomic_path, write_atomically
 
 _SIMILAR, _OTHER = "#d1495b", "#8d99ae"
 
 
 def write_report(output: Path, summary: Summary) -> None:
     """Write `report.png` and then `report.json`, whose presence marks a finished run, and print the table."""
-    with atomic_path(output / "report.png") as temporary:
-        draw(temporary, summary)
+    with write_errors_named(output / "report.png"), atomic_file(output / "report.png") as file:
+        draw(file, summary)
     options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
-    write_atomically(output / "report.json", orjson.dumps(asdict(summary), option=options))
+    with write_errors_named(output / "report.json"):
+        write_atomically(output / "report.json", orjson.dumps(asdict(summary), option=options))
     _print_table(summary)
     print(f"shards and report: {output}")
 
@@ -60,7 +62,7 @@ def _print_table(summary: Summary) -> None:
     )
 
 
-def draw(path: Path, summary: Summary) -> None:
+def draw(file: BinaryIO, summary: Summary) -> None:
     """Similarities of the compared pairs and sizes of the clusters, as a PNG."""
     from matplotlib.figure import Figure
 
@@ -86,4 +88,4 @@ def draw(path: Path, summary: Summary) -> None:
     figure.suptitle(
         f"removed {removed:,} of {summary.documents:,} documents ({removed / max(1, summary.documents):.1%})"
     )
-    figure.savefig(path, dpi=110, format="png")
+    figure.savefig(file, dpi=110, format="png")

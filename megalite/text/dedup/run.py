@@ -22,18 +22,9 @@ from megalite.text.dedup.exact import DigestTask, ExactTask, digest_unit, exact_
 from megalite.text.dedup.minhash import Banding
 from megalite.text.dedup.near import SIMILARITY_BINS, CandidateTask, SketchTask, sketch_unit, verify_candidates
 from megalite.text.dedup.store import Run, Store, key_ranges, layout_runs
-from megalite.text.shards import (
-    DONE_DIRECTORY,
-    Unit,
-    Unusable,
-    fingerprint,
-    map_tasks,
-    noted,
-    open_output,
-    open_shards,
-    plan_units,
-    read_unit,
-)
+from megalite.text.jobs import DONE_DIRECTORY, Unit, fingerprint, map_tasks, noted, plan_units
+from megalite.text.records import MAX_RECORD_BYTES
+from megalite.text.shards import Unusable, open_output, open_shards, read_unit
 
 REASONS = ("exact_duplicate", "near_duplicate", "contaminated")
 
@@ -53,6 +44,7 @@ class Settings:
     keep_rejected: bool = False
     max_bad_ratio: float = 0.01
     allow_damaged: bool = False
+    max_record_bytes: int = MAX_RECORD_BYTES
 
 
 @dataclass
@@ -134,7 +126,7 @@ class Deduplication:
 
     def _digest(self) -> None:
         settings, unusable = self.settings, Unusable()
-        tasks = [DigestTask(unit, self.output, settings.key) for unit in self.units]
+        tasks = [DigestTask(unit, self.output, settings.key, settings.max_record_bytes) for unit in self.units]
         results = map_tasks(digest_unit, tasks, self.workers, "digests", self.weights)
         self.runs = layout_runs(result["sizes"] for result in results)
         for result in results:
@@ -160,10 +152,8 @@ class Deduplication:
         for unit in self.units:
             runs = [run for run in self.runs if run.unit == unit.number]
             here = copies[_between(copies, runs)]
-            task = SketchTask(
-                unit, self.output, settings.key, runs, settings.banding, settings.ngram, ngram, here
-            )  # fmt: skip
-            tasks.append(task)
+            banding, limit = settings.banding, settings.max_record_bytes
+            tasks.append(SketchTask(unit, self.output, settings.key, runs, banding, settings.ngram, ngram, here, limit))
         results = map_tasks(sketch_unit, tasks, self.workers, "sketches", self.weights)
         pairs = [pair for result in results for pair in result["contaminated"]]
         return np.array(pairs, np.int64).reshape(-1, 2).T
@@ -194,9 +184,7 @@ class Deduplication:
         for unit in self.units:
             runs = [run for run in self.runs if run.unit == unit.number]
             here = removals[:, _between(removals[0], runs)]
-            tasks.append(
-                WriteTask(unit, self.units, self.output, settings.key, settings.keep_rejected, self.runs, here, items)
-            )
+            tasks.append(WriteTask(unit, self.units, self.output, settings, self.runs, here, items))
         for result in map_tasks(write_unit, tasks, self.workers, "shards", self.weights):
             self.summary.kept += result["kept"]
             self.summary.kept_characters += result["kept_characters"]
@@ -240,8 +228,7 @@ class WriteTask:
     unit: Unit
     units: list[Unit]
     output: Path
-    key: str
-    keep_rejected: bool
+    settings: Settings
     runs: list[Run]
     removals: np.ndarray
     benchmark_items: list[str]
@@ -257,10 +244,11 @@ def write_unit(task: WriteTask) -> dict[str, Any]:
     removed = {number: (code, because) for number, code, because in task.removals.T.tolist()}
     store = Store(task.output, task.runs)
     first = next(run.start for run in task.runs if run.unit == task.unit.number)
-    kept = kept_characters = 0
-    with open_shards(task.output, task.unit, task.keep_rejected) as (shard, rejected):
-        for number, (_, document) in enumerate(read_unit(task.unit, task.key, Unusable()), first):
-            record = {**document.extra, task.key: document.text}
+    kept, kept_characters, key = 0, 0, task.settings.key
+    with open_shards(task.output, task.unit, task.settings.keep_rejected) as (shard, rejected):
+        documents = read_unit(task.unit, key, Unusable(), True, task.settings.max_record_bytes)
+        for number, (_, document) in enumerate(documents, first):
+            record = {**document.extra, key: document.text}
             if number not in removed:
                 shard.write(record)
                 kept += 1

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.text.shards import DONE_DIRECTORY, atomic_path
+from megalite.files import atomic_file, write_errors_named
+from megalite.text.jobs import DONE_DIRECTORY
 
 RUN_DOCUMENTS = 1 << 16
 SORT_BYTES_PER_KEY = 96  # what gathering and sorting one key takes, measured
@@ -37,7 +38,7 @@ def run_path(output: Path, unit: int, number: int, kind: str) -> Path:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array so that its name never shows half of it."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with write_errors_named(path), atomic_file(path) as file:
         np.save(file, array)
 
 
