@@ -102,7 +102,7 @@ def test_resolved_configuration_round_trips(recipe, tmp_path):
         (["--log.qqqq", "2"], "--log.qqqq is unknown; [log] has interval, tensorboard, wandb"),
         (["--model.layers", "many"], "model.layers = 'many' is not a whole number"),
         (["--model.layers", "2.5"], "model.layers = 2.5 is not a whole number"),
-        (["--model.layers", "true"], "model.layers = True is not a whole number"),
+        (["--model.layers", "true"], "model.layers = true is not a whole number"),
         (["--optimizer.lr", "inf"], "optimizer.lr = inf is not a number"),
         (["--parallel.sequence", "maybe"], "parallel.sequence = 'maybe' is not true or false"),
         (["--parallel.sequence", "1"], "parallel.sequence = 1 is not true or false"),

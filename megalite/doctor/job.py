@@ -23,6 +23,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from megalite.config import Config, check, parse_command_line
+from megalite.config.sources import parse_sources
 from megalite.data.indexed import IndexedDataset
 from megalite.doctor.collectives import look_at_collectives
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, healthy, rows
@@ -226,11 +227,8 @@ def _look_for_token(run_dir: Path, world: World, host: str, store: Store, limit:
 def _look_at_data(config: Config, host: str, report: dict[str, Any]) -> list[Finding]:
     """Open every token file and the tokenizer; their fingerprints are compared between nodes."""
     findings, report["data"] = [], {}
-    entries = [*config.data.train, *config.data.valid]
-    prefixes = [
-        str(entry if isinstance(entry, str) else entry[-1]) for entry in entries if not isinstance(entry, float)
-    ]
-    for prefix in dict.fromkeys(prefixes):
+    sources = (*parse_sources(config.data.train), *parse_sources(config.data.valid, "data.valid"))
+    for prefix in dict.fromkeys(source.prefix for source in sources):
         try:
             dataset = IndexedDataset(Path(prefix))
             report["data"][prefix] = dataset.fingerprint()
