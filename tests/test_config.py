@@ -109,7 +109,7 @@ def test_resolved_configuration_round_trips(recipe, tmp_path):
         (["--parallel.schedule", "1F1B"], "'1F1B' is not one of gpipe, 1f1b, interleaved, zb_h1, zb_v; did you"),
         (["--train.batch_ramp", "[1, 2.5, 3]"], "train.batch_ramp[1] = 2.5 is not a whole number"),
         (["--data.train", '[["a", 0.3]]'], "data.train has ['a', 0.3]; its entries are prefixes"),
-        (["--data.train", '[["x", "a"]]'], "data.train, weight of 'a', = 'x' is not a number"),
+        (["--data.train", '[["x", "a"]]'], "data.train has ['x', 'a']; its entries are prefixes"),
         (["--data.train", "7"], "data.train = 7 is not a list of prefixes"),
         (["--model.rope_scaling", "yarn"], "model.rope_scaling = 'yarn' is not a table"),
         (["--model.layers"], "--model.layers has no value; write --model.layers followed by a whole number"),

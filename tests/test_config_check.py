@@ -72,8 +72,12 @@ def layout(*overrides, world_size=1):
         ),
         (1, "--optimizer.eps 1e-320", "optimizer.eps = 1e-320 is too small"),
         (1, "--model.layers 1e9", "model.layers = 1000000000 is too large; it must be at least 1 and at most 10000"),
-        (1, '--data.train [[1e308,"a"],[1e308,"b"]]', "data.train, weight of 'a', = 1e+308 is too large"),
-        (1, '--data.train [[0,"a"]]', "data.train, weight of 'a', = 0 is too small; it must be above 0"),
+        (
+            1,
+            '--data.train [[1e308,"a"],[1e308,"b"]]',
+            "data.train: weights from 1e+308 to 1e+308 have no shares in floating point",
+        ),
+        (1, '--data.train [[0,"a"]]', "data.train: weight 0.0 of a is not a positive number; leave the file out"),
         (1, "--data.split [9,1] --data.valid c", "data.split = [9.0, 1.0] cannot be combined with data.valid"),
         (1, "--data.split [1e308,1e308]", "data.split[0] = 1e+308 is too large"),
         (1, '--model.rope_scaling {type=["yarn"]}', "model.rope_scaling.type = ['yarn'] is unknown"),
@@ -105,7 +109,11 @@ def layout(*overrides, world_size=1):
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),
         (1, "--data.split [0,1]", "data.split = [0.0, 1.0] is out of range"),
-        (1, '--data.train [[-1,"a"]]', "weight of 'a', = -1 is too small; it must be above 0"),
+        (
+            1,
+            '--data.train [[-1,"a"]]',
+            "data.train: weight -1.0 of a is not a positive number; give each",
+        ),
         (1, '--data.train ["b",[1,"a"]]', "mixes weighted and plain prefixes"),
         (
             1,

@@ -86,7 +86,7 @@ def test_any_word_on_the_command_line(field, word):
         ("[data]\ntrain = " + "[" * 90 + "]" * 90, "data.train has [[["),
         ('[run]\ndir = "a\\u0000b"', "run.dir = a\\x00b has the character '\\x00'"),
         ('[run]\ndir = "a\\nrm"', "run.dir = a\\nrm has the character '\\n'"),
-        ('[data]\ntrain = ["a\\u0000"]', "which has the character '\\x00'; name token files"),
+        ('[data]\ntrain = ["a\\u0000"]', "which has the character '\\x00'; give the prefix"),
         ('[model]\nrope_scaling = {type = ["yarn"]}', "model.rope_scaling.type = ['yarn'] is unknown"),
         ("[model]\nlayers = [2]", "model.layers = [2] is not a whole number"),
         ('[train]\nprecision = ["bf16"]', "train.precision = ['bf16'] is not one of fp32, bf16"),

@@ -227,7 +227,7 @@ def _fit_type(value: Any, expected: Any, path: str) -> Any:
 def _fit_list(value: Any, item: Any, path: str) -> tuple[Any, ...]:
     """A tuple of items; one bare string is a list of one, and of numbers if these stand there with commas."""
     if item is Any:
-        return plain_sources(parse_sources(value, path))
+        return plain_sources(parse_sources([value] if isinstance(value, str) else value, path))
     if isinstance(value, str):
         value = [_from_text(part.strip(), item) for part in value.split(",")]
     if not isinstance(value, list | tuple):

@@ -67,7 +67,7 @@ class ModelConfig:
     """Longest sequence, in tokens, that the model is made for."""
     rope_theta: Annotated[float, Above(1, 1e30)] = 10000.0
     """Base of the rotary position frequencies."""
-    rope_scaling: Annotated[dict[str, Any], RopeScaling()] = field(default_factory=dict)
+    rope_scaling: Annotated[dict[str, Any], RopeScaling()] = field(default_factory=dict, hash=False)
     """Scaling of the rotary frequencies, which extends the context; empty for none."""
     norm_eps: Annotated[float, AtLeast(1e-37, 1.0)] = 1e-5
     """Added to the mean square in RMSNorm."""

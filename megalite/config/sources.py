@@ -1,74 +1,73 @@
-"""The token files of a recipe: entries of `data.train` and `data.valid`, read in one place."""
+"""What `data.train` and `data.valid` name: token files with their shares, read and checked in this one place."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
-from megalite.config.bounds import Above, quoted, shown, text_problem
+from megalite.config.bounds import quoted, text_problem
 from megalite.errors import UserError
 
-MOST_SOURCES = 32767
-"""A blend stores the number of a sample's source in 16 bits, as Megatron-LM does."""
-
-WEIGHT = Above(0, 1e12)
-_FORMS = 'its entries are prefixes "a" or weights and prefixes [0.7, "a"]'
+MAX_SOURCES = 32766
+"""Token files of one blend: it numbers them in int16, as Megatron-LM does."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Token files `prefix`.bin and .idx, and their share; weight 0: in proportion to their size."""
+    """A token file: the prefix of its `.bin` and `.idx`, and its weight; None mixes in proportion to the sizes."""
 
     prefix: str
-    weight: float = 0.0
+    weight: float | None = None
 
 
-def parse_sources(value: Any, field: str = "data.train") -> tuple[Source, ...]:
-    """Read prefixes, or pairs of weight and prefix; a single prefix may stand without a list.
+def parse_sources(entries: Sequence[Any], field: str) -> tuple[Source, ...]:
+    """Read prefixes, or pairs of a weight and a prefix; sources that were read already are taken as they are.
 
     Raises:
-        UserError: naming `field`, for another form, a weight that is not a number above 0, or prefixes of which only
-            some have a weight.
+        UserError: `field` mixes both forms, has another entry, a weight that is not a positive number, or weights of
+            which the shares cannot be computed.
     """
-    entries = [value] if isinstance(value, str) else value
     if not isinstance(entries, list | tuple):
-        raise UserError(f'{field} = {quoted(value)} is not a list of prefixes, as ["a", "b"]')
-    if len(entries) > MOST_SOURCES:
-        raise UserError(
-            f"{field} names {len(entries):,} token files; at most {MOST_SOURCES:,} can be mixed: merge some"
-        )
+        raise UserError(f'{field} = {quoted(entries)} is not a list of prefixes, as ["a", "b"]')
+    if len(entries) > MAX_SOURCES:
+        raise UserError(f"{field}: {len(entries)} files; at most {MAX_SOURCES} can be blended: merge some")
     sources = tuple(_source(entry, field) for entry in entries)
-    if len({source.weight > 0 for source in sources}) > 1:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if weights and len(weights) < len(sources):
+        raise UserError(f"{field} mixes weighted and plain prefixes; give all of them weights, or none")
+    for source in sources:
+        if source.weight is not None and not 0 < source.weight < math.inf:
+            remedy = "leave the file out" if source.weight == 0 else "give each file its share, as 0.7 and 0.3"
+            raise UserError(f"{field}: weight {source.weight} of {source.prefix} is not a positive number; {remedy}")
+    if weights and (math.isinf(sum(weights)) or min(weights) / sum(weights) == 0):
         raise UserError(
-            f"{field} = {shown(value)} mixes weighted and plain prefixes; give all of them weights, or none"
+            f"{field}: weights from {min(weights)} to {max(weights)} have no shares in floating point;"
+            " give each file its share, as 0.7 and 0.3"
         )
     return sources
 
 
+def _source(entry: Any, field: str) -> Source:
+    if isinstance(entry, Source):
+        return entry
+    weight, prefix = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, entry)
+    numeric = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not isinstance(prefix, str | PathLike) or not (weight is None or numeric):
+        raise UserError(f'{field} has {quoted(entry)}; its entries are prefixes "a" or weights and prefixes [0.7, "a"]')
+    if problem := text_problem(str(prefix)) or ("" if str(prefix) else "is empty"):
+        raise UserError(f"{field} has {quoted(str(prefix))}, which {problem}; give the prefix of a .bin and .idx")
+    try:
+        return Source(str(prefix), None if weight is None else float(weight))
+    except OverflowError:
+        raise UserError(f"{field}: weight {quoted(weight)} is too large; give each file its share") from None
+
+
 def plain_sources(sources: Sequence[Source]) -> tuple[Any, ...]:
     """The same as a recipe writes it: prefixes, or pairs of weight and prefix."""
-    return tuple((source.weight, source.prefix) if source.weight else source.prefix for source in sources)
-
-
-def _source(entry: Any, field: str) -> Source:
-    weight: Any = None
-    prefix = entry
-    if isinstance(entry, list | tuple) and len(entry) == 2:
-        weight, prefix = entry
-    if not isinstance(prefix, str):
-        raise UserError(f"{field} has {quoted(entry)}; {_FORMS}")
-    if not prefix or (problem := text_problem(prefix)):
-        raise UserError(f"{field} has {quoted(prefix)}, which {problem if prefix else 'is empty'}; name token files")
-    if weight is None:
-        return Source(prefix)
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not math.isfinite(weight if isinstance(weight, float) else 0.0):
-        raise UserError(f"{field}, weight of {quoted(prefix)}, = {quoted(weight)} is not a number")
-    if message := WEIGHT.refusal(weight, f"{field}, weight of {quoted(prefix)},"):
-        raise UserError(message)
-    return Source(prefix, float(weight))
+    return tuple(source.prefix if source.weight is None else (source.weight, source.prefix) for source in sources)
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def _look_for_token(run_dir: Path, world: World, host: str, store: Store, limit:
 def _look_at_data(config: Config, host: str, report: dict[str, Any]) -> list[Finding]:
     """Open every token file and the tokenizer; their fingerprints are compared between nodes."""
     findings, report["data"] = [], {}
-    sources = (*parse_sources(config.data.train), *parse_sources(config.data.valid, "data.valid"))
+    sources = (*parse_sources(config.data.train, "data.train"), *parse_sources(config.data.valid, "data.valid"))
     for prefix in dict.fromkeys(source.prefix for source in sources):
         try:
             dataset = IndexedDataset(Path(prefix))

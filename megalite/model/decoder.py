@@ -19,6 +19,7 @@ from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.attention import Attention, KeyValueCache, Positions
+from megalite.model.cost import output_in_layers
 from megalite.model.head import VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.model.rope import rope_table
@@ -95,8 +96,7 @@ def layers_of_stage(model: ModelConfig, stages: int, stage: int) -> range:
     """
     if stages == 1:
         return range(model.layers)
-    projections = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    output = model.vocab_size / (projections + 3 * model.ffn_hidden_size)  # in layers: the hidden size cancels
+    output = output_in_layers(model)
 
     def slowest(last: int) -> float:
         return max(-(-(model.layers - last) // (stages - 1)), last + output)

@@ -27,7 +27,7 @@ from megalite.placement import PlacedParameter, Placement
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 class _HeadLoss(Function):
@@ -50,7 +50,7 @@ class _HeadLoss(Function):
         if train and total is None:
             total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        step = max(1, _CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // weight.shape[0])
+        step = max(1, CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // weight.shape[0])
         for start in range(0, hidden_NH.shape[0], step):
             chunk = slice(start, start + step)
             loss += head.chunk_loss(

@@ -27,7 +27,10 @@ from megalite.placement import Action, Box, PlacedParameter, placed_parameters
 
 Pairs = list[tuple[PlacedParameter, Box]]
 
-_IN_FLIGHT = 2
+BUCKET_ELEMENTS = 1 << 23
+"""Gradients that are reduced together; more in a bucket of one larger parameter."""
+
+IN_FLIGHT = 2
 """ZeRO-2 and 3: so many reductions may be under way, each with a whole gradient buffer, before the oldest is waited
 for."""
 
@@ -53,7 +56,7 @@ class StageBuckets:
         mesh: Mesh,
         *,
         zero: int,
-        bucket_elements: int = 1 << 23,
+        bucket_elements: int = BUCKET_ELEMENTS,
         aliases: Iterable[PlacedParameter] = (),
     ) -> None:
         self.mesh = mesh
@@ -136,7 +139,7 @@ class StageBuckets:
         """Reduce what a bucket has so far; an older reduction is completed so that its buffer can be reused."""
         bucket.launch()
         self._flying.append(bucket)
-        while len(self._flying) > _IN_FLIGHT:
+        while len(self._flying) > IN_FLIGHT:
             self._flying.popleft().wait()
 
     @contextlib.contextmanager

@@ -75,7 +75,7 @@ def index_folder(config: Config) -> Path:
     """Where sample indices are kept: `data.cache_dir`, else beside the first token file, else in the run directory."""
     if config.data.cache_dir:
         return Path(config.data.cache_dir)
-    beside = Path(parse_sources(config.data.train)[0].prefix).parent / "megalite_cache"
+    beside = Path(parse_sources(config.data.train, "data.train")[0].prefix).parent / "megalite_cache"
     with contextlib.suppress(OSError):
         beside.mkdir(exist_ok=True)
         probe = beside / ".writable"
