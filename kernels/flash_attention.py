@@ -24,6 +24,7 @@ from .blocked_attention import attention_blocked
 Made = TypeVar("Made")
 
 COMPILED_WIDEST = 32  # heads for which our compiled attention is the fastest in bf16 beside AMX units
+EXPLICIT_WIDTH = 128  # heads from which two bf16 products beat the fused operator on a CPU
 EXPLICIT_LONGEST = 512  # keys; above it the explicit bf16 form loses to the fused operator on a CPU
 
 
@@ -225,7 +226,7 @@ def _first_keys(length: int, window: int | None, documents: Documents | None) ->
 def _explicit_is_faster(q_SBHD: Tensor, keys: int) -> bool:
     """A CPU's matrix units make two bf16 products faster than the fused operator for wide heads and short keys."""
     narrow = q_SBHD.dtype == torch.bfloat16 and q_SBHD.device.type == "cpu"
-    return narrow and q_SBHD.shape[-1] >= 128 and keys <= EXPLICIT_LONGEST
+    return narrow and q_SBHD.shape[-1] >= EXPLICIT_WIDTH and keys <= EXPLICIT_LONGEST
 
 
 def _blocked_is_faster(q_SBHD: Tensor, k_SBKD: Tensor, causal: bool) -> bool:

@@ -7,7 +7,9 @@ import pytest
 
 from megalite.config import check, load_config
 from megalite.config.check import check_layout, check_machine
+from megalite.config.rope_scaling import ROPE_SCALINGS
 from megalite.errors import UserError
+from megalite.model.rope import _SCALINGS, inverse_frequencies
 
 pytestmark = pytest.mark.fast
 
@@ -60,12 +62,37 @@ def layout(*overrides, world_size=1):
         (1, "--train.batch_ramp [4,5,100]", "does not reach train.global_batch_size = 12 in whole increments"),
         (1, "--train.batch_ramp [16,4,100]", "does not reach train.global_batch_size = 12"),
         (2, "--train.batch_ramp [2,5,100]", "train.batch_ramp = [2, 5, 100] goes through 7, which is not divisible"),
+        (1, "--train.batch_ramp [4,4,0]", "train.batch_ramp[2] = 0 is too small; it must be at least 1"),
+        (1, "--train.batch_ramp [4,0,9]", "train.batch_ramp[1] = 0 is too small"),
+        (1, "--train.batch_ramp [-4,4,9]", "train.batch_ramp[0] = -4 is too small"),
+        (
+            1,
+            "--train.batch_ramp [1,1,9] --train.global_batch_size 1000000",
+            "[1, 1, 9] has more than 10,000 increments to train.global_batch_size = 1000000; use a larger increment",
+        ),
+        (1, "--optimizer.eps 1e-320", "optimizer.eps = 1e-320 is too small"),
+        (1, "--model.layers 1e9", "model.layers = 1000000000 is too large; it must be at least 1 and at most 10000"),
+        (
+            1,
+            '--data.train [[1e308,"a"],[1e308,"b"]]',
+            "data.train: weights from 1e+308 to 1e+308 have no shares in floating point",
+        ),
+        (1, '--data.train [[0,"a"]]', "data.train: weight 0.0 of a is not a positive number; leave the file out"),
+        (1, "--data.split [9,1] --data.valid c", "data.split = [9.0, 1.0] cannot be combined with data.valid"),
+        (1, "--data.split [1e308,1e308]", "data.split[0] = 1e+308 is too large"),
+        (1, '--model.rope_scaling {type=["yarn"]}', "model.rope_scaling.type = ['yarn'] is unknown"),
+        (1, '--model.rope_scaling {type="linear",factor=nan}', "model.rope_scaling.factor = nan is not a number"),
+        (
+            1,
+            "--train.steps 2000000000 --train.global_batch_size 16777216",
+            "train.steps = 2000000000 of up to 16777216 samples come to more than 68,719,476,736 samples",
+        ),
         (1, "--train.stop_after 2000", "train.stop_after = 2000 exceeds train.steps = 1000"),
         (1, "--optimizer.warmup_steps 1001", "optimizer.warmup_steps = 1001 exceeds train.steps = 1000"),
         (1, "--optimizer.min_lr 1", "optimizer.min_lr = 1.0 exceeds optimizer.lr = 0.0003"),
         (1, "--optimizer.lr 0", "optimizer.lr = 0.0 is too small; it must be above 0"),
-        (1, "--optimizer.beta1 1", "optimizer.beta1 = 1.0 is out of range"),
-        (1, "--optimizer.beta2 -0.1", "optimizer.beta2 = -0.1 is out of range"),
+        (1, "--optimizer.beta1 1", "optimizer.beta1 = 1.0 is too large; it must be at least 0 and below 1"),
+        (1, "--optimizer.beta2 -0.1", "optimizer.beta2 = -0.1 is too small"),
         (
             1,
             "--optimizer.schedule wsd --optimizer.decay_steps 900 --optimizer.warmup_steps 101",
@@ -75,14 +102,18 @@ def layout(*overrides, world_size=1):
         (1, "--model.heads 0", "model.heads = 0 is too small"),
         (1, "--train.eval_interval -1", "train.eval_interval = -1 is too small; it must be at least 0"),
         (1, "--run.seed 4294967296", "run.seed = 4294967296 is too large"),
-        (1, "--parallel.zero 4", "parallel.zero = 4 is out of range"),
+        (1, "--parallel.zero 4", "parallel.zero = 4 is too large; it must be at least 0 and at most 3"),
         (1, "--train.fp8 row --train.precision fp32", "train.fp8 = row needs train.precision = bf16, not fp32"),
         (1, "--train.fp8 row --train.precision bf16 --model.ffn_hidden_size 40", "needs multiples of 16"),
         (2, "--parallel.context 2", "parallel.context = 2 is not built yet"),
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),
         (1, "--data.split [0,1]", "data.split = [0.0, 1.0] is out of range"),
-        (1, '--data.train [[-1,"a"]]', "has a negative weight"),
+        (
+            1,
+            '--data.train [[-1,"a"]]',
+            "data.train: weight -1.0 of a is not a positive number; give each",
+        ),
         (1, '--data.train ["b",[1,"a"]]', "mixes weighted and plain prefixes"),
         (
             1,
@@ -109,7 +140,7 @@ def test_refused(world_size, overrides, message):
         (2, "--parallel.tensor 2 --train.seq_length 95 --parallel.sequence false"),
         (4, "--parallel.pipeline 2 --parallel.schedule interleaved --parallel.virtual_stages 4"),
         (8, "--parallel.pipeline 8"),  # a copy with fewer micro-batches than stages is slow, not wrong
-        (3, "--train.batch_ramp [3,3,0] --parallel.zero 0"),
+        (3, "--train.batch_ramp [3,3,7] --parallel.zero 0"),
         (1, "--optimizer.schedule constant --optimizer.warmup_steps 1000 --train.stop_after 1000"),
     ],
 )
@@ -193,3 +224,14 @@ def test_check_does_both(tmp_path):
         check(config, 3)
     with pytest.raises(UserError, match=r"data\.train is empty"):
         check(config, 2)
+
+
+def test_every_rope_scaling_can_be_computed():
+    assert set(_SCALINGS) == set(ROPE_SCALINGS)
+    for kind, scaling in ROPE_SCALINGS.items():
+        values = {key: str(bound.high) for key, bound in scaling.needed.items()} | {"low_freq_factor": "1"}
+        table = ",".join(f"{key}={values[key]}" for key in scaling.needed)
+        layout(f'--model.rope_scaling {{type="{kind}",{table}}} --model.rope_theta 1e30')
+        config = load_config(None, ["--model.rope_scaling", f'{{type="{kind}",{table}}}'])
+        speeds, magnitude = inverse_frequencies(64, 1e30, config.model.rope_scaling)
+        assert len(speeds) == 32 and speeds.isfinite().all() and magnitude > 0

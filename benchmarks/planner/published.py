@@ -20,6 +20,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from benchmarks.planner import published_peers as peers
+from benchmarks.planner.gpt import Gpt
 from megalite.config import ModelConfig
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, Device, gather_seconds, link
@@ -44,7 +45,7 @@ class Point:
         return self.predicted / self.published - 1
 
 
-def gpt(layers: int, hidden: int, heads: int, vocabulary: int, positions: int, tied: bool = True) -> Architecture:
+def gpt(layers: int, hidden: int, heads: int, vocabulary: int, positions: int, tied: bool = True) -> Gpt:
     model = ModelConfig(
         layers=layers,
         hidden_size=hidden,
@@ -54,7 +55,7 @@ def gpt(layers: int, hidden: int, heads: int, vocabulary: int, positions: int, t
         max_positions=positions,
         tie_embeddings=tied,
     )
-    return Architecture(model, gated=False, biases=True, learned_positions=positions)
+    return Gpt(model)
 
 
 def llama(
@@ -262,7 +263,7 @@ def _gpt_job(
     return Job(
         architecture=size,
         device=device,
-        seq_length=size.learned_positions,
+        seq_length=size.model.max_positions,
         micro_batch_size=micro,
         micro_batches=batch // (data * micro),
         data=data,

@@ -90,7 +90,7 @@ def torchtitan_memory(job: Job, *, compiled_loss: bool) -> float:
     elements = stage_elements(job, 0)
     rows, tokens = vocabulary_rows(architecture, job.tensor), job.tokens
     states = 16.0 * elements / job.data
-    whole = 2.0 * (2 * layer.parameters + rows * hidden) + 2.0 * (layer.parameters + rows * hidden)
+    whole = 2.0 * (3 * layer.sizes.elements + 2 * rows * hidden)
     stream = hidden / job.tensor
     if job.recompute == "selective":
         products = layer.query + layer.key + layer.ffn + stream

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, get_type_hints
 
+from megalite.config.bounds import refusal, shown
 from megalite.config.schema import Config
+from megalite.config.sources import parse_sources
 from megalite.errors import UserError
 from megalite.schedule.schedules import SCHEDULES
 
@@ -18,38 +19,15 @@ NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
 )
 
-# Least values, section by section.
-_AT_LEAST_ONE = {
-    "model": ("layers", "hidden_size", "ffn_hidden_size", "heads", "kv_heads", "max_positions"),
-    "parallel": ("tensor", "pipeline", "context", "virtual_stages"),
-    "train": ("steps", "seq_length", "micro_batch_size", "global_batch_size", "eval_samples"),
-    "log": ("interval",),
-}
-_AT_LEAST_ZERO = {
-    "run": ("seed",),
-    "model": ("vocab_size", "sliding_window"),
-    "train": ("stop_after", "eval_interval", "z_loss"),
-    "recovery": ("spike_threshold", "rollback_steps", "skip_steps", "max_rollbacks"),
-    "optimizer": ("min_lr", "warmup_steps", "decay_steps", "weight_decay", "clip_grad"),
-    "checkpoint": ("interval", "keep", "keep_every"),
-}
-_ABOVE_ZERO = {
-    "model": ("rope_theta", "norm_eps"),
-    "train": ("timeout_seconds",),
-    "optimizer": ("lr", "eps"),
-}
-
+_ANNOTATIONS = tuple(
+    (section, name, annotation)
+    for section, kind in get_type_hints(Config).items()
+    for name, annotation in get_type_hints(kind, include_extras=True).items()
+)
+_MOST_INCREMENTS = 10_000  # of a batch ramp, each of which is checked
+_MOST_SAMPLES = 1 << 36  # of a plan; their order is held in memory
+_LONGEST_NAME = 255  # bytes of a file's name
 _FP8_ALIGNMENT = 16  # matrix sizes of the hardware's FP8 products
-
-# Keys that each type of model.rope_scaling needs, and those that it may have.
-ROPE_SCALING: dict[str, tuple[set[str], set[str]]] = {
-    "linear": ({"factor"}, set()),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": (
-        {"factor", "original_max_position_embeddings"},
-        {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
-    ),
-}
 
 
 def check(config: Config, world_size: int) -> None:
@@ -60,10 +38,23 @@ def check(config: Config, world_size: int) -> None:
 
 def check_layout(config: Config, world_size: int) -> None:
     """Everything that follows from the numbers alone: no file, device or package is looked at."""
-    _check_ranges(config)
+    check_bounds(config)
+    check_combinations(config, world_size)
+
+
+def check_bounds(config: Config) -> None:
+    """Every field's own bounds, for configurations that were not read from a recipe."""
+    for section, name, annotation in _ANNOTATIONS:
+        if message := refusal(getattr(getattr(config, section), name), annotation, f"{section}.{name}"):
+            raise UserError(message)
+
+
+def check_combinations(config: Config, world_size: int) -> None:
+    """Whether fields that are right alone fit each other and `world_size` ranks."""
     for path, asked_for, remedy in NOT_BUILT:
         if asked_for(_value(config, path)):
             _refuse(config, path, "is not built yet", remedy)
+    _check_data(config)
     _check_model(config)
     _check_split(config)
     _check_fp8(config)
@@ -77,8 +68,8 @@ def check_machine(config: Config) -> None:
     if not config.data.train:
         raise UserError("data.train is empty; name token files: --data.train '[\"data/corpus_text_document\"]'")
     for name in ("train", "valid"):
-        for prefix in _prefixes(getattr(config.data, name)):
-            _check_token_files(f"data.{name}", prefix)
+        for source in parse_sources(getattr(config.data, name), f"data.{name}"):
+            _check_token_files(f"data.{name}", source.prefix)
     if config.train.eval_interval and not config.data.valid and sum(config.data.split[1:2]) == 0:
         remedy = "give data.valid or a data.split such as [99, 1], or set it to 0"
         _refuse(config, "train.eval_interval", "needs validation data", remedy)
@@ -108,10 +99,7 @@ def _value(config: Config, path: str) -> Any:
 
 
 def _refuse(config: Config, path: str, problem: str, remedy: str) -> NoReturn:
-    value = _value(config, path)
-    value = {True: "true", False: "false"}[value] if isinstance(value, bool) else value
-    value = list(value) if isinstance(value, tuple) else value
-    raise UserError(f"{path} = {value} {problem}; {remedy}")
+    raise UserError(f"{path} = {shown(_value(config, path))} {problem}; {remedy}")
 
 
 def _divisors(number: int) -> str:
@@ -125,39 +113,12 @@ def _nearest_multiples(number: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
-def _check_ranges(config: Config) -> None:
-    for table, fits, remedy in (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "it must be at least 1"),
-        (_AT_LEAST_ZERO, lambda value: value >= 0, "it must be at least 0"),
-        (_ABOVE_ZERO, lambda value: value > 0, "it must be above 0"),
-    ):
-        for path in (f"{section}.{name}" for section, names in table.items() for name in names):
-            if not fits(_value(config, path)):
-                _refuse(config, path, "is too small", remedy)
-    for path in ("optimizer.beta1", "optimizer.beta2"):
-        if not 0 <= _value(config, path) < 1:
-            _refuse(config, path, "is out of range", "it must be at least 0 and below 1")
-    if config.parallel.zero not in (0, 1, 2, 3):
-        _refuse(config, "parallel.zero", "is out of range", "it must be 0, 1, 2 or 3")
-    if config.run.seed >= 2**32:
-        _refuse(config, "run.seed", "is too large", f"it must be below {2**32}")
-    if config.data.split and (min(config.data.split) < 0 or config.data.split[0] <= 0 or len(config.data.split) > 3):
-        remedy = "give the shares of training, validation and test, as [969, 30, 1]; training's above 0"
-        _refuse(config, "data.split", "is out of range", remedy)
-    for name in ("train", "valid"):
-        weights = [entry[0] for entry in getattr(config.data, name) if isinstance(entry, tuple)]
-        if weights and (min(weights) < 0 or sum(weights) <= 0):
-            _refuse(config, f"data.{name}", "has a negative weight, or none above 0", "give each prefix its share")
-        if weights and len(weights) < len(getattr(config.data, name)):
-            _refuse(config, f"data.{name}", "mixes weighted and plain prefixes", "give all of them weights, or none")
-
-
 def _check_model(config: Config) -> None:
     model = config.model
     if model.head_dim == 0:
         remedy = f"give model.head_dim, or a multiple of the {model.heads} heads"
         _refuse(config, "model.hidden_size", f"is not divisible by model.heads = {model.heads}", remedy)
-    if model.head_dim < 2 or model.head_dim % 2:
+    if model.head_dim % 2:
         _refuse(
             config, "model.head_dim", "does not split into the pairs that rotary positions turn", "use an even size"
         )
@@ -167,33 +128,15 @@ def _check_model(config: Config) -> None:
     if config.train.seq_length > model.max_positions:
         remedy = "shorten it or raise model.max_positions"
         _refuse(config, "train.seq_length", f"exceeds model.max_positions = {model.max_positions}", remedy)
-    if model.rope_scaling:
-        _check_rope_scaling(model.rope_scaling)
 
 
-def _check_rope_scaling(table: dict[str, Any]) -> None:
-    kind = table.get("type")
-    if kind not in ROPE_SCALING:
-        raise UserError(f"model.rope_scaling.type = {kind!r} is unknown; known are {', '.join(ROPE_SCALING)}")
-    needed, optional = ROPE_SCALING[kind]
-    given = set(table) - {"type"}
-    if needed - given:
-        raise UserError(f"model.rope_scaling = {table} lacks {', '.join(sorted(needed - given))}; {kind} needs it")
-    if given - needed - optional:
-        known = ", ".join(sorted(needed | optional))
-        raise UserError(
-            f"model.rope_scaling has unknown {', '.join(sorted(given - needed - optional))}; {kind} has {known}"
-        )
-    for key in sorted(given - {"truncate"}):
-        if isinstance(table[key], bool) or not isinstance(table[key], int | float) or table[key] <= 0:
-            raise UserError(f"model.rope_scaling.{key} = {table[key]!r} is not a number above 0")
-    if table["factor"] < 1:
-        raise UserError(
-            f"model.rope_scaling.factor = {table['factor']} is below 1; it says how much longer contexts get"
-        )
-    if kind == "llama3" and table["low_freq_factor"] >= table["high_freq_factor"]:
-        low, high = table["low_freq_factor"], table["high_freq_factor"]
-        raise UserError(f"model.rope_scaling.low_freq_factor = {low} is not below high_freq_factor = {high}; swap them")
+def _check_data(config: Config) -> None:
+    split = config.data.split
+    if split and (len(split) > 3 or split[0] == 0):
+        remedy = "give the shares of training, validation and test, as [969, 30, 1]; training's above 0"
+        _refuse(config, "data.split", "is out of range", remedy)
+    if split and config.data.valid:
+        _refuse(config, "data.split", "cannot be combined with data.valid", "leave one of the two empty")
 
 
 def _check_split(config: Config) -> None:
@@ -210,19 +153,6 @@ def _check_split(config: Config) -> None:
         remedy = f"use {_nearest_multiples(config.train.seq_length, parallel.tensor)}, or parallel.sequence = false"
         problem = f"is not divisible by parallel.tensor = {parallel.tensor}, which parallel.sequence needs"
         _refuse(config, "train.seq_length", problem, remedy)
-    chunks = SCHEDULES[parallel.schedule].chunks
-    if parallel.schedule != "interleaved" and parallel.virtual_stages != chunks:
-        remedy = f"use {chunks}, or parallel.schedule = interleaved"
-        _refuse(config, "parallel.virtual_stages", f"does not fit parallel.schedule = {parallel.schedule}", remedy)
-    if parallel.schedule == "zb_v" and parallel.pipeline < 2:
-        _refuse(config, "parallel.pipeline", "is too small for parallel.schedule = zb_v", "use 2 or more")
-    if parallel.schedule == "interleaved":
-        if parallel.virtual_stages < 2:
-            remedy = "use 2 or more, or parallel.schedule = 1f1b"
-            _refuse(config, "parallel.virtual_stages", "is too small for parallel.schedule = interleaved", remedy)
-        if parallel.pipeline < 2:
-            remedy = "use 2 or more, or parallel.schedule = 1f1b"
-            _refuse(config, "parallel.pipeline", "is too small for parallel.schedule = interleaved", remedy)
     if model.layers < config.stages:
         stages = f"the {config.stages} stages of parallel.pipeline = {parallel.pipeline}"
         if parallel.virtual_stages > 1:
@@ -258,17 +188,26 @@ def _check_world(config: Config, world_size: int) -> None:
         )
 
 
+def _check_ramp(config: Config) -> None:
+    full, ramp = config.train.global_batch_size, config.train.batch_ramp
+    if not ramp:
+        return
+    if len(ramp) != 3:
+        remedy = "give [start, increment, samples], as [32, 32, 100000]"
+        _refuse(config, "train.batch_ramp", "is not a ramp", remedy)
+    if ramp[0] > full or (full - ramp[0]) % ramp[1]:
+        problem = f"does not reach train.global_batch_size = {full} in whole increments"
+        _refuse(config, "train.batch_ramp", problem, "choose start and increment so that it does")
+    if (full - ramp[0]) // ramp[1] > _MOST_INCREMENTS:
+        problem = f"has more than {_MOST_INCREMENTS:,} increments to train.global_batch_size = {full}"
+        _refuse(config, "train.batch_ramp", problem, "use a larger increment")
+
+
 def _check_batches(config: Config, world_size: int) -> None:
-    train, ramp = config.train, config.train.batch_ramp
-    if ramp:
-        if len(ramp) != 3 or ramp[0] < 1 or ramp[1] < 1 or ramp[2] < 0:
-            _refuse(
-                config, "train.batch_ramp", "is not a ramp", "give [start, increment, samples], as [32, 32, 100000]"
-            )
-        if ramp[0] > train.global_batch_size or (train.global_batch_size - ramp[0]) % ramp[1]:
-            problem = f"does not reach train.global_batch_size = {train.global_batch_size} in whole increments"
-            _refuse(config, "train.batch_ramp", problem, "choose start and increment so that it does")
-    copies = config.data_parallel(world_size)
+    """Every batch size of the run divides into micro-batches, as many as the pipeline's schedule can take."""
+    _check_ramp(config)
+    train, parallel = config.train, config.parallel
+    schedule, copies = SCHEDULES[parallel.schedule], config.data_parallel(world_size)
     unit = train.micro_batch_size * copies
     for size in config.batch_sizes:
         path = "train.global_batch_size" if size == train.global_batch_size else "train.batch_ramp"
@@ -276,10 +215,21 @@ def _check_batches(config: Config, world_size: int) -> None:
         if size % unit:
             problem = f"{what}is not divisible by train.micro_batch_size = {train.micro_batch_size} * {copies} copies"
             _refuse(config, path, f"{problem} of the model", f"use {_nearest_multiples(size, unit)}")
-        if config.parallel.schedule == "interleaved" and size // unit % config.parallel.pipeline:
-            problem = f"{what}makes {size // unit} micro-batches, not divisible by parallel.pipeline = "
-            remedy = f"use {_nearest_multiples(size, unit * config.parallel.pipeline)}, or parallel.schedule = 1f1b"
-            _refuse(config, path, f"{problem}{config.parallel.pipeline}, which interleaving needs", remedy)
+        refusal = schedule.refusal(parallel.pipeline, size // unit, parallel.virtual_stages)
+        if refusal and refusal.field == "train.global_batch_size":
+            multiple = schedule.micro_batches_multiple(parallel.pipeline)
+            problem = f"{what}makes {size // unit} micro-batches, {refusal.problem} parallel.schedule ="
+            remedy = f"use {_nearest_multiples(size, unit * multiple)}, or parallel.schedule = 1f1b"
+            _refuse(config, path, f"{problem} {parallel.schedule}", remedy)
+        elif refusal:
+            _refuse(config, refusal.field, f"{refusal.problem} parallel.schedule = {parallel.schedule}", refusal.remedy)
+    if parallel.pipeline < 2 and schedule.least_chunks > 1:  # a plan, but one in which nothing travels
+        remedy = "use 2 or more, or parallel.schedule = 1f1b"
+        _refuse(config, "parallel.pipeline", f"is too small for parallel.schedule = {parallel.schedule}", remedy)
+    samples = config.samples_after(train.steps)
+    if samples > _MOST_SAMPLES:
+        problem = f"of up to {train.global_batch_size} samples come to more than {_MOST_SAMPLES:,} samples"
+        _refuse(config, "train.steps", problem, "plan fewer steps")
 
 
 def _check_schedule_of_training(config: Config) -> None:
@@ -305,32 +255,33 @@ def _check_schedule_of_training(config: Config) -> None:
         _refuse(config, "checkpoint.keep_every", problem, "no checkpoint is made at such steps; use a multiple")
 
 
-def _prefixes(sources: Iterable[Any]) -> list[str]:
-    return [source if isinstance(source, str) else source[1] for source in sources]
-
-
 def _check_token_files(path: str, prefix: str) -> None:
     for suffix in (".bin", ".idx"):
-        if Path(prefix + suffix).is_file():
+        if os.path.isfile(prefix + suffix):
             continue
         if prefix.endswith((".bin", ".idx")):
             raise UserError(f"{path} names {prefix}; give the prefix without {prefix[-4:]}: {prefix[:-4]}")
-        raise UserError(
-            f"{path} names {prefix}, but {prefix}{suffix} does not exist; make it with tools/preprocess_data.py"
-        )
+        problem = "is not a regular file" if os.path.exists(prefix + suffix) else "does not exist"
+        raise UserError(f"{path} names {prefix}, but {prefix}{suffix} {problem}; make it with tools/preprocess_data.py")
 
 
 def _check_exists(config: Config, path: str, what: str) -> None:
-    if not Path(_value(config, path)).exists():
+    place = _value(config, path)
+    if not os.path.exists(place):
         _refuse(config, path, "does not exist", f"name {what}")
+    if not os.path.isfile(place) and not os.path.isdir(place):  # a pipe or a device may never end
+        _refuse(config, path, "is neither a file nor a directory", f"name {what}")
 
 
 def _check_writable(config: Config) -> None:
     """The run directory, or the nearest directory above it that exists, must take files."""
-    place = Path(config.run.dir).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
+    place = os.path.abspath(config.run.dir)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
         _refuse(config, "run.dir", f"cannot be made, since {place} is a file", "choose another directory")
     if not os.access(place, os.W_OK | os.X_OK):
         _refuse(config, "run.dir", f"cannot be written, since {place} is read-only for this user", "choose another")
+    longest = max(len(os.fsencode(part)) for part in os.path.abspath(config.run.dir).split(os.sep))
+    if longest > _LONGEST_NAME:
+        _refuse(config, "run.dir", f"has a part of {longest} bytes", f"use at most {_LONGEST_NAME}")

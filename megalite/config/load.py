@@ -6,11 +6,11 @@ that the schema declares, or refused with the field, the value and what would be
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import json
 import math
+import os
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +18,20 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import tomli_w
 
+from megalite.config.bounds import quoted, refusal, shown, split_annotation, text_problem
 from megalite.config.schema import Config
+from megalite.config.sources import parse_sources, plain_sources
 from megalite.errors import UserError
 
 Tables = dict[str, dict[str, Any]]
 
 _SECTIONS: dict[str, type] = get_type_hints(Config)
-_FIELDS: dict[str, dict[str, Any]] = {name: get_type_hints(section) for name, section in _SECTIONS.items()}
+_FIELDS: dict[str, dict[str, Any]] = {
+    name: get_type_hints(section, include_extras=True) for name, section in _SECTIONS.items()
+}
+
+MOST_RECIPE_BYTES = 1 << 18
+"""Longest recipe that is read; the shipped ones have less than 2 KiB."""
 
 
 class CommandLine(NamedTuple):
@@ -38,6 +45,8 @@ class CommandLine(NamedTuple):
 def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.train") -> CommandLine:
     """Read `[RECIPE.toml] [--check] [--section.field value ...]`; `--help` prints every field and leaves."""
     if "--help" in argv or "-h" in argv:
+        from megalite.config.help import print_help
+
         print_help(program)
         raise SystemExit(0)
     arguments = [argument for argument in argv if argument != "--check"]
@@ -56,18 +65,47 @@ def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Con
 def read_recipe(path: str | Path) -> Tables:
     """The tables of a TOML file, unchecked but for their form."""
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = parse_toml(_read_regular_file(path).decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; give the path of a TOML file, see launch/recipes") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"recipe {path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"recipe {shown(str(path))} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"recipe {shown(str(path))} is not valid TOML: {shown(str(error))}") from None
     for section, table in tables.items():
-        _known(section, _SECTIONS, f"section [{section}] of {path}", "")
+        _known(section, _SECTIONS, f"section [{section[:80]}] of {path}", "")
         if not isinstance(table, dict):
-            raise UserError(f"{section} = {table!r} in {path} stands outside a section; write it under [{section}]")
+            raise UserError(
+                f"{section} = {quoted(table)} in {path} stands outside a section; write it under [{section}]"
+            )
     return tables
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; whatever is wrong with it is a ValueError of one line."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("lists or tables lie too deep in each other") from None
+    except ValueError:  # the only one that tomllib lets through
+        raise ValueError("a number has too many digits") from None
+
+
+def _read_regular_file(path: str | Path) -> bytes:
+    """A file of a recipe's size; pipes and devices, which may never end, are refused unopened."""
+    if "\0" in str(path):
+        raise ValueError("the path has the character '\\x00'")
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(None, "it is a directory")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(None, "it is not a regular file")
+    if status.st_size > MOST_RECIPE_BYTES:
+        raise OSError(None, f"it has {status.st_size:,} bytes, more than {MOST_RECIPE_BYTES:,}")
+    with open(path, "rb") as file:
+        return file.read(MOST_RECIPE_BYTES + 1)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], Any]:
@@ -79,11 +117,11 @@ def parse_overrides(arguments: Sequence[str]) -> dict[tuple[str, str], Any]:
         key, equals, text = option.removeprefix("--").partition("=")
         section, dot, name = key.replace("-", "_").partition(".")
         if not option.startswith("--") or not dot:
-            raise UserError(f"{option!r} is not understood; overrides are written --section.field value")
+            raise UserError(f"{quoted(option)} is not understood; overrides are written --section.field value")
         expected = _field_type(section, name, option.partition("=")[0])
         if not equals:
             if not rest or (rest[0].startswith("--") and "." in rest[0]):
-                raise UserError(f"{option} has no value; write {option} followed by {_describe(expected)}")
+                raise UserError(f"{option} has no value; write {option} followed by {describe(expected)}")
             text = rest.pop(0)
         values[section, name] = _from_text(text, expected)
     return values
@@ -107,39 +145,14 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(dataclasses.asdict(config))
 
 
-def print_help(program: str) -> None:
-    """Every section and field with its kind of value, default and meaning, on standard output."""
-    import tyro  # here, because it costs a third of a second
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _toml(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-        """Values that are written in TOML, each one word to the shell."""
-        kind = {bool: "true|false", tuple: "TOML-LIST", dict: "TOML-TABLE"}.get(info.type_origin or info.type)
-        if kind is None:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar=kind,
-            instance_from_str=lambda words: words[0],
-            is_instance=lambda value: True,
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    program, flags = f"{program} [RECIPE.toml] [--check]", (tyro.conf.FlagConversionOff,)
-    with contextlib.suppress(SystemExit), registry:
-        tyro.cli(Config, default=Config(), args=["--help"], prog=program, use_underscores=True, config=flags)
-
-
 def _known(name: str, known: Iterable[str], what: str, prefix: str) -> None:
     """Refuse a name that is not among the known ones, telling the nearest."""
     known = list(known)
     if name in known:
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.5)
     remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(prefix + item for item in known)}"
-    raise UserError(f"{what} is unknown; {remedy}")
+    raise UserError(f"{shown(what)} is unknown; {remedy}")
 
 
 def _field_type(section: str, name: str, what: str) -> Any:
@@ -149,79 +162,88 @@ def _field_type(section: str, name: str, what: str) -> Any:
     everywhere = [f"{other}.{field}" for other, fields in _FIELDS.items() for field in fields]
     same_name = [path for path in everywhere if path.endswith(f".{name}")]
     same_section = [path for path in everywhere if path.startswith(f"{section}.")]
-    near = same_name or difflib.get_close_matches(f"{section}.{name}", same_section, n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(f"{section}.{name}", everywhere, n=1, cutoff=0.5)
+    word = f"{section}.{name}"[:80]
+    near = same_name or difflib.get_close_matches(word, same_section, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(word, everywhere, n=1, cutoff=0.5)
     if near:
-        raise UserError(f"{what} is unknown; did you mean {near[0]}?")
+        raise UserError(f"{shown(what)} is unknown; did you mean {near[0]}?")
     if same_section:
-        raise UserError(f"{what} is unknown; [{section}] has {', '.join(_FIELDS[section])}")
-    raise UserError(f"{what} is unknown; sections are {', '.join(_SECTIONS)}")
+        raise UserError(f"{shown(what)} is unknown; [{section}] has {', '.join(_FIELDS[section])}")
+    raise UserError(f"{shown(what)} is unknown; sections are {', '.join(_SECTIONS)}")
 
 
 def _from_text(text: str, expected: Any) -> Any:
     """The plain value of a command-line word: strings as they stand, everything else in TOML's notation."""
-    quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
-    if (expected is str or get_origin(expected) is Literal) and not quoted:
+    expected, _ = split_annotation(expected)
+    quotes = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
+    if (expected is str or get_origin(expected) is Literal) and not quotes:
         return text
     if text in ("True", "False"):
         text = text.lower()
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        tables = parse_toml(f"value = {text}")
+    except ValueError:
         return text  # a bare word: fits where one prefix may stand for a list, and is refused by name elsewhere
+    return tables["value"] if len(tables) == 1 else text  # a second line is no value
 
 
-def _fit(value: Any, expected: Any, path: str) -> Any:
-    """`value` as the declared type, without loss."""
+def _fit(value: Any, annotation: Any, path: str) -> Any:
+    """`value` as the declared type, without loss and within the field's bounds."""
+    expected, _ = split_annotation(annotation)
+    fitted = _fit_type(value, expected, path)
+    if message := refusal(fitted, annotation, path):
+        raise UserError(message)
+    return fitted
+
+
+def _fit_type(value: Any, expected: Any, path: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    finite = number and (isinstance(value, int) or math.isfinite(value))
     if expected is bool and isinstance(value, bool):
         return value
-    if expected is int and number and math.isfinite(value) and value == int(value):
+    if expected is int and finite and value == int(value):
         return int(value)
-    if expected is float and number and math.isfinite(value):
-        return float(value)
+    if expected is float and finite:
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path} = {shown(value)} is too large for a number") from None
     if expected is str and isinstance(value, str):
+        if problem := text_problem(value):
+            raise UserError(f"{path} = {shown(value)} {problem}; give a name or a path without it")
         return value
     if get_origin(expected) is Literal and isinstance(value, str):
         if value in get_args(expected):
             return value
-        near = difflib.get_close_matches(value.lower(), get_args(expected), n=1)
+        near = difflib.get_close_matches(value[:80].lower(), get_args(expected), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{path} = {value!r} is not one of {', '.join(get_args(expected))}{hint}")
+        raise UserError(f"{path} = {quoted(value)} is not one of {', '.join(get_args(expected))}{hint}")
     if get_origin(expected) is dict and isinstance(value, dict):
         return value
     if get_origin(expected) is tuple:
         return _fit_list(value, get_args(expected)[0], path)
-    raise UserError(f"{path} = {value!r} is not {_describe(expected)}")
+    raise UserError(f"{path} = {quoted(value)} is not {describe(expected)}")
 
 
 def _fit_list(value: Any, item: Any, path: str) -> tuple[Any, ...]:
     """A tuple of items; one bare string is a list of one, and of numbers if these stand there with commas."""
-    if isinstance(value, str):
-        value = [value] if item is Any else [_from_text(part.strip(), item) for part in value.split(",")]
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{path} = {value!r} is not {_describe(tuple[item, ...])}")
     if item is Any:
-        return tuple(_source(entry, path) for entry in value)
+        return plain_sources(parse_sources([value] if isinstance(value, str) else value, path))
+    if isinstance(value, str):
+        value = [_from_text(part.strip(), item) for part in value.split(",")]
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{path} = {quoted(value)} is not {describe(tuple[item, ...])}")
     return tuple(_fit(entry, item, f"{path}[{index}]") for index, entry in enumerate(value))
 
 
-def _source(entry: Any, path: str) -> Any:
-    """A prefix, or a (weight, prefix) pair."""
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], str):
-        return (_fit(entry[0], float, f"{path}, weight of {entry[1]!r},"), entry[1])
-    raise UserError(f'{path} has {entry!r}; its entries are prefixes "a" or weights and prefixes [0.7, "a"]')
-
-
-def _describe(expected: Any) -> str:
+def describe(annotation: Any) -> str:
     """What a value of this type looks like, for a message."""
+    expected, _ = split_annotation(annotation)
     if get_origin(expected) is Literal:
         return f"one of {', '.join(get_args(expected))}"
     if get_origin(expected) is tuple:
         kinds = {int: "whole numbers, as [1, 2]", float: "numbers, as [0.9, 0.1]", Any: 'prefixes, as ["a", "b"]'}
-        return f"a list of {kinds[get_args(expected)[0]]}"
+        return f"a list of {kinds[split_annotation(get_args(expected)[0])[0]]}"
     if get_origin(expected) is dict:
         return 'a table, as {type = "llama3", factor = 8.0}'
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}[expected]

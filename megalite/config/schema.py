@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from megalite.config.bounds import Above, AtLeast
+from megalite.config.rope_scaling import RopeScaling
+from megalite.config.sources import Sources
 
 DERIVED: Any = None
 """Default of a field that `__post_init__` computes from others."""
+
+Count = Annotated[int, AtLeast(1, 2**31 - 1)]
+CountOrNone = Annotated[int, AtLeast(0, 2**31 - 1)]
+"""A number of things, and one where 0 means none; up to what 32-bit indices hold."""
 
 KernelChoice = Literal["auto", "triton", "reference"]
 AttentionChoice = Literal["auto", "triton", "sdpa", "reference"]
@@ -31,7 +39,7 @@ class RunConfig:
 
     dir: str = "runs/default"
     """Directory of the run: configuration, metrics, checkpoints, logs. One that holds checkpoints is resumed."""
-    seed: int = 1234
+    seed: Annotated[int, AtLeast(0, 2**32, below=True)] = 1234
     """Seed of the initial weights and of the data order; the same in every layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPUs when there are any."""
@@ -41,30 +49,27 @@ class RunConfig:
 class ModelConfig:
     """A decoder of the Llama family."""
 
-    layers: int = 8
+    layers: Annotated[int, AtLeast(1, 10_000)] = 8
     """Decoder layers."""
-    hidden_size: int = 512
+    hidden_size: Annotated[int, AtLeast(1, 2**20)] = 512
     """Width of the residual stream."""
-    ffn_hidden_size: int = DERIVED
+    ffn_hidden_size: Annotated[int, AtLeast(1, 2**24)] = DERIVED
     """Inner width of the SwiGLU feed-forward; by default 8/3 of hidden_size, rounded up to a multiple of 64."""
-    heads: int = 8
+    heads: Annotated[int, AtLeast(1, 2**16)] = 8
     """Query heads."""
-    kv_heads: int = DERIVED
+    kv_heads: Annotated[int, AtLeast(1, 2**16)] = DERIVED
     """Key/value heads: heads is multi-head attention (the default), 1 multi-query, between them grouped-query."""
-    head_dim: int = DERIVED
+    head_dim: Annotated[int, AtLeast(0, 2**16)] = DERIVED
     """Width of one head; by default hidden_size / heads."""
-    vocab_size: int = 0
+    vocab_size: CountOrNone = 0
     """Token ids run from 0 to vocab_size - 1; 0 takes the size from data.tokenizer."""
-    max_positions: int = 4096
+    max_positions: Annotated[int, AtLeast(1, 2**27)] = 4096
     """Longest sequence, in tokens, that the model is made for."""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, Above(1, 1e30)] = 10000.0
     """Base of the rotary position frequencies."""
-    rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """Stretching of the rotary frequencies: empty for none, or a table with `type` = `linear` {factor},
-    `llama3` {factor, low_freq_factor, high_freq_factor, original_max_position_embeddings} or
-    `yarn` {factor, original_max_position_embeddings; beta_fast, beta_slow, attention_factor, mscale,
-    mscale_all_dim, truncate}."""
-    norm_eps: float = 1e-5
+    rope_scaling: Annotated[dict[str, Any], RopeScaling()] = field(default_factory=dict, hash=False)
+    """Scaling of the rotary frequencies, which extends the context; empty for none."""
+    norm_eps: Annotated[float, AtLeast(1e-37, 1.0)] = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
     """Use the token embedding as output layer."""
@@ -72,7 +77,7 @@ class ModelConfig:
     """RMSNorm over each query and key head before the rotation (Qwen3)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
-    sliding_window: int = 0
+    sliding_window: CountOrNone = 0
     """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
     attention: str = "gqa"
     """Attention layer: `gqa` (grouped queries), or `module:Class` of your own (docs/extending.md)."""
@@ -92,19 +97,19 @@ class ModelConfig:
 class ParallelConfig:
     """How the ranks share the work; data parallelism is what is left of the world size."""
 
-    tensor: int = 1
+    tensor: Annotated[int, AtLeast(1, 2**20)] = 1
     """Ranks that split every layer's matrices. Keep it within one machine."""
-    pipeline: int = 1
+    pipeline: Annotated[int, AtLeast(1, 2**20)] = 1
     """Ranks that split the layers into consecutive stages."""
-    context: int = 1
+    context: Annotated[int, AtLeast(1, 2**20)] = 1
     """Ranks that split each sequence."""
     sequence: bool = DERIVED
     """Split the activations between the matrices along the sequence; by default on where tensor > 1, and off at 1."""
-    zero: int = 1
+    zero: Annotated[int, AtLeast(0, 3)] = 1
     """What the data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 and the gradients, 3 and the parameters."""
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = "1f1b"
     """Order of the micro-batches in the pipeline."""
-    virtual_stages: int = 1
+    virtual_stages: Annotated[int, AtLeast(1, 10_000)] = 1
     """Stages that each pipeline rank holds: 2 or more for schedule interleaved, 2 for zb_v."""
 
     def __post_init__(self) -> None:
@@ -117,11 +122,11 @@ class ParallelConfig:
 class DataConfig:
     """Token files, as tools/preprocess_data.py makes them; a prefix P names P.bin and P.idx."""
 
-    train: tuple[Any, ...] = ()
+    train: Annotated[tuple[Any, ...], Sources()] = ()
     """Prefixes `["a", "b"]` (mixed in proportion to their sizes) or weights and prefixes `[[0.7, "a"], [0.3, "b"]]`."""
-    valid: tuple[Any, ...] = ()
+    valid: Annotated[tuple[Any, ...], Sources()] = ()
     """The same for the validation loss; empty takes it from `split`."""
-    split: tuple[float, ...] = ()
+    split: tuple[Annotated[float, AtLeast(0, 1e12)], ...] = ()
     """Shares of the documents of `train` for training, validation (and test), as [969, 30, 1]; empty: all train."""
     tokenizer: str = ""
     """Tokenizer that made the token files: a sentencepiece .model, a Hugging Face tokenizer.json or its directory, or
@@ -138,17 +143,17 @@ class DataConfig:
 class TrainConfig:
     """Length, batches, precision and evaluation."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimizer steps of the whole plan; the learning rate and the data order follow it."""
-    stop_after: int = 0
+    stop_after: CountOrNone = 0
     """Stop, with a checkpoint, after this many steps of the plan; 0: run to its end."""
-    seq_length: int = 1024
+    seq_length: Annotated[int, AtLeast(1, 2**27)] = 1024
     """Tokens of one sample."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, AtLeast(1, 2**24)] = 1
     """Samples that one rank takes through the model at once."""
-    global_batch_size: int = 8
+    global_batch_size: Annotated[int, AtLeast(1, 2**24)] = 8
     """Samples of one optimizer step over all ranks."""
-    batch_ramp: tuple[int, ...] = ()
+    batch_ramp: tuple[Count, ...] = ()
     """[start, increment, samples]: the batch grows from start by increment to global_batch_size, in equal shares of
     these first samples; empty: none."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -159,15 +164,15 @@ class TrainConfig:
     """What backward computes again instead of keeping: nothing, the cheap large activations, whole layers."""
     deterministic: bool = False
     """Refuse operations whose results vary from run to run."""
-    eval_interval: int = 0
+    eval_interval: CountOrNone = 0
     """Steps between validation losses; 0: none."""
-    eval_samples: int = 64
+    eval_samples: Count = 64
     """Samples of one validation loss, rounded up to whole global micro-batches."""
-    profile: tuple[int, ...] = ()
+    profile: tuple[Count, ...] = ()
     """[first, last] steps to record with torch's profiler; empty: none."""
-    z_loss: float = 0.0
+    z_loss: Annotated[float, AtLeast(0, 1e6)] = 0.0
     """Weight of the squared log of the softmax's normaliser, added to the loss (PaLM uses 1e-4)."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Annotated[float, Above(0, 1e6)] = 600.0
     """A communication that takes longer than this means that a rank is lost, and ends the run (from the third step on:
     start-up has more patience). So does a rank that writes its part of a checkpoint for so much longer than another."""
 
@@ -200,13 +205,13 @@ class KernelsConfig:
 class RecoveryConfig:
     """What to do about a loss that jumps: go back and leave out the data around it (PaLM's recipe)."""
 
-    spike_threshold: float = 0.0
+    spike_threshold: Annotated[float, AtLeast(0, 1e6)] = 0.0
     """Robust standard deviations above the recent losses that make a spike; 0: do not look for spikes."""
-    rollback_steps: int = 100
+    rollback_steps: CountOrNone = 100
     """Go back to a checkpoint at least this many steps before the spike."""
-    skip_steps: int = 200
+    skip_steps: CountOrNone = 200
     """Leave out the data of this many steps around the spike."""
-    max_rollbacks: int = 3
+    max_rollbacks: CountOrNone = 3
     """End the run, as a fault, when it has gone back this often."""
 
 
@@ -214,25 +219,25 @@ class RecoveryConfig:
 class OptimizerConfig:
     """AdamW and its learning rate."""
 
-    lr: float = 3e-4
+    lr: Annotated[float, Above(0, 1e6)] = 3e-4
     """Highest learning rate."""
-    min_lr: float = DERIVED
+    min_lr: Annotated[float, AtLeast(0, 1e6)] = DERIVED
     """Learning rate at the end of the plan; by default a tenth of lr."""
-    warmup_steps: int = 0
+    warmup_steps: CountOrNone = 0
     """Steps of linear growth from zero to lr."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Way from lr to min_lr after the warm-up; `wsd` (warm-up, stable, decay) holds lr until the last decay_steps."""
-    decay_steps: int = 0
+    decay_steps: CountOrNone = 0
     """Steps of `wsd`'s decay, ending with the plan; 0: a fifth of the plan."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, AtLeast(0, 1e6)] = 0.1
     """Decoupled weight decay; norms and biases have none."""
-    beta1: float = 0.9
+    beta1: Annotated[float, AtLeast(0, 1, below=True)] = 0.9
     """Decay of the gradient's running mean."""
-    beta2: float = 0.95
+    beta2: Annotated[float, AtLeast(0, 1, below=True)] = 0.95
     """Decay of the squared gradient's running mean."""
-    eps: float = 1e-8
+    eps: Annotated[float, AtLeast(1e-37, 1.0)] = 1e-8
     """Added to the root of the squared gradient's mean."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, AtLeast(0, 1e30)] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
@@ -243,11 +248,11 @@ class OptimizerConfig:
 class CheckpointConfig:
     """Saving and loading."""
 
-    interval: int = 1000
+    interval: CountOrNone = 1000
     """Steps between checkpoints; the last step always makes one. 0: only the last."""
-    keep: int = 3
+    keep: CountOrNone = 3
     """Newest checkpoints kept; 0: all."""
-    keep_every: int = 0
+    keep_every: CountOrNone = 0
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
     async_save: bool = False
     """Write in the background while training goes on."""
@@ -265,7 +270,7 @@ class CheckpointConfig:
 class LogConfig:
     """What is shown and recorded besides metrics.jsonl."""
 
-    interval: int = 1
+    interval: Count = 1
     """Steps between lines of the text log."""
     tensorboard: bool = DERIVED
     """TensorBoard event files in run.dir/tensorboard; by default where the tensorboard package is installed."""
@@ -335,15 +340,28 @@ class Config:
 
     def batch_size_at(self, consumed_samples: int) -> int:
         """Global batch size, in samples, of the step that begins after `consumed_samples` (Megatron-LM's ramp)."""
-        sizes = self.batch_sizes
-        if len(sizes) == 1:
-            return sizes[0]
-        share = self.train.batch_ramp[2] / (len(sizes) - 1)
-        return sizes[min(int(consumed_samples / share), len(sizes) - 1)]
+        full = self.train.global_batch_size
+        if not self.train.batch_ramp or self.train.batch_ramp[0] >= full:
+            return full
+        start, increment, samples = self.train.batch_ramp
+        increments = -(-(full - start) // increment)
+        return min(start + int(consumed_samples / (samples / increments)) * increment, full)
 
     def samples_after(self, steps: int) -> int:
         """Samples that the first `steps` steps consume."""
         consumed = 0
-        while steps > 0 and (size := self.batch_size_at(consumed)) < self.train.global_batch_size:
-            consumed, steps = consumed + size, steps - 1
+        for size in self.batch_sizes[:-1]:
+            here = self._steps_at(size, consumed, steps)
+            consumed, steps = consumed + here * size, steps - here
         return consumed + steps * self.train.global_batch_size
+
+    def _steps_at(self, size: int, consumed: int, most: int) -> int:
+        """How many of the next `most` steps have batches of `size` samples, by bisection."""
+        first, last = 0, most
+        while first < last:
+            middle = (first + last) // 2
+            if self.batch_size_at(consumed + middle * size) <= size:
+                first = middle + 1
+            else:
+                last = middle
+        return first

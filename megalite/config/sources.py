@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from megalite.config.bounds import quoted, text_problem
 from megalite.errors import UserError
 
 MAX_SOURCES = 32766
@@ -29,9 +30,11 @@ def parse_sources(entries: Sequence[Any], field: str) -> tuple[Source, ...]:
         UserError: `field` mixes both forms, has another entry, a weight that is not a positive number, or weights of
             which the shares cannot be computed.
     """
+    if not isinstance(entries, list | tuple):
+        raise UserError(f'{field} = {quoted(entries)} is not a list of prefixes, as ["a", "b"]')
+    if len(entries) > MAX_SOURCES:
+        raise UserError(f"{field}: {len(entries)} files; at most {MAX_SOURCES} can be blended: merge some")
     sources = tuple(_source(entry, field) for entry in entries)
-    if len(sources) > MAX_SOURCES:
-        raise UserError(f"{field}: {len(sources)} files; at most {MAX_SOURCES} can be blended: merge some")
     weights = [source.weight for source in sources if source.weight is not None]
     if weights and len(weights) < len(sources):
         raise UserError(f"{field} mixes weighted and plain prefixes; give all of them weights, or none")
@@ -53,10 +56,31 @@ def _source(entry: Any, field: str) -> Source:
     weight, prefix = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, entry)
     numeric = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not isinstance(prefix, str | PathLike) or not (weight is None or numeric):
-        raise UserError(f'{field} has {entry!r}; its entries are prefixes "a" or weights and prefixes [0.7, "a"]')
-    if not str(prefix) or "\0" in str(prefix):
-        raise UserError(f"{field}: {str(prefix)!r} is no name of a file; give the prefix of a .bin and .idx")
+        raise UserError(f'{field} has {quoted(entry)}; its entries are prefixes "a" or weights and prefixes [0.7, "a"]')
+    if problem := text_problem(str(prefix)) or ("" if str(prefix) else "is empty"):
+        raise UserError(f"{field} has {quoted(str(prefix))}, which {problem}; give the prefix of a .bin and .idx")
     try:
         return Source(str(prefix), None if weight is None else float(weight))
     except OverflowError:
-        raise UserError(f"{field}: a weight of {len(str(weight))} digits; give each file its share") from None
+        raise UserError(f"{field}: weight {quoted(weight)} is too large; give each file its share") from None
+
+
+def plain_sources(sources: Sequence[Source]) -> tuple[Any, ...]:
+    """The same as a recipe writes it: prefixes, or pairs of weight and prefix."""
+    return tuple(source.prefix if source.weight is None else (source.weight, source.prefix) for source in sources)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The bound of the fields that name token files."""
+
+    def refusal(self, value: Any, path: str) -> str:
+        """What is wrong with the entries."""
+        try:
+            parse_sources(value, path)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def __str__(self) -> str:
+        return "prefixes, or pairs of weight and prefix"

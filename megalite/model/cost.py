@@ -1,7 +1,15 @@
-"""What a token costs, and what the device could do: the numbers behind TFLOP/s and MFU."""
+"""What a model costs: parameters and FLOPs, counted on the built modules, and what a device could do.
+
+The model is built on the meta device, where parameters have shapes and placements but no values. Start-up log, MFU,
+planner, the cut into pipeline stages and the doctor all count here, so a layer that gains a tensor changes all of them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megalite.config import ModelConfig
@@ -9,40 +17,132 @@ from megalite.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
+    from megalite.model.decoder import Stage
+
 FORMULA = "6 * matmul parameters + 12 * layers * heads * head_dim * sequence, causal attention counted full"
+FORMULA_HALF = "6 * matmul parameters + 6 * layers * heads * head_dim * sequence, causal attention counted half"
 
-# Dense bf16 matmul peak from the data sheets, FLOP/s, by a part of the device's name; the first match counts.
-_PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
+PEAK_FLOPS = MappingProxyType(
+    {
+        "B200": 2250e12,
+        "H200": 989e12,
+        "H100 PCIe": 756e12,
+        "H100 NVL": 835e12,
+        "H100": 989e12,
+        "GH200": 989e12,
+        "A100": 312e12,
+        "L40S": 362e12,
+        "RTX 4090": 165e12,
+    }
+)
+"""Dense bf16 peak from the data sheets, FLOP/s, by a part of the device's name; the first match counts."""
 
 
-def matmul_parameters(model: ModelConfig) -> int:
-    """Weights that every token is multiplied with: all matrices, with the output layer, without the embedding."""
-    attention = model.hidden_size * model.head_dim * (2 * model.heads + 2 * model.kv_heads)
-    feed_forward = 3 * model.hidden_size * model.ffn_hidden_size
-    return model.layers * (attention + feed_forward) + model.vocab_size * model.hidden_size
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of one linear layer on one tensor rank; `rows`: its input features are split, not its outputs."""
+
+    inputs: int
+    outputs: int
+    rows: bool
+
+    @property
+    def elements(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """One decoder layer on one tensor rank: its matrices in the order of their use, and all other elements."""
+
+    matrices: tuple[Matrix, ...]
+    vectors: int
+
+    @property
+    def matrix_elements(self) -> int:
+        return sum(matrix.elements for matrix in self.matrices)
+
+    @property
+    def elements(self) -> int:
+        return self.matrix_elements + self.vectors
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Elements on one tensor rank, padding of the vocabulary included; all layers are alike."""
+
+    layer: LayerSizes
+    embedding: int
+    """What the first stage holds before its layers."""
+    final: int
+    """What the last stage holds after its layers, but for the output matrix."""
+    output: int
+    """The output matrix: a tensor of its own unless tied."""
+
+    def parameters(self, model: ModelConfig) -> int:
+        """Of all layers and both ends."""
+        output = 0 if model.tie_embeddings else self.output
+        return model.layers * self.layer.elements + self.embedding + self.final + output
+
+    def matmul_parameters(self, model: ModelConfig) -> int:
+        """Weights that every token is multiplied with: all matrices, with the output layer, without the embedding."""
+        return model.layers * self.layer.matrix_elements + self.output
+
+
+@functools.lru_cache(maxsize=1024)
+def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSizes:
+    """Sizes on tensor rank `index` of `tensor`, read off the modules of one layer and both ends."""
+    from megalite.parallel.linear import RowParallelLinear
+
+    stage = _build(model, tensor, index)
+    (layer,) = stage.layers
+    assert stage.embedding is not None and stage.norm is not None and stage.head is not None
+    matrices = tuple(
+        Matrix(weight.shape[1], weight.shape[0], isinstance(module, RowParallelLinear))
+        for module in layer.modules()
+        for weight in module.parameters(recurse=False)
+        if weight.dim() == 2
+    )
+    vectors = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() != 2)
+    embedding, final = (
+        sum(parameter.numel() for parameter in end.parameters()) for end in (stage.embedding, stage.norm)
+    )
+    return ModelSizes(LayerSizes(matrices, vectors), embedding, final, stage.head.weight.numel())
+
+
+def _build(model: ModelConfig, tensor: int, index: int) -> Stage:
+    """A model of one layer, whole but for its tensor parallelism, without values."""
+    import torch
+
+    from megalite.kernels import select_kernels
+    from megalite.mesh import Group, Mesh
+    from megalite.model.decoder import Stage  # decoder.py asks here what its layers cost, to cut itself into stages
+
+    meta = torch.device("meta")
+    mesh = Mesh(tp=tensor, rank=index, device=meta, make_group=lambda ranks, rank: Group(ranks, rank, None))
+    kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
+    return Stage(dataclasses.replace(model, layers=1, max_positions=1), mesh, kernels)
 
 
 def parameter_count(model: ModelConfig) -> int:
     """All parameters of the model, exact."""
-    embedding = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-    bias = model.head_dim * (model.heads + 2 * model.kv_heads) if model.attention_bias else 0
-    norms = 2 * model.hidden_size + (2 * model.head_dim if model.qk_norm else 0)
-    return matmul_parameters(model) + embedding + model.layers * (bias + norms) + model.hidden_size
+    return model_sizes(model).parameters(model)
+
+
+def output_in_layers(model: ModelConfig) -> float:
+    """What the output layer multiplies, in layers."""
+    sizes = model_sizes(model)
+    return sizes.output / sizes.layer.matrix_elements
+
+
+def attention_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """Products of queries with keys and of weights with values, forward and backward, the whole square of scores."""
+    return 12.0 * model.layers * model.heads * model.head_dim * seq_length
 
 
 def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Forward and backward, by `FORMULA`; recomputation does not count."""
-    attention = 12 * model.layers * model.heads * model.head_dim * seq_length
-    return 6.0 * matmul_parameters(model) + attention
+    return 6.0 * model_sizes(model).matmul_parameters(model) + attention_flops_per_token(model, seq_length)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -52,4 +152,4 @@ def peak_flops(device: torch.device) -> float | None:
     import torch
 
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

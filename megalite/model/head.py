@@ -28,7 +28,7 @@ from megalite.placement import PlacedParameter, row_box
 IGNORED = IGNORE_INDEX
 """The label of a position that takes no part in the loss."""
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 _TILE = 256
 
 
@@ -145,7 +145,7 @@ class VocabParallelHead(nn.Module):
 
     def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
         """Runs of tokens whose logits are in memory at a time; on GPUs a multiple of what product kernels work on."""
-        rows = max(1, _CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // self.weight.shape[0])
+        rows = max(1, CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // self.weight.shape[0])
         if hidden_NH.is_cuda and rows > _TILE:
             rows -= rows % _TILE
         for start in range(0, hidden_NH.shape[0], rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megalite.config import ModelConfig
+from megalite.model.cost import output_in_layers
 from megalite.placement import split_evenly
 
 
@@ -15,8 +16,7 @@ def layers_of_stage(model: ModelConfig, stages: int, stage: int) -> range:
     """
     if stages == 1:
         return range(model.layers)
-    projections = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    output = model.vocab_size / (projections + 3 * model.ffn_hidden_size)  # in layers: the hidden size cancels
+    output = output_in_layers(model)
 
     def slowest(last: int) -> float:
         return max(-(-(model.layers - last) // (stages - 1)), last + output)

@@ -7,7 +7,8 @@ Half-split layout (Hugging Face, GPT-NeoX): channel i turns together with channe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,19 +19,15 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any])
     """The D / 2 angular speeds in radians per position (fp32), and the factor on cosine and sine."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     speeds = 1.0 / theta**exponents
-    kind = scaling.get("rope_type", scaling.get("type", "default")) if scaling else "default"
-    if kind == "default":
-        return speeds, 1.0
-    if kind == "linear":
-        return speeds / scaling["factor"], 1.0
-    if kind == "llama3":
-        return _llama3(speeds, scaling), 1.0
-    if kind == "yarn":
-        return _yarn(speeds, head_dim, theta, scaling)
-    raise ValueError(f"unknown rope scaling {kind!r}")
+    return _SCALINGS[scaling["type"]](speeds, theta, scaling) if scaling else (speeds, 1.0)
 
 
-def _llama3(speeds: Tensor, scaling: Mapping[str, Any]) -> Tensor:
+def _linear(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """All channels are slowed by `factor`."""
+    return speeds / scaling["factor"], 1.0
+
+
+def _llama3(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
     """Slow channels are slowed further by `factor`, fast ones stay, those between are blended."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
@@ -39,12 +36,13 @@ def _llama3(speeds: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     blended = (1 - blend) * speeds / factor + blend * speeds
     wavelength = 2 * math.pi / speeds
     slow, fast = wavelength > original / low, wavelength < original / high
-    return torch.where(slow, speeds / factor, torch.where(fast, speeds, blended))
+    return torch.where(slow, speeds / factor, torch.where(fast, speeds, blended)), 1.0
 
 
-def _yarn(speeds: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
     """Channels that turn often within the original context stay, those that turn seldom are interpolated."""
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    head_dim = 2 * len(speeds)
 
     def channel(turns: float) -> float:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -66,6 +64,12 @@ def _yarn_magnitude(factor: float, mscale: float | None, mscale_all_dim: float |
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
+
+
+_SCALINGS: Mapping[str, Callable[[Tensor, float, Mapping[str, Any]], tuple[Tensor, float]]] = MappingProxyType(
+    {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+)
+"""How each type of `megalite.config.rope_scaling` changes the speeds, and the factor on cosine and sine."""
 
 
 def rope_table(head_dim: int, positions: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

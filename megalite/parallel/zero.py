@@ -30,7 +30,10 @@ Kind = TypeVar("Kind", bound=tuple[Any, ...])
 
 Pairs = list[tuple[PlacedParameter, Box]]
 
-_IN_FLIGHT = 2
+BUCKET_ELEMENTS = 1 << 23
+"""Gradients that are reduced together; more in a bucket of one larger parameter."""
+
+IN_FLIGHT = 2
 """ZeRO-2 and 3: how many reductions may be under way, each with a whole gradient buffer, before the oldest is waited
 for."""
 
@@ -56,7 +59,7 @@ class StageBuckets:
         mesh: Mesh,
         *,
         zero: int,
-        bucket_elements: int = 1 << 23,
+        bucket_elements: int = BUCKET_ELEMENTS,
         aliases: Iterable[PlacedParameter] = (),
     ) -> None:
         self.mesh = mesh
@@ -143,7 +146,7 @@ class StageBuckets:
         """Reduce what a bucket has so far; an older reduction is completed so that its buffer can be reused."""
         bucket.launch()
         self._flying.append(bucket)
-        while len(self._flying) > _IN_FLIGHT:
+        while len(self._flying) > IN_FLIGHT:
             self._flying.popleft().wait()
 
     @contextlib.contextmanager

@@ -7,7 +7,8 @@ feed-forward of this rank. Fused and plain kernels keep
     norm 1 of h: its input h, output h        projection: q + 2k        attention: rotated q + k, output q
     norm 2 of h: the sum h, output h          up and gate: 2f           SwiGLU: f
 
-`selective` drops the rotated q + k, attention's statistics and SwiGLU's f; `full` keeps the layer's input alone.
+Attention adds the log-sum-exp of each head, or on a CPU in bf16 what its form there keeps. `selective` drops the
+rotated q + k, attention's statistics and SwiGLU's f; `full` keeps the layer's input alone.
 Source of the accounting: Korthikanti et al. 2022, sections 3 and 4.
 """
 
@@ -17,16 +18,10 @@ import dataclasses
 from dataclasses import dataclass
 
 from megalite.kernels.cross_entropy import PRODUCT_BYTES
+from megalite.kernels.flash_attention import COMPILED_WIDEST, EXPLICIT_LONGEST, EXPLICIT_WIDTH
+from megalite.model.head import CHUNK_ELEMENTS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
-
-# Elements of one chunk of logits (megalite.model.head).
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
-
-COMPILED_WIDEST, EXPLICIT_WIDTH, EXPLICIT_LONGEST = 32, 128, 512
-"""On CPUs, bf16 attention with heads up to the first keeps its log-sum-exp; with heads as wide as the second and keys
-as few as the third it is computed explicitly and keeps its scores; with so few keys for each query head of a group, or
-fewer, it makes everything again in backward."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +59,25 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     if not grouped:  # every query head gets its own copy of keys and values
         return size * (4 * layer.query) + 4 * layer.queries + norms
     kept = 3 * layer.query + 3 * layer.key
-    if _explicit(job) and layer.kvs > 1 and job.micro_batch_size > 1:
+    form = _attention_form(job, layer)
+    if form == "explicit" and layer.kvs > 1 and job.micro_batch_size > 1:
         # The product copies the values, since samples and heads do not lie in one run; nobody else, then, but norms of
         # queries and keys keeps the projection's output.
         kept += layer.key if norms else -(layer.query + layer.key)
-    return size * kept + _attention_statistics(job, layer) + norms
+    if form == "explicit":  # scores and mask
+        statistics = 2.0 * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size
+    else:
+        statistics = 0.0 if form == "blocked" else 4.0 * layer.queries
+    return size * kept + statistics + norms
 
 
-def _explicit(job: Job) -> bool:
-    """Whether attention is a few explicit products: bf16 on CPUs with wide heads and short sequences."""
-    if job.device.is_gpu or job.element_bytes == 4:
-        return False
-    return job.architecture.model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST
-
-
-def _attention_statistics(job: Job, layer: LayerShare) -> float:
-    """Bytes a token that attention itself keeps: the log-sum-exp of each head, but for bf16 on CPUs with AMX units."""
+def _attention_form(job: Job, layer: LayerShare) -> str:
+    """Which form of attention computes the layer; CPUs are taken to have matrix units for bf16 (AMX)."""
     if job.device.is_gpu or job.element_bytes == 4 or job.architecture.model.head_dim <= COMPILED_WIDEST:
-        return 4.0 * layer.queries
-    if _explicit(job):
-        return 2.0 * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size  # scores and mask
-    blocked = job.seq_length <= EXPLICIT_LONGEST * (layer.queries // layer.kvs)
-    return 0.0 if blocked else 4.0 * layer.queries
+        return "fused"
+    if job.architecture.model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST:
+        return "explicit"
+    return "blocked" if job.seq_length <= EXPLICIT_LONGEST * (layer.queries // layer.kvs) else "fused"
 
 
 def layer_kept(job: Job) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 from megalite.config import Config
 from megalite.config.check import check_layout
 from megalite.errors import UserError
-from megalite.planning.architecture import FLOPS_FULL, FLOPS_HALF
+from megalite.model.cost import FORMULA, FORMULA_HALF
 from megalite.planning.hardware import Device
 from megalite.planning.job import Job
 from megalite.planning.memory import RankMemory, rank_parameters, worst_rank
@@ -83,9 +83,9 @@ class Plan:
             "matmul_parameters": architecture.matmul_parameters,
             "parameters_per_rank": max(rank_parameters(job, rank) for rank in range(job.pipeline)),
             "flops_per_token": self.flops_per_token,
-            "flops_formula": FLOPS_FULL,
+            "flops_formula": FORMULA,
             "flops_per_token_half_causal": half,
-            "flops_formula_half_causal": FLOPS_HALF,
+            "flops_formula_half_causal": FORMULA_HALF,
             "flops_per_token_with_recomputation": hardware,
             "memory_bytes": dict(self.memory.parts),
             "memory_total_bytes": self.memory.total,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megalite.model.cost import PEAK_FLOPS
+
 GIB = 2.0**30
 
 
@@ -54,7 +56,7 @@ class Device:
 DEVICES: dict[str, Device] = {
     "a100": Device(
         name="NVIDIA A100 80 GB SXM",
-        matmul_flops=312e12,
+        matmul_flops=PEAK_FLOPS["A100"],
         memory=79.1 * GIB,
         memory_bandwidth=2.04e12,
         link_bandwidth=300e9,
@@ -66,7 +68,7 @@ DEVICES: dict[str, Device] = {
     ),
     "h100": Device(
         name="NVIDIA H100 80 GB SXM",
-        matmul_flops=989e12,
+        matmul_flops=PEAK_FLOPS["H100"],
         memory=79.1 * GIB,
         memory_bandwidth=3.35e12,
         link_bandwidth=450e9,
@@ -78,7 +80,7 @@ DEVICES: dict[str, Device] = {
     ),
     "h200": Device(
         name="NVIDIA H200 141 GB SXM",
-        matmul_flops=989e12,
+        matmul_flops=PEAK_FLOPS["H200"],
         memory=139.0 * GIB,
         memory_bandwidth=4.8e12,
         link_bandwidth=450e9,
@@ -90,7 +92,7 @@ DEVICES: dict[str, Device] = {
     ),
     "b200": Device(
         name="NVIDIA B200 180 GB SXM",
-        matmul_flops=2250e12,
+        matmul_flops=PEAK_FLOPS["B200"],
         memory=178.0 * GIB,
         memory_bandwidth=7.7e12,
         link_bandwidth=900e9,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megalite.config import Config
 from megalite.errors import UserError
-from megalite.planning.architecture import Architecture, LayerShare, layer_share, layers_on
+from megalite.planning.architecture import Architecture, LayerShare, layers_on
 from megalite.planning.hardware import Device
 from megalite.schedule.ops import Plan, stage_owners
 from megalite.schedule.schedules import build_schedule
@@ -122,7 +122,7 @@ class Job:
     @functools.cached_property
     def layer(self) -> LayerShare:
         """One layer on the tensor rank that holds most."""
-        return layer_share(self.architecture, self.tensor)
+        return self.architecture.layer(self.tensor)
 
     @functools.cached_property
     def layers(self) -> tuple[int, ...]:

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megalite.parallel.zero import IN_FLIGHT
 from megalite.planning.activations import stage_memory
 from megalite.planning.architecture import vocabulary_rows
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
 from megalite.schedule.ops import Op
-
-REDUCTIONS = 3
-"""Layers whose gradients ZeRO-2 and 3 have whole: one that is being added to, two on their way (parallel.data)."""
 
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.02}
 """What torch's allocator (CPU: the C library's) reserves beyond the tensors, as a share of them."""
@@ -68,14 +66,12 @@ def stage_elements(job: Job, stage: int) -> int:
 
     An output layer that shares the embedding's storage counts with the first stage.
     """
-    architecture, hidden = job.architecture, job.architecture.model.hidden_size
-    vocabulary = vocabulary_rows(architecture, job.tensor) * hidden
-    total = job.layers[stage] * job.layer.parameters
+    sizes = job.architecture.sizes(job.tensor)
+    total = job.layers[stage] * job.layer.sizes.elements
     if stage == 0:
-        total += vocabulary + architecture.learned_positions * hidden
+        total += sizes.embedding
     if stage == job.stages - 1:
-        total += hidden * (2 if architecture.biases else 1)
-        total += 0 if job.shares_vocabulary else vocabulary
+        total += sizes.final + (0 if job.shares_vocabulary else sizes.output)
     return total
 
 
@@ -94,7 +90,7 @@ def rank_states(job: Job, rank: int) -> dict[str, float]:
         parts["gradients"] += 4.0 * parameters / job.data  # the reduced shard has its own buffer
     whole = [_whole_buckets(job, stage) for stage in stages]
     if zero >= 2:
-        parts["gradients"] += 4.0 * max(REDUCTIONS * layer + ends for layer, ends in whole)
+        parts["gradients"] += 4.0 * max((IN_FLIGHT + 1) * layer + ends for layer, ends in whole)
     if zero == 3:
         parts["weights"] += job.element_bytes * sum(layer + max(layer, ends) for layer, ends in whole)
     model = job.architecture.model
@@ -110,7 +106,7 @@ def _whole_buckets(job: Job, stage: int) -> tuple[float, float]:
     """(layer, vocabulary) elements that ZeRO-2 and 3 have whole at a time; 0 for a stage without the latter."""
     vocabulary = vocabulary_rows(job.architecture, job.tensor) * job.architecture.model.hidden_size
     ends = vocabulary if stage in (0, job.stages - 1) else 0
-    return float(job.layer.parameters), float(ends)
+    return float(job.layer.sizes.elements), float(ends)
 
 
 class _Moment(NamedTuple):

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from megalite.planning.architecture import FLOPS_FULL, FLOPS_HALF
+from megalite.model.cost import FORMULA, FORMULA_HALF
 from megalite.planning.estimate import Plan
 from megalite.planning.hardware import GIB, Device
 from megalite.planning.job import Job
@@ -120,7 +120,7 @@ def render(plan: Plan) -> Group:
         f"{job.world} x {job.device.name}: {layout_words(job)}; micro-batches of {job.micro_batch_size}, "
         f"{job.micro_batches} a step, recompute = {job.recompute}"
     )
-    notes = f"FLOPs, full: {FLOPS_FULL}\nFLOPs, half: {FLOPS_HALF}"
+    notes = f"FLOPs, full: {FORMULA}\nFLOPs, half: {FORMULA_HALF}"
     return Group(Text(head, style="bold"), _model(plan), _memory(plan), _time(plan), _run(plan), verdict(plan), notes)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
 from megalite.planning.job import Job
@@ -136,7 +137,8 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
     """
     exchange, overlaps = _exchange(job), job.practice.overlaps_tensor
-    columns, rows = (products[0], products[2]), (products[1], products[3])
+    pairs = list(zip(products, job.layer.sizes.matrices, strict=True))
+    columns, rows = ([own for own, matrix in pairs if matrix.rows is split] for split in (False, True))
 
     def hidden(seconds: float, beside: float) -> float:
         return max(job.practice.hiding_cost * seconds, _exposed(seconds, beside))
@@ -153,18 +155,19 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     gathered = all_hidden(exchange, rows, overlaps == "all")
     once = all_hidden(exchange, columns, hides)
     if job.splits_backward:
-        return forward, gathered + once, 4 * exchange
+        return forward, gathered + once, len(products) * exchange
     return forward, gathered + once, once
 
 
 def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
-    products = [product_seconds(job, job.tokens, inner, outer) for inner, outer in layer.matrices]
+    matrices = layer.sizes.matrices
+    products = [product_seconds(job, job.tokens, matrix.inputs, matrix.outputs) for matrix in matrices]
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
-    weight_sum = layer.parameters * job.practice.gradient_bytes / job.device.memory_bandwidth
+    weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
     forward = Work(total, attention[0], elementwise[0], talk_forward)
     input_gradient = Work(total, attention[1], elementwise[1], talk_input)
     weight_gradient = Work(total, 0.0, weight_sum, talk_weight)
@@ -244,7 +247,7 @@ def _gather_parameters(job: Job, stage: int) -> float:
 def _reduce_gradients(job: Job, stage: int) -> float:
     """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
     over, elements = _data_link(job), stage_elements(job, stage)
-    buckets = -(-elements // (1 << 23))
+    buckets = -(-elements // BUCKET_ELEMENTS)
     once = gather_seconds(4.0 * elements, job.data, over) + (buckets - 1) * over.latency
     return once * (2 if job.zero == 0 else 1) if job.data > 1 else 0.0
 
@@ -259,7 +262,7 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     exposed = 0.0
     if job.zero < 2:
         reduce = sum(_reduce_gradients(job, stage) for stage in stages)
-        last_bucket = reduce * min(1.0, (1 << 23) / elements)
+        last_bucket = reduce * min(1.0, BUCKET_ELEMENTS / elements)
         exposed = max(last_bucket, _exposed(reduce, sum(works[stage].backward.seconds for stage in stages)))
     if job.zero in (1, 2):
         gather = sum(_gather_parameters(job, stage) for stage in stages)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from megalite.errors import UserError
 from megalite.schedule.ops import Op, Plan, Value, inputs_of, output_of
@@ -161,6 +162,14 @@ def _expect_chunks(name: str, chunks: int, right: bool) -> None:
         raise ValueError(f"{name} cannot place {chunks} chunks on a rank")
 
 
+class Refusal(NamedTuple):
+    """Why a schedule cannot be built: the field that is wrong, the problem (before the schedule's name), a remedy."""
+
+    field: str
+    problem: str
+    remedy: str
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A schedule and what it asks of the configuration."""
@@ -177,6 +186,31 @@ class Schedule:
     def least_chunks(self) -> int:
         """The fewest stages on a rank."""
         return 2 if self.interleaves else self.chunks
+
+    def micro_batches_multiple(self, ranks: int) -> int:
+        """What the number of micro-batches must be a multiple of."""
+        return ranks if self.interleaves else 1
+
+    def refusal(self, ranks: int, micro_batches: int, chunks: int) -> Refusal | None:
+        """Why these arguments of `build_schedule` are impossible; None where they are not."""
+        if ranks < 1:
+            return Refusal("parallel.pipeline", "is too small for", "it must be at least 1")
+        if chunks < self.least_chunks or (chunks > self.chunks and not self.interleaves):
+            if self.interleaves:
+                remedy = 'set parallel.virtual_stages = 2 or more, or parallel.schedule = "1f1b"'
+                return Refusal("parallel.virtual_stages", "is too small for", remedy)
+            remedy = f'set parallel.virtual_stages = {self.chunks}, or parallel.schedule = "interleaved"'
+            return Refusal("parallel.virtual_stages", "does not fit", remedy)
+        if micro_batches < 1:
+            remedy = "make it at least train.micro_batch_size x the data-parallel size"
+            return Refusal("train.global_batch_size", "too few for", remedy)
+        if micro_batches % self.micro_batches_multiple(ranks):
+            below = micro_batches // ranks * ranks
+            choices = f"{below} or {below + ranks}" if below else f"{ranks}"
+            problem = f"not divisible by parallel.pipeline = {ranks}, as needed for"
+            remedy = f'choose it so that there are {choices}, or set parallel.schedule = "1f1b"'
+            return Refusal("train.global_batch_size", problem, remedy)
+        return None
 
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
@@ -213,35 +247,11 @@ def build_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) -
         near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.5)
         hint = f'; did you mean "{near[0]}"?' if near else ""
         raise UserError(f'parallel.schedule = "{name}" is unknown: use one of {", ".join(SCHEDULES)}{hint}')
-    if ranks < 1:
-        raise UserError(f"parallel.pipeline = {ranks}: a pipeline needs at least 1 rank")
-    if micro_batches < 1:
-        raise UserError(
-            f"train.global_batch_size gives {micro_batches} micro-batches a step to each data-parallel replica: "
-            "make it at least train.micro_batch_size x the data-parallel size"
-        )
-    if schedule.interleaves:
-        _require_interleavable(name, ranks, micro_batches, chunks)
-    elif chunks != schedule.chunks:
-        count = {1: "one stage", 2: "two stages"}[schedule.chunks]
-        raise UserError(
-            f'parallel.virtual_stages = {chunks}: the schedule "{name}" puts {count} on each rank; set '
-            f'parallel.virtual_stages = {schedule.chunks}, or parallel.schedule = "interleaved"'
-        )
+    if refusal := schedule.refusal(ranks, micro_batches, chunks):
+        given = {
+            "parallel.pipeline": f"= {ranks}",
+            "parallel.virtual_stages": f"= {chunks}",
+            "train.global_batch_size": f"gives {micro_batches} micro-batches a step to each data-parallel replica,",
+        }[refusal.field]
+        raise UserError(f'{refusal.field} {given} {refusal.problem} the schedule "{name}"; {refusal.remedy}')
     return schedule.build(ranks, micro_batches, chunks)
-
-
-def _require_interleavable(name: str, ranks: int, micro_batches: int, chunks: int) -> None:
-    if chunks < 2:
-        raise UserError(
-            f'parallel.virtual_stages = {chunks}: the schedule "{name}" needs at least 2 stages on each rank; set '
-            'parallel.virtual_stages = 2 or more, or parallel.schedule = "1f1b"'
-        )
-    if micro_batches % ranks:
-        below = micro_batches // ranks * ranks
-        choices = f"{below} or {below + ranks}" if below else f"{ranks}"
-        raise UserError(
-            f"train.global_batch_size gives {micro_batches} micro-batches a step to each data-parallel replica, but "
-            f'the schedule "{name}" needs a multiple of parallel.pipeline = {ranks}: choose it so that there are '
-            f'{choices}, or set parallel.schedule = "1f1b"'
-        )

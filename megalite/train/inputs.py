@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.errors import UserError
 from megalite.model.cost import parameter_count
 from megalite.text.tokenizers import load_tokenizer
+
+_ORDER_BYTES = 12
+"""Memory that the index needs for a sample, at least: its place in the documents, and in the shuffle."""
 
 
 def check_inputs(config: Config, ranks: int) -> str:
@@ -24,7 +28,32 @@ def check_inputs(config: Config, ranks: int) -> str:
     check(config, ranks)
     config, _ = resolve_tokenizer(config)
     samples, _ = open_data(config)
-    return f"ok: {parameter_count(config.model):,} parameters, {len(samples):,} samples, {ranks} ranks"
+    words = (f"{parameter_count(config.model):,} parameters", _counted(len(samples), "sample"), _repetition(samples))
+    return "ok: " + ", ".join(filter(None, (*words, _counted(ranks, "rank"))))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _repetition(samples: TokenDataset) -> str:
+    """How often a run goes through its most repeated token file; empty where no file is read twice."""
+    weights = samples.weights or [1.0]
+    drawn = [weight * len(samples) * samples.seq_length for weight in weights]
+    tokens = [source.cut.tokens_per_epoch for source in samples.sources]
+    times, worst = max((each / own, index) for index, (each, own) in enumerate(zip(drawn, tokens, strict=True)))
+    if times < 1.5:
+        return ""
+    which = "your" if len(tokens) == 1 else f"{samples.sources[worst].file.prefix}'s"
+    return f"{times:,.0f} times {which} {_short(tokens[worst])} tokens"
+
+
+def _short(number: int) -> str:
+    """`55 M` for 55,123,456."""
+    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 def resolve_tokenizer(config: Config) -> tuple[Config, int | None]:
@@ -47,8 +76,7 @@ def index_folder(config: Config) -> Path:
     """Where sample indices are kept: `data.cache_dir`, else beside the first token file, else in the run directory."""
     if config.data.cache_dir:
         return Path(config.data.cache_dir)
-    first = parse_sources(config.data.train, "data.train")[0]
-    beside = Path(first.prefix).parent / "megalite_cache"
+    beside = Path(parse_sources(config.data.train, "data.train")[0].prefix).parent / "megalite_cache"
     with contextlib.suppress(OSError):
         beside.mkdir(exist_ok=True)
         with tempfile.TemporaryFile(dir=beside):  # has no name that other ranks could remove
@@ -58,11 +86,18 @@ def index_folder(config: Config) -> Path:
 
 def open_data(config: Config, planned: int | None = None) -> tuple[TokenDataset, TokenDataset | None]:
     """The training and validation samples of a run; `planned` for so many samples, by default those of its steps."""
+    samples = planned or config.samples_after(config.train.steps)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if samples * _ORDER_BYTES > memory:
+        raise UserError(
+            f"train.steps = {config.train.steps} reads {samples:,} samples, whose order takes "
+            f"{samples * _ORDER_BYTES / 2**30:,.0f} GiB of this machine's {memory / 2**30:,.0f}; plan fewer steps"
+        )
     return build_datasets(
         config.data,
         seq_length=config.train.seq_length,
         seed=config.run.seed,
-        train_samples=planned or config.samples_after(config.train.steps),
+        train_samples=samples,
         valid_samples=config.train.eval_samples if config.train.eval_interval else 0,
         vocab_size=config.model.vocab_size,
         cache_dir=index_folder(config),

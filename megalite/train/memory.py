@@ -15,6 +15,8 @@ from megalite.errors import UserError
 from megalite.mesh import Mesh
 from megalite.observe.timeline import memory_gib
 from megalite.placement import placed_parameters
+from megalite.planning import DEVICES, Job
+from megalite.planning.memory import rank_memory
 from megalite.train.trainer import Trainer
 
 log = logging.getLogger("megalite")
@@ -93,9 +95,6 @@ def explain_memory(error: BaseException, config: Config, mesh: Mesh, trainer: Tr
 
 def planned_bytes(config: Config, mesh: Mesh) -> Mapping[str, float]:
     """What the planner expects this rank's pipeline rank to need, by part; empty where it cannot tell."""
-    from megalite.planning import DEVICES, Job
-    from megalite.planning.memory import rank_memory
-
     name = torch.cuda.get_device_name(mesh.device).lower() if mesh.device.type == "cuda" else "cpu"
     kind = next((kind for kind in DEVICES if kind in name), None)
     if kind is None:

@@ -7,8 +7,7 @@ import pytest
 
 from megalite.config import ModelConfig
 from megalite.mesh import Mesh
-from megalite.model import head as loss
-from megalite.planning.activations import CHUNK_ELEMENTS, stage_memory
+from megalite.planning.activations import stage_memory
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, link, transfer_link
 from megalite.planning.job import Job
@@ -90,7 +89,3 @@ def test_links_are_those_of_the_real_ranks(tensor, data, pipeline):
         here, there = mesh.ranks_along("pp")[:2]
         crosses = here // device.per_node != there // device.per_node
         assert transfer_link(device, data * tensor).crosses == crosses
-
-
-def test_chunks_of_logits_are_those_of_the_loss():
-    assert CHUNK_ELEMENTS == loss._CHUNK_ELEMENTS

@@ -1,5 +1,6 @@
 """Parameters and FLOPs: the planner's closed forms against the model's own parameters, and published numbers."""
 
+import dataclasses
 import random
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from benchmarks.planner.published import flops_points, gpt, parameter_points
 from megalite.config import ModelConfig
 from megalite.mesh import Mesh
-from megalite.model.cost import training_flops_per_token
+from megalite.model.attention import Attention
+from megalite.model.cost import model_sizes, output_in_layers, parameter_count, training_flops_per_token
 from megalite.model.decoder import Stage
-from megalite.placement import placed_parameters
-from megalite.planning.architecture import Architecture, layer_share
+from megalite.parallel.linear import ColumnParallelLinear
+from megalite.placement import placed_parameters, row_box
+from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES
 from megalite.planning.job import Job
 from megalite.planning.memory import stage_elements
@@ -82,8 +85,8 @@ def test_a_stage_holds_the_elements_of_its_parameters(tensor, pipeline, schedule
         held = [built_elements(job, stage, rank) for rank in ranks]
         assert stage_elements(job, stage) == max(held), (model, stage)
         index = draw.randrange(tensor)
-        own, fullest = layer_share(job.architecture, tensor, index), layer_share(job.architecture, tensor)
-        assert held[index] == max(held) - job.layers[stage] * (fullest.parameters - own.parameters)
+        own, fullest = job.architecture.layer(tensor, index), job.architecture.layer(tensor)
+        assert held[index] == max(held) - job.layers[stage] * (fullest.sizes.elements - own.sizes.elements)
 
 
 def test_the_whole_model_is_the_sum_of_its_parts():
@@ -91,6 +94,40 @@ def test_the_whole_model_is_the_sum_of_its_parts():
     built = Stage(model, silent_mesh(), plain_kernels(), dtype=torch.float32)
     count = sum(parameter.numel() for parameter in placed_parameters(built) if parameter.tied_to is None)
     assert Architecture(model).parameters == count
+
+
+class GatedAttention(Attention):
+    """Attention with one matrix and one vector more, as a new kind of layer would add them."""
+
+    def __init__(self, model, layer, mesh, region, kernels, std, **kwargs):
+        super().__init__(model, layer, mesh, region, kernels, std, **kwargs)
+        width, prefix = model.heads * model.head_dim, f"model.layers.{layer}.self_attn"
+        place = (mesh.index("tp") * width // mesh.tp, width // mesh.tp, 0, (mesh.rank,))
+        weight, bias = (
+            row_box(f"{prefix}.gate.{kind}", (width, *rest), *place)
+            for kind, rest in (("weight", (model.hidden_size,)), ("bias", ()))
+        )
+        self.gate = ColumnParallelLinear(model.hidden_size, (weight,), (bias,), region, **kwargs)
+
+
+def test_a_new_tensor_in_a_layer_is_counted_everywhere(monkeypatch):
+    model = dataclasses.replace(some_model(random.Random()), norm_eps=0.25)
+    plain = [parameter_count(model), training_flops_per_token(model, 8), output_in_layers(model)]
+    model_sizes.cache_clear()
+    monkeypatch.setattr("megalite.model.decoder.Attention", GatedAttention)
+    built = Stage(model, silent_mesh(), plain_kernels(), dtype=torch.float32)
+    count = sum(parameter.numel() for parameter in placed_parameters(built) if parameter.tied_to is None)
+    width = model.heads * model.head_dim
+    weights = model.layers * model.hidden_size * width
+    assert (
+        parameter_count(model) == Architecture(model).parameters == count == plain[0] + weights + model.layers * width
+    )
+    assert training_flops_per_token(model, 8) == plain[1] + 6 * weights
+    assert output_in_layers(model) < plain[2]
+    job = Job(Architecture(model), DEVICES["h100"], 12, 1, 4, tensor=4, sequence=True)
+    assert stage_elements(job, 0) == max(built_elements(job, 0, silent_mesh(tp=4, rank=rank)) for rank in range(4))
+    assert len(job.layer.sizes.matrices) == 5
+    model_sizes.cache_clear()
 
 
 def test_flops_are_those_that_the_trainer_reports():

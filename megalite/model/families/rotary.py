@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalite.config import ModelConfig
-from megalite.config.check import ROPE_SCALING
+from megalite.config.rope_scaling import ROPE_SCALINGS
 from megalite.model.families.family import Fields
 
 _TABLES = ("rope_scaling", "rope_parameters")
@@ -44,7 +44,9 @@ def _read_table(
     fields: Fields, table_name: str, table: Mapping[str, Any], theta: float, original: int | None, positions: int
 ) -> Rotary:
     kind = _kind(fields, table_name, table)
-    needed, optional = ROPE_SCALING.get(kind, (set(), set()))
+    scaling_type = ROPE_SCALINGS.get(kind)
+    needed = set() if scaling_type is None else set(scaling_type.needed)
+    optional = set() if scaling_type is None else set(scaling_type.optional)
     for key, value in table.items():
         if isinstance(value, dict):
             raise fields.refusal(table_name, table, "is not supported; megalite computes one table for all layers")
@@ -74,8 +76,8 @@ def _kind(fields: Fields, table_name: str, table: Mapping[str, Any]) -> str:
     if len(named) > 1:
         raise fields.refusal(f"{table_name}.type", table["type"], f"contradicts rope_type = {table['rope_type']!r}")
     kind = next(iter(named), "default")
-    if kind != "default" and kind not in ROPE_SCALING:
-        raise fields.refusal("rope_type", kind, f"is not supported; known are default, {', '.join(ROPE_SCALING)}")
+    if kind != "default" and kind not in ROPE_SCALINGS:
+        raise fields.refusal("rope_type", kind, f"is not supported; known are default, {', '.join(ROPE_SCALINGS)}")
     return kind
 
 
