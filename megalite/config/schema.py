@@ -15,7 +15,7 @@ DERIVED: Any = None
 """Default of a field that `__post_init__` computes from others."""
 
 KernelChoice = Literal["auto", "triton", "reference"]
-AttentionChoice = Literal["auto", "triton", "sdpa", "reference"]
+AttentionChoice = Literal["auto", "triton", "sdpa", "cpu", "reference"]
 
 
 def _derive(section: object, **values: object) -> None:
@@ -175,7 +175,7 @@ class KernelsConfig:
     default: KernelChoice = "auto"
     """For every operation without its own line. `auto` takes what was measured fastest on the device."""
     attention: AttentionChoice = DERIVED
-    """Causal attention; `sdpa` is torch's own."""
+    """Causal attention; `sdpa` is torch's own, `cpu` a choice among forms for CPUs by a fixed rule."""
     rms_norm: KernelChoice = DERIVED
     """RMSNorm, with the residual sum."""
     rope: KernelChoice = DERIVED

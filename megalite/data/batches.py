@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.data.dataset import NO_ROW, TokenDataset
-from megalite.model.head import IGNORED
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Batch:
 
     Attributes:
         tokens_BS: input ids; 0 where there is none.
-        labels_BS: the next token of each; `IGNORED` (-100) where the loss leaves it out.
+        labels_BS: the next token of each; `IGNORE_INDEX` (-100) where the loss leaves it out.
         positions_BS: place of each token in its document, with document masks only.
         documents_BS: number of its document within the sequence, from 0, with document masks only.
     """
@@ -143,7 +143,7 @@ class Batches:
         kinds = 4 if self._document_mask else 2
         tensors = [torch.zeros(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(kinds)]
         tokens_BS, labels_BS, *places = [tensor.numpy() for tensor in tensors]
-        labels_BS[len(numbers) :] = IGNORED
+        labels_BS[len(numbers) :] = IGNORE_INDEX
         row = np.empty(shape[1] + 1, np.int64)
         positions, documents = (np.empty_like(row), np.empty_like(row)) if places else (NO_ROW, NO_ROW)
         for index, number in enumerate(numbers):
@@ -151,8 +151,8 @@ class Batches:
             tokens_BS[index], labels_BS[index] = row[:-1], row[1:]
             for target, source in zip(places, (positions, documents)):
                 target[index] = source[:-1]
-        labels_BS[labels_BS < 0] = IGNORED
+        labels_BS[labels_BS < 0] = IGNORE_INDEX
         tokens_BS[tokens_BS < 0] = 0
         if self._end_of_document is not None:
-            labels_BS[: len(numbers)][tokens_BS[: len(numbers)] == self._end_of_document] = IGNORED
+            labels_BS[: len(numbers)][tokens_BS[: len(numbers)] == self._end_of_document] = IGNORE_INDEX
         return Batch(*tensors)

@@ -19,9 +19,9 @@ from torch import Tensor
 from megalite.data.batches import Batch, Batches
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
-from megalite.model.head import IGNORED
 from megalite.parallel.engine import Activation, PipelineEngine
 from megalite.schedule.lowering import lower
 from megalite.schedule.schedules import forward_only
@@ -87,7 +87,7 @@ class Windows:
     def read(self, number: int, tokens: np.ndarray, positions: np.ndarray, documents: np.ndarray) -> None:
         """Fill int64 rows of S + 1; see `megalite.data.dataset.TokenDataset.read`."""
         ids = self.ids(number)
-        tokens[: len(ids)], tokens[len(ids) :] = ids, IGNORED
+        tokens[: len(ids)], tokens[len(ids) :] = ids, IGNORE_INDEX
         if positions.size:
             places = number * self.seq_length + np.arange(self.seq_length + 1)
             documents[:] = np.searchsorted(self._documents, places, side="right") - 1
@@ -131,7 +131,7 @@ def score(
             losses = engines[len(part)].run(_forward(stage, part))
             if losses and mesh.index("tp") == 0:  # tensor ranks hold the same sums
                 total[0] += torch.stack(list(losses.values())).sum()
-                total[1] += sum(int((batch.labels_BS != IGNORED).sum()) for batch in part)
+                total[1] += sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in part)
     mesh.world.all_reduce(total).wait()
     nats, tokens = total.tolist()
     return Score(nats, int(tokens), len(windows))

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
-from megalite.kernels.flash_attention import Documents
+from megalite.kernels.attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion

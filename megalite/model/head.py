@@ -151,7 +151,6 @@ class VocabParallelHead(nn.Module):
             vocab_start=self.first,
             valid=self.valid,
             z_loss=self.z_loss,
-            vocab_size=self.vocab_size,
         )
         return stats
 

@@ -77,7 +77,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     if world.size > 1:
         follow_launcher()
     mesh = connect(config, world, device)
-    kernels = select_kernels(dataclasses.asdict(config.kernels), device)
+    kernels = select_kernels(dataclasses.asdict(config.kernels), device, deterministic=config.train.deterministic)
     trainer = Trainer(config, mesh, kernels)
     mesh.warm_up()
     events = EventLog(config.run.dir, world.rank)
@@ -88,7 +88,7 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
     with stop.listening(), Watch(mesh, config.run.dir, config.train.timeout_seconds, events).listening() as watch:
         code = FAULT
         try:
-            code = TrainingRun(config, mesh, trainer, stop, watch, events, eod).run()
+            code = TrainingRun(config, mesh, trainer, kernels, stop, watch, events, eod).run()
             mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
         except KeyboardInterrupt:
             code = INTERRUPTED

@@ -14,6 +14,8 @@ import torch
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED
+from megalite.kernels import Kernels
+from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
 from megalite.observe.events import EventLog, read_events
 from megalite.observe.goodput import account, describe_goodput
@@ -23,6 +25,7 @@ from megalite.observe.timeline import Recorder
 from megalite.observe.watch import Watch
 from megalite.optim.schedule import learning_rate
 from megalite.runtime import StopRequest
+from megalite.train.attention import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
 from megalite.train.reader import Reader
@@ -44,7 +47,8 @@ class Position:
     """Where a run stands; saved with every checkpoint. All of it is the same on every rank.
 
     `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` those trained on.
-    `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window.
+    `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window, `attention` the form
+    that was chosen for each kind of attention call (empty where the configuration names one).
     """
 
     step: int = 0
@@ -55,6 +59,7 @@ class Position:
     fingerprint: str = ""
     skips: list[tuple[int, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    attention: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,13 +81,14 @@ class TrainingRun:
         config: Config,
         mesh: Mesh,
         trainer: Trainer,
+        kernels: Kernels,
         stop: StopRequest,
         watch: Watch,
         events: EventLog,
         eod: int | None,
     ) -> None:
         self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
-        self.events = events
+        self.kernels, self.events = kernels, events
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
         train, valid = open_data(config)
         self.fingerprint = train.fingerprint()
@@ -121,6 +127,8 @@ class TrainingRun:
             log.info("resumed at step %d", self.position.step)
         else:
             self._begin()
+        calls, position = attention_calls(self.config), self.position
+        position.attention = choose_attention(self.kernels, calls, self.mesh, position.attention)
         if self.mesh.rank == 0:
             self.metrics = MetricsLog(self.config, self.position.step)
             self._rewind_metrics()
@@ -140,7 +148,9 @@ class TrainingRun:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved; its data were compared with this run's when it was loaded."""
+        chosen = self.position.attention
         self.position = Position(**state | {"fingerprint": self.fingerprint})
+        self.position.attention = chosen or self.position.attention
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.position.losses)
 
     def _train(self) -> int:
