@@ -26,7 +26,7 @@ extensions = [
 ]
 
 setup(
-    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels"],
+    packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels", "megalite.kernels.attention"],
     package_dir={"megalite.kernels": "kernels"},
     package_data={"": ["*.pyi", "*.toml", "*.html"]},
     ext_modules=extensions,

@@ -1,27 +1,32 @@
 #!/usr/bin/env bash
-# Everything about the kernels that needs a GPU, within ten minutes:
+# Everything that needs a GPU, within ten minutes:
 #
 #   bash benchmarks/gpu_session.sh [options] [SECTION ...]
 #
+#   run      a tiny run from its first step to a generated token: benchmarks/gpu_run.py
+#   step     a whole training step, kernels against references; the tests of data, timing and profiles that need a GPU
 #   suite    the kernels' tests, natively
 #   rule     FlashAttention's rule: errors at most twice those of torch's own bf16 formula
 #   repeats  30 runs, equal to the bit
-#   step     a whole training step, kernels against references
 #   speed    benchmarks/kernels.py
 #
-#   --out DIR      results (default benchmarks/results): session.json, session.log, kernels_cuda_bfloat16.{json,txt,png}
+#   --out DIR      results (default benchmarks/results): session.json (written anew after every section), session.log,
+#                  run.json, kernels_cuda_bfloat16.{json,txt,png}
 #   --wheels DIR   wheels of packages that the machine lacks (pytest, liger-kernel, ...), installed into a scratch place
 #   --budget S     seconds for all sections together (default 560); what one leaves of its share goes to the next
+#   --device cpu   rehearse without a GPU: the kernels in Triton's interpreter, `run` and `speed` on the CPU
 #
-# Needs a Python with torch, triton and pytest ($PYTHON, default python3). Where megalite is not installed, it is copied
-# to a scratch directory and its C++ part is built there. Sections are independent: a failure is recorded, and the next
-# begins. Exits 1 if any failed.
+# Needs a Python with torch, triton, numpy and pytest ($PYTHON, default python3); what else megalite depends on is either
+# not used here or brought along (benchmarks/stand_ins). Where megalite is not installed, it is copied to a scratch
+# directory and its index builder is compiled there, with torch's own copy of pybind11 where there is no other. Sections
+# are independent: a failure is recorded, and the next begins. Exits 1 if any failed.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 PYTHON=${PYTHON:-python3}
-OUT=$ROOT/benchmarks/results WHEELS='' BUDGET=560
-declare -A SHARE=([suite]=170 [rule]=80 [repeats]=50 [step]=60 [speed]=200)
+OUT=$ROOT/benchmarks/results WHEELS='' BUDGET=560 DEVICE=cuda
+SECTIONS=(run step suite rule repeats speed)
+declare -A SHARE=([run]=110 [step]=60 [suite]=150 [rule]=60 [repeats]=40 [speed]=140)
 chosen=()
 
 refuse() {
@@ -31,18 +36,21 @@ refuse() {
 
 while [ $# -gt 0 ]; do
     case $1 in
-        --out | --wheels | --budget)
+        --out | --wheels | --budget | --device)
             [ $# -gt 1 ] || refuse "$1 needs a value"
-            case $1 in --out) OUT=$2 ;; --wheels) WHEELS=$2 ;; --budget) BUDGET=$2 ;; esac
+            case $1 in --out) OUT=$2 ;; --wheels) WHEELS=$2 ;; --budget) BUDGET=$2 ;; --device) DEVICE=$2 ;; esac
             shift 2
             ;;
-        suite | rule | repeats | step | speed) chosen+=("$1") && shift ;;
-        *) refuse "$1: no such section or option; sections are suite, rule, repeats, step, speed" ;;
+        *)
+            [ -n "${SHARE[$1]:-}" ] || refuse "$1: no such section or option; sections are ${SECTIONS[*]}"
+            chosen+=("$1") && shift
+            ;;
     esac
 done
 [[ $BUDGET =~ ^[0-9]+$ ]] || refuse "--budget $BUDGET: a whole number of seconds"
+[[ $DEVICE =~ ^(cuda|cpu)$ ]] || refuse "--device $DEVICE: cuda or cpu"
 [ -z "$WHEELS" ] || [ -d "$WHEELS" ] || refuse "--wheels $WHEELS: no such directory"
-[ ${#chosen[@]} -gt 0 ] || chosen=(suite rule repeats step speed)
+[ ${#chosen[@]} -gt 0 ] || chosen=("${SECTIONS[@]}")
 mkdir -p "$OUT" || refuse "--out $OUT: cannot be made"
 OUT=$(cd "$OUT" && pwd -P)
 WHEELS=${WHEELS:+$(cd "$WHEELS" && pwd -P)}
@@ -57,38 +65,89 @@ if [ -n "$WHEELS" ]; then
         refuse "the wheels in $WHEELS do not install"
     export PYTHONPATH=$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}
 fi
+
+build() { # the index builder beside its source: with pybind11, or with the headers that torch brings
+    "$PYTHON" setup.py -q build_ext --build-lib . && return
+    local flags
+    flags=$("$PYTHON" -c 'import sysconfig as s, torch.utils.cpp_extension as c
+print(s.get_config_var("EXT_SUFFIX"), "-I" + s.get_path("include"), *("-I" + path for path in c.include_paths()))') ||
+        return
+    # shellcheck disable=SC2086 # a list of options
+    "${CXX:-g++}" -O2 -std=c++17 -shared -fPIC ${flags#* } megalite/data/_index.cpp -o "megalite/data/_index${flags%% *}"
+}
+
 cd "$ROOT" || exit
 if ! "$PYTHON" -c 'import megalite.kernels, megalite.data._index' 2> /dev/null; then
     mkdir "$SCRATCH/megalite"
-    cp -r megalite kernels tests benchmarks setup.py pyproject.toml README.md LICENSE "$SCRATCH/megalite"
+    cp -r megalite kernels tests tools launch benchmarks setup.py pyproject.toml README.md LICENSE "$SCRATCH/megalite"
     cd "$SCRATCH/megalite" || exit
     cp -r kernels megalite/kernels
-    "$PYTHON" setup.py -q build_ext --build-lib . || echo "the C++ part does not build: the section step will fail"
+    build || echo "the index builder does not compile: the sections run and step will fail"
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi
-"$PYTHON" -c 'import torch, triton; assert torch.cuda.is_available()' ||
-    refuse "$PYTHON has no torch with a CUDA device, or no triton"
+if ! "$PYTHON" -c 'import tomli_w' 2> /dev/null; then
+    export PYTHONPATH=$PWD/benchmarks/stand_ins${PYTHONPATH:+:$PYTHONPATH}
+fi
+"$PYTHON" -c "import torch, triton; assert '$DEVICE' == 'cpu' or torch.cuda.is_available()" ||
+    refuse "$PYTHON has no torch with a CUDA device, or no triton (--device cpu rehearses without a GPU)"
 
-tests() { # NAME WHAT...: the kernels' suite, a report under NAME
-    local name=$1 parallel=()
+tests() { # NAME WHAT...: tests that need a GPU, a report under NAME
+    local name=$1 parallel=() marked=(-m gpu)
     shift
     "$PYTHON" -c 'import xdist' 2> /dev/null && parallel=(-n 6) # compiling is what takes time
-    "$PYTHON" -m pytest -q -m gpu --tb=short -p no:cacheprovider "${parallel[@]}" \
-        --junitxml "$SCRATCH/$name.xml" -o junit_family=xunit1 "$@"
+    [ "$DEVICE" = cuda ] || marked=()
+    "$PYTHON" -m pytest -q "${marked[@]}" --tb=short -p no:cacheprovider --continue-on-collection-errors \
+        "${parallel[@]}" --junitxml "$SCRATCH/$name.xml" -o junit_family=xunit1 "$@"
 }
 
 section() {
+    local suite=tests/kernels/suite others=(tests/data tests/report)
+    [ "$DEVICE" = cuda ] || others=()
     case $1 in
-        suite) tests suite tests/kernels/suite -k 'not twice and not bitwise and not train' ;;
-        rule) tests rule tests/kernels/suite/test_attention_kernels.py -k twice ;;
-        repeats) tests repeats tests/kernels/suite -k bitwise ;;
-        step) tests step tests/kernels/suite/test_training_step.py ;;
-        speed) "$PYTHON" benchmarks/kernels.py --device cuda --out "$OUT" ;;
+        run) "$PYTHON" benchmarks/gpu_run.py --device "$DEVICE" --out "$OUT" ;;
+        step) tests step $suite/test_training_step.py "${others[@]}" ;;
+        suite) tests suite $suite -k 'not twice and not bitwise and not train' ;;
+        rule) tests rule $suite/test_attention_kernels.py -k twice ;;
+        repeats) tests repeats $suite -k bitwise ;;
+        speed) "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --out "$OUT" ;;
     esac
 }
+
+summarise() { # what is known so far, as session.json
+    COMMIT=$(git -C "$ROOT" rev-parse HEAD 2> /dev/null) "$PYTHON" - "$SCRATCH" "$OUT/session.json" << 'PYTHON'
+import json, os, sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch, triton
+
+scratch, target = Path(sys.argv[1]), Path(sys.argv[2])
+device = torch.cuda.get_device_name() if os.environ["DEVICE"] == "cuda" else "cpu"
+summary = {"device": device, "torch": torch.__version__, "triton": triton.__version__,
+           "commit": os.environ.get("COMMIT") or "unknown", "command": "bash benchmarks/gpu_session.sh", "sections": {}}
+for line in (scratch / "sections").read_text().splitlines():
+    name, status, took = line.split()
+    section = {"exit": int(status), "timed_out": status in ("124", "137"), "seconds": int(took)}
+    report = scratch / f"{name}.xml"
+    if report.exists():
+        cases = list(ElementTree.parse(report).iter("testcase"))
+        for outcome in ("failure", "error", "skipped"):
+            section[outcome] = [case.get("name") for case in cases if case.find(outcome) is not None]
+        section["tests"] = len(cases)
+        section["measured"] = {
+            f"{case.get('name')} {p.get('name')}": p.get("value") for case in cases for p in case.iter("property")
+        }
+    summary["sections"][name] = section
+part = target.with_suffix(".part")
+part.write_text(json.dumps(summary, indent=1) + "\n")
+part.replace(target)
+PYTHON
+}
+
 export -f section tests
-export PYTHON OUT SCRATCH
+export PYTHON OUT SCRATCH DEVICE
 unset TRITON_INTERPRET
+[ "$DEVICE" = cuda ] || export TRITON_INTERPRET=1
 
 spare=0 failed=0
 for name in "${chosen[@]}"; do
@@ -108,34 +167,6 @@ for name in "${chosen[@]}"; do
     [ $status -eq 0 ] || failed=1
     echo "== $name: exit $status after $took s"
     echo "$name $status $took" >> "$SCRATCH/sections"
+    summarise
 done
-
-COMMIT=$(git -C "$ROOT" rev-parse HEAD 2> /dev/null) "$PYTHON" - "$SCRATCH" "$OUT/session.json" << 'PYTHON'
-import json, os, sys
-from pathlib import Path
-from xml.etree import ElementTree
-
-import torch, triton
-
-scratch, target = Path(sys.argv[1]), Path(sys.argv[2])
-summary = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-           "commit": os.environ.get("COMMIT") or "unknown", "command": "bash benchmarks/gpu_session.sh", "sections": {}}
-for line in (scratch / "sections").read_text().splitlines():
-    name, status, took = line.split()
-    section = {"exit": int(status), "timed_out": status in ("124", "137"), "seconds": int(took)}
-    report = scratch / f"{name}.xml"
-    if report.exists():
-        cases = list(ElementTree.parse(report).iter("testcase"))
-        for outcome in ("failure", "error", "skipped"):
-            section[outcome] = [case.get("name") for case in cases if case.find(outcome) is not None]
-        section["tests"] = len(cases)
-        section["measured"] = {
-            f"{case.get('name')} {p.get('name')}": p.get("value") for case in cases for p in case.iter("property")
-        }
-    summary["sections"][name] = section
-part = target.with_suffix(".part")
-part.write_text(json.dumps(summary, indent=1) + "\n")
-part.replace(target)
-print(json.dumps({name: {"exit": s["exit"], "tests": s.get("tests")} for name, s in summary["sections"].items()}))
-PYTHON
 exit $failed

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.kernels import Kernels, cross_entropy
-from megalite.kernels.flash_attention import Documents
+from megalite.kernels.attention import Documents
 
 EPS = 1e-5
 

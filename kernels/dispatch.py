@@ -3,7 +3,6 @@
 Triton is imported only when one of its kernels is chosen, so a machine without it runs the PyTorch forms.
 """
 
-import difflib
 import functools
 import logging
 import os
@@ -18,8 +17,6 @@ import torch
 
 from megalite.errors import UserError
 
-from . import adamw, cross_entropy, flash_attention, rms_norm, rope, swiglu
-
 OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "rms_norm": ("rms_norm", "add_rms_norm"),
@@ -30,17 +27,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "adamw": ("adamw_", "square_sum"),
     }
 )
-"""Operation as the configuration names it -> the functions of `Kernels` that it chooses."""
-
-_REFERENCES = {
-    "rms_norm": rms_norm,
-    "rope": rope,
-    "attention": flash_attention,
-    "swiglu": swiglu,
-    "cross_entropy": cross_entropy,
-    "adamw": adamw,
-}
-
+"""Operation as the configuration names it, and the module of its plain form -> the functions that it chooses."""
 
 _KINDS = {"triton": "Triton", "native": "the compiled CPU kernel"}
 
@@ -49,7 +36,7 @@ logger = logging.getLogger("megalite.kernels")
 
 @dataclass(frozen=True)
 class Kernels:
-    """One callable per operation, with the signatures of the plain PyTorch forms in the file of the operation's
+    """One callable per operation, with the signatures of the plain PyTorch forms in the module of the operation's
     name."""
 
     rms_norm: Callable[..., Any]
@@ -66,7 +53,7 @@ class Kernels:
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 
     def taken(self, operation: str) -> str:
-        """`triton`, `native`, `sdpa` or `reference`."""
+        """`triton`, `native`, `reference`; of attention also `sdpa`, `cpu` or `measured`."""
         return self.choices[operation].partition(" ")[0]
 
     def describe(self) -> str:
@@ -74,73 +61,63 @@ class Kernels:
         return "\n".join(f"kernels.{operation}: {choice}" for operation, choice in self.choices.items())
 
 
-def select_kernels(choices: Mapping[str, str], device: torch.device) -> Kernels:
-    """The kernels for `device`, from the configuration's section `kernels`.
+def select_kernels(choices: Mapping[str, str], device: torch.device, *, deterministic: bool = False) -> Kernels:
+    """The kernels for `device`, from the configuration's section `kernels`, whose names and values are checked there.
 
-    choices: "default" (auto, triton, reference; auto where absent) and per operation (`OPERATIONS`), where "attention"
-    also takes sdpa. Raises UserError for an unknown name or value, and for triton where it cannot run.
+    choices: "default" (auto where absent) and per operation (`OPERATIONS`). deterministic: choose by rule, measure
+    nothing. Raises UserError for an implementation that cannot run here.
     """
-    _refuse_unknown(choices)
-    default = choices.get("default", "auto")
     functions: dict[str, Callable[..., Any]] = {}
     report: dict[str, str] = {}
     for operation, names in OPERATIONS.items():
-        wanted = choices.get(operation, default)
         field = operation if operation in choices else "default"
-        taken, why = _take(operation, wanted, device, field)
-        module = _module(operation, taken)
-        for name in names:
-            function = getattr(module, f"{name}_sdpa" if taken == "sdpa" else name)
-            if taken in ("triton", "native"):
-                plain = getattr(_REFERENCES[operation], "attention_sdpa" if name == "attention" else name)
-                function = _with_fallback(name, taken, function, module.unsupported, plain)
-            if operation == "attention" and taken == "triton" and wanted == "auto" and device.type == "cuda":
-                choice = import_module(f"{__package__}.attention_choice")
-                kept = choice.MeasuredTimes(choice.cache_file(), choice.environment(device))
-                function = choice.fastest({"triton": function, **choice.sdpa_backends()}, kept)
-                why = " or sdpa (auto: measured at the first call of each shape)"
-            functions[name] = function
+        wanted = choices.get(field, "auto")
+        if wanted == "triton" and (obstacle := _triton_obstacle(device)):
+            raise UserError(f"kernels.{field} = 'triton': {obstacle}; use auto or reference")
+        if operation == "attention":
+            taken, why = _take_attention(wanted, device, deterministic)
+            functions["attention"] = _attention(taken, device)
+        else:
+            taken, why = _take(operation, wanted, device)
+            functions |= {name: _function(operation, name, taken) for name in names}
         report[operation] = f"{taken}{why}"
     return Kernels(**functions, choices=MappingProxyType(report))
 
 
-def _values(operation: str) -> tuple[str, ...]:
-    return ("auto", "triton", "sdpa", "reference") if operation == "attention" else ("auto", "triton", "reference")
-
-
-def _refuse_unknown(choices: Mapping[str, str]) -> None:
-    names = ("default", *OPERATIONS)
-    for name, value in choices.items():
-        if name not in names:
-            raise UserError(f"kernels.{name}: no such operation; {_did_you_mean(name, names)}")
-        if value not in _values(name):
-            raise UserError(
-                f"kernels.{name} = {value!r}: no such implementation; {_did_you_mean(value, _values(name))}"
-            )
-
-
-def _did_you_mean(word: object, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(str(word), known, n=1)
-    return (f"did you mean {near[0]}? " if near else "") + f"known: {', '.join(known)}"
-
-
-def _take(operation: str, wanted: str, device: torch.device, field: str) -> tuple[str, str]:
+def _take(operation: str, wanted: str, device: torch.device) -> tuple[str, str]:
     """The implementation to use and, in brackets, why it was not simply named."""
-    obstacle = _triton_obstacle(device)
-    if wanted == "triton" and obstacle:
-        raise UserError(f"kernels.{field} = 'triton': {obstacle}; use auto or reference")
     if wanted != "auto":
         return wanted, ""
+    obstacle = _triton_obstacle(device)
     if obstacle is None:
         return "triton", " (auto)"
-    why = obstacle.partition(":")[0]
-    missing = import_module(f"{__package__}.native").obstacle() if device.type == "cpu" else None
-    compiled = device.type == "cpu" and missing is None
-    if operation == "attention":
-        return "sdpa", f"{' or native, by dtype and width' if compiled else ''} (auto: {why})"
-    if operation == "adamw":
+    why, missing = obstacle.partition(":")[0], _missing_extension(device)
+    if operation == "adamw" or device.type != "cpu":
         return "reference", f" (auto: {why})"
-    return ("native" if compiled else "reference"), f" (auto: {why}{f', and {missing}' if missing else ''})"
+    return ("reference", f" (auto: {why}, and {missing})") if missing else ("native", f" (auto: {why})")
+
+
+def _take_attention(wanted: str, device: torch.device, deterministic: bool) -> tuple[str, str]:
+    if wanted == "cpu" and device.type != "cpu":
+        raise UserError(f"kernels.attention = 'cpu': the device is {device.type}; use auto, triton, sdpa or reference")
+    if wanted != "auto":
+        return wanted, ""
+    obstacle = _triton_obstacle(device)
+    if device.type == "cuda":
+        if deterministic:
+            return ("sdpa" if obstacle else "triton"), " (auto: train.deterministic)"
+        forms = "sdpa-flash, sdpa-cudnn" if obstacle else "triton, sdpa-flash, sdpa-cudnn"
+        return "measured", f" (auto: the fastest of {forms} for each shape)"
+    if obstacle is None:
+        return "triton", " (auto)"
+    why, missing = obstacle.partition(":")[0], _missing_extension(device)
+    if device.type != "cpu":
+        return "sdpa", f" (auto: {why})"
+    return "cpu", f" (auto: {why}{f', and {missing}' if missing else '; compiled or PyTorch, by dtype and width'})"
+
+
+def _missing_extension(device: torch.device) -> str | None:
+    return import_module(f"{__package__}.native").obstacle() if device.type == "cpu" else None
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
@@ -149,6 +126,32 @@ def _triton_obstacle(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+def _function(operation: str, name: str, taken: str) -> Callable[..., Any]:
+    plain = getattr(import_module(f"{__package__}.{operation}"), name)
+    if taken == "reference":
+        return plain  # type: ignore[no-any-return]
+    module = import_module(f"{__package__}.{'native' if taken == 'native' else f'{operation}_triton'}")
+    return _with_fallback(name, taken, getattr(module, name), module.unsupported, plain)
+
+
+def _attention(taken: str, device: torch.device) -> Callable[..., Any]:
+    def form(module: str) -> Any:
+        return import_module(f"{__package__}.attention.{module}")
+
+    sdpa = form("sdpa").attention_sdpa
+    if taken == "triton":
+        flash = form("flash_triton")
+        return _with_fallback("attention", taken, flash.attention, flash.unsupported, sdpa)
+    if taken == "measured":
+        choice, candidates = form("choice"), {}
+        if _triton_obstacle(device) is None:
+            flash = form("flash_triton")
+            candidates["triton"] = choice.within(flash.attention, flash.unsupported)
+        return choice.MeasuredAttention({**candidates, **choice.sdpa_backends()})  # type: ignore[no-any-return]
+    plain = {"sdpa": sdpa, "cpu": form("cpu").attention_cpu, "reference": form("reference").attention_reference}
+    return plain[taken]  # type: ignore[no-any-return]
 
 
 def _with_fallback(
@@ -172,10 +175,3 @@ def _with_fallback(
         return plain(*args, **options)
 
     return call
-
-
-def _module(operation: str, taken: str) -> Any:
-    reference = _REFERENCES[operation]
-    if taken == "native":
-        return import_module(f"{__package__}.native")
-    return import_module(f"{reference.__name__}_triton") if taken == "triton" else reference

@@ -220,50 +220,42 @@ def cross_entropy_stats(
     valid = cross_entropy_plain.check(logits_NV, targets_N, valid)
     if valid == 0:
         return cross_entropy_plain.cross_entropy_stats(logits_NV, targets_N, vocab_start=vocab_start, valid=valid)
-    stats_N4 = torch.empty(logits_NV.shape[0], 4, dtype=torch.float32)
-    _cross_entropy(logits_NV, targets_N, stats_N4, None, valid, vocab_start, 1, 0.0, 0.0, True)
-    return stats_N4
+    stats_N3 = torch.empty(logits_NV.shape[0], 3, dtype=torch.float32)
+    _cross_entropy(logits_NV, targets_N, stats_N3, None, valid, vocab_start, 0.0, True)
+    return stats_N3
 
 
 def cross_entropy_grad_(
     logits_NV: Tensor,
     targets_N: Tensor,
-    stats_N4: Tensor,
+    stats_N3: Tensor,
     grad_N: Tensor,
     *,
     vocab_start: int = 0,
     valid: int | None = None,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    vocab_size: int,
 ) -> Tensor:
     """As `cross_entropy.cross_entropy_grad_`."""
     valid = cross_entropy_plain.check(logits_NV, targets_N, valid)
-    settings = (valid, vocab_start, vocab_size, z_loss, label_smoothing)
-    _cross_entropy(logits_NV, targets_N, stats_N4.float().contiguous(), grad_N, *settings, False)
+    stats_N3 = stats_N3.float().contiguous()
+    _cross_entropy(logits_NV, targets_N, stats_N3, grad_N, valid, vocab_start, z_loss, False)
     return logits_NV
 
 
 def cross_entropy_stats_grad_(
-    logits_NV: Tensor,
-    targets_N: Tensor,
-    grad_N: Tensor,
-    *,
-    valid: int | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    logits_NV: Tensor, targets_N: Tensor, grad_N: Tensor, *, valid: int | None = None, z_loss: float = 0.0
 ) -> Tensor:
     """As `cross_entropy.cross_entropy_stats_grad_`."""
     valid = cross_entropy_plain.check(logits_NV, targets_N, valid)
-    stats_N4 = torch.empty(logits_NV.shape[0], 4, dtype=torch.float32)
-    _cross_entropy(logits_NV, targets_N, stats_N4, grad_N, valid, 0, valid, z_loss, label_smoothing, True)
-    return stats_N4
+    stats_N3 = torch.empty(logits_NV.shape[0], 3, dtype=torch.float32)
+    _cross_entropy(logits_NV, targets_N, stats_N3, grad_N, valid, 0, z_loss, True)
+    return stats_N3
 
 
 def _cross_entropy(
     logits_NV: Tensor,
     targets_N: Tensor,
-    stats_N4: Tensor,
+    stats_N3: Tensor,
     grad_N: Tensor | None,
     valid: int,
     *settings: float,
@@ -271,7 +263,7 @@ def _cross_entropy(
     targets_N = targets_N.long().contiguous()
     grad_N = None if grad_N is None else grad_N.float().contiguous()
     shape = (logits_NV.stride(0), *logits_NV.shape, valid)
-    addresses = (_address(targets_N), _address(stats_N4), _address(grad_N))
+    addresses = (_address(targets_N), _address(stats_N3), _address(grad_N))
     _call("cross_entropy", logits_NV.dtype, _address(logits_NV), *shape, *addresses, *settings)
 
 

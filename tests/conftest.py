@@ -1,6 +1,7 @@
 """Fixtures of the whole suite."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ def pool() -> Iterator[Pool]:
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)  # the same in every process: sums must not depend on how they were threaded
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` only files with such tests are imported: a GPU machine need not have what the others want."""
+    if config.option.markexpr != "gpu":
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    here = any(file.parent.name == "suite" or "mark.gpu" in file.read_text() for file in files)
+    return None if here else True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -32,10 +32,9 @@ void bind(py::module_& module, const char* suffix) {
   });
   define("cross_entropy_", [](uintptr_t logits, int64_t logits_row, int64_t rows, int64_t columns, int64_t valid,
                               uintptr_t targets, uintptr_t stats, uintptr_t grad, int64_t first_column,
-                              int64_t vocabulary, float z_loss, float smoothing, bool make_stats) {
+                              float z_loss, bool make_stats) {
     cross_entropy(LossCall<T>{pointer<T>(logits), logits_row, rows, columns, valid, pointer<int64_t>(targets),
-                              pointer<float>(stats), pointer<float>(grad), first_column, vocabulary, z_loss, smoothing,
-                              make_stats});
+                              pointer<float>(stats), pointer<float>(grad), first_column, z_loss, make_stats});
   });
   define("attention_", [](const std::array<Place, 8>& tensors, uintptr_t lse, uintptr_t first, int64_t first_row,
                           int64_t length, int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, float scale) {

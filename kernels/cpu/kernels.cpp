@@ -75,8 +75,8 @@ struct LossCall {  // logits [rows, columns] by `logits_row`, `valid` of them tr
   const std::int64_t* targets;
   float* stats;
   const float* grad;
-  std::int64_t first_column, vocabulary;
-  float z_loss, smoothing;
+  std::int64_t first_column;
+  float z_loss;
   bool make_stats;
 };
 

@@ -117,16 +117,15 @@ void swiglu(const GateCall<T>& call) {
   }
 }
 
-// Into stats: max, sum of exp(z - max), the target's logit, sum of the logits; exponentials of the row into `scratch`.
+// Into stats: max, sum of exp(z - max), the target's logit; exponentials of the row into `scratch`.
 template <typename T>
 inline void row_stats(const LossCall<T>& call, std::int64_t row, float* scratch) {
   const T* z = call.logits + row * call.logits_row;
-  float top = widen(z[0]), total = 0.0f, sum = 0.0f;
-#pragma omp simd reduction(max : top) reduction(+ : total)
+  float top = widen(z[0]), sum = 0.0f;
+#pragma omp simd reduction(max : top)
   for (std::int64_t c = 0; c < call.valid; ++c) {
     const float value = widen(z[c]);
     top = value > top ? value : top;
-    total += value;
   }
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t c = 0; c < call.valid; ++c) {
@@ -134,18 +133,17 @@ inline void row_stats(const LossCall<T>& call, std::int64_t row, float* scratch)
     sum += scratch[c];
   }
   const std::int64_t target = call.targets[row] - call.first_column;
-  float* stats = call.stats + row * 4;
+  float* stats = call.stats + row * 3;
   stats[0] = top;
   stats[1] = sum;
   stats[2] = target >= 0 && target < call.valid ? widen(z[target]) : 0.0f;
-  stats[3] = total;
 }
 
 // Over the logits of a row goes grad * dloss / dz, from the exponentials in `scratch` and the whole row's statistics.
 template <typename T>
 inline void row_gradient(const LossCall<T>& call, std::int64_t row, const float* scratch) {
   T* z = call.logits + row * call.logits_row;
-  const float grad = call.grad[row], *stats = call.stats + row * 4;
+  const float grad = call.grad[row], *stats = call.stats + row * 3;
   for (std::int64_t c = call.valid; c < call.columns; ++c) narrow(0.0f, z[c]);
   if (grad == 0.0f) {
     for (std::int64_t c = 0; c < call.valid; ++c) narrow(0.0f, z[c]);
@@ -153,12 +151,13 @@ inline void row_gradient(const LossCall<T>& call, std::int64_t row, const float*
   }
   const float log_sum = std::log(stats[1]) + stats[0];
   const float scale = grad * (1.0f + 2.0f * call.z_loss * log_sum) / stats[1];
-  const float even = grad * call.smoothing / static_cast<float>(call.vocabulary);
   const std::int64_t target = call.targets[row] - call.first_column;
 #pragma omp simd
-  for (std::int64_t c = 0; c < call.valid; ++c) narrow(scratch[c] * scale - even, z[c]);
-  if (target >= 0 && target < call.valid)
-    narrow(scratch[target] * scale - even - grad * (1.0f - call.smoothing), z[target]);
+  for (std::int64_t c = 0; c < call.valid; ++c) narrow(scratch[c] * scale, z[c]);
+  if (target >= 0 && target < call.valid) {
+    volatile const float product = scratch[target] * scale;  // rounded as the others are, not inside the difference
+    narrow(product - grad, z[target]);
+  }
 }
 
 template <typename T>
@@ -172,7 +171,7 @@ void cross_entropy(const LossCall<T>& call) {
       if (call.grad == nullptr) continue;
       if (!call.make_stats && call.grad[row] != 0.0f) {
         const T* z = call.logits + row * call.logits_row;
-        const float top = call.stats[row * 4];
+        const float top = call.stats[row * 3];
 #pragma omp simd
         for (std::int64_t c = 0; c < call.valid; ++c) scratch[c] = exponential(widen(z[c]) - top);
       }

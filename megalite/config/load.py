@@ -16,8 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import tomli_w
-
 from megalite.config.bounds import quoted, refusal, shown, split_annotation, text_problem
 from megalite.config.schema import Config
 from megalite.config.sources import parse_sources, plain_sources
@@ -142,6 +140,8 @@ def build_config(tables: Mapping[str, Mapping[str, Any]]) -> Config:
 
 def to_toml(config: Config) -> str:
     """The whole configuration as a recipe; `load_config` of it gives an equal configuration."""
+    import tomli_w  # here, so that a machine without it can check a configuration and run the tests
+
     return tomli_w.dumps(dataclasses.asdict(config))
 
 

@@ -23,7 +23,7 @@ CountOrNone = Annotated[int, AtLeast(0, 2**31 - 1)]
 """A number of things, and one where 0 means none; up to what 32-bit indices hold."""
 
 KernelChoice = Literal["auto", "triton", "reference"]
-AttentionChoice = Literal["auto", "triton", "sdpa", "reference"]
+AttentionChoice = Literal["auto", "triton", "sdpa", "cpu", "reference"]
 
 
 def _derive(section: object, **values: object) -> None:
@@ -184,7 +184,7 @@ class KernelsConfig:
     default: KernelChoice = "auto"
     """For every operation without its own line. `auto` takes what was measured fastest on the device."""
     attention: AttentionChoice = DERIVED
-    """Causal attention; `sdpa` is torch's own."""
+    """Causal attention; `sdpa` is torch's own, `cpu` a choice among forms for CPUs by a fixed rule."""
     rms_norm: KernelChoice = DERIVED
     """RMSNorm, with the residual sum."""
     rope: KernelChoice = DERIVED

@@ -18,8 +18,8 @@ from torch import Tensor
 from megalite.data.batches import Batch, Batches
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.model.decoder import Stage
-from megalite.model.head import IGNORED
 from megalite.model.sharded import ShardedModel
 from megalite.text.tokenizers import Tokenizer
 
@@ -83,7 +83,7 @@ class Windows:
     def read(self, number: int, tokens: np.ndarray, positions: np.ndarray, documents: np.ndarray) -> None:
         """Fill int64 rows of S + 1; see `megalite.data.dataset.TokenDataset.read`."""
         ids = self.ids(number)
-        tokens[: len(ids)], tokens[len(ids) :] = ids, IGNORED
+        tokens[: len(ids)], tokens[len(ids) :] = ids, IGNORE_INDEX
         if positions.size:
             places = number * self.seq_length + np.arange(self.seq_length + 1)
             documents[:] = np.searchsorted(self._documents, places, side="right") - 1
@@ -113,7 +113,7 @@ def score(windows: Windows, model: ShardedModel, *, micro_batch_size: int = 4, d
             losses = model.run(part, _loss, shape=(micro_batch_size, windows.seq_length))
             if losses and mesh.index("tp") == 0:  # tensor ranks hold the same sums
                 total[0] += torch.stack(list(losses.values())).sum()
-                total[1] += sum(int((batch.labels_BS != IGNORED).sum()) for batch in part)
+                total[1] += sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in part)
     mesh.world.all_reduce(total).wait()
     nats, tokens = total.tolist()
     return Score(nats, int(tokens), len(windows))

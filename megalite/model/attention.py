@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
-from megalite.kernels.flash_attention import Documents
+from megalite.kernels.attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.build import Build
 from megalite.placement import Box, row_box

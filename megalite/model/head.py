@@ -25,9 +25,6 @@ from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
 from megalite.placement import PlacedParameter, row_box
 
-IGNORED = IGNORE_INDEX
-"""The label of a position that takes no part in the loss."""
-
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 _TILE = 256
 
@@ -111,7 +108,7 @@ class _LabelLogprobs(Function):
         total, own = _weight_total(weight)
         for stats, chunk in zip(ctx.stats, head.chunks(hidden_NH)):
             logits_nv, labels_n = head.local_logits(hidden_NH[chunk]), labels_N[chunk]
-            scale_n = torch.where(labels_n == IGNORED, 0.0, -grads[0][chunk])
+            scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, -grads[0][chunk])
             head.to_gradient_(logits_nv, labels_n, stats, scale_n, z_loss=0.0)
             torch.mm(logits_nv, weight.gathered(), out=grad_NH[chunk])
             if total is not None:
@@ -176,7 +173,7 @@ class VocabParallelHead(nn.Module):
         if grad_nH is None:
             stats = self.stats(logits_nv, labels_n)
         else:
-            scale_n = torch.where(labels_n == IGNORED, 0.0, scale).to(torch.float32)
+            scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, scale).to(torch.float32)
             stats = self._stats_and_gradient(logits_nv, labels_n, scale_n)
             torch.mm(logits_nv, self.weight, out=grad_nH)
             if total_vH is not None:
@@ -217,19 +214,19 @@ class VocabParallelHead(nn.Module):
         return stats
 
     def logprobs(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
-        """Log-probabilities of the labels, fp32 [B, S], 0 where `IGNORED`; differentiable; equal on all ranks."""
+        """Log-probabilities of the labels, fp32 [B, S], 0 where `IGNORE_INDEX`; differentiable; equal on all ranks."""
         flat_N = _LabelLogprobs.apply(hidden_sBH, self.weight, labels_BS.t().flatten(), self)
         return flat_N.view(labels_BS.shape[1], labels_BS.shape[0]).t()
 
     @torch.no_grad()
     def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
-        """[2, B, S] fp32: log-probability of each label, and 1 where no token is likelier; 0 where `IGNORED`."""
+        """[2, B, S] fp32: log-probability of each label, and 1 where no token is likelier; 0 where `IGNORE_INDEX`."""
         hidden_NH, labels_N = self.region.gather(hidden_sBH).flatten(0, 1), labels_BS.t().flatten()
         parts = []
         for chunk in self.chunks(hidden_NH):
             stats = self.stats(self.local_logits(hidden_NH[chunk]), labels_N[chunk])
             loss_n = cross_entropy_loss(stats, labels_N[chunk], vocab_size=self.vocab_size)
-            likeliest_n = (stats[..., 2] >= stats[..., 0]) & (labels_N[chunk] != IGNORED)
+            likeliest_n = (stats[..., 2] >= stats[..., 0]) & (labels_N[chunk] != IGNORE_INDEX)
             parts.append(torch.stack((-loss_n, likeliest_n.to(loss_n.dtype))))
         return torch.cat(parts, dim=1).view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
 

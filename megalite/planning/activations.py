@@ -17,8 +17,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from megalite.kernels.attention.cpu import COMPILED_WIDEST, EXPLICIT_LONGEST, EXPLICIT_WIDTH
 from megalite.kernels.cross_entropy import PRODUCT_BYTES
-from megalite.kernels.flash_attention import COMPILED_WIDEST, EXPLICIT_LONGEST, EXPLICIT_WIDTH
 from megalite.model.head import CHUNK_ELEMENTS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job

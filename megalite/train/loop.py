@@ -15,6 +15,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
+from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
 from megalite.observe.events import EventLog, read_events
 from megalite.observe.goodput import account, describe_goodput
@@ -24,6 +25,7 @@ from megalite.observe.timeline import Recorder
 from megalite.observe.watch import Watch
 from megalite.optim.schedule import learning_rate
 from megalite.runtime import StopRequest
+from megalite.train.attention import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
 from megalite.train.reader import Reader
@@ -42,7 +44,8 @@ class Position:
 
     `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` those trained on.
     `planned_samples` is what the run was first planned for: the data order of a longer plan begins with it.
-    `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window.
+    `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window, `attention` the form
+    that was chosen for each kind of attention call (empty where the configuration names one).
     """
 
     step: int = 0
@@ -54,6 +57,7 @@ class Position:
     fingerprint: dict[str, Any] = field(default_factory=dict)
     skips: list[tuple[int, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    attention: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -124,6 +128,8 @@ class TrainingRun:
             log.info("resumed at step %d", self.position.step)
         else:
             self._begin()
+        calls, position = attention_calls(self.config), self.position
+        position.attention = choose_attention(self.trainer.kernels, calls, self.mesh, position.attention)
         self.checkpoints.accept()
         self._accept()
         if self.mesh.rank == 0:
@@ -145,7 +151,9 @@ class TrainingRun:
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved; its data were compared with this run's when it was loaded."""
+        chosen = self.position.attention
         self.position = Position(**state | {"fingerprint": self.fingerprint, "planned_samples": self.planned})
+        self.position.attention = chosen or self.position.attention
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.position.losses)
 
     def _train(self) -> int:

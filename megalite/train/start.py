@@ -119,7 +119,9 @@ class Start:
         if asked:
             log.info("stopped on request before training began")
             return STOPPED
-        kernels = select_kernels(dataclasses.asdict(self.config.kernels), device)
+        kernels = select_kernels(
+            dataclasses.asdict(self.config.kernels), device, deterministic=self.config.train.deterministic
+        )
         trainer = Trainer(self.config, mesh, kernels)
         mesh.warm_up()
         if self.world.rank == 0:

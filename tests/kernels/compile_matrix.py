@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megalite.kernels import adamw_triton, cross_entropy_triton, rms_norm_triton, rope_triton, swiglu_triton
-from megalite.kernels import flash_attention_kernels as flash
-from megalite.kernels import flash_attention_triton as launches
+from megalite.kernels.attention import flash_triton as launches
+from megalite.kernels.attention import flash_triton_kernels as flash
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may opt in to

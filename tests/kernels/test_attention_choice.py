@@ -1,43 +1,60 @@
-"""`kernels.attention = auto`: one measurement for each kind of call, kept over runs, and never fatal."""
+"""`kernels.attention = auto` on a GPU: settled before the first step, by one rank for all, kept, and never fatal."""
 
-import json
+import dataclasses
 import logging
 import time
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from megalite.kernels import attention_choice as choice
+from megalite.errors import UserError
 from megalite.kernels import select_kernels
-from megalite.kernels.flash_attention import Documents, attention_reference
+from megalite.kernels.attention import Documents, attention_reference
+from megalite.kernels.attention.choice import (
+    Call,
+    MeasuredAttention,
+    choose_attention,
+    sdpa_backends,
+    seconds,
+    within,
+)
+from megalite.kernels.attention.cpu import attention_cpu
+from megalite.kernels.attention.sdpa import attention_sdpa
+from megalite.mesh import Mesh
+from megalite.train.attention import attention_calls
+from megalite.train.trainer import Trainer
+from tests.support.parity import Case, Layout, build_trainer, micro_batches
 
 pytestmark = pytest.mark.fast
+CPU = torch.device("cpu")
 
 
 class Candidates:
-    """Fake implementations with given times, which count how often they are measured and called."""
+    """Fake implementations with given times, or what they raise; counts how often they are measured and called."""
 
     def __init__(self, **times):
         self.times, self.measured, self.called = times, [], []
-        self.functions = {name: self._function(name) for name in times}
+        self.attention = MeasuredAttention({name: self._function(name) for name in times}, self._measure)
 
     def _function(self, name):
         def call(q, k, v, **options):
             self.called.append(name)
-            return q
+            return attention_reference(q, k, v, **options)
 
         return call
 
-    def measure(self, candidate, tensors, options):
+    def _measure(self, candidate, tensors, options):
         candidate(*tensors, **options)
         name = self.called.pop()
         self.measured.append(name)
-        if self.times[name] is None:
-            raise RuntimeError("not this call")
+        if isinstance(self.times[name], Exception):
+            raise self.times[name]
         return self.times[name]
 
-    def attention(self, path, environment="here"):
-        return choice.fastest(self.functions, choice.MeasuredTimes(path, environment), self.measure)
+    @property
+    def kernels(self):
+        return dataclasses.replace(select_kernels({}, CPU), attention=self.attention)
 
 
 def heads(queries=8, keys=8, width=16, dtype=torch.float32, trains=True):
@@ -45,9 +62,84 @@ def heads(queries=8, keys=8, width=16, dtype=torch.float32, trains=True):
     return [torch.randn(shape).to(dtype).requires_grad_(trains) for shape in shapes]
 
 
-def test_each_kind_of_call_is_measured_once(tmp_path):
-    fakes = Candidates(slow=2.0, quick=1.0, refuses=None)
-    attention = fakes.attention(tmp_path / "times.json")
+CALL = Call(8, 8, 1, 4, 2, 16, torch.float32, gradients=True)
+
+
+def test_an_announced_call_is_measured_once_and_before_it_is_made(caplog):
+    fakes = Candidates(slow=2.0, quick=1.0)
+    with caplog.at_level(logging.INFO, logger="megalite.kernels"):
+        choice = choose_attention(fakes.kernels, [CALL], Mesh())
+    assert choice == {"q 8x1x4x16, k 8x2 float32, causal, forward and backward on cpu": "quick"}
+    assert fakes.measured == ["slow", "quick"] and "quick for q 8x1x4x16" in caplog.text
+    fakes.attention(*heads(), causal=True, window=None, documents=None)
+    assert fakes.measured == ["slow", "quick"] and fakes.called == ["quick"]
+
+
+def test_a_recorded_choice_is_kept_though_another_is_faster_now(caplog):
+    choice = choose_attention(Candidates(a=2.0, b=1.0).kernels, [CALL], Mesh())
+    later = Candidates(a=0.5, b=1.0)
+    other = dataclasses.replace(CALL, width=32)
+    with caplog.at_level(logging.INFO, logger="megalite.kernels"):
+        chosen = choose_attention(later.kernels, [CALL, other], Mesh(), choice)
+    assert list(chosen.values()) == ["b", "a"] and later.measured == ["b", "a", "b"]
+    assert "b for q 8x1x4x16, k 8x2 float32, causal, forward and backward on cpu (as before)" in caplog.text
+    gone = Candidates(a=0.5, b=RuntimeError("no such backend"))
+    assert list(choose_attention(gone.kernels, [CALL], Mesh(), choice).values()) == ["a"]
+    assert list(choose_attention(Candidates(a=1.0).kernels, [CALL], Mesh(), choice).values()) == ["a"]
+
+
+def test_candidates_as_fast_as_each_other_do_not_take_turns():
+    for near in (0.98, 1.0, 1.02):
+        assert list(choose_attention(Candidates(ours=1.0, theirs=near).kernels, [CALL], Mesh()).values()) == ["ours"]
+    assert list(choose_attention(Candidates(ours=1.0, theirs=0.9).kernels, [CALL], Mesh()).values()) == ["theirs"]
+
+
+def choose_on(rank, recorded):
+    """Ranks whose measurements disagree, and of which one remembers another choice."""
+    mesh = Mesh(dp=2, rank=rank)
+    fakes = Candidates(a=1.0 + rank, b=2.0 - rank)
+    chosen = choose_attention(fakes.kernels, [CALL], mesh, recorded[rank])
+    fakes.attention(*heads())
+    return list(chosen.values()), fakes.called, fakes.measured
+
+
+def test_ranks_that_measure_differently_make_the_same_choice(pool):
+    name = CALL.name(CPU)
+    for recorded, expected in (([None, None], "a"), ([None, {name: "b"}], "a"), ([{name: "b"}, None], "b")):
+        one, other = pool.run(choose_on, 2, recorded)
+        assert one[:2] == other[:2] == ([expected], [expected]) and other[2] == []
+
+
+def fail_on(rank):
+    def broken(*tensors, **options):
+        raise RuntimeError("nothing works")
+
+    attention = MeasuredAttention({"a": broken}, seconds)
+    kernels = dataclasses.replace(select_kernels({}, CPU), attention=attention)
+    choice = choose_attention(kernels, [CALL], Mesh(dp=2, rank=rank))
+    return list(choice.values()), attention(*heads()).shape
+
+
+def test_where_all_fail_every_rank_takes_torchs_own(pool):
+    assert pool.run(fail_on, 2) == [(["sdpa"], (8, 1, 4, 16))] * 2
+
+
+class OutOfResources(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [OutOfResources("out of resource: shared memory"), RuntimeError("no"), ValueError()])
+def test_a_candidate_that_fails_is_left_out_with_a_warning(error, caplog):
+    fakes = Candidates(bad=error, good=1.0)
+    choice = choose_attention(fakes.kernels, [CALL], Mesh())
+    assert list(choice.values()) == ["good"]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING and "bad is left out for q 8x1x4x16" in record.getMessage()
+    assert (str(error) or "ValueError") in record.getMessage()
+
+
+def test_each_kind_of_call_that_was_not_announced_is_measured_once():
+    fakes = Candidates(slow=2.0, quick=1.0, refuses=RuntimeError())
     kinds = [
         (heads(), {}),
         (heads(width=32), {}),
@@ -56,94 +148,24 @@ def test_each_kind_of_call_is_measured_once(tmp_path):
         (heads(), {"window": 3}),
         (heads(trains=False), {}),
         (heads(), {"documents": torch.zeros(8, 1)}),
-        ([torch.cat([x, x], -1)[..., :16] for x in heads()], {}),  # strided, as parts of a fused projection
     ]
     for number, (tensors, options) in enumerate(kinds):
         if "documents" in options:
-            attention(*tensors, documents=Documents(options["documents"]))  # the same kind as a plain tensor
-        attention(*tensors, **options)
-        attention(*tensors, **options)
+            fakes.attention(*tensors, documents=Documents(options["documents"]))  # the same kind as a plain tensor
+        fakes.attention(*tensors, **options)
+        fakes.attention(*tensors, **options)
         assert len(fakes.measured) == 3 * (number + 1), f"kind {number}"
     assert set(fakes.called) == {"quick"}
+    with pytest.raises(ValueError, match="head dim"):
+        fakes.attention(heads()[0], *heads(width=8)[1:])
 
 
-def test_generation_does_not_measure_every_length(tmp_path):
+def test_generation_does_not_measure_every_length():
     fakes = Candidates(a=1.0)
-    attention = fakes.attention(tmp_path / "times.json")
     with torch.no_grad():
         for keys in range(2, 65):
-            attention(*heads(1, keys))
+            fakes.attention(*heads(1, keys))
     assert len(fakes.measured) == 6  # 2, 4, 8, 16, 32, 64 keys
-
-
-def test_the_next_run_measures_nothing_and_chooses_the_same(tmp_path, caplog):
-    path = tmp_path / "deep" / "times.json"
-    Candidates(a=2.0, b=1.0, c=None).attention(path)(*heads())
-    later = Candidates(a=0.5, b=1.0, c=0.1)
-    with caplog.at_level(logging.INFO, logger="megalite.kernels"):
-        later.attention(path)(*heads())
-    assert later.measured == [] and later.called == ["b"]
-    assert "b for q (8, 1, 4, 16) (measured earlier: a 2.00, b 1.00)" in caplog.text
-    for environment, names in (("another device", ("a", "b", "c")), ("here", ("a", "b"))):
-        other = Candidates(**dict.fromkeys(names, 1.0))
-        other.attention(path, environment)(*heads())
-        assert other.measured == list(names), "another environment or other candidates"
-    assert len(json.loads(path.read_text())) == 2 and list(path.parent.iterdir()) == [path]
-
-
-BROKEN = [b"", b"{", b"\xff\xfe", b"[]", b"null", b'{"here": 3}', b'{"here": {"KIND": []}}']
-BROKEN += [b'{"here": {"KIND": {"a": %s}}}' % value for value in (b"-1.0", b'"x"', b"NaN", b"null")]
-
-
-@pytest.mark.parametrize("content", BROKEN)
-def test_a_broken_file_is_measured_over(tmp_path, content):
-    path, tensors = tmp_path / "times.json", heads()
-    path.write_bytes(content.replace(b"KIND", str(choice.kind_of(tuple(tensors), {})).replace('"', "'").encode()))
-    fakes = Candidates(a=1.0)
-    fakes.attention(path)(*tensors)
-    assert fakes.measured == ["a"] and fakes.called == ["a"]
-    again = Candidates(a=1.0)
-    again.attention(path)(*tensors)
-    assert again.measured == []
-
-
-def test_a_place_that_cannot_be_written_is_said_once(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    fakes = Candidates(a=1.0)
-    attention = fakes.attention(tmp_path / "file" / "times.json")
-    for width in (8, 16, 24):
-        attention(*heads(width=width))
-    assert len([r for r in caplog.records if "not kept" in r.message]) == 1
-
-
-def test_no_candidate_is_an_error_that_names_the_shapes(tmp_path):
-    with pytest.raises(RuntimeError, match=r"\(8, 1, 4, 16\).*refuses"):
-        Candidates(refuses=None).attention(tmp_path / "times.json")(*heads())
-
-
-def test_the_environment_follows_versions_and_kernels(monkeypatch):
-    here = choice.environment(torch.device("cpu"))
-    assert f"torch {torch.__version__}" in here
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    changed = choice.environment(torch.device("cpu"))
-    assert changed != here and "torch 9.9" in changed
-    monkeypatch.setattr(choice.Path, "read_bytes", lambda self: b"another kernel")
-    assert choice.environment(torch.device("cpu")).split("kernels")[1] != here.split("kernels")[1]
-
-
-def test_the_cache_lies_where_the_user_keeps_caches(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert choice.cache_file() == tmp_path / "megalite" / "attention.json"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(choice.Path, "home", homeless)
-    assert choice.cache_file() is None
-    fakes = Candidates(a=1.0)
-    fakes.attention(None)(*heads())
-    assert fakes.called == ["a"]
 
 
 def test_times_include_the_backward_only_where_it_is_wanted():
@@ -156,33 +178,108 @@ def test_times_include_the_backward_only_where_it_is_wanted():
         return out
 
     tensors = tuple(heads())
-    assert choice.seconds(candidate, tensors, {}) > 1e-4 and all(x.grad is None for x in tensors)
+    assert seconds(candidate, tensors, {}) > 1e-4 and all(x.grad is None for x in tensors)
     with torch.no_grad():
-        choice.seconds(candidate, tensors, {})
+        seconds(candidate, tensors, {})
     assert seen == [True] * 7 + [False] * 7
+
+
+def test_a_measurement_inside_activation_checkpointing_leaves_it_alone():
+    """Its hooks count the tensors saved for backward: not those of the measurement."""
+    attention = MeasuredAttention({"a": attention_sdpa, "b": attention_sdpa})
+    tensors = heads()
+    out = checkpoint(attention, *tensors, use_reentrant=False)
+    got = torch.autograd.grad(out.square().sum(), tensors)
+    want = torch.autograd.grad(attention_sdpa(*tensors).square().sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and len(attention.chosen) == 1
+
+
+FIELDS = {"train.eval_interval": 1, "train.global_batch_size": 4}
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_step_with_measured_attention_is_the_step_without(recompute, announced):
+    """Real candidates, whether settled before the step or measured within it."""
+    case = Case.of({**FIELDS, "train.recompute": recompute})
+    config = case.config(1)
+    attention = MeasuredAttention({"one": attention_sdpa, "other": attention_sdpa})
+    results = []
+    for form in (attention, attention_sdpa):
+        kernels = dataclasses.replace(select_kernels({}, CPU), attention=form)
+        if announced:
+            choose_attention(kernels, attention_calls(config), Mesh())
+        trainer = Trainer(config, Mesh(), kernels)
+        trainer.initialise()
+        results.append(trainer.step(micro_batches(0, 4, config, trainer.mesh, False), 1e-3))
+    assert results[0] == results[1]
+
+
+def unannounced(rank, case, layout):
+    """What a step and a validation measure although all calls were announced."""
+    config = case.having(layout.fields).config(layout.world)
+    trainer = build_trainer(config, rank, layout.world)
+    fakes = Candidates(a=1.0)
+    kernels = fakes.kernels
+    for stage in trainer.stages.values():
+        for block in stage.layers:
+            block.attention.kernels = kernels
+    choose_attention(kernels, attention_calls(config), trainer.mesh)
+    fakes.measured.clear()
+    batches = micro_batches(0, 4, config, trainer.mesh, case.documents)
+    trainer.step(batches, 1e-3)
+    trainer.evaluate(batches)
+    return fakes.measured, len(fakes.called)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layout"),
+    [
+        ({}, Layout(tensor=2, sequence=True)),
+        ({"model.heads": 6, "model.kv_heads": 3, "model.head_dim": 8}, Layout(tensor=2)),
+        ({"model.heads": 12, "model.kv_heads": 4, "model.head_dim": 8}, Layout(tensor=3)),
+        ({"model.sliding_window": 5, "data.document_mask": True, "train.precision": "bf16"}, Layout(pipeline=2)),
+    ],
+)
+def test_the_calls_of_a_run_are_those_that_were_announced(pool, fields, layout):
+    case = Case.of({**FIELDS, **fields}, documents=bool(fields.get("data.document_mask")))
+    for measured, called in pool.run(unannounced, layout.world, case, layout):
+        assert measured == [] and called > 0
 
 
 def test_a_backend_of_sdpa_refuses_what_it_would_not_do_itself():
     """Soft caps and log-sum-exps go to the explicit form: its time must not stand under a backend's name."""
-    for call in choice.sdpa_backends().values():
+    for call in sdpa_backends().values():
         for options in ({"softcap": 2.0}, {"return_lse": True}):
             with pytest.raises(RuntimeError, match="fused"):
                 call(*heads(), **options)
         with pytest.raises(RuntimeError, match="fused"):
             call(*heads(9, 8))
+    with pytest.raises(RuntimeError, match="too wide"):
+        within(attention_reference, lambda *tensors, **options: "too wide")(*heads())
 
 
-def test_auto_on_a_cuda_device_chooses_among_ours_and_torchs(monkeypatch, tmp_path):
+def test_auto_on_a_cuda_device_chooses_among_ours_and_torchs():
     """The wiring of `select_kernels`, with a device that is only named."""
     pytest.importorskip("triton")
-    seen = {}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake 9000")
-    monkeypatch.setattr(
-        choice, "fastest", lambda candidates, kept: seen.update(names=list(candidates), kept=kept) or len
-    )
-    kernels = select_kernels({}, torch.device("cuda"))
-    assert kernels.attention is len and seen["names"] == ["triton", "sdpa-flash", "sdpa-cudnn"]
-    assert seen["kept"].path.parent.parent == tmp_path and seen["kept"].environment.startswith("Fake 9000, torch")
-    assert "measured" in kernels.choices["attention"]
-    assert select_kernels({"attention": "triton"}, torch.device("cuda")).attention is not len
+    cuda = torch.device("cuda")
+    kernels = select_kernels({}, cuda)
+    assert list(kernels.attention.candidates) == ["triton", "sdpa-flash", "sdpa-cudnn", "sdpa"]
+    assert kernels.taken("attention") == "measured" and "triton, sdpa-flash" in kernels.choices["attention"]
+    for choices, options, taken in (
+        ({"attention": "triton"}, {}, "triton"),
+        ({}, {"deterministic": True}, "triton"),
+        ({"attention": "sdpa"}, {"deterministic": True}, "sdpa"),
+    ):
+        named = select_kernels(choices, cuda, **options)
+        assert named.taken("attention") == taken and not isinstance(named.attention, MeasuredAttention)
+        assert choose_attention(named, [CALL], Mesh()) == {}
+    with pytest.raises(UserError, match=r"kernels.attention = 'cpu': the device is cuda"):
+        select_kernels({"attention": "cpu"}, cuda)
+
+
+def test_sdpa_is_torchs_own_on_a_cpu_too():
+    tensors = heads()
+    assert "ScaledDotProduct" in type(attention_sdpa(*tensors).grad_fn.next_functions[0][0]).__name__
+    assert select_kernels({"attention": "sdpa"}, CPU).attention is attention_sdpa
+    assert select_kernels({}, CPU).attention is attention_cpu is select_kernels({"attention": "cpu"}, CPU).attention

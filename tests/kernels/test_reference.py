@@ -1,9 +1,8 @@
 """The plain PyTorch forms: against torch's own operators and gradcheck, and their selection by configuration."""
 
-import functools
+import dataclasses
 import importlib
 import inspect
-import itertools
 import subprocess
 import sys
 import types
@@ -13,23 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from megalite.config.schema import KernelsConfig
 from megalite.errors import UserError
-from megalite.kernels import OPERATIONS, blocked_attention, flash_attention, select_kernels
+from megalite.kernels import OPERATIONS, native, select_kernels
 from megalite.kernels import cross_entropy as cross_entropy_file
 from megalite.kernels import rms_norm as rms_norm_file
 from megalite.kernels.adamw import adamw_, square_sum
+from megalite.kernels.attention import attention_reference, blocked, reference, visible_keys
+from megalite.kernels.attention.cpu import attention_cpu
+from megalite.kernels.attention.sdpa import attention_sdpa
 from megalite.kernels.cross_entropy import (
+    add_product_,
     chunk_rows,
-    cross_entropy,
     cross_entropy_grad_,
     cross_entropy_loss,
     cross_entropy_stats,
-    fused_linear_bytes,
-    fused_linear_cross_entropy,
+    cross_entropy_stats_grad_,
     merge_stats,
 )
-from megalite.kernels.dispatch import _REFERENCES
-from megalite.kernels.flash_attention import attention_reference, attention_sdpa, visible_keys
 from megalite.kernels.layout import obstacle
 from megalite.kernels.rms_norm import add_rms_norm, rms_norm
 from megalite.kernels.rope import rope
@@ -84,7 +84,7 @@ def test_swiglu_backward_by_hand():
     assert len(saved) == 1 and saved[0].data_ptr() == x.data_ptr()
 
 
-@pytest.mark.parametrize("form", [attention_reference, attention_sdpa])
+@pytest.mark.parametrize("form", [attention_reference, attention_sdpa, attention_cpu])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("queries", "keys", "width", "options"),
@@ -139,14 +139,14 @@ def test_attention_gradients_and_log_sum_exp():
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(8, 1, 75), (6, 3, 140), (4, 2, 33)])
 def test_attention_in_blocks_has_the_gradients_of_the_definition(heads, kv_heads, length, options, monkeypatch):
     """Several blocks of queries, and tiles of fewer heads than there are, in float64 against autograd."""
-    monkeypatch.setattr(blocked_attention, "TILE_ELEMENTS", 3 * 64 * length * heads // kv_heads)
-    monkeypatch.setattr(blocked_attention, "TILE_ROWS", 64 * heads // kv_heads)
+    monkeypatch.setattr(blocked, "TILE_ELEMENTS", 3 * 64 * length * heads // kv_heads)
+    monkeypatch.setattr(blocked, "TILE_ROWS", 64 * heads // kv_heads)
     q, k, v = (torch.randn(length, 2, n, 8).double().requires_grad_() for n in (heads, kv_heads, kv_heads))
     documents = (torch.rand(length, 2) < 0.05).cumsum(0) if options.get("documents") else None
     options = {"causal": True, "window": options.get("window"), "documents": documents}
     plain = documents is None and options["window"] is None
     mask = None if plain else visible_keys(length, length, **options)
-    out = blocked_attention.attention_blocked(q, k, v, scale=0.3, window=options["window"], mask=mask)
+    out = blocked.attention_blocked(q, k, v, scale=0.3, window=options["window"], mask=mask)
     expected = attention_reference(q, k, v, scale=0.3, **options)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
@@ -155,23 +155,22 @@ def test_attention_in_blocks_has_the_gradients_of_the_definition(heads, kv_heads
     )
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_cross_entropy_over_shards_is_torchs_over_the_whole(smoothing, ranks):
+def test_cross_entropy_over_shards_is_torchs_over_the_whole(ranks):
     vocab, width = 21, {1: 24, 2: 12, 4: 8}[ranks]  # with 4 ranks the last holds only padding
     logits = (5 * torch.randn(9, ranks * width)).double()
     targets = torch.randint(0, vocab, (9,))
     targets[::4] = -100
     wide = logits[:, :vocab].clone().requires_grad_()
-    expected = F.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing)
+    expected = F.cross_entropy(wide, targets, reduction="none")
     shards = [logits[:, r * width : (r + 1) * width].clone() for r in range(ranks)]
     places = [{"vocab_start": r * width, "valid": min(max(vocab - r * width, 0), width)} for r in range(ranks)]
     stats = merge_stats(torch.stack([cross_entropy_stats(s, targets, **p) for s, p in zip(shards, places)]))
-    loss = cross_entropy_loss(stats, targets, vocab_size=vocab, label_smoothing=smoothing)
+    loss = cross_entropy_loss(stats, targets, vocab_size=vocab)
     torch.testing.assert_close(loss, expected)
     grad_N = torch.rand(9, dtype=torch.float64) * (targets != -100)
     for shard, place in zip(shards, places):
-        cross_entropy_grad_(shard, targets, stats, grad_N, vocab_size=vocab, label_smoothing=smoothing, **place)
+        cross_entropy_grad_(shard, targets, stats, grad_N, **place)
     (want,) = torch.autograd.grad(expected, wide, grad_N)
     got = torch.cat(shards, 1)
     torch.testing.assert_close(got[:, :vocab], want)
@@ -179,78 +178,35 @@ def test_cross_entropy_over_shards_is_torchs_over_the_whole(smoothing, ranks):
 
 
 def test_z_loss_gradient_and_targets_out_of_range():
-    logits, targets = torch.randn(5, 11, dtype=torch.float64, requires_grad=True), torch.tensor([0, 10, -100, 3, 4])
-    assert gradcheck(lambda z: cross_entropy(z, targets, z_loss=0.3, label_smoothing=0.2), logits)
-    wrong = cross_entropy(logits, torch.tensor([0, 11, -1, -100, 4]))
+    logits, targets = torch.randn(5, 11, dtype=torch.float64), torch.tensor([0, 10, -100, 3, 4])
+    wide, grad_N, options = logits.clone().requires_grad_(), torch.rand(5).double() * (targets != -100), {"z_loss": 0.3}
+    stats = cross_entropy_stats(logits, targets)
+    loss = cross_entropy_loss(stats, targets, vocab_size=11, **options)
+    expected = F.cross_entropy(wide, targets, reduction="none") + 0.3 * wide.logsumexp(1).square() * (targets != -100)
+    torch.testing.assert_close(loss, expected)
+    (want,) = torch.autograd.grad(expected, wide, grad_N)
+    torch.testing.assert_close(cross_entropy_grad_(logits.clone(), targets, stats, grad_N, **options), want)
+    assert torch.equal(cross_entropy_stats_grad_(logits, targets, grad_N, **options), stats)
+    torch.testing.assert_close(logits, want)
+    wrong = cross_entropy_loss(stats, torch.tensor([0, 11, -1, -100, 4]), vocab_size=11)
     assert wrong.isnan().tolist() == [False, True, True, False, False]
 
 
-def test_fused_linear_cross_entropy_frees_the_logits():
-    hidden, weight = (torch.randn(n, 16, dtype=torch.float64, requires_grad=True) for n in (13, 40))
-    targets = torch.randint(0, 37, (13,))
-    targets[3] = -100
-    loss = fused_linear_cross_entropy(hidden, weight, targets, valid=37, chunk=5)
-    expected = F.cross_entropy((hidden @ weight.t())[:, :37], targets)
-    torch.testing.assert_close(loss, expected)
-    for a, b in zip(
-        torch.autograd.grad(2 * loss, (hidden, weight)), torch.autograd.grad(2 * expected, (hidden, weight))
-    ):
-        torch.testing.assert_close(a, b)
-    ignored = fused_linear_cross_entropy(hidden, weight, torch.full((13,), -100))
-    assert ignored == 0 and (torch.autograd.grad(ignored, hidden)[0] == 0).all()
-
-
-def peak_bytes(run):
-    """The most that `run` had allocated at once, by the profiler's record of every allocation."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(held))
-
-
-@pytest.mark.parametrize("chunk", [64, 200])
-@pytest.mark.parametrize("with_main_grad", [False, True])
-def test_fused_linear_takes_the_memory_it_predicts(monkeypatch, chunk, with_main_grad):
-    tokens, hidden, vocab = 512, 48, 4096
-    monkeypatch.setattr(cross_entropy_file, "PIECE_BYTES", 1 << 14)  # of the plain form, counted nowhere
-    h, w = (torch.randn(n, hidden, requires_grad=True) for n in (tokens, vocab))
-    targets, main_grad = torch.randint(0, vocab, (tokens,)), torch.zeros(vocab, hidden) if with_main_grad else None
-    loss = functools.partial(fused_linear_cross_entropy, h, w, targets, chunk=chunk, main_grad=main_grad)
-    given_back = 4 * tokens * hidden + (0 if with_main_grad else 4 * vocab * hidden)
-    predicted = given_back + fused_linear_bytes(tokens, hidden, vocab, 4, chunk=chunk, main_grad=with_main_grad)
-    assert predicted <= peak_bytes(lambda: loss().backward()) < 1.05 * predicted
-
-
-def test_fused_linear_stays_within_a_gigabyte_beside_a_main_gradient():
-    """The size of Llama 3 8B's output layer, in bf16; without a main gradient the fp32 sum comes on top."""
-    sizes = (8192, 4096, 128256, 2)
-    assert chunk_rows(128256, 2) == 1024
-    assert fused_linear_bytes(*sizes, main_grad=True) < 0.5e9
-    assert fused_linear_bytes(*sizes) == fused_linear_bytes(*sizes, main_grad=True) + 4 * 128256 * 4096
+def test_an_output_layers_chunks_are_whole_tiles_on_a_gpu():
+    """Llama 3 8B's vocabulary: 2048 tokens, where 2^28 logits would be 2093; a CPU's products have no tiles."""
+    assert chunk_rows(128256, torch.device("cuda")) == 2048
+    assert chunk_rows(128256 * 16, torch.device("cuda")) == 130
+    assert chunk_rows(8000, CPU) == 524 and chunk_rows(1 << 30, CPU) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_linear_adds_to_a_main_gradient(monkeypatch, dtype):
-    """Two micro-batches add up in fp32; the weight gets no other gradient; without gradients nothing is added."""
+def test_a_weights_gradient_is_summed_in_fp32(monkeypatch, dtype):
     monkeypatch.setattr(cross_entropy_file, "PRODUCT_BYTES", 7 * 16 * 2)  # 7 rows of the product at a time
-    weight, main_grad = torch.randn(40, 16).to(dtype).requires_grad_(), torch.ones(40, 16)
-    expected = torch.ones(40, 16, dtype=torch.float64)
+    grad, hidden, total = torch.randn(13, 40).to(dtype), torch.randn(13, 16).to(dtype), torch.ones(40, 16)
     for _ in range(2):
-        hidden, targets = torch.randn(13, 16).to(dtype).requires_grad_(), torch.randint(0, 40, (13,))
-        fused_linear_cross_entropy(hidden, weight, targets, chunk=5, main_grad=main_grad).backward()
-        h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-        wanted = torch.autograd.grad(F.cross_entropy(h @ w.t(), targets), (h, w))
-        expected += wanted[1]
-        limit = 1e-5 if dtype == torch.float32 else 1.5e-2
-        assert weight.grad is None and (hidden.grad - wanted[0]).norm() < limit * wanted[0].norm()
-        assert (main_grad - expected).norm() < limit * (expected - 1).norm()
-    before = main_grad.clone()
-    with torch.no_grad():
-        fused_linear_cross_entropy(hidden, weight, targets, main_grad=main_grad)
-    assert torch.equal(main_grad, before)
-    with pytest.raises(ValueError, match=r"main_grad must be torch.float32 \(40, 16\)"):
-        fused_linear_cross_entropy(hidden, weight, targets, main_grad=main_grad.bfloat16())
+        add_product_(total, grad, hidden)
+    expected = 1 + 2 * grad.double().t() @ hidden.double()
+    assert (total - expected).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * (expected - 1).norm()
 
 
 def test_adamw_is_torchs_and_shards_bitwise():
@@ -279,7 +235,7 @@ def test_adamw_is_torchs_and_shards_bitwise():
 
 def test_selection_on_a_cpu():
     kernels = select_kernels({"rope": "reference"}, CPU)
-    assert kernels.choices["rope"] == "reference" and kernels.taken("attention") == "sdpa"
+    assert kernels.choices["rope"] == "reference" and kernels.taken("attention") == "cpu"
     assert [line.split(":")[0] for line in kernels.describe().splitlines()] == [
         f"kernels.{name}" for name in OPERATIONS
     ]
@@ -289,9 +245,6 @@ def test_selection_on_a_cpu():
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"rmsnorm": "auto"}, ["kernels.rmsnorm", "did you mean rms_norm"]),
-        ({"rope": "refrence"}, ["kernels.rope", "'refrence'", "did you mean reference"]),
-        ({"rope": "sdpa"}, ["kernels.rope", "'sdpa'"]),
         ({"swiglu": "triton"}, ["kernels.swiglu = 'triton'", "device cpu", "reference"]),
         ({"default": "triton"}, ["kernels.default", "device cpu"]),
     ],
@@ -302,6 +255,10 @@ def test_mistakes_in_the_selection_are_one_line(choices, words, monkeypatch):
         select_kernels(choices, CPU)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_the_configuration_names_every_operation():
+    assert {entry.name for entry in dataclasses.fields(KernelsConfig)} == {"default", *OPERATIONS}
 
 
 def test_what_a_launch_cannot_take_is_told(monkeypatch):
@@ -319,25 +276,30 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def test_the_mask_of_documents_is_made_once_for_all_layers(monkeypatch):
-    monkeypatch.setattr(flash_attention.native, "obstacle", lambda: "for this test")
+    monkeypatch.setattr(native, "obstacle", lambda: "for this test")
     made = []
-    plain = flash_attention.visible_keys
-    monkeypatch.setattr(flash_attention, "visible_keys", lambda *a, **o: made.append(o["window"]) or plain(*a, **o))
+    plain = reference.visible_keys
+    monkeypatch.setattr(reference, "visible_keys", lambda *a, **o: made.append(o["window"]) or plain(*a, **o))
     numbers = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 1, 1, 2, 2, 2]]).t()
     q, kv = torch.randn(6, 2, 4, 8), torch.randn(6, 2, 2, 8)
     positions = Positions(torch.ones(6, 8), torch.zeros(6, 8), numbers)
     for window in (None, None, 2, None):
-        shared = attention_sdpa(q, kv, kv, documents=positions.documents, window=window)
-        assert torch.equal(shared, attention_sdpa(q, kv, kv, documents=numbers, window=window))
+        shared = attention_cpu(q, kv, kv, documents=positions.documents, window=window)
+        assert torch.equal(shared, attention_cpu(q, kv, kv, documents=numbers, window=window))
     assert made == [None, None, None, 2, 2, None]  # each first call of the shared one, and every call of the other
     assert Positions(torch.ones(6, 8), torch.zeros(6, 8)).documents is None
+
+
+def forms_of(operation):
+    """The modules of the plain and the Triton form."""
+    names = (operation, "attention.flash_triton" if operation == "attention" else f"{operation}_triton")
+    return [importlib.import_module(f"megalite.kernels.{name}") for name in names]
 
 
 def test_both_forms_have_one_signature():
     pytest.importorskip("triton")
     for operation, names in OPERATIONS.items():
-        plain = _REFERENCES[operation]
-        triton_form = importlib.import_module(f"{plain.__name__}_triton")
+        plain, triton_form = forms_of(operation)
         for name in names:
             mine, theirs = inspect.signature(getattr(triton_form, name)), inspect.signature(getattr(plain, name))
             for a, b in zip(mine.parameters.values(), theirs.parameters.values(), strict=True):
@@ -370,11 +332,11 @@ FLAT = torch.zeros(5)
         ("adamw", "adamw_", (FLAT, FLAT, FLAT[:4], FLAT), ADAMW, "exp_avg must be contiguous and 1-D with 5"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("form", ["", "_triton"])
+@pytest.mark.parametrize("form", [0, 1])
 def test_arguments_that_do_not_fit_are_refused_in_both_forms(form, operation, name, arguments, options, words):
     """Before any kernel is launched: one that read beyond its tensors would not say so."""
     pytest.importorskip("triton")
-    module = importlib.import_module(f"{_REFERENCES[operation].__name__}{form}")
+    module = forms_of(operation)[form]
     with pytest.raises(ValueError) as caught:
         getattr(module, name)(*arguments, **options)
     assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -13,9 +13,9 @@ from torch import Tensor
 from megalite.data.batches import Batch
 from megalite.generation.generator import Generator, Limits
 from megalite.generation.sampling import Sampling
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.model.build import Build
 from megalite.model.feed_forward import SwiGLU
-from megalite.model.head import IGNORED
 from megalite.objective import Outputs
 from megalite.objective.next_token import NEXT_TOKEN
 from megalite.train.memory import held_bytes
@@ -65,11 +65,11 @@ class Focal:
     metrics = ("sureness",)
 
     def units(self, batch: Batch) -> Tensor:
-        return (batch.labels_BS != IGNORED).sum()
+        return (batch.labels_BS != IGNORE_INDEX).sum()
 
     def loss(self, outputs: Outputs, batch: Batch, scale: Tensor | float) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert outputs.logprobs_BS is not None
-        counts_BS, p_BS = batch.labels_BS != IGNORED, outputs.logprobs_BS.exp()
+        counts_BS, p_BS = batch.labels_BS != IGNORE_INDEX, outputs.logprobs_BS.exp()
         loss_BS = -((1 - p_BS) ** 2) * outputs.logprobs_BS
         sums = [(values_BS * counts_BS).sum(dtype=torch.float64) * scale for values_BS in (loss_BS, p_BS.detach())]
         return sums[0], {"sureness": sums[1]}
@@ -93,7 +93,7 @@ class Regression(Focal):
 
     def loss(self, outputs: Outputs, batch: Batch, scale: Tensor | float) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert outputs.values_BS is not None
-        counts_BS = batch.labels_BS != IGNORED
+        counts_BS = batch.labels_BS != IGNORE_INDEX
         errors_BS = (outputs.values_BS - batch.tokens_BS / 37) * counts_BS
         return errors_BS.square().sum(dtype=torch.float64) * scale, {}
 
@@ -177,7 +177,7 @@ def test_a_batch_without_labels_changes_nothing():
     case = case_of()
     trainer = build_trainer(case.config(1), 0, 1)
     before = [parameter.clone() for stage in trainer.stages.values() for parameter in stage.parameters()]
-    empty = torch.full((1, 12), IGNORED)
+    empty = torch.full((1, 12), IGNORE_INDEX)
     result = trainer.step([Batch(torch.zeros(1, 12, dtype=torch.int64), empty)] * 2, 1e-2)
     assert result.units == 0 and trainer.optimizer.step_count == 0
     after = [parameter for stage in trainer.stages.values() for parameter in stage.parameters()]
@@ -252,7 +252,7 @@ def test_a_frozen_reference_scores_as_the_model_it_was_copied_from(pool, layout)
     case = case_of()
     alone, labels = scores(0, 1, case)
     for score, label in zip(alone, labels):
-        assert (score[0] <= 0).all() and (score[:, label == IGNORED] == 0).all()
+        assert (score[0] <= 0).all() and (score[:, label == IGNORE_INDEX] == 0).all()
     for theirs, _ in pool.run(scores, layout.world, layout.world, case.having(layout.fields)):
         for score, mine in zip(theirs, alone if layout.data == 1 else ()):
             torch.testing.assert_close(score[0], mine[0], rtol=1e-5, atol=1e-5)

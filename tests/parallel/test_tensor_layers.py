@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from megalite.config import ModelConfig
 from megalite.kernels import select_kernels
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh
 from megalite.model.build import Build
-from megalite.model.head import IGNORED, VocabParallelHead
+from megalite.model.head import VocabParallelHead
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.placement import row_box, split_evenly
 from tests.support.chaos import ChaosGroups
@@ -204,14 +205,14 @@ def head_loss(rank, ranks, sequence, main, table_VH, hidden, labels_BS, scale, z
 def test_head_and_loss(pool, ranks, sequence, main, vocabulary):
     table_VH, hidden = torch.randn(vocabulary, 5), torch.randn(12, 3, 5)
     labels_BS = torch.randint(vocabulary, (3, 12))
-    labels_BS[torch.rand(3, 12) < 0.3] = IGNORED
+    labels_BS[torch.rand(3, 12) < 0.3] = IGNORE_INDEX
     labels_BS[0, 0] = vocabulary - 1  # the last true column
     results = pool.run(head_loss, ranks, ranks, sequence, main, table_VH, hidden, labels_BS, 0.3, 0.01)
     table, x = table_VH.double().requires_grad_(), hidden.double().requires_grad_()
     logits = functional.linear(x, table)
     flat, labels_N = logits.flatten(0, 1), labels_BS.t().flatten()
-    valid = labels_N != IGNORED
-    loss = functional.cross_entropy(flat, labels_N, ignore_index=IGNORED, reduction="sum")
+    valid = labels_N != IGNORE_INDEX
+    loss = functional.cross_entropy(flat, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
     loss = 0.3 * (loss + 0.01 * (flat.logsumexp(-1).square() * valid).sum())
     slopes = torch.autograd.grad(loss, (x, table))
     near = {"rtol": 1e-4, "atol": 1e-5}
@@ -227,7 +228,7 @@ def test_head_and_loss(pool, ranks, sequence, main, vocabulary):
 @pytest.mark.parametrize(("ranks", "sequence"), [(1, False), (2, True)])
 def test_no_label_counts(pool, ranks, sequence):
     """All labels ignored: loss and gradients are exactly 0."""
-    labels_BS = torch.full((3, 12), IGNORED)
+    labels_BS = torch.full((3, 12), IGNORE_INDEX)
     results = pool.run(
         head_loss, ranks, ranks, sequence, True, torch.randn(37, 5), torch.randn(12, 3, 5), labels_BS, 1.0, 0.01
     )

@@ -43,17 +43,17 @@ def fused_kernels() -> Kernels:
     from megalite.kernels import (
         adamw,
         cross_entropy,
-        flash_attention_triton,
         rms_norm_triton,
         rope_triton,
         swiglu_triton,
     )
+    from megalite.kernels.attention import flash_triton
 
     return Kernels(
         rms_norm=rms_norm_triton.rms_norm,
         add_rms_norm=rms_norm_triton.add_rms_norm,
         rope=rope_triton.rope,
-        attention=flash_attention_triton.attention,
+        attention=flash_triton.attention,
         swiglu=swiglu_triton.swiglu,
         cross_entropy_stats=cross_entropy.cross_entropy_stats,
         cross_entropy_grad_=cross_entropy.cross_entropy_grad_,

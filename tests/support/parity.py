@@ -22,9 +22,9 @@ from megalite.config import Config, build_config
 from megalite.config.check import check_layout
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh, create_group
 from megalite.model.decoder import Stage
-from megalite.model.head import IGNORED
 from megalite.objective import Objective
 from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.schedule import learning_rate
@@ -189,7 +189,7 @@ def sample(number: int, config: Config, documents: bool) -> tuple[Tensor, ...]:
     tokens = torch.randint(config.model.vocab_size, (length + 1,), generator=generator)
     labels = tokens[1:].clone()
     share = 1.0 if number % 5 == 3 else 0.1 * (number % 7)
-    labels[torch.rand(length, generator=generator) < share] = IGNORED
+    labels[torch.rand(length, generator=generator) < share] = IGNORE_INDEX
     if not documents:
         return tokens[:-1], labels
     starts = torch.rand(length, generator=generator) < 0.3

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import create_group
-from megalite.model.head import IGNORED
 from tests.support.chaos import ChaosGroups
 from tests.support.parity import Case, Layout, build_trainer, micro_batches, pieces_of_weights, train_alone
 
@@ -115,7 +115,7 @@ def ignore_all(rank, case, layout):
     batches = batches_of(trainer, config)
     for batch in batches:
         if batch is not None:
-            batch.labels_BS.fill_(IGNORED)
+            batch.labels_BS.fill_(IGNORE_INDEX)
     loss, tokens = trainer.evaluate(batches)
     result = trainer.step(batches, 1e-2)
     return result.loss, result.grad_norm, result.accepted, loss, tokens
@@ -143,5 +143,5 @@ def test_evaluation_is_the_loss_of_the_step(pool, layout):
         [batch.labels_BS for batch in micro_batches(0, 12, config, build_trainer(config, 0, 1).mesh, False)]
     )
     for mean, tokens, loss in pool.run(evaluate, layout.world, CASE, layout):
-        assert tokens == int((labels != IGNORED).sum())
+        assert tokens == int((labels != IGNORE_INDEX).sum())
         assert mean == pytest.approx(loss, rel=1e-6)

@@ -18,21 +18,22 @@ def targets_for(tokens, size, device, ignored=0.3):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "valid"), [(9001, 9001), (128, 101), (5, 5), (1, 1)])
-@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-2, "label_smoothing": 0.1}])
-def test_cross_entropy(device, dtype, columns, valid, options):
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_cross_entropy(device, dtype, columns, valid, z_loss):
     logits = 3 * torch.randn(6, columns, device=device).to(dtype)
     logits[:, valid:] = torch.nan  # padding must not be read
     targets = targets_for(6, valid, device)
-    wide = logits[:, :valid].double().requires_grad_()
-    narrow = logits.clone().requires_grad_()
-    expected = cross_entropy.cross_entropy(wide, targets, **options)
-    got = cross_entropy.cross_entropy(narrow, targets, valid=valid, ops=cross_entropy_triton, **options)
+    kept, wide = targets != -100, logits[:, :valid].double().requires_grad_()
+    stats = cross_entropy_triton.cross_entropy_stats(logits, targets, valid=valid)
+    got = cross_entropy.cross_entropy_loss(stats, targets, vocab_size=valid, z_loss=z_loss)
+    penalty = z_loss * wide.logsumexp(-1).square() * kept
+    expected = F.cross_entropy(wide, targets, reduction="none") + penalty
     close("loss", got, expected, torch.float32)
-    upstream = torch.randn(6, device=device)
-    (grad,) = torch.autograd.grad(got, narrow, upstream)
-    (want,) = torch.autograd.grad(expected, wide, upstream.double())
-    close("gradient", grad[:, :valid], want, dtype)
-    assert (grad[:, valid:] == 0).all()
+    grad_N = torch.rand(6, device=device) * kept
+    cross_entropy_triton.cross_entropy_grad_(logits, targets, stats, grad_N, valid=valid, z_loss=z_loss)
+    (want,) = torch.autograd.grad(expected, wide, grad_N.double())
+    close("gradient", logits[:, :valid], want, dtype)
+    assert (logits[:, valid:] == 0).all()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -48,13 +49,11 @@ def test_sharded_vocabulary(device, ranks):
         torch.stack([cross_entropy_triton.cross_entropy_stats(s, targets, **p) for s, p in zip(shards, places)])
     )
     wide = whole[:, :vocab].double().requires_grad_()
-    expected = F.cross_entropy(wide, targets, reduction="none", label_smoothing=0.1)
-    loss = cross_entropy.cross_entropy_loss(stats, targets, vocab_size=vocab, label_smoothing=0.1)
+    expected = F.cross_entropy(wide, targets, reduction="none")
+    loss = cross_entropy.cross_entropy_loss(stats, targets, vocab_size=vocab)
     close("loss", loss, expected, torch.float32)
     for shard, place in zip(shards, places):
-        cross_entropy_triton.cross_entropy_grad_(
-            shard, targets, stats, grad_N, vocab_size=vocab, label_smoothing=0.1, **place
-        )
+        cross_entropy_triton.cross_entropy_grad_(shard, targets, stats, grad_N, **place)
     (want,) = torch.autograd.grad(expected, wide, grad_N.double())
     got = torch.cat(shards, 1)
     close("gradient", got[:, :vocab], want, torch.float32)
@@ -66,7 +65,7 @@ def test_everything_ignored_is_zero_even_for_broken_logits(device):
     targets = torch.full((3,), -100, device=device)
     stats = cross_entropy_triton.cross_entropy_stats(logits, targets)
     assert (cross_entropy.cross_entropy_loss(stats, targets, vocab_size=300) == 0).all()
-    cross_entropy_triton.cross_entropy_grad_(logits, targets, stats, torch.zeros(3, device=device), vocab_size=300)
+    cross_entropy_triton.cross_entropy_grad_(logits, targets, stats, torch.zeros(3, device=device))
     assert (logits == 0).all()
 
 
@@ -88,39 +87,12 @@ def test_one_launch_for_statistics_and_gradient(device, dtype):
     targets, grad_N = targets_for(5, 8200, device), torch.rand(5, device=device)
     grad_N *= targets != -100
     expected = before[:, 50:8350].double()
-    options = {"valid": 8200, "z_loss": 1e-3, "label_smoothing": 0.05}
+    options = {"valid": 8200, "z_loss": 1e-3}
     want = cross_entropy.cross_entropy_stats_grad_(expected, targets, grad_N, **options)
     got = cross_entropy_triton.cross_entropy_stats_grad_(logits, targets, grad_N, **options)
     close("statistics", got, want, torch.float32)
     close("gradient", logits, expected, dtype)
     assert torch.equal(buffer[:, :50], before[:, :50]) and torch.equal(buffer[:, 8350:], before[:, 8350:])
-
-
-@pytest.mark.parametrize(("reduction", "with_main_grad"), [("mean", False), ("sum", False), ("mean", True)])
-def test_fused_linear(device, reduction, with_main_grad):
-    hidden, weight = torch.randn(10, 24, device=device), torch.randn(70, 24, device=device)
-    targets, factors = targets_for(10, 64, device), torch.rand(10, device=device)
-    losses, grads = [], []
-    main_grad = torch.zeros(70, 24, device=device) if with_main_grad else None
-    for wide in (False, True):
-        h, w = ((x.double() if wide else x).clone().requires_grad_() for x in (hidden, weight))
-        if wide:
-            each = F.cross_entropy(h @ w[:64].t(), targets, reduction="none") * factors
-            total = (factors * (targets != -100)).sum().double().clamp_min(1e-30)
-            loss = each.sum() / total if reduction == "mean" else each.sum()
-        else:
-            loss = cross_entropy.fused_linear_cross_entropy(
-                h, w, targets, token_weights_N=factors, reduction=reduction, valid=64, chunk=4, main_grad=main_grad,
-                ops=cross_entropy_triton,
-            )  # fmt: skip
-        losses.append(loss)
-        if with_main_grad and not wide:
-            grads.append((torch.autograd.grad(loss, h)[0], main_grad))
-        else:
-            grads.append(torch.autograd.grad(loss if with_main_grad else 3 * loss, (h, w)))
-    close("loss", losses[0], losses[1], torch.float32)
-    for name, a, b in zip(("hidden", "weight"), *grads):
-        close(f"gradient of {name}", a, b, torch.float32)
 
 
 @pytest.mark.parametrize("grad_dtype", DTYPES)

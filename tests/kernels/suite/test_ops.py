@@ -7,12 +7,12 @@ from megalite.kernels import (
     OPERATIONS,
     adamw_triton,
     cross_entropy_triton,
-    flash_attention_triton,
     rms_norm_triton,
     rope_triton,
     select_kernels,
     swiglu_triton,
 )
+from megalite.kernels.attention import flash_triton
 from megalite.kernels.rms_norm import rms_norm
 
 
@@ -20,7 +20,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
     """On fake tensors no kernel runs; shapes and dtypes come from the registered functions."""
     with FakeTensorMode():
         q, kv = torch.empty(10, 2, 4, 32, dtype=torch.bfloat16), torch.empty(10, 2, 2, 32, dtype=torch.bfloat16)
-        out, lse = flash_attention_triton.attention(q, kv, kv, return_lse=True)
+        out, lse = flash_triton.attention(q, kv, kv, return_lse=True)
         assert (out.shape, out.dtype) == (q.shape, q.dtype) and lse.shape == (2, 4, 10) and lse.dtype == torch.float32
         total, y = rms_norm_triton.add_rms_norm(q, q, torch.empty(32), 1e-5)
         assert total.dtype == torch.bfloat16 and y.dtype == torch.float32
@@ -62,7 +62,7 @@ def test_a_compiled_attention_layer_equals_the_eager_one(device):
         total, y = rms_norm_triton.add_rms_norm(x, residual, weight, 1e-5)
         q, k, v = (part.unflatten(-1, (-1, 16)) for part in y.split([32, 16, 16], -1))
         q, k = rope_triton.rope(q, k, cos, sin)
-        return flash_attention_triton.attention(q, k, v, documents=documents).square().sum() + total.sum()
+        return flash_triton.attention(q, k, v, documents=documents).square().sum() + total.sum()
 
     leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in ((6, 1, 64), (6, 1, 64), (64,))]
     eager = torch.autograd.grad(layer(*leaves), leaves)

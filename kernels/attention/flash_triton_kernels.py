@@ -1,5 +1,5 @@
 """The Triton kernels of flash attention: forward, the backward's preparation, dK/dV, and dQ. Launched by
-`flash_attention_triton.py`.
+`flash_triton.py`.
 
 Every mask of a language model is an interval: query i sees the keys [lo(i), hi(i)), with lo and hi not falling as i
 grows. Causal, sliding window, documents and variable lengths differ only in lo and hi, computed here for the first two

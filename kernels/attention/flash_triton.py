@@ -1,7 +1,7 @@
-"""Flash attention in Triton: masks as intervals, tile sizes, launches, autograd. Specification: `flash_attention.py`.
+"""Flash attention in Triton: masks as intervals, tile sizes, launches, autograd. Specification: `reference.py`.
 
 Dao et al. 2022, "FlashAttention", algorithms 1 and 4; Dao 2023, "FlashAttention-2". Flop for S queries and T keys:
-forward 4 B H S T D, backward counted as 10 B H S T D (14 are done, see `flash_attention_kernels.py`), half of each
+forward 4 B H S T D, backward counted as 10 B H S T D (14 are done, see `flash_triton_kernels.py`), half of each
 when causal. Memory beyond inputs and output is the log-sum-exp and, in the backward, delta: 8 bytes a query and head.
 
 Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim.
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .flash_attention import Documents, as_documents, check, document_begins
-from .flash_attention_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from .layout import next_power_of_two, obstacle
+from ..layout import next_power_of_two, obstacle
+from .flash_triton_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
+from .reference import document_begins, read_options
 
 WIDEST = 256
 GRID_LIMIT = 65535  # programs of a launch along its second and third axis
@@ -84,20 +84,6 @@ def document_intervals(documents: Tensor, queries: int, causal: bool, window: in
     end = (position + 1).where(last, keys).flip(0).cummin(0).values.flip(0)
     here = position[keys - queries :].t()
     return _intervals(here, begin[keys - queries :].t(), end[keys - queries :].t(), keys, causal, window)
-
-
-def packed_intervals(
-    cu_q: Tensor, cu_k: Tensor, queries: int, keys: int, causal: bool, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """As `document_intervals` with B = 1, for documents cut at cu_q in the queries and at cu_k in the keys."""
-    cu_q, cu_k = cu_q.long(), cu_k.long()
-    i = torch.arange(queries, device=cu_q.device)
-    document = torch.searchsorted(cu_q, i, right=True) - 1
-    ends_k = torch.cat([cu_k[1:], cu_k[-1:]])  # rows after the last document belong to an empty one
-    ends_q = torch.cat([cu_q[1:], cu_q[-1:] * 0 + queries])
-    begin, end = cu_k[document], ends_k[document]
-    here = i - ends_q[document] + end
-    return _intervals(here[None], begin[None], end[None], keys, causal, window)
 
 
 def _intervals(
@@ -246,52 +232,16 @@ def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
     return obstacle(q_SBHD)
 
 
-def attention(
-    q_SBHD: Tensor,
-    k_SBKD: Tensor,
-    v_SBKD: Tensor,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    documents: Tensor | Documents | None = None,
-    softcap: float | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """As `flash_attention.attention_reference`; q, k and v may be views into one fused projection."""
-    documents = as_documents(documents)
-    check(q_SBHD, k_SBKD, v_SBKD, documents)
-    queries, seen, seeing = q_SBHD.shape[0], None, None
+def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """As `attention_reference`; q, k and v may be views into one fused projection."""
+    asked = read_options(q_SBHD, k_SBKD, v_SBKD, options)
+    queries, causal, window, documents = len(q_SBHD), asked.causal, asked.window, asked.packed
+    seen, seeing = None, None
     if documents is not None:
         seen, seeing = documents.once(
             ("intervals", queries, causal, window),
             lambda numbers_TB: document_intervals(numbers_TB, queries, causal, window),
         )
-    scale = q_SBHD.shape[-1] ** -0.5 if scale is None else scale
-    pair = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, float(scale), softcap or 0.0)
-    return pair if return_lse else pair[0]
-
-
-def attention_varlen(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Documents packed one after the other, each with its own number of queries and keys: (out [N, H, D], lse [H, N]).
-
-    cu_seqlens_q, cu_seqlens_k: int [documents + 1], where each document starts, and the end of the last; documents may
-    be empty on either side. Causal masks align each document at its end. No sequence length is needed on the host.
-    """
-    q, k, v = (x.unsqueeze(1) for x in (q_NHD, k_NKD, v_NKD))
-    check(q, k, v, None)
-    seen, seeing = packed_intervals(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _Attention.apply(q, k, v, seen, seeing, causal, window or 0, float(scale), softcap or 0.0)
-    return out.squeeze(1), lse.squeeze(0)
+    scale, softcap = asked.scale_for(q_SBHD), asked.softcap or 0.0
+    pair = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, scale, softcap)
+    return pair if asked.return_lse else pair[0]

@@ -1,0 +1,23 @@
+"""Softmax attention for training, in the forms among which a run chooses.
+
+Query i of S queries, key j of T keys (aligned at the end, "bottom right": query i stands at key position i + T - S):
+
+    visible(i, j) = (j <= i + T - S  if causal) and (i + T - S - window < j  if window) and (documents equal)
+    out_i = sum_j softmax_j(softcap(scale q_i . k_j)) v_j         softcap(x) = c tanh(x / c), or x where there is none
+
+A query that sees no key gives 0, and log-sum-exp -inf. Query head h reads kv head h // (H / K).
+
+    reference.py      the formula written out, in fp32
+    sdpa.py           torch.nn.functional.scaled_dot_product_attention
+    cpu.py            for CPUs, by a fixed rule: compiled (`native.py`), blocked.py, explicit products, or torch's
+    flash_triton.py   FlashAttention (Dao et al. 2022 and 2023) in Triton; its kernels in flash_triton_kernels.py
+    choice.py         `auto` on a GPU: Triton or one of torch's backends, whichever was measured fastest
+
+All take (q_SBHD, k_SBKD, v_SBKD, **Options). Importing this package does not import Triton.
+"""
+
+from .reference import Documents, Options, attention_reference, visible_keys
+
+attention = attention_reference
+
+__all__ = ["Documents", "Options", "attention", "attention_reference", "visible_keys"]

@@ -1,0 +1,233 @@
+"""`kernels.attention = auto` on a GPU: the form that was measured fastest for a kind of call, the same on all ranks.
+
+Which form is fastest differs by shape and device, and forms differ in the last bits. So `choose_attention` settles the
+kinds of call that a run will make before its first step: rank 0 measures, all ranks take its answer, and the caller
+keeps it with the state of the run, so that a resumed run computes as the first one did. A kind that was not announced
+(in generation the keys grow with every token) is measured at its first call, by each rank for itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..layout import next_power_of_two
+from .reference import Documents, Options, read_options
+from .sdpa import attention_sdpa, fusable
+
+if TYPE_CHECKING:
+    from megalite.mesh import Mesh
+
+    from ..dispatch import Kernels
+
+Attention = Callable[..., Any]
+
+logger = logging.getLogger("megalite.kernels")
+
+REPEATS = 5
+TIE = 1.03  # the first of the candidates that are so close to the fastest: noise alone must not change the bits
+FALLBACK = "sdpa"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the speed of a call depends on. `gradients`: its backward is wanted, too.
+
+    Without gradients lengths count as the next power of two: generation must not measure anew for every token.
+    """
+
+    queries: int
+    keys: int
+    batch: int
+    heads: int
+    kv_heads: int
+    width: int
+    dtype: torch.dtype
+    gradients: bool
+    causal: bool = True
+    window: int | None = None
+    documents: bool = False
+    softcap: float | None = None
+    return_lse: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.gradients:
+            object.__setattr__(self, "queries", next_power_of_two(self.queries))
+            object.__setattr__(self, "keys", next_power_of_two(self.keys))
+
+    @staticmethod
+    def of(tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> Call:
+        (queries, batch, heads, width), (keys, _, kv_heads, _) = tensors[0].shape, tensors[1].shape
+        asked, gradients = Options(**options), torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        sizes = (queries, keys, batch, heads, kv_heads, width, tensors[0].dtype, gradients)
+        documents = asked.documents is not None
+        return Call(*sizes, asked.causal, asked.window, documents, asked.softcap, asked.return_lse)
+
+    def name(self, device: torch.device) -> str:
+        """For the log and the run's state: the kind of call and the kind of device."""
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        options = {"causal": self.causal, "documents": self.documents, "log-sum-exp": self.return_lse}
+        words = [name for name, wanted in options.items() if wanted]
+        words += [f"{name} {x}" for name, x in (("window", self.window), ("softcap", self.softcap)) if x is not None]
+        sizes = f"q {self.queries}x{self.batch}x{self.heads}x{self.width}, k {self.keys}x{self.kv_heads}"
+        passes = "forward and backward" if self.gradients else "forward"
+        return ", ".join([f"{sizes} {str(self.dtype).removeprefix('torch.')}", *words, f"{passes} on {where}"])
+
+    def example(self, device: torch.device) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Tensors and options of such a call, as a layer makes them: v is a view of the fused projection."""
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        shape, length = (self.batch, sum(heads), self.width), max(self.queries, self.keys)
+        q, k, v = torch.randn(length, *shape, device=device).to(self.dtype).split(heads, dim=2)
+        tensors = (q[: self.queries].contiguous(), k[: self.keys].contiguous(), v[: self.keys])
+        options: dict[str, Any] = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        if self.documents:
+            numbers = torch.arange(self.keys, device=device) * 4 // self.keys
+            options["documents"] = Documents(numbers[:, None].expand(-1, self.batch))
+        if self.return_lse:
+            options["return_lse"] = True
+        return tuple(x.detach().requires_grad_(self.gradients) for x in tensors), options
+
+
+class MeasuredAttention:
+    """An attention that does every kind of call with the fastest of `candidates` for it.
+
+    A candidate that fails at a kind (a backend that refuses it, no memory, a kernel that does not compile) is left out
+    for it, which the log says. Where all fail, torch's own choice does it.
+    """
+
+    def __init__(self, candidates: Mapping[str, Attention], measure: Callable[..., float] | None = None) -> None:
+        self.candidates = {**candidates, FALLBACK: attention_sdpa}
+        self.chosen: dict[Call, str] = {}
+        self._measure = measure or seconds
+
+    def __call__(self, *tensors: Tensor, **options: Any) -> Any:
+        call = Call.of(tensors, options)
+        if call not in self.chosen:
+            read_options(
+                tensors[0], tensors[1], tensors[2], options
+            )  # a wrong call is the caller's fault, not the candidates'
+            self.chosen[call] = self._fastest(call, tensors, options)
+        return self.candidates[self.chosen[call]](*tensors, **options)
+
+    def settle(self, call: Call, device: torch.device, recorded: str | None) -> str:
+        """The candidate for a kind of call: the recorded one where it still works, otherwise the fastest."""
+        with torch.enable_grad() if call.gradients else torch.no_grad():
+            tensors, options = call.example(device)
+            if recorded in self.candidates:
+                works = recorded == FALLBACK or self._time(recorded, call, tensors, options) < math.inf
+                if works:
+                    logger.info("kernels.attention: %s for %s (as before)", recorded, call.name(device))
+                    return recorded
+            return self._fastest(call, tensors, options)
+
+    def _fastest(self, call: Call, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> str:
+        times = {name: self._time(name, call, tensors, options) for name in self.candidates if name != FALLBACK}
+        best = min(times.values(), default=math.inf)
+        if best == math.inf:
+            return FALLBACK
+        chosen = next(name for name, time in times.items() if time <= TIE * best)
+        ratios = ", ".join(f"{name} {time / best:.2f}" for name, time in times.items() if time < math.inf)
+        logger.info("kernels.attention: %s for %s (times: %s)", chosen, call.name(tensors[0].device), ratios)
+        return chosen
+
+    def _time(self, name: str, call: Call, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> float:
+        try:
+            return self._measure(self.candidates[name], tensors, options)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            logger.warning(
+                "kernels.attention: %s is left out for %s: %s", name, call.name(tensors[0].device), reason[:200]
+            )
+            return math.inf
+
+
+def choose_attention(
+    kernels: Kernels, calls: Iterable[Call], mesh: Mesh, recorded: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Settle which form of attention does each of `calls`, by rank 0 for all; call it on every rank, outside a step.
+
+    calls: the same on every rank; recorded: what an earlier call returned, kept through a checkpoint. Returns the kind
+    of call -> the candidate, plain strings; nothing where there is no choice to make.
+    """
+    attention, calls = kernels.attention, list(calls)
+    if not isinstance(attention, MeasuredAttention):
+        return {}
+    names = list(attention.candidates)
+    picks = torch.full((len(calls),), names.index(FALLBACK), device=mesh.device)
+    if mesh.rank == 0:
+        for number, call in enumerate(calls):
+            before = (recorded or {}).get(call.name(mesh.device))
+            try:
+                picks[number] = names.index(attention.settle(call, mesh.device, before))
+            except Exception as error:  # the others wait for an answer
+                logger.warning("kernels.attention: not measured for %s: %s", call.name(mesh.device), error)
+        if mesh.device.type == "cuda":
+            torch.cuda.empty_cache()
+    mesh.world.broadcast(picks, 0).wait()
+    chosen = {call: names[pick] for call, pick in zip(calls, picks.tolist())}
+    attention.chosen |= chosen
+    return {call.name(mesh.device): name for call, name in chosen.items()}
+
+
+def within(kernel: Attention, unsupported: Callable[..., str | None]) -> Attention:
+    """`kernel` as a candidate: it fails at what it does not do, lest another form be timed under its name."""
+
+    def call(*tensors: Tensor, **options: Any) -> Any:
+        if reason := unsupported(*tensors, **options):
+            raise RuntimeError(reason)
+        return kernel(*tensors, **options)
+
+    return call
+
+
+def sdpa_backends() -> dict[str, Attention]:
+    """Torch's fused attention with one backend each: the one it takes by itself is often not the fastest on Hopper."""
+
+    def only(backend: SDPBackend) -> Attention:
+        def call(*tensors: Tensor, **options: Any) -> Any:
+            if not fusable(tensors[0], tensors[1], Options(**options)):
+                raise RuntimeError("not a call that the fused operators do")
+            with sdpa_kernel(backend):
+                return attention_sdpa(*tensors, **options)
+
+        return call
+
+    return {"sdpa-flash": only(SDPBackend.FLASH_ATTENTION), "sdpa-cudnn": only(SDPBackend.CUDNN_ATTENTION)}
+
+
+def seconds(candidate: Attention, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> float:
+    """Best time of one call, with its backward where gradients are wanted; the first two calls are not counted."""
+    device, gradients = tensors[0].device, torch.is_grad_enabled()
+    best = math.inf
+    # Activation checkpointing, if the call is inside it, takes hold of every tensor that is saved for a backward and
+    # counts them: not those of the measurement.
+    with torch.autograd.graph.saved_tensors_hooks(_itself, _itself), torch.enable_grad():
+        for repeat in range(REPEATS + 2):
+            leaves = [x.detach().requires_grad_(gradients and x.requires_grad) for x in tensors]
+            _synchronize(device)
+            start = time.perf_counter()
+            result = candidate(*leaves, **options)
+            out = result[0] if isinstance(result, tuple) else result
+            if out.requires_grad:
+                torch.autograd.backward(out, torch.ones_like(out))
+            _synchronize(device)
+            if repeat >= 2:
+                best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

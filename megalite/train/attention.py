@@ -1,0 +1,33 @@
+"""Which kinds of attention call a run will make, so that the form for each is chosen before its first step."""
+
+from __future__ import annotations
+
+from megalite.config import Config
+from megalite.kernels.attention.choice import Call
+from megalite.model.attention import split_heads
+from megalite.train.trainer import DTYPES
+
+
+def attention_calls(config: Config) -> list[Call]:
+    """Those of training and validation, on whichever rank; the same list on every rank."""
+    model, train, tensor = config.model, config.train, config.parallel.tensor
+    splits = [split_heads(model.heads, model.kv_heads, tensor, index) for index in range(tensor)]
+    # Where heads do not fall into even groups, every query head is given its own copy of its keys and values.
+    heads = sorted({(split.queries, split.kvs if split.grouped else split.queries) for split in splits})
+    passes = (True, False) if train.eval_interval else (True,)
+    return [
+        Call(
+            queries=train.seq_length,
+            keys=train.seq_length,
+            batch=train.micro_batch_size,
+            heads=queries,
+            kv_heads=kvs,
+            width=model.head_dim,
+            dtype=DTYPES[train.precision],
+            gradients=gradients,
+            window=model.sliding_window or None,
+            documents=config.data.document_mask,
+        )
+        for queries, kvs in heads
+        for gradients in passes
+    ]
