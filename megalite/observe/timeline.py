@@ -19,7 +19,7 @@ import resource
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,9 +195,10 @@ class Recorder:
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.profiler.record_function(name))
-            if self.mesh.device.type == "cuda":
-                stack.enter_context(torch.cuda.nvtx.range(name))
+            with contextlib.suppress(RuntimeError):  # a build without NVTX, a profiler that is being stopped
+                stack.enter_context(torch.profiler.record_function(name))
+                if self.mesh.device.type == "cuda":
+                    stack.enter_context(torch.cuda.nvtx.range(name))
             yield
 
     def _wait(self, axes: tuple[str, ...]) -> AbstractContextManager[None]:
@@ -218,8 +219,7 @@ class Recorder:
         """Read the marks of a step that is past."""
         seconds = _break_down(step, self.clock)
         if step.full or not self.clock.delay:
-            waits = sum(value for name, value in seconds.items() if name.startswith("wait"))
-            self.work_seconds.append(sum(seconds.values()) - waits - seconds["reduce"] - seconds["gather"])
+            self.work_seconds.append(own_work(seconds))
         self._file.add(step.number, seconds)
         if step.full:
             self._file.add_operations(step.number, *_operations(step, self.clock))
@@ -288,15 +288,11 @@ class TimelineFile:
     """One rank's rows: {first, last, steps, seconds: {phase: mean}, memory_gib} and {step, operations, waits}."""
 
     def __init__(self, mesh: Mesh, run_dir: Path) -> None:
-        self._device = mesh.device
-        folder = run_dir / TIMELINE
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = LineFile(folder / f"rank_{mesh.rank:05d}.jsonl", f"rank {mesh.rank}")
-        self._size = self._file.path.stat().st_size if self._file.path.exists() else 0
+        self._mesh = mesh
+        self._file = LineFile(run_dir / TIMELINE / f"rank_{mesh.rank:05d}.jsonl", f"rank {mesh.rank}")
+        self._size: int | None = None
         self._began = self._last = time.monotonic()
         self._row: dict[str, Any] | None = None
-        head = {"rank": mesh.rank, "host": socket.gethostname(), "device": str(mesh.device), "pid": os.getpid()}
-        self._write({**head, "shape": dict(zip(AXES, mesh.shape)), **mesh.coordinate})
 
     def add(self, step: int, seconds: dict[str, float]) -> None:
         row = {"first": step, "last": step, "steps": 1, "seconds": seconds}
@@ -313,10 +309,13 @@ class TimelineFile:
     def _flush(self) -> None:
         if self._row is not None:
             rounded = {name: round(value, 6) for name, value in self._row["seconds"].items()}
-            self._write({**self._row, "seconds": rounded, "memory_gib": round(memory_gib(self._device), 4)})
+            self._write({**self._row, "seconds": rounded, "memory_gib": round(memory_gib(self._mesh.device), 4)})
             self._row = None
 
     def _write(self, row: dict[str, Any]) -> None:
+        if self._size is None:  # the first row of this start: who writes comes before it
+            self._size = self._file.path.stat().st_size if self._file.path.exists() else 0
+            self._write(self._head())
         self._file.write(row)
         self._size += len(str(row))
         if self._size > _LIMIT_BYTES:
@@ -324,9 +323,20 @@ class TimelineFile:
             self._file.replace(rows)
             self._size = sum(len(str(row)) for row in rows)
 
+    def _head(self) -> dict[str, Any]:
+        mesh = self._mesh
+        who = {"rank": mesh.rank, "host": socket.gethostname(), "device": str(mesh.device), "pid": os.getpid()}
+        return {**who, "shape": dict(zip(AXES, mesh.shape)), **mesh.coordinate}
+
     def close(self) -> None:
         self._flush()
         self._file.close()
+
+
+def own_work(seconds: Mapping[str, float]) -> float:
+    """Of the seconds by phase: this rank's own work, neither waits nor the communication of data parallelism."""
+    others = ("reduce", "gather")
+    return sum(value for name, value in seconds.items() if not name.startswith("wait") and name not in others)
 
 
 def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

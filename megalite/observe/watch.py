@@ -12,14 +12,16 @@ import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
 from megalite.mesh import Mesh
 from megalite.observe.events import EventLog
+from megalite.observe.slow import Comparison, compare_ranks
 
 log = logging.getLogger("megalite")
 
@@ -27,28 +29,10 @@ _WARM_STEPS = 3
 """After so many steps of a start, `timeout_seconds` takes the place of start-up's patience."""
 _REPORT_STEPS = 50
 """Steps over which a rank's median work is taken before ranks are compared."""
-_SLOW = 1.25
-"""A rank whose own work takes this many times the median of its peers is called slow."""
-
 _ANSWER_SECONDS = 5.0
 """How long a roll call waits: peers notice a loss at about the same time, within a collective's timeout granularity."""
 _STORE_SECONDS = 3.0
 """What a store that answers needs beyond that."""
-
-
-def find_slowest(seconds: Sequence[float], stage_size: int) -> tuple[int, float, float]:
-    """(rank, its seconds, its peers' median) of the rank that stands out most.
-
-    Peers are the ranks of the same pipeline stage, `stage_size` in a row: stages differ in work by design. A rank
-    that is alone in its stage has all ranks for peers.
-    """
-    usual = []
-    for rank in range(len(seconds)):
-        first = rank - rank % stage_size
-        peers = seconds[first : first + stage_size] if stage_size > 1 else seconds
-        usual.append(statistics.median_low(peers))
-    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank] / max(usual[rank], 1e-9))
-    return slowest, seconds[slowest], usual[slowest]
 
 
 class Watch:
@@ -57,6 +41,7 @@ class Watch:
     def __init__(self, mesh: Mesh, run_dir: str, timeout_seconds: float, events: EventLog) -> None:
         self.mesh, self.timeout, self.events = mesh, timeout_seconds, events
         self._steps = 0
+        self._file: TextIO | None = None
         self._path = Path(run_dir) / "log" / f"rank_{mesh.rank:05d}.stack"
         self._store = dist.distributed_c10d._get_default_store() if mesh.size > 1 else None
 
@@ -66,21 +51,27 @@ class Watch:
         if self._store is None:
             yield self
             return
-        with self._path.open("w") as file:
-            self._file = file
-            try:
-                yield self
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        try:
+            self._file = self._path.open("w")
+        except OSError as error:
+            log.warning("rank %d: %s cannot be written (%s)", self.mesh.rank, self._path.name, error.strerror)
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            with contextlib.suppress(OSError):
+                self._file.close()
+                if self._path.stat().st_size == 0:
+                    self._path.unlink()
 
     def beat(self) -> None:
         """A step has begun: wind the watchdog up again."""
         self._steps += 1
         if self._store is not None and self._steps == _WARM_STEPS:
             self.mesh.set_timeout(self.timeout)
-        if self._store is not None and self._steps >= _WARM_STEPS:
+        if self._file is not None and self._steps >= _WARM_STEPS:
             # Earlier than the collectives' own timeout, so that the hung rank's stack shows where it hangs.
             faulthandler.dump_traceback_later(0.8 * self.timeout, file=self._file)
 
@@ -96,13 +87,18 @@ class Watch:
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
         world.all_gather(seconds, seconds.new_tensor([work])).wait()
         if self.mesh.rank == 0:
-            slowest, own, usual = find_slowest(seconds.tolist(), world.size // self.mesh.pp)
-            slow = own > _SLOW * usual
-            level = logging.WARNING if slow else logging.DEBUG
-            line = "step %d: rank %d works longest, %.3f s a step where the median of its peers is %.3f s"
-            log.log(level, line, step, slowest, own, usual)
-            if slow:
-                self.events.write("slow", step=step, rank=slowest, seconds=round(own, 6), median=round(usual, 6))
+            stages = {rank: rank // (world.size // self.mesh.pp) for rank in range(world.size)}
+            compared = compare_ranks(dict(enumerate(seconds.tolist())), stages)
+            if compared:
+                self._tell(step, max(compared, key=lambda each: each.ratio))
+
+    def _tell(self, step: int, slowest: Comparison) -> None:
+        level = logging.WARNING if slowest.slow else logging.DEBUG
+        line = "step %d: rank %d works longest, %.3f s a step where the median of its peers is %.3f s"
+        log.log(level, line, step, slowest.rank, slowest.seconds, slowest.usual)
+        if slowest.slow:
+            took = {"seconds": round(slowest.seconds, 6), "median": round(slowest.usual, 6)}
+            self.events.write("slow", step=step, rank=slowest.rank, **took)
 
     def roll_call(self, ended: Callable[[], bool]) -> list[int]:
         """After a communication has failed: the ranks that do not answer, because they are dead or hang.

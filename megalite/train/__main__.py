@@ -18,7 +18,7 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.cost import FORMULA, parameter_count
 from megalite.observe.events import EventLog
-from megalite.observe.metrics import draw_loss
+from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
 from megalite.runtime import (
     SILENCE_SECONDS,
@@ -86,9 +86,9 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
         announce(config, mesh, trainer, kernels.describe())
     events.write_start(world.size)
     with stop.listening(), Watch(mesh, config.run.dir, config.train.timeout_seconds, events).listening() as watch:
-        code = FAULT
+        code, observers = FAULT, Observers(config, mesh, events)
         try:
-            code = TrainingRun(config, mesh, trainer, stop, watch, events, eod).run()
+            code = TrainingRun(config, mesh, trainer, stop, watch, observers, eod).run()
             mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
         except KeyboardInterrupt:
             code = INTERRUPTED
@@ -98,9 +98,8 @@ def train(config: Config, world: World, stop: StopRequest) -> int:
                 log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
             raise
         finally:
-            events.write("stop", code=code, signal=stop.signal)
-            if world.rank == 0:
-                draw_loss(Path(config.run.dir))
+            observers.event("stop", code=code, signal=stop.signal)
+            observers.close()
     if world.size > 1:
         dist.destroy_process_group()
     return code

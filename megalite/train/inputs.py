@@ -10,6 +10,8 @@ from megalite.config import Config, check
 from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.errors import UserError
 from megalite.model.cost import parameter_count
+from megalite.observe.trackers import require_credentials
+from megalite.observe.words import counted
 from megalite.text.tokenizers import load_tokenizer
 
 
@@ -20,9 +22,11 @@ def check_inputs(config: Config, ranks: int) -> str:
         UserError: the configuration does not fit itself, that many ranks or the data.
     """
     check(config, ranks)
+    require_credentials(config)
     config, _ = resolve_tokenizer(config)
     samples, _ = open_data(config)
-    return f"ok: {parameter_count(config.model):,} parameters, {len(samples):,} samples, {ranks} ranks"
+    parts = [counted(parameter_count(config.model), "parameter"), counted(len(samples), "sample")]
+    return f"ok: {', '.join([*parts, counted(ranks, 'rank')])}"
 
 
 def resolve_tokenizer(config: Config) -> tuple[Config, int | None]:

@@ -42,7 +42,8 @@ def held_bytes(trainer: Trainer) -> dict[str, int]:
     parameters = [parameter for stage in trainer.stages.values() for parameter in stage.parameters()]
     parts: Mapping[str, Any] = {
         "parameters": [parameter.data for parameter in parameters],
-        "gradients": [getattr(parameter, "main_grad", None) for parameter in parameters],
+        # The field behind `main_grad`: asking the parameter itself would allocate whole gradients where there are none.
+        "gradients": [vars(parameter).get("_main_grad") for parameter in parameters],
         "optimizer": trainer.optimizer,
         "other buckets": trainer.buckets,
     }
