@@ -13,15 +13,35 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megalite.observe.lines import LineFile, read_lines
+from megalite.observe.lines import LineFile, iterate_lines
+from megalite.observe.metrics import number, whole
 
 EVENTS = "events.jsonl"
+_MOST_SECONDS = 1e13
+_NUMBERS = ("time", "until", "seconds", "median")
+_WHOLE = ("step", "to_step", "steps", "ranks", "rank", "code", "signal", "pid")
+_LISTS = ("samples",)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The events of a run in order of time."""
-    rows = [row for row in read_lines(run_dir / EVENTS) if isinstance(row.get("time"), int | float)]
+    """The events of a run in order of time. What is not an event, or not the value that a field holds, is left out."""
+    rows = [row for row in map(_clean, iterate_lines(run_dir / EVENTS)) if row is not None]
     return sorted(rows, key=lambda row: row["time"])
+
+
+def _clean(row: dict[str, Any]) -> dict[str, Any] | None:
+    moment = number(row.get("time"))
+    if not isinstance(row.get("event"), str) or moment is None or not 0 <= moment <= _MOST_SECONDS:
+        return None
+    return {key: value for key, value in row.items() if _is_usable(row["event"], key, value)}
+
+
+def _is_usable(event: str, key: str, value: Any) -> bool:
+    if key in _LISTS or (key == "ranks" and event == "no_answer"):
+        return isinstance(value, list) and all(whole(each) is not None for each in value)
+    if key in _WHOLE:
+        return whole(value) is not None
+    return key not in _NUMBERS or (number(value) is not None and 0 <= value <= _MOST_SECONDS)
 
 
 def process_start() -> float:

@@ -7,15 +7,18 @@ downtime.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from megalite.observe.words import times
+
 PARTS = ("training", "start-up", "checkpoints", "validation", "lost", "down", "other")
-"""`lost` are steps that were refused, rolled back, or made after the last checkpoint before an end; `other` is logging
-and whatever else a process does between steps."""
+"""`lost` are steps that were refused, had nothing to learn, were rolled back, or were made after the last checkpoint
+before an end; `other` is logging and whatever else a process does between steps."""
 
 Row = Mapping[str, Any]
 
@@ -33,8 +36,58 @@ class Goodput:
         return self.seconds["training"] / self.wall if self.wall > 0 else 0.0
 
 
+@dataclass
+class _Session:
+    """What is known of one start, up to the next: `end` is its last sign of life, or its `stop`."""
+
+    start: float
+    end: float
+    ready: float | None = None
+    stopped: bool = False
+    training: float = 0.0
+    checkpoints: float = 0.0
+    validation: float = 0.0
+    lost: float = 0.0
+
+    def seen(self, moment: float) -> None:
+        if not self.stopped:
+            self.end = max(self.end, moment)
+
+    def take_event(self, event: Row) -> None:
+        if event["event"] == "stop":
+            self.end, self.stopped = max(self.start, event["time"]), True
+        if event["event"] == "ready" and self.ready is None:
+            self.ready = event["time"]
+        self.seen(event["time"])
+
+    def take_row(self, row: Row) -> None:
+        """A line of metrics.jsonl; a step without a loss was refused, or had nothing to learn."""
+        seconds = max(0.0, row.get("step_seconds") or 0.0)
+        if row.get("loss") is None:
+            self.lost += seconds
+        else:
+            self.training += seconds
+        self.checkpoints += max(0.0, row.get("save_stall_seconds") or 0.0)
+        self.validation += max(0.0, row.get("validation_seconds") or 0.0)
+        self.seen(row["time"])
+
+    def parts(self) -> dict[str, float]:
+        whole = self.end - self.start
+        ready = self.end if self.ready is None else self.ready
+        known = {
+            "start-up": min(max(0.0, ready - self.start), whole),
+            "training": self.training,
+            "checkpoints": self.checkpoints,
+            "validation": self.validation,
+            "lost": self.lost,
+        }
+        return known | {"other": max(0.0, whole - sum(known.values()))}
+
+
 def account(events: Sequence[Row], metrics: Iterable[Row], now: float | None = None) -> Goodput | None:
     """Divide the time from the first start to the last sign of life (or `now`, while the run goes on).
+
+    One pass over the lines, none of which is kept: a run of any length costs no memory here.
 
     Args:
         events: those of `read_events`, in order of time.
@@ -44,57 +97,41 @@ def account(events: Sequence[Row], metrics: Iterable[Row], now: float | None = N
     Returns:
         None where there is no start among the events.
     """
-    starts = [event["time"] for event in events if event["event"] == "start"]
-    if not starts:
+    sessions = [_Session(event["time"], event["time"]) for event in events if event["event"] == "start"]
+    if not sessions:
         return None
-    rows = [row for row in metrics if isinstance(row.get("time"), int | float)]
+    starts = [session.start for session in sessions]
+
+    def session_at(moment: float) -> _Session | None:
+        place = bisect.bisect_right(starts, moment)
+        return sessions[place - 1] if place else None
+
+    for event in events:
+        if session := session_at(event["time"]):
+            session.take_event(event)
+        # Whose steps were lost is told by when they were made: the event may be written by the next start.
+        if event["event"] in ("lost", "rollback") and (session := session_at(event.get("until") or event["time"])):
+            session.lost += event.get("seconds") or 0.0
+            session.seen(event.get("until") or event["time"])
+    for row in metrics:
+        if row.get("time") is not None and (session := session_at(row["time"])):
+            session.take_row(row)
+    if now is not None:
+        sessions[-1].seen(now)
     seconds = dict.fromkeys(PARTS, 0.0)
-    begin, end = starts[0], starts[0]
-    for start, following in itertools.zip_longest(starts, starts[1:]):
-        seconds["down"] += max(0.0, start - end)
-
-        def mine(moment: float, first: float = start, stop: float | None = following) -> bool:
-            return first <= moment and (stop is None or moment < stop)
-
-        session = [event for event in events if mine(event["time"])]
-        made = [row for row in rows if mine(row["time"])]
-        lost = [event for event in events if event["event"] in ("lost", "rollback") and mine(_belongs(event))]
-        signs = [event["time"] for event in session] + [row["time"] for row in made]
-        signs += [event["until"] for event in lost if event.get("until")]
-        if now is not None and following is None:
-            signs.append(now)
-        stops = [event["time"] for event in session if event["event"] == "stop"]
-        end = max(stops or signs, default=start)
-        _divide(seconds, start, end, session, made, lost)
-    return Goodput(end - begin, seconds, len(starts))
-
-
-def _belongs(event: Row) -> float:
-    """A moment in the session whose steps were lost: the event itself may be written by the next one."""
-    return event.get("until") or event["time"]
-
-
-def _divide(
-    seconds: dict[str, float], start: float, end: float, session: list[Row], made: list[Row], lost: list[Row]
-) -> None:
-    """Add the parts of one session, from `start` to `end`."""
-    ready = next((event["time"] for event in session if event["event"] == "ready"), end)
-    parts = {
-        "start-up": min(max(0.0, ready - start), end - start),
-        "training": sum(row["step_seconds"] for row in made if row.get("loss") is not None),
-        "checkpoints": sum(row.get("save_stall_seconds", 0.0) for row in made),
-        "validation": sum(row.get("validation_seconds", 0.0) for row in made),
-        "lost": sum(row["step_seconds"] for row in made if row.get("loss") is None)
-        + sum(event.get("seconds", 0.0) for event in lost),
-    }
-    for name, value in parts.items():
-        seconds[name] += value
-    seconds["other"] += max(0.0, end - start - sum(parts.values()))
+    for earlier, session in itertools.pairwise([None, *sessions]):
+        assert session is not None
+        seconds["down"] += max(0.0, session.start - earlier.end) if earlier else 0.0
+        for name, value in session.parts().items():
+            seconds[name] += value
+    return Goodput(sessions[-1].end - starts[0], seconds, len(starts))
 
 
 def describe_goodput(goodput: Goodput) -> str:
     """One line for the log."""
     rest = sorted(((value, name) for name, value in goodput.seconds.items() if name != "training"), reverse=True)
     shares = ", ".join(f"{name} {value / goodput.wall:.1%}" for value, name in rest if value > 0.0005 * goodput.wall)
-    wall, times = timedelta(seconds=round(goodput.wall)), "once" if goodput.starts == 1 else f"{goodput.starts} times"
-    return f"effective training time {goodput.share:.1%} of {wall} since the first start ({shares}; started {times})"
+    wall = timedelta(seconds=round(goodput.wall))
+    shares = f"{shares}; " if shares else ""
+    started = f"started {times(goodput.starts)}"
+    return f"effective training time {goodput.share:.1%} of {wall} since the first start ({shares}{started})"

@@ -3,32 +3,96 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalite.files import write_atomically
+from megalite.observe.words import short_path
+
 log = logging.getLogger("megalite")
 
-_PATIENCE_BYTES = 1 << 24
+_PENDING_BYTES = 1 << 24
 """Lines that a full disk does not take are kept up to this size; the oldest of them are lost then."""
+_BLOCK_BYTES = 1 << 16
+_LONGEST_LINE = 1 << 24
+"""A longer line is none of ours and is passed over."""
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None where there is none (cut short, damaged, nested too deep, endless digits)."""
+    try:
+        row = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def iterate_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete objects of a file of JSON lines, one at a time; none where there is no file to read."""
+    try:
+        if not path.is_file():
+            return
+        file = path.open("rb")
+    except OSError:
+        return
+    with file:
+        skipping = False
+        while line := file.readline(_LONGEST_LINE):
+            whole = line.endswith(b"\n") or len(line) < _LONGEST_LINE
+            if whole and not skipping and (row := parse_line(line)) is not None:
+                yield row
+            skipping = not whole
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete objects of a file of JSON lines; none where there is no file, a line cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
+    """The complete objects of a file of JSON lines; a line cut short is left out."""
+    return list(iterate_lines(path))
+
+
+def lines_from_end(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of every line of an open file, last first; a file of any size costs only what is taken."""
+    end = file.seek(0, os.SEEK_END)
+    tail = b""  # begins in the middle of a line
+    while end > 0:
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        tail = file.read(end - start) + tail
+        end = start
+        if len(tail) > _LONGEST_LINE:
+            return
+        first, *lines = tail.split(b"\n")
+        place = start + len(tail)
+        for line in reversed(lines):
+            place -= len(line)
+            if line:
+                yield place, line
+            place -= 1
+        tail = first
+    if tail:
+        yield 0, tail
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+    """One line of JSON; numbers that are not finite become null, what JSON does not know its text."""
+    try:
+        text = json.dumps(row, allow_nan=False, separators=(", ", ": "), default=str)
+    except ValueError:
+        text = json.dumps(_finite(row), separators=(", ", ": "), default=str)
+    return text.encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class LineFile:
@@ -47,46 +111,75 @@ class LineFile:
         """Append a row; `durable` rows survive the machine's end, the others that of the process."""
         self._pending += to_line(row)
         try:
-            if self._descriptor is None:
-                self._open()
-            assert self._descriptor is not None
+            descriptor = self._opened()
             while self._pending:
-                self._pending = self._pending[os.write(self._descriptor, self._pending) :]
+                self._pending = self._pending[os.write(descriptor, self._pending) :]
             if durable:
-                os.fsync(self._descriptor)
+                os.fsync(descriptor)
         except OSError as error:
             self._complain(error)
         else:
             if self._failing:
-                log.warning("%s: %s is written again", self.who, self.path)
+                log.warning("%s: %s is written again", self.who, short_path(self.path))
             self._failing = False
 
-    def _open(self) -> None:
-        """Open at the end; a line that a crash cut short is closed first."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            self._pending = b"\n" + self._pending
-        self._descriptor = descriptor
+    def _opened(self) -> int:
+        """The open file, at its end; made anew, folder and all, where somebody has deleted it."""
+        if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0:
+            self.close()
+        if self._descriptor is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            self._descriptor = descriptor
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                self._pending = b"\n" + self._pending  # end the line that a crash cut short
+        return self._descriptor
 
     def _complain(self, error: OSError) -> None:
-        if len(self._pending) > _PATIENCE_BYTES:
-            self._pending = self._pending[-_PATIENCE_BYTES // 2 :].partition(b"\n")[2]
+        if len(self._pending) > _PENDING_BYTES:
+            self._pending = self._pending[-_PENDING_BYTES // 2 :].partition(b"\n")[2]
         if not self._failing:
             self._failing = True
-            log.warning("%s: %s cannot be written (%s); training goes on", self.who, self.path, error.strerror)
+            name, why = short_path(self.path), error.strerror or error
+            log.warning("%s: %s cannot be written (%s); training goes on", self.who, name, why)
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Put `rows` in the place of the whole file, at once; a full disk leaves it as it is."""
         self.close()
-        partial = self.path.with_name(self.path.name + ".partial")
         try:
-            partial.write_bytes(b"".join(map(to_line, rows)))
-            os.replace(partial, self.path)
+            write_atomically(self.path, b"".join(map(to_line, rows)), durable=False)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             self._complain(error)
+
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Take rows off the end until one is kept; those taken off, in their order.
+
+        Reads no more of the file than that. What the disk cannot give up is left, and told.
+        """
+        dropped, at = [], None
+        waiting = [row for row in map(parse_line, self._pending.splitlines()) if row is not None]
+        self._pending = b"".join(to_line(row) for row in waiting if keep(row))
+        with contextlib.suppress(FileNotFoundError), self.path.open("r+b") as file:
+            for offset, line in lines_from_end(file):
+                row = parse_line(line)
+                if row is None:
+                    continue
+                if keep(row):
+                    break
+                dropped.append(row)
+                at = offset
+            if at is not None:
+                file.truncate(at)
+        return [*reversed(dropped), *(row for row in waiting if not keep(row))]
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest row in the file."""
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            for _, line in lines_from_end(file):
+                if (row := parse_line(line)) is not None:
+                    return row
+        return None
 
     def close(self) -> None:
         if self._descriptor is not None:

@@ -1,11 +1,12 @@
-"""What a run tells: one JSON object a step in metrics.jsonl, TensorBoard and Weights & Biases, and the loss curve."""
+"""What a run tells of each step: one JSON object a line in metrics.jsonl."""
 
 from __future__ import annotations
 
 import math
-import os
+import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,24 @@ import torch
 
 from megalite.config import Config
 from megalite.model.cost import peak_flops, training_flops_per_token
-from megalite.observe.lines import LineFile, read_lines
+from megalite.observe.lines import LineFile, iterate_lines
 from megalite.observe.timeline import memory_gib
 
-_NOT_DRAWN = ("step", "time")
+METRICS = "metrics.jsonl"
+_NOT_DRAWN = ("step", "time", "extra")
+_LAST_SHARE, _LAST_STEPS = 0.02, 100
+"""A final training loss is a mean over this share of the steps, and over at most so many."""
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of metrics.jsonl. Times in seconds; `tokens`, `skipped_samples` and `rollbacks` count from the start.
 
-    `memory_gib` is the peak of rank 0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the
-    device's dense bf16 peak by the formula in `megalite.model.cost`. `loss` is null for a step that was refused.
-    `time` is when the step was over, checkpoint and all, in seconds since 1970.
+    `loss` is null for a step that was refused, or whose batch held nothing to learn. `memory_gib` is the peak of rank
+    0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the device's dense bf16 peak by the
+    formula in `megalite.model.cost`. `time` is when the step was over, checkpoint and all, in seconds since 1970.
+    `extra` are further numbers (an objective's accuracy, say), each written under its own name.
     """
 
     step: int
@@ -44,13 +50,23 @@ class StepMetrics:
     rollbacks: int
     validation_seconds: float = 0.0
     time: float = field(default_factory=time.time)
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if taken := {each.name for each in fields(self)} & set(self.extra):
+            raise ValueError(f"further metrics may not take the names {', '.join(sorted(taken))}")
 
     def row(self) -> dict[str, Any]:
         """As JSON can hold it: what is not finite becomes null."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "extra"}
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
+            for key, value in (own | dict(self.extra)).items()
         }
+
+    def numbers(self) -> dict[str, float]:
+        """What trackers draw over the steps: every finite number by its name."""
+        return {key: value for key, value in self.row().items() if value is not None and key not in _NOT_DRAWN}
 
 
 class SpeedMeter:
@@ -62,9 +78,9 @@ class SpeedMeter:
         self.peak = peak_flops(device)
 
     def rates(self, tokens: int, seconds: float) -> dict[str, Any]:
-        per_device = tokens / seconds * self.flops_per_token / self.world_size
+        per_device = tokens / max(seconds, 1e-9) * self.flops_per_token / self.world_size
         return {
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
             "tflops_per_device": per_device / 1e12,
             "mfu": per_device / self.peak if self.peak else None,
         }
@@ -73,82 +89,64 @@ class SpeedMeter:
         return memory_gib(self.device)
 
 
+def number(value: Any) -> float | None:
+    """A finite number of ordinary size, as JSON may hold it; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -_LARGEST < value < _LARGEST else None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number that is no smaller than 0 and fits 53 bits; None for anything else."""
+    return value if type(value) is int and 0 <= value < 1 << 53 else None
+
+
+def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file that belong to a step, one at a time; values that are no numbers become None."""
+    for row in iterate_lines(path):
+        if whole(row.get("step")) is not None:
+            yield {key: value if key == "step" else number(value) for key, value in row.items()}
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a last line cut short by a crash is left out."""
-    return [row for row in read_lines(path) if isinstance(row.get("step"), int)]
+    """All of `iterate_metrics`; a last line cut short by a crash is left out."""
+    return list(iterate_metrics(path))
 
 
-class MetricsLog:
-    """Appends step metrics to every configured place. Only rank 0 has one.
+def final_losses(losses: Sequence[float | None], validation: Iterable[float | None]) -> tuple[float, float]:
+    """(training, validation) loss at the end of a run; nan where there is none.
 
-    Resuming at step n, `rewind(n)` drops the lines after n: those steps are about to be run again.
+    One batch is noise, so the training loss is the mean over the last 2 % of the steps, at most 100.
     """
+    recent = losses[-max(1, min(_LAST_STEPS, round(_LAST_SHARE * len(losses)))) :]
+    finite = [loss for loss in recent if loss is not None and math.isfinite(loss)]
+    checked = [loss for loss in validation if loss is not None and math.isfinite(loss)]
+    return statistics.fmean(finite) if finite else math.nan, checked[-1] if checked else math.nan
 
-    def __init__(self, config: Config, resumed_step: int) -> None:
-        run = Path(config.run.dir)
-        self._file = LineFile(run / "metrics.jsonl", "rank 0")
-        self._tensorboard: Any = None
-        self._wandb: Any = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=resumed_step + 1)
-        if config.log.wandb:
-            import wandb  # type: ignore[import-not-found]
+def describe_losses(training: float, validation: float) -> str:
+    """The two of `final_losses` in words, validation first."""
+    parts = [f"validation loss {validation:.3f}"] if math.isfinite(validation) else []
+    parts += [f"training loss {training:.3f}"] if math.isfinite(training) else []
+    return ", ".join(parts)
 
-            self._wandb = wandb.init(project="megalite", dir=str(run), config=asdict(config), resume="allow")
+
+class MetricsFile:
+    """metrics.jsonl of a run; rank 0 writes it."""
+
+    def __init__(self, run_dir: Path | str) -> None:
+        self._file = LineFile(Path(run_dir) / METRICS, "rank 0")
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Keep the lines up to `step` and go on after them; the lines that were dropped."""
-        rows = read_metrics(self._file.path)
-        dropped = [row for row in rows if row["step"] > step]
-        if dropped or not self._file.path.exists():
-            self._file.replace(row for row in rows if row["step"] <= step)
-        return dropped
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All lines, of earlier starts too."""
-        return read_metrics(self._file.path)
+        """Drop the lines after `step`, those steps are about to be made again; what was dropped."""
+        return self._file.cut(lambda row: (whole(row.get("step")) or 0) <= step)
 
     def write(self, metrics: StepMetrics) -> None:
         self._file.write(metrics.row())
-        numbers = {key: value for key, value in metrics.row().items() if value is not None and key not in _NOT_DRAWN}
-        if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, metrics.step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=metrics.step)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All lines, of earlier starts too, one at a time."""
+        return iterate_metrics(self._file.path)
 
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def draw_loss(run_dir: Path) -> None:
-    """Draw run_dir/loss.png from the metrics, with validation losses where there are any."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = [row for row in read_metrics(run_dir / "metrics.jsonl") if row["loss"] is not None]
-    if not rows:
-        return
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], linewidth=1.2, label="training")
-    checked = [row for row in rows if row["validation_loss"] is not None]
-    if checked:
-        axes.plot(
-            [row["step"] for row in checked], [row["validation_loss"] for row in checked], "o-", label="validation"
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"{rows[-1]['tokens'] / 1e6:,.2f} M tokens, final loss {rows[-1]['loss']:.3f}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    partial = run_dir / "loss.png.partial"
-    figure.savefig(partial, format="png")
-    os.replace(partial, run_dir / "loss.png")

@@ -10,7 +10,7 @@ import contextlib
 import faulthandler
 import logging
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +19,7 @@ import torch
 from megalite.mesh import Mesh
 from megalite.observe.events import EventLog
 from megalite.observe.roll_call import RollCall
+from megalite.observe.slow import Comparison, compare_ranks
 
 log = logging.getLogger("megalite")
 
@@ -26,23 +27,6 @@ _WARM_STEPS = 3
 """After so many steps of a start, `timeout_seconds` takes the place of start-up's patience."""
 _REPORT_STEPS = 50
 """Steps over which a rank's median work is taken before ranks are compared."""
-_SLOW = 1.25
-"""A rank whose own work takes this many times the median of its peers is called slow."""
-
-
-def find_slowest(seconds: Sequence[float], stage_size: int) -> tuple[int, float, float]:
-    """(rank, its seconds, its peers' median) of the rank that stands out most.
-
-    Peers are the ranks of the same pipeline stage, `stage_size` in a row: stages differ in work by design. A rank
-    that is alone in its stage has all ranks for peers.
-    """
-    usual = []
-    for rank in range(len(seconds)):
-        first = rank - rank % stage_size
-        peers = seconds[first : first + stage_size] if stage_size > 1 else seconds
-        usual.append(statistics.median_low(peers))
-    slowest = max(range(len(seconds)), key=lambda rank: seconds[rank] / max(usual[rank], 1e-9))
-    return slowest, seconds[slowest], usual[slowest]
 
 
 class Watch:
@@ -101,10 +85,15 @@ class Watch:
         seconds = torch.zeros(world.size, dtype=torch.float64, device=self.mesh.device)
         world.all_gather(seconds, seconds.new_tensor([work])).wait()
         if self.mesh.rank == 0:
-            slowest, own, usual = find_slowest(seconds.tolist(), world.size // self.mesh.pp)
-            slow = own > _SLOW * usual
-            level = logging.WARNING if slow else logging.DEBUG
-            line = "step %d: rank %d works longest, %.3f s a step where the median of its peers is %.3f s"
-            log.log(level, line, step, slowest, own, usual)
-            if slow:
-                self.events.write("slow", step=step, rank=slowest, seconds=round(own, 6), median=round(usual, 6))
+            stages = {rank: rank // (world.size // self.mesh.pp) for rank in range(world.size)}
+            compared = compare_ranks(dict(enumerate(seconds.tolist())), stages)
+            if compared:
+                self._tell(step, max(compared, key=lambda each: each.ratio))
+
+    def _tell(self, step: int, slowest: Comparison) -> None:
+        level = logging.WARNING if slowest.slow else logging.DEBUG
+        line = "step %d: rank %d works longest, %.3f s a step where the median of its peers is %.3f s"
+        log.log(level, line, step, slowest.rank, slowest.seconds, slowest.usual)
+        if slowest.slow:
+            took = {"seconds": round(slowest.seconds, 6), "median": round(slowest.usual, 6)}
+            self.events.write("slow", step=step, rank=slowest.rank, **took)

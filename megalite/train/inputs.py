@@ -13,6 +13,8 @@ from megalite.config.sources import parse_sources
 from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.errors import UserError
 from megalite.model.cost import parameter_count
+from megalite.observe.trackers import require_credentials
+from megalite.observe.words import counted
 from megalite.text.tokenizers import load_tokenizer
 
 _ORDER_BYTES = 12
@@ -26,14 +28,11 @@ def check_inputs(config: Config, ranks: int) -> str:
         UserError: the configuration does not fit itself, that many ranks or the data.
     """
     check(config, ranks)
+    require_credentials(config)
     config, _ = resolve_tokenizer(config)
     samples, _ = open_data(config)
-    words = (f"{parameter_count(config.model):,} parameters", _counted(len(samples), "sample"), _repetition(samples))
-    return "ok: " + ", ".join(filter(None, (*words, _counted(ranks, "rank"))))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    words = (counted(parameter_count(config.model), "parameter"), counted(len(samples), "sample"), _repetition(samples))
+    return "ok: " + ", ".join(filter(None, (*words, counted(ranks, "rank"))))
 
 
 def _repetition(samples: TokenDataset) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,19 +19,17 @@ from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
-from megalite.observe.events import EventLog, read_events
-from megalite.observe.goodput import account, describe_goodput
-from megalite.observe.metrics import MetricsLog, SpeedMeter, StepMetrics
-from megalite.observe.progress import ProgressDisplay, describe
-from megalite.observe.timeline import Recorder
+from megalite.observe.metrics import SpeedMeter, StepMetrics
+from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
+from megalite.observe.words import counted
 from megalite.optim.schedule import learning_rate
 from megalite.runtime import StopRequest
 from megalite.train.attention import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
 from megalite.train.reader import Reader
-from megalite.train.recovery import SpikeDetector, next_sample, skip_range
+from megalite.train.recovery import SpikeDetector, next_sample, skip_range, unearned
 from megalite.train.trainer import StepResult, Trainer
 
 MAX_REFUSED_STEPS = 5
@@ -39,12 +39,13 @@ log = logging.getLogger("megalite")
 
 
 @dataclass
-class Position:
+class RunState:
     """Where a run stands; saved with every checkpoint. All of it is the same on every rank.
 
     `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` those trained on.
     `planned_samples` is what the run was first planned for: the data order of a longer plan begins with it.
-    `skips` are the sample ranges [first, stop) to leave out, `losses` the spike detector's window, `attention` the form
+    `skips` are the sample ranges [first, stop) to leave out, `losses` and `lr` the spike detector's memory. `rollbacks`
+    counts all of them, `rolled_back_at` are the steps of those that have not been earned back. `attention` is the form
     that was chosen for each kind of attention call (empty where the configuration names one).
     """
 
@@ -58,16 +59,22 @@ class Position:
     skips: list[tuple[int, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     attention: dict[str, str] = field(default_factory=dict)
+    lr: float = 0.0
+    rolled_back_at: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Outcome:
-    """A step that was tried: its result, the global batch it took, and what is wrong with it, if anything."""
+    """A step that was tried: its result, the global batch it took, and what is wrong with it, if anything.
+
+    `loss` is nan where there is none: nothing of the batch was to be learned.
+    """
 
     result: StepResult
     first: int
     samples: int
     lr: float
+    loss: float
     trouble: str = ""
 
 
@@ -81,40 +88,39 @@ class TrainingRun:
         trainer: Trainer,
         stop: StopRequest,
         watch: Watch,
-        events: EventLog,
+        observers: Observers,
         eod: int | None,
         lock: RunLock | None,
         accept: Callable[[], None],
     ) -> None:
         self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
-        self.events, self._accept = events, accept
+        self.observers, self._accept = observers, accept
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
         kept = None if config.checkpoint.allow_data_change else planned_samples(config.run.dir, mesh)
         self.planned = kept or config.samples_after(config.train.steps)
         train, valid = open_data(config, self.planned)
         self.fingerprint = train.fields()
-        self.position = Position()
+        self.state = RunState()
         self.detector = SpikeDetector(config.recovery.spike_threshold)
         self.train_data = Reader(config, mesh, trainer, train, eod)
         self.valid_data = Reader(config, mesh, trainer, valid, eod)
         self.checkpoints = CheckpointManager(config.run.dir, config, mesh, lock)
         self.meter = SpeedMeter(config, mesh.size, mesh.device)
-        self.recorder = Recorder(mesh, config.run.dir)
-        self.profiler = Profiler(config, mesh, trainer, self.recorder)
-        trainer.observe = self.recorder.observe
-        self.metrics: MetricsLog | None = None
-        self.display: ProgressDisplay | None = None
+        observers.wrap_steps("profiler", lambda: Profiler(config, mesh, trainer, observers.recorder).step)
+        trainer.observe = observers.recorder.observe
         self._refused = 0
+        self._recent: deque[int] = deque(maxlen=MAX_REFUSED_STEPS)
+        """First samples of the latest steps: where a spike began that shows some steps later."""
 
     def run(self) -> int:
         """Train until the plan's end, `stop_after`, or a signal; returns the exit code."""
         try:
             self._start()
-            if self.position.step >= self.last_step:
-                log.info("step %d of %d is done already: nothing to do", self.position.step, self.last_step)
+            if self.state.step >= self.last_step:
+                log.info("step %d of %d is done already: nothing to do", self.state.step, self.last_step)
                 return FINISHED
             if self._asked_to_stop():
-                log.info("stopped on request at step %d, before another was begun", self.position.step)
+                log.info("stopped on request at step %d, before another was begun", self.state.step)
                 return STOPPED
             return self._train()
         finally:
@@ -125,17 +131,14 @@ class TrainingRun:
         state = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint)
         if state is not None:
             self._take_up(state)
-            log.info("resumed at step %d", self.position.step)
+            log.info("resumed at step %d", self.state.step)
         else:
             self._begin()
-        calls, position = attention_calls(self.config), self.position
-        position.attention = choose_attention(self.trainer.kernels, calls, self.mesh, position.attention)
+        calls = attention_calls(self.config)
+        self.state.attention = choose_attention(self.trainer.kernels, calls, self.mesh, self.state.attention)
         self.checkpoints.accept()
         self._accept()
-        if self.mesh.rank == 0:
-            self.metrics = MetricsLog(self.config, self.position.step)
-            self._rewind_metrics()
-            self.display = ProgressDisplay(self.position.step, self.last_step, self.config.log.interval)
+        self.observers.begin(self.state.step, self.last_step)
 
     def _begin(self) -> None:
         """Start from `checkpoint.load`, or with initial weights."""
@@ -147,22 +150,22 @@ class TrainingRun:
             return
         state = self.checkpoints.load(self.trainer, Path(source), optimizer=self.config.checkpoint.load_optimizer)
         self._take_up(state)
-        log.info("started from %s at step %d", source, self.position.step)
+        log.info("started from %s at step %d", source, self.state.step)
 
     def _take_up(self, state: dict[str, Any]) -> None:
         """Stand where `state` was saved; its data were compared with this run's when it was loaded."""
-        chosen = self.position.attention
-        self.position = Position(**state | {"fingerprint": self.fingerprint, "planned_samples": self.planned})
-        self.position.attention = chosen or self.position.attention
-        self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.position.losses)
+        chosen = self.state.attention
+        self.state = RunState(**state | {"fingerprint": self.fingerprint, "planned_samples": self.planned})
+        self.state.attention = chosen or self.state.attention
+        self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.state.losses, self.state.lr)
 
     def _train(self) -> int:
-        self.events.write("ready", step=self.position.step)
-        while self.position.step < self.last_step:
-            step = self.position.step + 1
+        self.observers.event("ready", step=self.state.step)
+        while self.state.step < self.last_step:
+            step = self.state.step + 1
             self.watch.beat()
             self.checkpoints.guard()
-            with self.profiler.step(step), self.recorder.step(step):
+            with self.observers.step(step):
                 started = time.perf_counter()
                 outcome = self._step(step)
                 seconds = time.perf_counter() - started
@@ -180,7 +183,7 @@ class TrainingRun:
             due = step == self.last_step or stopping or (interval and step % interval == 0)
             stall = self._save() if due else 0.0
             self._report(outcome, seconds, validation, validating, stall)
-            self.watch.compare(step, self.recorder.work_seconds)
+            self.watch.compare(step, self.observers.recorder.work_seconds)
             if stopping and step < self.last_step:
                 return self._saved(STOPPED, f"stopped on request at step {step}, with a checkpoint")
         return self._saved(FINISHED, f"finished at step {self.last_step}")
@@ -192,13 +195,13 @@ class TrainingRun:
     def _save(self) -> float:
         """Make a checkpoint; the seconds for which training stood still."""
         failures = self.checkpoints.failures
-        stall = self.checkpoints.save(self.trainer, asdict(self.position))
+        stall = self.checkpoints.save(self.trainer, asdict(self.state))
         self._tell_failures(failures)
         return stall
 
     def _tell_failures(self, before: int) -> None:
         if self.checkpoints.failures > before:
-            self.events.write("save_failed", step=self.position.step, why=self.checkpoints.last_failure)
+            self.observers.event("save_failed", step=self.state.step, why=self.checkpoints.last_failure)
 
     def _saved(self, code: int, message: str) -> int:
         """End with `code` once the last checkpoint is safe; a fault if it could not be written."""
@@ -210,134 +213,119 @@ class TrainingRun:
                 f"the last checkpoint could not be written ({self.checkpoints.last_failure}); "
                 f"mend this and start the same command to go on from the one before, in {self.config.run.dir}"
             )
-        if self.metrics is not None:
-            goodput = account(read_events(Path(self.config.run.dir)), self.metrics.rows(), time.time())
-            if goodput is not None:
-                log.info("%s", describe_goodput(goodput))
+        self.observers.tell_goodput()
         log.info("%s", message)
         return code
 
     def _step(self, step: int) -> Outcome:
         """One step of the plan, and whether something is wrong with it."""
-        position = self.position
-        first = next_sample(position.samples, position.skips)
-        position.skipped_samples += first - position.samples
+        state = self.state
+        first = next_sample(state.samples, state.skips)
+        state.skipped_samples += first - state.samples
         samples = self.config.batch_size_at(first)
         lr = learning_rate(step, self.config)
-        with self.recorder.phase("data"):
+        with self.observers.recorder.phase("data"):
             batches = self.train_data.read(first, samples)
         result = self.trainer.step(batches, lr, flag=float(self.stop.signal is not None))
-        position.step, position.samples = step, first + samples
-        outcome = Outcome(result, first, samples, lr)
+        state.step, state.samples = step, first + samples
+        outcome = Outcome(result, first, samples, lr, result.loss)
+        self._recent.append(first)
         if not result.accepted:
-            self._refused += 1
-            position.skipped_samples += samples
-            log.warning("step %d refused: loss %s, gradient norm %s", step, result.loss, result.grad_norm)
-            self.events.write("refused", step=step, loss=str(result.loss), grad_norm=str(result.grad_norm))
-            if self._refused >= MAX_REFUSED_STEPS:
-                outcome.trouble = f"loss or gradient was not finite in {self._refused} steps in a row"
+            self._refuse(outcome)
             return outcome
         self._refused = 0
-        position.tokens += samples * self.config.train.seq_length
-        if self.detector.is_spike(result.loss):
+        if result.units == 0:
+            outcome.loss = math.nan
+            log.warning("step %d: nothing to learn in samples %d to %d", step, first, first + samples - 1)
+            self.observers.event("empty", step=step, samples=[first, first + samples])
+            return outcome
+        state.tokens += samples * self.config.train.seq_length
+        if lasted := self.detector.spike_steps(result.loss, lr):
             outcome.trouble = f"loss {result.loss:.4f} stands out of the recent {len(self.detector.losses)}"
-        position.losses = self.detector.losses
+            outcome.first = list(self._recent)[-lasted:][0]
+        state.losses, state.lr = self.detector.losses, self.detector.lr
         return outcome
+
+    def _refuse(self, outcome: Outcome) -> None:
+        """A loss or a gradient was not finite: nothing was updated, the data count as skipped."""
+        result, step = outcome.result, self.state.step
+        self._refused += 1
+        self.state.skipped_samples += outcome.samples
+        log.warning("step %d refused: loss %s, gradient norm %s", step, result.loss, result.grad_norm)
+        self.observers.event("refused", step=step, loss=str(result.loss), grad_norm=str(result.grad_norm))
+        if self._refused >= MAX_REFUSED_STEPS:
+            outcome.trouble = f"loss or gradient was not finite in {self._refused} steps in a row"
 
     def _roll_back(self, outcome: Outcome, started: float) -> None:
         """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around here.
 
         `started` is the clock when the step began that is given up.
         """
-        recovery, step = self.config.recovery, self.position.step
-        rollbacks = self.position.rollbacks + 1
-        if rollbacks > recovery.max_rollbacks:
-            tried = f" after {rollbacks - 1} rollbacks (recovery.max_rollbacks)" if rollbacks > 1 else ""
+        recovery, state = self.config.recovery, self.state
+        step, read, skips, rollbacks = state.step, state.samples, state.skips, state.rollbacks + 1
+        counting = [*unearned(state.rolled_back_at, step, recovery.rollback_steps), step]
+        if len(counting) > recovery.max_rollbacks:
+            tried = counted(len(counting) - 1, "rollback")
+            tried = f" after {tried} not earned back (recovery.max_rollbacks)" if len(counting) > 1 else ""
             raise Diverged(f"step {step}: {outcome.trouble}{tried}")
-        skips = self.position.skips
         saved = self.checkpoints.steps()
         early_enough = [other for other in saved if other <= step - recovery.rollback_steps]
         target = max(early_enough, default=min(saved, default=0))
-        state = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint, at_most=target)
-        if state is not None:
-            self._take_up(state)
+        loaded = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint, at_most=target)
+        if loaded is not None:
+            self._take_up(loaded)
         else:
             self._begin()
-        self.checkpoints.discard_after(self.position.step)
-        skip = skip_range(outcome.first, outcome.samples, recovery.skip_steps, self.position.samples)
-        self.position.skips = [*skips, skip]
-        self.position.rollbacks, self._refused = rollbacks, 0
+        self.checkpoints.discard_after(self.state.step)
+        first, stop = skip_range(outcome.first, outcome.samples, recovery.skip_steps, self.state.samples, read)
+        self.state.skips = [*skips, (first, stop)]
+        self.state.rollbacks, self.state.rolled_back_at, self._refused = rollbacks, counting, 0
         log.warning(
             "step %d: %s; back to step %d, leaving out samples %d to %d (rollback %d of %d)",
             step,
             outcome.trouble,
-            self.position.step,
-            skip[0],
-            skip[1] - 1,
-            rollbacks,
+            self.state.step,
+            first,
+            stop - 1,
+            len(counting),
             recovery.max_rollbacks,
         )
-        self.events.write(
-            "rollback",
-            step=step,
-            to_step=self.position.step,
-            why=outcome.trouble,
-            samples=[skip[0], skip[1]],
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        self._rewind_metrics()
-
-    def _rewind_metrics(self) -> None:
-        """Take back the lines of steps that will be made again; how much time they took remains known."""
-        if self.metrics is None:
-            return
-        dropped = self.metrics.rewind(self.position.step)
-        if dropped:
-            seconds = sum(row["step_seconds"] + row["save_stall_seconds"] for row in dropped)
-            self.events.write(
-                "lost",
-                to_step=self.position.step,
-                steps=len(dropped),
-                seconds=round(seconds, 3),
-                until=dropped[-1].get("time"),
-            )
+        facts = {"step": step, "to_step": self.state.step, "why": outcome.trouble, "samples": [first, stop]}
+        self.observers.event("rollback", **facts, seconds=round(time.perf_counter() - started, 3))
+        self.observers.rewind(self.state.step)
 
     def _validate(self) -> float:
-        """Mean loss over the first `train.eval_samples` validation samples."""
+        """Mean loss over the first `train.eval_samples` validation samples; nan where they hold nothing to predict."""
         loss, tokens = self.trainer.evaluate(self.valid_data.read(0, self.config.train.eval_samples))
+        if not tokens:
+            log.warning("step %d: no token of the validation samples counts, so there is no loss", self.state.step)
         return loss / tokens if tokens else math.nan
 
     def _report(
         self, outcome: Outcome, seconds: float, validation: float | None, validating: float, stall: float
     ) -> None:
-        if self.metrics is None or self.display is None:
-            return
-        row = StepMetrics(
-            step=self.position.step,
-            loss=outcome.result.loss,
-            grad_norm=outcome.result.grad_norm,
-            lr=outcome.lr,
-            tokens=self.position.tokens,
-            step_seconds=seconds,
-            memory_gib=self.meter.memory_gib(),
-            validation_loss=validation,
-            validation_seconds=validating,
-            save_stall_seconds=stall,
-            skipped_samples=self.position.skipped_samples,
-            rollbacks=self.position.rollbacks,
-            **self.meter.rates(outcome.samples * self.config.train.seq_length, seconds),
+        self.observers.report(
+            StepMetrics(
+                step=self.state.step,
+                loss=outcome.loss,
+                grad_norm=outcome.result.grad_norm,
+                lr=outcome.lr,
+                tokens=self.state.tokens,
+                step_seconds=seconds,
+                memory_gib=self.meter.memory_gib(),
+                validation_loss=validation,
+                validation_seconds=validating,
+                save_stall_seconds=stall,
+                skipped_samples=self.state.skipped_samples,
+                rollbacks=self.state.rollbacks,
+                extra=outcome.result.metrics,
+                **self.meter.rates(outcome.samples * self.config.train.seq_length, seconds),
+            )
         )
-        self.metrics.write(row)
-        self.display.show(row)
-        if row.step % self.config.log.interval == 0:
-            log.debug("step %d  %s", row.step, describe(row))
 
     def _close(self) -> None:
-        self.train_data.close()
-        self.valid_data.close()
-        self.recorder.close()
-        if self.display is not None:
-            self.display.close()
-        if self.metrics is not None:
-            self.metrics.close()
-        self.checkpoints.close()
+        """Close everything, whatever happens to one of them; the first error is the one that is seen."""
+        with contextlib.ExitStack() as stack:
+            for close in (self.checkpoints.close, self.valid_data.close, self.train_data.close):
+                stack.callback(close)
+            self.observers.close_display()

@@ -8,7 +8,6 @@ operations named in it (`2F0`). Under `nsys profile` the same steps get NVTX ran
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,6 @@ from megalite.mesh import Mesh
 from megalite.observe.timeline import Recorder
 from megalite.train.memory import explain_memory, is_out_of_memory, record_allocations
 from megalite.train.trainer import Trainer
-
-log = logging.getLogger("megalite")
 
 FOLDER = "profile"
 _NSIGHT = "NSYS_PROFILING_SESSION_ID"
@@ -69,9 +66,6 @@ class Profiler:
                 yield
         finally:
             self.recorder.naming = False
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{number:08d}_rank_{self.mesh.rank:05d}.json"
-        try:
-            profiler.export_chrome_trace(str(path))
-        except (OSError, RuntimeError) as error:
-            log.warning("rank %d: %s cannot be written: %s", self.mesh.rank, path, error)
+        profiler.export_chrome_trace(str(path))

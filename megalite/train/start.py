@@ -23,7 +23,7 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.cost import FORMULA, parameter_count
 from megalite.observe.events import EventLog
-from megalite.observe.metrics import draw_loss
+from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
 from megalite.runtime import RunLog, StopRequest, World, choose_device, connect
 from megalite.train.loop import TrainingRun
@@ -130,10 +130,10 @@ class Start:
             return self._train(mesh, trainer, watch, eod)
 
     def _train(self, mesh: Mesh, trainer: Trainer, watch: Watch, eod: int | None) -> int:
-        code = FAULT
+        code, observers = FAULT, Observers(self.config, mesh, self.events)
         try:
             code = TrainingRun(
-                self.config, mesh, trainer, self.stop, watch, self.events, eod, self.lock, self.accept
+                self.config, mesh, trainer, self.stop, watch, observers, eod, self.lock, self.accept
             ).run()
             mesh.world.all_reduce(torch.zeros(1, device=mesh.device)).wait()  # nobody leaves while another still talks
             return code
@@ -148,6 +148,5 @@ class Start:
             raise
         finally:
             if self.accepted:
-                self.events.write("stop", code=code, signal=self.stop.signal)
-                if self.world.rank == 0:
-                    draw_loss(Path(self.config.run.dir))
+                observers.event("stop", code=code, signal=self.stop.signal)
+            observers.close()

@@ -52,7 +52,7 @@ def test_a_day_with_everything_in_it():
         "other": pytest.approx(98 - 10 - 40 - 8 - 40 + 200 - 12 - 22 - 22 - 25 - 25 - 30),
     }
     assert sum(goodput.seconds.values()) == pytest.approx(goodput.wall)
-    assert "27.3% of 0:06:40" in describe_goodput(goodput) and "started 2 times" in describe_goodput(goodput)
+    assert "27.3% of 0:06:40" in describe_goodput(goodput) and "started twice" in describe_goodput(goodput)
 
 
 @pytest.mark.fast

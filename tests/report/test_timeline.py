@@ -241,7 +241,7 @@ for number in range(10):
 def test_what_a_disk_that_stays_full_does_not_take_is_bounded(tmp_path, monkeypatch):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr(lines, "_PATIENCE_BYTES", 1000)
+    monkeypatch.setattr(lines, "_PENDING_BYTES", 1000)
     file = LineFile(tmp_path / "rows", "rank 0")
     file.path = type(tmp_path)("/dev/full")
     for number in range(1000):

@@ -1,0 +1,168 @@
+"""All that stands beside the training, called through one place: metrics, trackers, timelines, profiles, progress,
+events, pictures.
+
+An observer may fail in any way: a full disk, a folder that vanished, a network, a bug in somebody's library. What it
+raises is told once, as a warning, and goes no further: an observer never changes what a run does, how it ends, or which
+error is seen. Every one of them is closed, whatever the others do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megalite.config import Config
+from megalite.mesh import Mesh
+from megalite.observe.events import EventLog, read_events
+from megalite.observe.goodput import account, describe_goodput
+from megalite.observe.metrics import MetricsFile, StepMetrics
+from megalite.observe.picture import draw_loss
+from megalite.observe.progress import ProgressDisplay, describe
+from megalite.observe.timeline import Recorder
+from megalite.observe.trackers import TensorBoard, Tracker, WeightsAndBiases
+
+log = logging.getLogger("megalite")
+Result = TypeVar("Result")
+
+
+class Guard:
+    """Calls what may fail. The first failure of each name is logged, and that it works again."""
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self._failing: set[str] = set()
+
+    def call(self, name: str, action: Callable[..., Result], *arguments: Any, **named: Any) -> Result | None:
+        """What `action` returns; None where it raises."""
+        try:
+            result = action(*arguments, **named)
+        except Exception as error:
+            self._tell(name, error)
+            return None
+        if name in self._failing:
+            self._failing.discard(name)
+            log.warning("%s: %s works again", self.who, name)
+        return result
+
+    def _tell(self, name: str, error: Exception) -> None:
+        if name not in self._failing:
+            self._failing.add(name)
+            why = next(iter(str(error).strip().splitlines()), "")
+            log.warning("%s: %s failed (%s: %s); training goes on", self.who, name, type(error).__name__, why)
+
+    @contextlib.contextmanager
+    def around(self, name: str, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """`with make():`, where only what stands inside can raise."""
+        with contextlib.ExitStack() as stack:
+            self.call(name, lambda: stack.enter_context(make()))
+            leave = stack.pop_all()
+        try:
+            yield
+        except BaseException as error:
+            # The observer sees the error, and may say something about it, but neither swallow nor replace it.
+            self.call(name, leave.__exit__, type(error), error, error.__traceback__)
+            raise
+        self.call(name, leave.close)
+
+
+class Observers:
+    """One rank's observers. Until `begin` nothing is written but events."""
+
+    def __init__(self, config: Config, mesh: Mesh, events: EventLog) -> None:
+        self.config, self.mesh, self.events = config, mesh, events
+        self.run_dir = Path(config.run.dir)
+        self.recorder = Recorder(mesh, self.run_dir)
+        self.guard = Guard(f"rank {mesh.rank}")
+        self._around: dict[str, Callable[[int], AbstractContextManager[None]]] = {"timeline": self.recorder.step}
+        self._metrics: MetricsFile | None = None
+        self._trackers: dict[str, Tracker] = {}
+        self._display: ProgressDisplay | None = None
+
+    def wrap_steps(self, name: str, make: Callable[[], Callable[[int], AbstractContextManager[None]]]) -> None:
+        """Put the context manager that `make()` gives for a step's number around that step, outside of the others."""
+        if (step := self.guard.call(name, make)) is not None:
+            self._around = {name: step} | self._around
+
+    def begin(self, step: int, last: int) -> None:
+        """The run stands at `step` and will go to `last`. Rank 0 opens its files and its display."""
+        if self.mesh.rank > 0:
+            return
+        self._metrics = MetricsFile(self.run_dir)
+        self.rewind(step)
+        if self.config.log.tensorboard:
+            self._track("TensorBoard", lambda: TensorBoard(self.run_dir / "tensorboard", step + 1))
+        if self.config.log.wandb:
+            self._track("Weights & Biases", lambda: WeightsAndBiases(self.config))
+        self._display = self.guard.call("progress display", ProgressDisplay, last, self.config.log.interval)
+
+    def _track(self, name: str, make: Callable[[], Tracker]) -> None:
+        if (tracker := self.guard.call(name, make)) is not None:
+            self._trackers[name] = tracker
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around a step of the training."""
+        with contextlib.ExitStack() as stack:
+            for name, observe in self._around.items():
+                stack.enter_context(self.guard.around(name, lambda observe=observe: observe(number)))  # type: ignore[misc]
+            yield
+
+    def event(self, kind: str, **facts: Any) -> None:
+        self.guard.call("events", self.events.write, kind, **facts)
+
+    def rewind(self, step: int) -> None:
+        """Take back the lines of steps that will be made again; how much time they took remains known."""
+        if self._metrics is None:
+            return
+        dropped = self.guard.call("metrics", self._metrics.rewind, step)
+        if dropped:
+            spent = [row.get(name) for row in dropped for name in ("step_seconds", "save_stall_seconds")]
+            seconds = sum(value for value in spent if isinstance(value, int | float) and math.isfinite(value))
+            until = dropped[-1].get("time")
+            self.event("lost", to_step=step, steps=len(dropped), seconds=round(seconds, 3), until=until)
+
+    def report(self, metrics: StepMetrics) -> None:
+        """A step is over. Rank 0 writes it everywhere."""
+        if self._metrics is None:
+            return
+        self.guard.call("metrics", self._metrics.write, metrics)
+        for name, tracker in self._trackers.items():
+            self.guard.call(name, tracker.write, metrics.step, metrics.numbers())
+        if self._display is not None:
+            self.guard.call("progress display", self._display.show, metrics)
+        if metrics.step % self.config.log.interval == 0:
+            log.debug("step %d  %s", metrics.step, "  ".join(describe(metrics)))
+
+    def tell_goodput(self) -> None:
+        """Log how much of the time since the first start went into training."""
+        if self._metrics is not None:
+            self.guard.call("effective training time", self._tell_goodput, self._metrics)
+
+    def _tell_goodput(self, metrics: MetricsFile) -> None:
+        goodput = account(read_events(self.run_dir), metrics, time.time())
+        if goodput is not None:
+            log.info("%s", describe_goodput(goodput))
+
+    def close_display(self) -> None:
+        """What is logged from here on stands below the last line of the progress display."""
+        if self._display is not None:
+            self.guard.call("progress display", self._display.close)
+            self._display = None
+
+    def close(self) -> None:
+        """Close every one of them, and draw the loss curve. A second call does nothing more."""
+        self.close_display()
+        self.guard.call("timeline", self.recorder.close)
+        if self._metrics is not None:
+            self.guard.call("metrics", self._metrics.close)
+            self.guard.call("loss.png", draw_loss, self.run_dir)
+            self._metrics = None
+        while self._trackers:
+            name, tracker = self._trackers.popitem()
+            self.guard.call(name, tracker.close)

@@ -1,0 +1,137 @@
+"""Where metrics go beside the run's own file: TensorBoard, Weights & Biases.
+
+Both are other people's programs with a disk, a network and threads of their own. They raise freely: `Observers` calls
+them, and keeps what they raise away from the run.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlparse
+
+from megalite.config import Config
+from megalite.errors import UserError
+from megalite.files import write_atomically
+
+_RETRY_SECONDS = 60.0
+"""A writer that failed is made anew after this long."""
+_WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class Tracker(Protocol):
+    """Draws the numbers of the steps; `step` may fall back after a rollback."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in `folder`; `first` is the first step that this start makes, later ones of an earlier are hidden."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self._folder, self._purge = folder, first
+        self._writer: Any = None
+        self._retry_at = 0.0
+        self._reported = threading.excepthook
+        threading.excepthook = self._thread_failed
+
+    def _thread_failed(self, failure: Any) -> None:
+        # The writer's thread hands its error to the next call, which tells it; a traceback would tell it twice.
+        if type(failure.thread).__name__ != "_AsyncWriterThread":
+            self._reported(failure)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if time.monotonic() < self._retry_at:
+            return
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self._folder), purge_step=self._purge or step)
+                self._purge = 0
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+        except Exception:
+            self._writer, self._retry_at = None, time.monotonic() + _RETRY_SECONDS
+            raise
+
+    def close(self) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            threading.excepthook = self._reported
+
+
+class WeightsAndBiases:
+    """One W&B run for each run directory, whatever number of starts it takes: the id is kept in `run.dir`."""
+
+    def __init__(self, config: Config) -> None:
+        import wandb  # type: ignore[import-not-found]
+
+        folder = config.run.dir
+        run_id = kept_id(Path(folder) / "wandb" / "run_id")
+        self._run = wandb.init(
+            project="megalite", id=run_id, resume="allow", dir=folder, name=Path(folder).name, config=asdict(config)
+        )
+        self._furthest = -1
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        # W&B takes back nothing: steps made again after a rollback are passed over until they are new.
+        if step > self._furthest:
+            self._furthest = step
+            self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def kept_id(path: Path) -> str:
+    """The id in the file, or a new one that is put there."""
+    try:
+        if _WANDB_ID.fullmatch(known := path.read_text(encoding="utf-8").strip()):
+            return known
+    except (OSError, ValueError):
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = secrets.token_hex(8)
+    write_atomically(path, fresh + "\n")
+    return fresh
+
+
+def require_credentials(config: Config, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `UserError` where `log.wandb` is on and W&B would ask who is there: before a run starts, not after."""
+    if not config.log.wandb or environment.get("WANDB_MODE", "online") != "online":
+        return
+    host = urlparse(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+    if any(environment.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or _in_netrc(
+        host, environment
+    ):
+        return
+    raise UserError(
+        f"log.wandb = true needs an API key for {host}; set WANDB_API_KEY or run `wandb login`, "
+        "set WANDB_MODE=offline, or set log.wandb to false"
+    )
+
+
+def _in_netrc(host: str, environment: Mapping[str, str]) -> bool:
+    """Whether `wandb login` has left a key for the host."""
+    home = Path(environment.get("HOME") or Path.home())
+    named = environment.get("NETRC")
+    for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:
+        try:
+            if netrc.netrc(str(path)).authenticators(host):
+                return True
+        except (OSError, ValueError, netrc.NetrcParseError):
+            continue
+    return False
