@@ -116,20 +116,6 @@ def _mode_of(path: Path) -> int:
         return 0o666 & ~mask
 
 
-def private_folder() -> Path:
-    """This user's own folder for temporary files that several processes know by name, made where it is missing.
-
-    Raises UserError where someone else has put something in its place: names in the temporary folder can be guessed.
-    """
-    path = Path(tempfile.gettempdir()) / f"megalite-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise UserError(f"{path} is not a folder that only this user can write to; remove it, or set TMPDIR to another")
-    return path
-
-
 @contextlib.contextmanager
 def locked(path: Path | str, *, wait: bool = False) -> Iterator[bool]:
     """Hold the advisory lock (flock) of a lock file, made where it is missing and never followed through a link, or

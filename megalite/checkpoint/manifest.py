@@ -2,8 +2,8 @@
 
 A checkpoint directory holds safetensors files of *pieces*, boxes of global tensors under keys such as
 `weight/model.norm.weight/0`, and one `manifest.json`, written last: step, run, model, the loop's state, the files with
-their sizes, and for each kind of tensor (`weight`, the fp32 master weights; `exp_avg` and `exp_avg_sq`, the optimizer's
-moments) the global shape and the pieces with their CRC-32. The manifest carries a checksum of itself.
+their sizes, and for each kind of tensor (`weight`, the fp32 master weights; and what the optimizer keeps, under its own
+names) the global shape and the pieces with their CRC-32. The manifest carries a checksum of itself.
 
 `Manifest.from_file` believes nothing: names stay inside the directory, and the pieces of every tensor must tile it.
 """
@@ -25,8 +25,8 @@ from megalite.checkpoint.files import DTYPES, DamagedFile, is_extents, parse_jso
 from megalite.errors import UserError
 
 MANIFEST = "manifest.json"
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHT, *MOMENTS)
+WEIGHT = "weight"
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 _FORMAT, _VERSION = "megalite checkpoint", 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
@@ -115,7 +115,7 @@ class Manifest:
         return {name: entry.shape for name, entry in self.index.get(kind, {}).items()}
 
     def check_tiling(self, path: Path) -> None:
-        """Raise `DamagedFile` where a tensor has holes or overlaps, or a moment has no weight."""
+        """Raise `DamagedFile` where a tensor has holes or overlaps, or optimizer state has no weight of its shape."""
         for kind, entries in self.index.items():
             for name, entry in entries.items():
                 fault = tiling_fault(entry.shape, entry.pieces)
@@ -123,9 +123,9 @@ class Manifest:
                     raise DamagedFile(f"{path}: {kind} of {name}: {fault}")
         weights = self.shapes()
         for kind in self.index:
-            if self.shapes(kind) != weights:
-                odd = sorted(set(self.shapes(kind).items()) ^ set(weights.items()))[0][0]
-                raise DamagedFile(f"{path}: {kind} and {WEIGHT} describe different tensors, {odd} among them")
+            odd = sorted(name for name, shape in self.shapes(kind).items() if weights.get(name) != shape)
+            if odd:
+                raise DamagedFile(f"{path}: {kind} and {WEIGHT} describe different tensors, {odd[0]} among them")
 
     def to_bytes(self) -> bytes:
         """The file's content. Raises ValueError where the state holds something that JSON cannot (NaN, infinities)."""
@@ -209,7 +209,8 @@ class _Parser:
             )
         files, extras = self.files(body, "files", "header_crc32"), self.files(body, "extras", "crc32")
         tensors = self.object(body, "tensors")
-        self.require(WEIGHT in tensors and set(tensors) <= set(KINDS), f"kinds of tensors are {sorted(tensors)[:5]}")
+        plain = WEIGHT in tensors and all(_KIND.fullmatch(kind) for kind in tensors)
+        self.require(plain, f"kinds of tensors are {sorted(tensors)[:5]}")
         index = {
             kind: {name: self.entry(name, value, files) for name, value in self.object(tensors, kind).items()}
             for kind in tensors

@@ -13,13 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megalite.checkpoint.directory import CHECKPOINTS, complete_checkpoints
-from megalite.checkpoint.manifest import MANIFEST, MOMENTS, WEIGHT, Manifest
+from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest
 from megalite.checkpoint.peers import Peers
-from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes, model_shapes
+from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
@@ -82,8 +79,10 @@ def planned_samples(run_dir: Path | str, mesh: Mesh) -> int | None:
 
 
 def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
-    for segment in trainer.optimizer.segments:
-        values: Tensor = segment.master.detach() if kind == WEIGHT else segment.state[kind]
+    for segment in trainer.segments:
+        values = segment.master.detach() if kind == WEIGHT else segment.state.get(kind)
+        if values is None:
+            continue
         pieces = list(segment.pieces())
         if sum(where.stop - where.start for _, where in pieces) < len(values):
             values.zero_()  # padding
@@ -92,45 +91,44 @@ def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
 
 
 def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool) -> None:
-    """Read weights, and the moments if `optimizer`, into this rank's optimizer shard; no communication.
+    """Read weights, and the optimizer's state if `optimizer`, into this rank's shard; no communication.
 
     `finish_load` must follow on all ranks. Raises `DamagedFile` or another `UserError`; the trainer's state is then
     partly overwritten.
     """
-    compare_shapes(model_shapes(trainer.config.model), source.shapes(), str(getattr(source, "directory", "the source")))
+    compare_shapes(trainer.shapes(), source.shapes(), str(getattr(source, "directory", "the source")))
     trainer.settle()
     if isinstance(source, CheckpointReader):
         source.read_into(WEIGHT, _targets(trainer, WEIGHT))
     else:
         for target in _targets(trainer, WEIGHT):
             target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
-    for kind in MOMENTS:
+    for kind in trainer.optimizer.state_names:
         targets = list(_targets(trainer, kind))
-        if optimizer and _has_moments(source):
+        if optimizer and _has_state(source, kind):
             assert isinstance(source, CheckpointReader)
             source.read_into(kind, targets)
 
 
-def _has_moments(source: TensorSource) -> bool:
-    """Whether there are moments to load; before the first update they are zero and need not be stored."""
+def _has_state(source: TensorSource, kind: str) -> bool:
+    """Whether there is such state to load; before the first update it is zero and need not be stored."""
     if not isinstance(source, CheckpointReader):
         return False
-    if set(MOMENTS) <= source.manifest.index.keys():
+    kinds = source.manifest.index.keys()
+    if kind in kinds:
         return True
     if source.manifest.updates > 0:
-        raise UserError(f"{source.directory} holds no optimizer state; set checkpoint.load_optimizer = false")
+        stored = ", ".join(sorted(kinds - {WEIGHT})) or "none"
+        raise UserError(
+            f"{source.directory} holds no optimizer state {kind} (it has {stored}): another optimizer wrote it; use "
+            "that one, or start from its weights with checkpoint.load_optimizer = false"
+        )
     return False
 
 
 def finish_load(trainer: Checkpointable, updates: int) -> None:
-    """Round the master weights into the parameters, share them, take the moments as those after `updates` updates."""
-    with torch.no_grad():
-        for segment in trainer.optimizer.segments:
-            segment.write_back()
-        for stage in trainer.optimizer.stages:
-            stage.gather_parameters()
-        for stage in trainer.optimizer.stages:
-            stage.settle()
+    """Share the weights that were read; the optimizer's state is that after `updates` updates."""
+    trainer.share()
     trainer.optimizer.set_step_count(updates)
 
 

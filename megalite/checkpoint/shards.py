@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.manifest import MOMENTS, WEIGHT, piece_key
+from megalite.checkpoint.manifest import WEIGHT, piece_key
 from megalite.checkpoint.state import Checkpointable
 from megalite.optim.shard import Segment
 from megalite.placement import Box, range_boxes
@@ -32,8 +32,13 @@ class Part:
     window: slice
     pieces: tuple[tuple[Box, slice], ...]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The master weights, and what the optimizer keeps."""
+        return (WEIGHT, *self.segment.state)
+
     def tensor(self, kind: str) -> Tensor:
-        """The elements [window] of the master weights or of a moment; fp32, on the training device."""
+        """The elements [window] of one of them, on the training device; fp32 but for frozen weights."""
         whole = self.segment.master.detach() if kind == WEIGHT else self.segment.state[kind]
         return whole[self.window]
 
@@ -57,7 +62,7 @@ def _cut_rows(piece: Box, where: slice) -> Iterator[tuple[Box, slice]]:
 def rank_parts(trainer: Checkpointable) -> list[Part]:
     """What this rank writes of the trainer's state."""
     parts = []
-    for segment in trainer.optimizer.segments:
+    for segment in trainer.segments:
         shard, span = segment.bucket.shard, segment.span
         window = slice(max(shard.start, span.start) - span.start, min(shard.stop, span.stop) - span.start)
         if window.start >= window.stop:
@@ -89,13 +94,12 @@ class Staging:
 
     def snapshot(self, *, copy: bool) -> list[dict[str, Tensor]]:
         """For each part the tensors by kind, on the host. Without `copy`, CPU tensors are the trainer's own."""
-        kinds = (WEIGHT, *MOMENTS)
         self.trainer.settle()
         if not copy and not self._cuda:
-            return [{kind: part.tensor(kind) for kind in kinds} for part in self.parts]
+            return [{kind: part.tensor(kind).float() for kind in part.kinds} for part in self.parts]
         if not self._buffers:
             self._buffers = [
-                {kind: torch.empty(part.tensor(kind).shape, pin_memory=self._cuda) for kind in kinds}
+                {kind: torch.empty(part.tensor(kind).shape, pin_memory=self._cuda) for kind in part.kinds}
                 for part in self.parts
             ]
         for part, buffers in zip(self.parts, self._buffers):

@@ -6,7 +6,6 @@ global: it knows nothing of layouts. `load_weights` fills the boxes that a model
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,16 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.checkpoint.directory import find_checkpoint
 from megalite.checkpoint.files import DTYPES, DamagedFile, TensorFile, tensor_bytes
 from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest, Piece, piece_key
-from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.kernels import select_kernels
-from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.model.shapes import local_shapes
 from megalite.model.sharded import ShardedModel
 from megalite.placement import PlacedParameter, Region, placed_parameters
 
@@ -235,23 +232,6 @@ def compare_shapes(expected: Shapes, found: Shapes, where: str, what: str = "the
 def _plain(name: str) -> str:
     """A name from a file as it may stand in a message of one line."""
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
-
-
-def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Names and global shapes of the tensors of which these stages hold boxes."""
-    return {
-        box.name: box.shape
-        for stage in stages
-        for parameter in placed_parameters(stage)
-        for box in parameter.placement.boxes
-    }
-
-
-def model_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and global shapes of all tensors of a model; nothing is allocated."""
-    short = dataclasses.replace(model, max_positions=1)  # the table of rotations is no parameter
-    kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
-    return local_shapes([Stage(short, Mesh(device=torch.device("meta")), kernels)])
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.init import initialise_parameter
+from megalite.model.shapes import model_shapes
 from megalite.optim.shard import Segment, segments_of
 from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
 from megalite.parallel.zero import StageBuckets
@@ -60,6 +61,7 @@ class ShardedModel:
         self.config, self.mesh, self.kernels = config, mesh, kernels
         self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
         self.dtype = DTYPES[config.train.precision]
+        self.head, self.prefix = head, prefix
         self.tied = config.model.tie_embeddings and head == "vocabulary"
         self.stages: dict[int, Stage] = {}
         for number in (number for number, owner in enumerate(self.owners) if owner == mesh.index("pp")):
@@ -135,11 +137,24 @@ class ShardedModel:
 
                 buckets.fill(write)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and global shapes of all tensors of the whole model."""
+        return model_shapes(self.config.model, head=self.head, prefix=self.prefix)
+
     def settle(self) -> None:
         """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten
         other than by a step."""
         for buckets in self.buckets.values():
             buckets.settle()
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """The segments have new master weights: round them into the parameters and give them to all ranks."""
+        for segment in self.segments:
+            segment.write_back()
+        for buckets in self.buckets.values():
+            buckets.gather_parameters()
+        self.settle()
 
     # Computation
 

@@ -69,10 +69,10 @@ LIES: dict[str, tuple[Callable[[Body], object], str]] = {
     "true as a number": (lambda body: body.update(step=True), "not a count"),
     "dtype unknown": (lambda body: body["tensors"]["weight"]["matrix"].update(dtype="O"), "dtype 'O' is not known"),
     "dtype of another size": (lambda body: body["tensors"]["weight"]["matrix"].update(dtype="F16"), "torch.float16"),
-    "kind unknown": (lambda body: body["tensors"].update(evil={}), "kinds of tensors"),
+    "kind unknown": (lambda body: body["tensors"].update({"../evil": {}}), "kinds of tensors"),
     "no weights": (lambda body: body["tensors"].pop("weight"), "kinds of tensors"),
     "moments of another shape": (
-        lambda body: body["tensors"].update(exp_avg={"matrix": body["tensors"]["weight"]["matrix"]}),
+        lambda body: body["tensors"].update(exp_avg={"vector": body["tensors"]["weight"]["matrix"]}),
         "describe different tensors, vector",
     ),
     "no checksum": (lambda body: pieces(body)[0].pop("crc32"), "no checksum"),

@@ -22,13 +22,14 @@ from megalite.checkpoint.huggingface.export import export_huggingface, row_block
 from megalite.checkpoint.huggingface.load import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manifest import Entry, Piece
-from megalite.checkpoint.source import CheckpointReader, load_weights, model_shapes
+from megalite.checkpoint.source import CheckpointReader, load_weights
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, ModelConfig, RunConfig, TrainConfig, load_config, to_toml
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.model.shapes import model_shapes
 from tests.fixtures import golden
 
 HEIGHTS = st.lists(st.integers(1, 9), max_size=8)

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from megalite.checkpoint.huggingface.config import model_config_from_huggingface
-from megalite.checkpoint.source import model_shapes
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.families import FAMILIES, Family, family_of_config, family_of_model
+from megalite.model.shapes import model_shapes
 from tests.fixtures import golden
 
 BY_TYPE = {family.model_type: family for family in FAMILIES}

@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.huggingface.load import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
-from megalite.checkpoint.source import compare_shapes, load_weights, model_shapes
+from megalite.checkpoint.source import compare_shapes, load_weights
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.model.shapes import model_shapes
 from megalite.placement import placed_parameters
 from tests.fixtures import golden
 

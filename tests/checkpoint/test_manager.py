@@ -17,12 +17,13 @@ from megalite.checkpoint import files
 from megalite.checkpoint import lock as lock_module
 from megalite.checkpoint.lock import LOCK, RunLock
 from megalite.checkpoint.manager import CheckpointManager
-from megalite.checkpoint.source import CheckpointReader, load_weights, model_shapes
+from megalite.checkpoint.source import CheckpointReader, load_weights
 from megalite.config import build_config
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.model.decoder import Stage
+from megalite.model.shapes import model_shapes
 from megalite.train.trainer import Trainer
 from tests.checkpoint.support import Layout, assemble, forget, held, make_config, make_trainer, train
 from tests.support.pool import Pool

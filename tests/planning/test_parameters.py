@@ -9,10 +9,9 @@ import torch
 from benchmarks.planner.published import flops_points, gpt, parameter_points
 from megalite.config import ModelConfig
 from megalite.mesh import Mesh
-from megalite.model.attention import Attention
-from megalite.model.cost import model_sizes, output_in_layers, parameter_count, training_flops_per_token
+from megalite.model.attention import GroupedQueryAttention
+from megalite.model.cost import output_in_layers, parameter_count, training_flops_per_token
 from megalite.model.decoder import Stage
-from megalite.parallel.linear import ColumnParallelLinear
 from megalite.placement import placed_parameters, row_box
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES
@@ -96,25 +95,25 @@ def test_the_whole_model_is_the_sum_of_its_parts():
     assert Architecture(model).parameters == count
 
 
-class GatedAttention(Attention):
+class GatedAttention(GroupedQueryAttention):
     """Attention with one matrix and one vector more, as a new kind of layer would add them."""
 
-    def __init__(self, model, layer, mesh, region, kernels, std, **kwargs):
-        super().__init__(model, layer, mesh, region, kernels, std, **kwargs)
+    def __init__(self, build, layer):
+        super().__init__(build, layer)
+        model, mesh = build.model, build.mesh
         width, prefix = model.heads * model.head_dim, f"model.layers.{layer}.self_attn"
         place = (mesh.index("tp") * width // mesh.tp, width // mesh.tp, 0, (mesh.rank,))
         weight, bias = (
             row_box(f"{prefix}.gate.{kind}", (width, *rest), *place)
             for kind, rest in (("weight", (model.hidden_size,)), ("bias", ()))
         )
-        self.gate = ColumnParallelLinear(model.hidden_size, (weight,), (bias,), region, **kwargs)
+        self.gate = build.column((weight,), (bias,))
 
 
-def test_a_new_tensor_in_a_layer_is_counted_everywhere(monkeypatch):
+def test_a_new_tensor_in_a_layer_is_counted_everywhere():
     model = dataclasses.replace(some_model(random.Random()), norm_eps=0.25)
     plain = [parameter_count(model), training_flops_per_token(model, 8), output_in_layers(model)]
-    model_sizes.cache_clear()
-    monkeypatch.setattr("megalite.model.decoder.Attention", GatedAttention)
+    model = dataclasses.replace(model, attention=f"{__name__}:GatedAttention")
     built = Stage(model, silent_mesh(), plain_kernels(), dtype=torch.float32)
     count = sum(parameter.numel() for parameter in placed_parameters(built) if parameter.tied_to is None)
     width = model.heads * model.head_dim
@@ -127,7 +126,6 @@ def test_a_new_tensor_in_a_layer_is_counted_everywhere(monkeypatch):
     job = Job(Architecture(model), DEVICES["h100"], 12, 1, 4, tensor=4, sequence=True)
     assert stage_elements(job, 0) == max(built_elements(job, 0, silent_mesh(tp=4, rank=rank)) for rank in range(4))
     assert len(job.layer.sizes.matrices) == 5
-    model_sizes.cache_clear()
 
 
 def test_flops_are_those_that_the_trainer_reports():

@@ -13,10 +13,11 @@ from pathlib import Path
 from megalite.checkpoint.directory import CHECKPOINTS, step_name
 from megalite.checkpoint.huggingface.export import BLOCK_BYTES, KEPT, Progress, appearing, kept_files
 from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource
-from megalite.checkpoint.source import compare_shapes, model_shapes
+from megalite.checkpoint.source import compare_shapes
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, build_config, to_toml
 from megalite.files import sync_directory, write_atomically
+from megalite.model.shapes import model_shapes
 
 _LONGEST = 4096
 """Sequence length that the recipe suggests, where the model allows as much."""

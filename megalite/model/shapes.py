@@ -1,0 +1,32 @@
+"""Which global tensors a model has, and of what shape; nothing is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from megalite.config import ModelConfig
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.model.decoder import Stage
+from megalite.placement import placed_parameters
+
+
+def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Names and global shapes of the tensors of which these stages hold boxes."""
+    return {
+        box.name: box.shape
+        for stage in stages
+        for parameter in placed_parameters(stage)
+        for box in parameter.placement.boxes
+    }
+
+
+def model_shapes(model: ModelConfig, *, head: str = "vocabulary", prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Names and global shapes of all tensors of a model."""
+    short = dataclasses.replace(model, max_positions=1)  # the table of rotations is no parameter
+    kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
+    return local_shapes([Stage(short, Mesh(device=torch.device("meta")), kernels, head=head, prefix=prefix)])
