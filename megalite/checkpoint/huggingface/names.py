@@ -97,7 +97,12 @@ class HuggingFaceSource:
         places = {name: (self._open(file), name) for name, file in self._places().items()}
         if any(name.startswith(_PREFIX) for name in places):
             return places
-        return {_PREFIX + name if _PREFIX + name in expected else name: place for name, place in places.items()}
+        known = {
+            name: _PREFIX + name
+            for name in places
+            if _PREFIX + name in expected or self.family.ignored.fullmatch(_PREFIX + name)
+        }
+        return {known.get(name, name): place for name, place in places.items()}
 
     def _places(self) -> dict[str, str]:
         """The file of every tensor, as the index says it, or those of the only file."""
