@@ -63,7 +63,8 @@ def file_format(path: Path) -> tuple[str, str]:
     if packed and not compression:
         # Unpacked on the way (as some downloads are), if it is plainly that; otherwise damaged
         kind = _told(named, _has_suffix(path), head, whole)
-        return (kind, "") if kind != named or _leading_objects(head, whole) else (named, packed)
+        plain = kind != named or head.startswith((b"PAR1", b"WARC/")) or _leading_objects(head, whole)
+        return (kind, "") if plain else (named, packed)
     if compression:
         head, whole = _decompressed_head(path, compression)
     return _told(named, _has_suffix(path), head, whole), compression
@@ -133,7 +134,7 @@ def _is_one_value(head: bytes, whole: bool) -> bool:
     text = head.removeprefix(UTF8_BOM).lstrip()
     first, _, rest = text.partition(b"\n")
     if _ARRAY_OF_OBJECTS.match(text):
-        return not rest.strip() or _parsed(first) is None
+        return not rest.strip() or (_parsed(first) is None and _leading_objects(rest, whole) < 2)
     if whole and text.startswith(b"["):
         return isinstance(_parsed(text), list)
     return bool(_OBJECT_OVER_LINES.match(text))

@@ -1,4 +1,4 @@
-"""Which files a name, a glob or a directory stands for: each once, whatever links there are, and no walk without end."""
+"""Which files a name, a glob or a directory stands for: each once, whatever links there are; every walk ends."""
 
 import os
 import subprocess
@@ -38,7 +38,7 @@ def test_links_to_parents_end_there(corpus: Path) -> None:
 def test_many_paths_to_one_directory_are_one_walk(corpus: Path) -> None:
     """2^40 paths lead to the last directory."""
     here = corpus
-    for level in range(40):
+    for _ in range(40):
         (here / "deep").mkdir()
         (here / "again").symlink_to("deep")
         here = here / "deep"
@@ -64,7 +64,7 @@ def test_a_hugging_face_cache_gives_each_file_once_and_by_its_own_name(tmp_path:
     for part in ("blobs", f"{snapshots}/1", f"{snapshots}/2", "refs"):
         (tmp_path / part).mkdir(parents=True)
     for number, blob in enumerate(("0f", "1e")):
-        (tmp_path / "blobs" / blob).write_text('{"text": "%d"}\n' % number)
+        (tmp_path / "blobs" / blob).write_text(f'{{"text": "{number}"}}\n')
     for revision, name, blob in ((1, "train.jsonl", "0f"), (2, "train.jsonl", "0f"), (2, "more.jsonl", "1e")):
         (tmp_path / snapshots / str(revision) / name).symlink_to(f"../../blobs/{blob}")
     found = names(tmp_path, tmp_path)
@@ -98,15 +98,14 @@ def test_what_is_no_file_is_refused_by_name(corpus: Path) -> None:
         expand_inputs([corpus / "*.txt"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_standard_input_is_read_where_it_is_a_file(tmp_path: Path, workers: int) -> None:
-    """Its JSON lines are told by what they are, also by workers, whose own standard input is another."""
+def test_standard_input_is_read_where_it_is_a_file(tmp_path: Path) -> None:
+    """By the file's own name: a worker's standard input is another one. Its JSON lines are told by what they are."""
     lines = tmp_path / "part-00000"
     lines.write_text('{"text": "ab"}\n' * 3)
     (tmp_path / "b.txt").write_text("x")
     tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
     command = [sys.executable, str(tool), "--input", "/dev/stdin", str(tmp_path / "b.txt"), "--tokenizer-type", "byte"]
-    command += ["--output-prefix", str(tmp_path / "p"), "--workers", str(workers)]
+    command += ["--output-prefix", str(tmp_path / "p")]
     with open(lines) as file:
         done = subprocess.run(command, stdin=file, capture_output=True, text=True)
     assert "4 documents, 7 tokens" in done.stdout, done.stderr
