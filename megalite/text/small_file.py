@@ -1,0 +1,35 @@
+"""Small files that a user names, read with bounds: no pipe or huge file hangs the program, no value fills a message."""
+
+import os
+import stat
+from pathlib import Path
+
+
+def read_small_file(path: Path | str, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger; `strerror` says which.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a FIFO must not wait
+    except ValueError:  # a NUL in the name
+        raise FileNotFoundError(2, "no such file", str(path)) from None
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(22, "not a regular file", str(path))
+        data = file.read(limit + 1)  # the size of a file in /proc says nothing
+    if len(data) > limit:
+        raise OSError(27, f"larger than {limit:,} bytes", str(path))
+    return data
+
+
+def shorten(value: object, characters: int = 200) -> str:
+    """A value or an error as part of a message of one line: quoted where it is not an error or number, never long."""
+    try:
+        shown = str(value) if isinstance(value, Exception) else repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end
+        return f"<{type(value).__name__}>"
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= characters else f"{shown[: characters - 1]}…"
