@@ -91,7 +91,7 @@ def test_small_cache_and_long_texts_change_no_id(model_path, source_texts, monke
     whole = SentencePieceTokenizer(model_path, use_cache=False).encode(long_text)
     for _ in range(3):
         assert np.array_equal(tokenizer.encode(long_text), whole)
-    assert len(tokenizer._cache._ids) < 2000
+    assert len(tokenizer._cache._known) < 2000
     assert len(list(word_cache.segments(long_text, 1000))) > 50
     assert "".join(word_cache.segments(long_text, 1000)) == long_text
 
