@@ -40,7 +40,7 @@ def _whole_words(model: dict[str, Any]) -> dict[bytes, int]:
 
 
 def byte_characters() -> str:
-    """The characters that stand for the bytes 0 to 255: printable ones for themselves, others from U+0100 on (GPT-2)."""
+    """GPT-2's characters for the bytes 0 to 255: printable ones stand for themselves, others begin at U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (chr(0x100 + number) for number in range(256 - len(printable)))
     return "".join(chr(byte) if byte in printable else next(others) for byte in range(256))

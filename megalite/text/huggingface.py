@@ -1,9 +1,8 @@
 """Hugging Face fast tokenizers: a `tokenizer.json`, or the folder that holds it."""
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ import tokenizers
 
 from megalite.errors import UserError
 from megalite.text.byte_pairs import make_word_encoder
+from megalite.text.foreign import library_errors, read_small_file, shorten
 from megalite.text.patterns import may_take_forever, regular_expressions
-from megalite.text.pretokenize import Splitter, make_splitter
-from megalite.text.small_file import read_small_file, shorten
+from megalite.text.pretokenize import make_splitter
 from megalite.text.unicode import TokenFinder, without_surrogates
 from megalite.text.word_cache import WordCache
 
 LOG = logging.getLogger(__name__)
 LARGEST_FILE = 512 << 20
+LARGEST_VOCABULARY = 1 << 24  # no model's is near
 CHECKED_CHARACTERS = 1 << 16
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "[SEP]")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
@@ -46,17 +46,21 @@ class HuggingFaceTokenizer:
         if not file.exists():
             raise UserError(f"tokenizer {file}: no such file; give a tokenizer.json or the folder that holds it")
         self.files = [file]
-        self._tokenizer, description = _load(file)
+        self._tokenizer = _load(file)
         self._tokenizer.encode_special_tokens = not allow_special
         self.vocab_size = _vocabulary_size(self._tokenizer, file)
+        description = _describe(self._tokenizer, file)
         config = self._config(file.with_name("tokenizer_config.json"))
         self.eod = self.eos = self._special(config, "eos_token", EOD_NAMES)
         self.bos = self._special(config, "bos_token", BOS_NAMES)
         self._special_tokens = TokenFinder(
             [token["content"] for token in description.get("added_tokens", []) if token["special"]]
         )
-        self._splitter = make_splitter(description, allow_special) if use_cache else None
-        self._cache = _make_cache(self._splitter, description)
+        # of two entries with one id the description holds one alone: then only the library knows what it does
+        complete = len(description["model"]["vocab"]) == self._tokenizer.get_vocab_size(with_added_tokens=False)
+        encode_word = make_word_encoder(description["model"]) if use_cache and complete else None
+        self._splitter = make_splitter(description, allow_special) if encode_word else None
+        self._cache = WordCache(self._splitter.split, encode_word) if self._splitter and encode_word else None
         self._unchecked = CHECKED_CHARACTERS
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -83,7 +87,7 @@ class HuggingFaceTokenizer:
         return True
 
     def _direct(self, texts: Sequence[str]) -> list[np.ndarray]:
-        with _library_errors(self.files[0], "it cannot encode this text"):
+        with library_errors(self.files[0], "it cannot encode this text"):
             encodings = self._tokenizer.encode_batch_fast(
                 list(map(without_surrogates, texts)), add_special_tokens=False
             )
@@ -95,7 +99,7 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, np.int64)
         known = array[(array >= 0) & (array < self.vocab_size)].tolist()
-        with _library_errors(self.files[0], "it cannot decode these ids"):
+        with library_errors(self.files[0], "it cannot decode these ids"):
             return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def count_special(self, text: str) -> int:
@@ -131,45 +135,34 @@ class HuggingFaceTokenizer:
         return None
 
 
-def _load(file: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The library's tokenizer, and its own full description of itself."""
+def _load(file: Path) -> tokenizers.Tokenizer:
     try:
         data = read_small_file(file, LARGEST_FILE)
     except OSError as error:
         raise UserError(f"tokenizer {file}: cannot be read ({error.strerror}); give a tokenizer.json") from None
-    with _library_errors(file, "not a Hugging Face tokenizer"):
+    with library_errors(file, "not a Hugging Face tokenizer"):
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        description = json.loads(tokenizer.to_str())
+    return tokenizer
+
+
+def _describe(tokenizer: tokenizers.Tokenizer, file: Path) -> dict[str, Any]:
+    """What the library makes of the file, complete and in one form; work that grows with the largest id."""
+    with library_errors(file, "not a Hugging Face tokenizer"):
+        description: dict[str, Any] = json.loads(tokenizer.to_str())
     for expression in regular_expressions(description):
         if may_take_forever(expression):
             raise UserError(
                 f"tokenizer {file}: its regular expression {shorten(expression)} repeats a repetition, which can take"
                 " exponential time; write it without"
             )
-    return tokenizer, description
+    return description
 
 
 def _vocabulary_size(tokenizer: tokenizers.Tokenizer, file: Path) -> int:
     """One more than the largest id, or the number of entries where that is more."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if largest >= np.iinfo(np.int32).max:
-        raise UserError(f"tokenizer {file}: id {largest} is too large; ids must be below {np.iinfo(np.int32).max}")
+    if largest >= LARGEST_VOCABULARY:
+        raise UserError(f"tokenizer {file}: id {largest} is too large; ids must be below {LARGEST_VOCABULARY}")
     return max(tokenizer.get_vocab_size(with_added_tokens=True), largest + 1)
-
-
-def _make_cache(splitter: Splitter | None, description: dict[str, Any]) -> WordCache | None:
-    encode_word = make_word_encoder(description["model"]) if splitter else None
-    return WordCache(splitter.split, encode_word) if splitter and encode_word else None
-
-
-@contextlib.contextmanager
-def _library_errors(file: Path, what: str) -> Iterator[None]:
-    """Whatever the library raises, its panics included, as a `UserError` about the file."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"tokenizer {file}: {what} ({shorten(error)})") from None

@@ -41,6 +41,7 @@ class EncodeOptions:
     key: str
     append_eod: bool
     keep_empty: bool
+    allow_special: bool  # whether special tokens in a text become these tokens; the tokenizer was loaded so
 
 
 @dataclass
@@ -96,7 +97,7 @@ class ShardWriter:
         self._writer = IndexedWriter(prefix, token_dtype(tokenizer.vocab_size))
         self._batch = _Batch()
         self._bad = Quarantine(bad_records_path(prefix))
-        self._empty = self._records = self._text_bytes = 0
+        self._empty = self._records = self._text_bytes = self._special = 0
         self._eod = np.array([tokenizer.eod] if options.append_eod else [], np.int32)
 
     def write(self, pieces: Sequence[Piece]) -> None:
@@ -107,6 +108,7 @@ class ShardWriter:
                 "records": self._records,
                 "empty": self._empty,
                 "text_bytes": self._text_bytes,
+                "special": self._special,
                 "lines": lines,
             }
             self._bad.finish()
@@ -165,6 +167,7 @@ class ShardWriter:
                 f" {self._tokenizer.vocab_size} entries; the tokenizer's files do not belong together"
             )
         self._writer.add_documents(tokens, np.array(lengths, np.int32))
+        self._special += sum(map(self._tokenizer.count_special, texts))
         self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
 

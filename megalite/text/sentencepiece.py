@@ -9,7 +9,7 @@ import numpy as np
 import sentencepiece
 
 from megalite.errors import UserError
-from megalite.text.small_file import read_small_file
+from megalite.text.foreign import library_errors, read_small_file
 from megalite.text.unicode import TokenFinder, without_surrogates
 from megalite.text.word_cache import BatchedWordCache
 
@@ -44,24 +44,25 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path, use_cache: bool = True) -> None:
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_small_file(path, LARGEST_FILE))
+            data = read_small_file(path, LARGEST_FILE)
         except OSError as error:
             raise UserError(
                 f"tokenizer {path}: cannot be read ({error.strerror}); give a sentencepiece .model"
             ) from error
-        except (RuntimeError, ValueError):
-            raise UserError(f"tokenizer {path}: not a sentencepiece model; train one with train_tokenizer.py") from None
         self.files = [path]
-        self.vocab_size: int = self._model.vocab_size()
-        self.eod = self.eos = _known(self._model.eos_id())
-        self.bos = _known(self._model.bos_id())
-        self.pad = _known(self._model.pad_id())
-        self._special_tokens = TokenFinder(
-            [self._model.id_to_piece(number) for number in range(self.vocab_size) if self._model.is_control(number)]
-        )
         self._unchecked = CHECKED_CHARACTERS
         self._prefix = ""
-        self._cache = self._make_cache() if use_cache else None
+        with library_errors(path, "not a sentencepiece model; train one with train_tokenizer.py"):
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.vocab_size: int = self._model.vocab_size()
+            self.eod = self.eos = _known(self._model.eos_id())
+            self.bos = _known(self._model.bos_id())
+            self.pad = _known(self._model.pad_id())
+            pieces = list(map(self._model.id_to_piece, range(self.vocab_size)))  # refuses those that are not UTF-8
+            self._special_tokens = TokenFinder(
+                [piece for number, piece in enumerate(pieces) if self._model.is_control(number)]
+            )
+            self._cache = self._make_cache() if use_cache else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         texts = list(map(without_surrogates, texts))
@@ -78,7 +79,8 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, np.int64)
-        return self._model.decode(array[(array >= 0) & (array < self.vocab_size)].tolist())
+        with library_errors(self.files[0], "it cannot decode these ids"):
+            return self._model.decode(array[(array >= 0) & (array < self.vocab_size)].tolist())
 
     def count_special(self, text: str) -> int:
         return self._special_tokens.count(text)
@@ -89,7 +91,8 @@ class SentencePieceTokenizer:
         return None if self._model.is_unknown(number) else number
 
     def _direct(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text, return_type="numpy"), np.int32)
+        with library_errors(self.files[0], "it cannot encode this text"):
+            return np.asarray(self._model.encode(text, return_type="numpy"), np.int32)
 
     def _cached(self, texts: Sequence[str]) -> list[np.ndarray]:
         assert self._cache is not None

@@ -58,8 +58,8 @@ def load_tokenizer(path_or_kind: str | Path, kind: str | None = None, allow_spec
     Args:
         path_or_kind: the file, the folder, or `byte`.
         kind: one of `KINDS`; overrides what the name says.
-        allow_special: whether special tokens that stand in a text become these tokens where the library does so (Hugging
-            Face); sentencepiece and bytes never make them of text.
+        allow_special: whether special tokens that stand in a text become these tokens where the library does so
+            (Hugging Face); sentencepiece and bytes never make them of text.
 
     Raises:
         UserError: no such file, a file of another kind, or an unknown kind.

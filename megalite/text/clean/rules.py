@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megalite.errors import UserError
-from megalite.text.small_file import read_small_file, shorten
+from megalite.text.foreign import read_small_file, shorten
 
 LARGEST_FILE = 16 << 20
 LARGEST_NUMBER = 1e15  # of anything that is counted in a document

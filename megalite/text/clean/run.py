@@ -15,6 +15,7 @@ from megalite.text.clean.filters import Page, Rejection
 from megalite.text.clean.privacy import mask
 from megalite.text.clean.rules import LARGEST_FILE, Rules
 from megalite.text.clean.segment import load_segmenter
+from megalite.text.foreign import read_small_file, shorten
 from megalite.text.readers import Document
 from megalite.text.shards import (
     Unit,
@@ -28,7 +29,6 @@ from megalite.text.shards import (
     read_unit,
     write_atomically,
 )
-from megalite.text.small_file import read_small_file, shorten
 from megalite.text.words import WordNumbers
 
 BINS_PER_OCTAVE = 4  # of the histograms of sizes

@@ -1,8 +1,15 @@
-"""Small files that a user names, read with bounds: no pipe or huge file hangs the program, no value fills a message."""
+"""What others wrote, files and libraries: read with bounds, and whatever goes wrong told in one line."""
 
+import contextlib
 import os
+import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+
+from megalite.errors import UserError
+
+_SOURCE = re.compile(r"^\w+: [\w./]+\.cc\(\d+\) \[.*?\] ?", re.DOTALL)  # what sentencepiece begins its errors with
 
 
 def read_small_file(path: Path | str, limit: int) -> bytes:
@@ -26,10 +33,22 @@ def read_small_file(path: Path | str, limit: int) -> bytes:
 
 
 def shorten(value: object, characters: int = 200) -> str:
-    """A value or an error as part of a message of one line: quoted where it is not an error or number, never long."""
+    """A value or an error as part of a message of one line: never long, without the place in a library's source."""
     try:
-        shown = str(value) if isinstance(value, Exception) else repr(value)
+        shown = _SOURCE.sub("", str(value)) if isinstance(value, BaseException) else repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or nesting without end
         return f"<{type(value).__name__}>"
     shown = " ".join(shown.split())
     return shown if len(shown) <= characters else f"{shown[: characters - 1]}…"
+
+
+@contextlib.contextmanager
+def library_errors(file: Path | str, what: str) -> Iterator[None]:
+    """Within, whatever a library raises (a Rust panic is no `Exception`) is a `UserError` about a tokenizer's file."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = shorten(error)
+        raise UserError(f"tokenizer {file}: {what}" + (f" ({reason})" if reason else "")) from None
