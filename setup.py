@@ -1,4 +1,4 @@
-"""Builds megalite: Python, a small C++ extension that builds sample indices, and one of kernels for CPUs.
+"""Builds megalite: Python, small C++ extensions for sample indices and byte-pair merges, and one of kernels for CPUs.
 
 `kernels/` is installed as `megalite.kernels`: a top-level package named `kernels` would collide with another project's.
 """
@@ -14,6 +14,7 @@ CPU_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", *(["-fopenmp"] if s
 
 extensions = [
     Pybind11Extension("megalite.data._index", ["megalite/data/_index.cpp"], cxx_std=17),
+    Pybind11Extension("megalite.text._bpe", ["megalite/text/_bpe.cpp"], cxx_std=17),
     Pybind11Extension(
         "megalite.kernels._cpu",
         ["kernels/cpu/kernels.cpp"],

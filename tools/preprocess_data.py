@@ -26,6 +26,9 @@ class Options:
     """Fields or columns to tokenize; each makes an output of its own."""
     append_eod: bool = False
     """Put the end-of-document token after every document."""
+    allow_special: bool = False
+    """Let special tokens that stand in a text, such as <|endoftext|>, become these tokens (Hugging Face tokenizers).
+    Otherwise they are encoded as any other text. Both are counted."""
     workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes; their number does not change the output. Default: one for each core."""
     max_bad_ratio: float = 0.05
@@ -52,6 +55,9 @@ def main() -> None:
         )
         if facts["skipped_empty"]:
             print(f"skipped: {facts['skipped_empty']} empty texts")
+        if count := facts["special_in_text"]:
+            outcome = "became these tokens" if facts["allow_special"] else "were encoded as text"
+            print(f"special tokens: {count} stood in the texts and {outcome}")
         for reason, count in facts["bad_records"].items():
             print(f"not used: {count} records, {reason}; see {summary.prefix}.bad.jsonl")
 

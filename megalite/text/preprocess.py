@@ -39,6 +39,7 @@ class PreprocessOptions:
     tokenizer_type: str | None = None
     json_keys: Sequence[str] = ("text",)
     append_eod: bool = False
+    allow_special: bool = False
     workers: int = 1
     max_bad_ratio: float = 0.05
     allow_damaged: bool = False
@@ -72,7 +73,9 @@ def preprocess(options: PreprocessOptions, show_progress: bool = True) -> list[S
         raise UserError(f"--json-keys {' '.join(options.json_keys)}: give each field once, at least one")
     if options.tokenizer_model is None and options.tokenizer_type != "byte":
         raise UserError("--tokenizer-model is missing: give a .model or tokenizer.json, or --tokenizer-type byte")
-    tokenizer = load_tokenizer(options.tokenizer_model or "byte", options.tokenizer_type)
+    tokenizer = load_tokenizer(options.tokenizer_model or "byte", options.tokenizer_type, options.allow_special)
+    if options.allow_special and tokenizer.kind != "huggingface":
+        raise UserError(f"--allow-special: {tokenizer.kind} tokenizers never make special tokens of text; leave it out")
     if options.append_eod and tokenizer.eod is None:
         raise UserError(f"--append-eod: tokenizer {options.tokenizer_model} has no end-of-document token; leave it out")
     paths = expand_inputs(options.input)
@@ -86,7 +89,9 @@ class _Job:
         self.prefix = f"{options.output_prefix}_{key}_document"
         self._options = options
         self._tokenizer = tokenizer
-        self._encoding = EncodeOptions(key, options.append_eod, options.keep_empty, options.max_record_bytes)
+        self._encoding = EncodeOptions(
+            key, options.append_eod, options.keep_empty, options.max_record_bytes, options.allow_special
+        )
         self._paths = paths
         self._parts = Path(f"{self.prefix}.parts")
         self._units = plan_shards(paths)
@@ -175,6 +180,8 @@ class _Job:
             },
             "append_eod": self._encoding.append_eod,
             "keep_empty": self._encoding.keep_empty,
+            "allow_special": self._encoding.allow_special,
+            "special_in_text": tally.special,
             "records": tally.records,
             "text_bytes": tally.text_bytes,
             "skipped_empty": tally.empty,
@@ -189,7 +196,7 @@ class _Tally:
         self.bad = bad
         self._units = units
         self._lines: Counter[str] = Counter()
-        self.shards = self.records = self.empty = self.text_bytes = 0
+        self.shards = self.records = self.empty = self.text_bytes = self.special = 0
 
     def add(self, manifest: dict[str, Any], bad_records: Path) -> None:
         pieces = self._units[self.shards].pieces
@@ -204,6 +211,7 @@ class _Tally:
         self.records += manifest["records"]
         self.empty += manifest["empty"]
         self.text_bytes += manifest["text_bytes"]
+        self.special += manifest["special"]
 
 
 def _shown(row: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ class EncodeOptions:
     append_eod: bool
     keep_empty: bool
     max_record_bytes: int
+    allow_special: bool  # whether special tokens in a text become these tokens; the tokenizer was loaded so
 
 
 @dataclass
@@ -80,7 +81,7 @@ def encode_unit(task: EncodeTask, report: Report) -> dict[str, Any]:
     """Encode a shard into its token file.
 
     Returns:
-        `records`, `empty`, `text_bytes`, and `lines`: how many lines (rows, files) each piece has.
+        `records`, `empty`, `text_bytes`, `special`, and `lines`: how many lines (rows, files) each piece has.
     """
     return _Encoder(task, report).write()
 
@@ -94,7 +95,7 @@ class _Encoder:
         self._writer = IndexedWriter(task.prefix, token_dtype(task.tokenizer.vocab_size))
         self._batch = _Batch()
         self._bad = Quarantine(task.bad_records)
-        self._empty = self._records = self._text_bytes = 0
+        self._empty = self._records = self._text_bytes = self._special = 0
         self._eod = np.array([task.tokenizer.eod] if task.options.append_eod else [], np.int32)
 
     def write(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class _Encoder:
         finally:
             self._bad.abort()
             self._writer.abort()
-        return {"records": self._records, "empty": self._empty, "text_bytes": self._text_bytes, "lines": lines}
+        return {"records": self._records, "empty": self._empty, "text_bytes": self._text_bytes, "special": self._special, "lines": lines}
 
     def _read(self, number: int, piece: Piece) -> int:
         """Encode one piece; returns how many lines (rows, files) it has."""
@@ -158,4 +159,5 @@ class _Encoder:
                 f" {self._tokenizer.vocab_size} entries; the tokenizer's files do not belong together"
             )
         self._writer.add_documents(tokens, np.array(lengths, np.int32))
+        self._special += sum(map(self._tokenizer.count_special, texts))
         self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)

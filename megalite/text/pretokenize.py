@@ -12,6 +12,8 @@ from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
+from megalite.text.unicode import TokenFinder
+
 _SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
 _CONTRACTION = "'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 BMP = 0xFFFF  # classes end here: Python looks the first 65536 characters up in a table, and tries others one by one
@@ -80,11 +82,11 @@ class Splitter:
         self._composes = composes
         self._ascii_words = re.compile(pattern(lambda names: _join(classes, names, 0x7F))).findall
         self._words = re.compile(pattern(lambda names: _join(classes, names, BMP))).findall
-        # another version of Unicode may know more characters; U+017F is an s to expressions that ignore case
+        # another version of Unicode may know more characters; U+017F is an s to expressions that ignore case; half a
+        # surrogate pair is no character
         beyond = _join(classes, "L N M", sys.maxunicode, smallest=BMP + 1)
-        self._uncertain = re.compile(f"[{_join(classes, 'Cn', sys.maxunicode)}{beyond}\u017f]").search
-        self._added = re.compile("|".join(map(re.escape, added_tokens))).search if added_tokens else None
-        self._added_start = added_tokens[0][:1] if len({token[:1] for token in added_tokens}) == 1 else ""
+        self._uncertain = re.compile(f"[{_join(classes, 'Cn Cs', sys.maxunicode)}{beyond}\u017f]").search
+        self._added = TokenFinder(added_tokens)
 
     def split(self, text: str) -> list[str]:
         """The words of a text that `prepare` has let through; their concatenation is the text."""
@@ -92,7 +94,7 @@ class Splitter:
 
     def prepare(self, text: str) -> str | None:
         """The text as the tokenizer's expression sees it, or None where only the tokenizer itself can tell."""
-        if self._added is not None and self._added_start in text and self._added(text):
+        if self._added.found_in(text):
             return None
         if text.isascii():
             return text
@@ -101,12 +103,15 @@ class Splitter:
         return unicodedata.normalize("NFC", text) if self._composes else text
 
 
-def make_splitter(description: dict[str, Any]) -> Splitter | None:
-    """The splitter for the contents of a `tokenizer.json`; None where it does anything that is not known here."""
+def make_splitter(description: dict[str, Any], allow_special: bool = True) -> Splitter | None:
+    """The splitter for the contents of a `tokenizer.json`; None where it does anything that is not known here.
+
+    Without `allow_special` special tokens in a text are text, and only the other added tokens are looked for.
+    """
     model, normalizer = description["model"], description.get("normalizer")
     pattern = _pattern_of(description.get("pre_tokenizer") or {})
     normalizer_type = normalizer["type"] if normalizer else None
-    added = description.get("added_tokens", [])
+    added = [token for token in description.get("added_tokens", []) if allow_special or not token["special"]]
     greedy = [token for token in added if token["lstrip"] or token["rstrip"] or token["single_word"]]
     if pattern not in KNOWN or model.get("type") != "BPE" or model.get("dropout") or greedy:
         return None

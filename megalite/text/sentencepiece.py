@@ -1,5 +1,6 @@
 """sentencepiece models (`.model`), with the exact word cache where the model allows it."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,9 +9,12 @@ import numpy as np
 import sentencepiece
 
 from megalite.errors import UserError
-from megalite.text.tokenizers import LOG
-from megalite.text.word_cache import WordCache
+from megalite.text.foreign import library_errors, read_small_file
+from megalite.text.unicode import TokenFinder, without_surrogates
+from megalite.text.word_cache import BatchedWordCache
 
+LOG = logging.getLogger(__name__)
+LARGEST_FILE = 512 << 20
 SPACE_MARK = "\u2581"  # sentencepiece's own sign for a space: the same character to it, in text, too
 BPE = 2  # TrainerSpec.ModelType
 WORDS_PER_CALL = 200  # short words joined: a call costs more than a word
@@ -40,23 +44,28 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path, use_cache: bool = True) -> None:
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            data = read_small_file(path, LARGEST_FILE)
         except OSError as error:
             raise UserError(
                 f"tokenizer {path}: cannot be read ({error.strerror}); give a sentencepiece .model"
             ) from error
-        except RuntimeError:
-            raise UserError(f"tokenizer {path}: not a sentencepiece model; train one with train_tokenizer.py") from None
         self.files = [path]
-        self.vocab_size: int = self._model.vocab_size()
-        self.eod = self.eos = _known(self._model.eos_id())
-        self.bos = _known(self._model.bos_id())
-        self.pad = _known(self._model.pad_id())
         self._unchecked = CHECKED_CHARACTERS
         self._prefix = ""
-        self._cache = self._make_cache() if use_cache else None
+        with library_errors(path, "not a sentencepiece model; train one with train_tokenizer.py"):
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
+            self.vocab_size: int = self._model.vocab_size()
+            self.eod = self.eos = _known(self._model.eos_id())
+            self.bos = _known(self._model.bos_id())
+            self.pad = _known(self._model.pad_id())
+            pieces = list(map(self._model.id_to_piece, range(self.vocab_size)))  # refuses those that are not UTF-8
+            self._special_tokens = TokenFinder(
+                [piece for number, piece in enumerate(pieces) if self._model.is_control(number)]
+            )
+            self._cache = self._make_cache() if use_cache else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        texts = list(map(without_surrogates, texts))
         if self._cache is None:
             return [self._direct(text) for text in texts]
         encoded = self._cached(texts)
@@ -69,15 +78,21 @@ class SentencePieceTokenizer:
         return self.encode_batch([text])[0]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self._model.decode(np.asarray(ids).tolist())
+        array = np.asarray(ids, np.int64)
+        with library_errors(self.files[0], "it cannot decode these ids"):
+            return self._model.decode(array[(array >= 0) & (array < self.vocab_size)].tolist())
+
+    def count_special(self, text: str) -> int:
+        return self._special_tokens.count(text)
 
     def token_id(self, piece: str) -> int | None:
         """The id of this very piece, such as a chat marker; None where the model has none."""
-        number = self._model.piece_to_id(piece)
+        number = self._model.piece_to_id(without_surrogates(piece))
         return None if self._model.is_unknown(number) else number
 
     def _direct(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text, return_type="numpy"), np.int32)
+        with library_errors(self.files[0], "it cannot encode this text"):
+            return np.asarray(self._model.encode(text, return_type="numpy"), np.int32)
 
     def _cached(self, texts: Sequence[str]) -> list[np.ndarray]:
         assert self._cache is not None
@@ -97,7 +112,7 @@ class SentencePieceTokenizer:
                 return False
         return True
 
-    def _make_cache(self) -> WordCache | None:
+    def _make_cache(self) -> BatchedWordCache | None:
         """The cache, where it is exact: byte-pair model, bytes for the unknown, text taken as it is, no piece cut."""
         proto = self._model.serialized_model_proto()
         top = _fields(proto)
@@ -117,7 +132,7 @@ class SentencePieceTokenizer:
         ]
         for split in SPLITTERS:
             if len(newline) == 1 and all(len(split(piece)) == 1 for piece in pieces):
-                self._cache = WordCache(split, _WordEncoder(model, newline[0]))
+                self._cache = BatchedWordCache(split, _WordEncoder(model, newline[0]))
                 if np.array_equal(self._cached([_SAMPLE])[0], self._direct(_SAMPLE)):
                     return self._cache
         return None

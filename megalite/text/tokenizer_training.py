@@ -11,6 +11,7 @@ import sentencepiece
 
 from megalite.errors import UserError
 from megalite.files import write_atomically, write_errors_named
+from megalite.text.foreign import shorten
 from megalite.text.formats import can_split
 from megalite.text.inputs import expand_inputs
 from megalite.text.readers import read_documents
@@ -22,6 +23,7 @@ HELD_OUT_SHARE = 0.02
 HELD_OUT_BYTES = 4 << 20
 SAMPLE_RANGE_BYTES = 1 << 20
 FEWEST_RANGES = 64  # a smaller file is read whole: of few ranges chance might take none
+LARGEST_VOCABULARY = 1 << 24  # sentencepiece counts in 32 bits, and no model's is near
 LINE_CHARACTERS = 4096  # sentencepiece drops longer lines than it is told to expect
 
 
@@ -90,11 +92,18 @@ def train(options: TrainingOptions) -> TrainingReport:
 
 
 def _check(options: TrainingOptions) -> None:
+    if options.vocab_size > LARGEST_VOCABULARY:
+        raise UserError(f"--vocab-size {options.vocab_size}: must be at most {LARGEST_VOCABULARY}")
     smallest = 256 + 4 + len(options.special_tokens) + 1
     if options.vocab_size < smallest:
         raise UserError(
             f"--vocab-size {options.vocab_size}: must be at least {smallest} (256 bytes and special tokens)"
         )
+    seen = {"<unk>", "<s>", "</s>", "<pad>"}
+    for token in options.special_tokens:
+        if not token.isprintable() or not token.strip() or token in seen:
+            raise UserError(f"--special-tokens {shorten(token)}: must be printable, and not there already")
+        seen.add(token)
     if options.max_bytes < 1:
         raise UserError(f"--max-bytes {options.max_bytes}: must be positive")
     folder = Path(options.output_prefix).parent
@@ -167,15 +176,22 @@ def _train_model(options: TrainingOptions, first_line: str | None, lines: Iterat
             control_symbols=list(options.special_tokens),
             minloglevel=2,
         )
-    except RuntimeError as error:
-        found = re.search(r"<= (\d+)", str(error))
-        remedy = f"at most {found.group(1)}" if found else "a smaller one, or more text"
-        if "ocabulary size" not in str(error) and "vocab" not in str(error).lower():
-            raise UserError(f"--input: sentencepiece cannot learn from this text ({error}); give more text") from error
-        raise UserError(
-            f"--vocab-size {options.vocab_size}: this text does not suit that vocabulary ({error}); use {remedy}"
-        ) from error
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise _training_error(options, error) from error
     return model.getvalue()
+
+
+def _training_error(options: TrainingOptions, error: Exception) -> UserError:
+    words = shorten(error).rstrip(". ") or "no reason given"
+    if "vocab" not in words.lower():
+        return UserError(f"--input: sentencepiece cannot learn from this text ({words}); give more text")
+    if found := re.search(r"<= (\d+)", words):
+        return UserError(
+            f"--vocab-size {options.vocab_size}: too large for this text; use at most {found.group(1)}, or more text"
+        )
+    return UserError(
+        f"--vocab-size {options.vocab_size}: does not suit this text ({words}); use a smaller one, or more text"
+    )
 
 
 def _vocabulary(model: bytes) -> str:

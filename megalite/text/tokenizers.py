@@ -1,7 +1,6 @@
 """Tokenizers behind one small interface: sentencepiece, Hugging Face `tokenizer.json`, and raw bytes. No torch."""
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,13 +8,15 @@ from typing import Protocol
 import numpy as np
 
 from megalite.errors import UserError
+from megalite.text.unicode import without_surrogates
 
-LOG = logging.getLogger(__name__)
 KINDS = ("sentencepiece", "huggingface", "byte")
 
 
 class Tokenizer(Protocol):
     """What the tools and the trainer need of a tokenizer. Ids are int32 arrays; no special id is added by encoding.
+
+    Half a surrogate pair in a text (what Python makes of bytes that are not UTF-8) is encoded as U+FFFD.
 
     Attributes:
         kind: one of `KINDS`.
@@ -40,14 +41,25 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of these ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD."""
+        """The text of these ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD.
+
+        Ids that the tokenizer does not have, such as those that pad a model's vocabulary, are left out.
+        """
+        ...
+
+    def count_special(self, text: str) -> int:
+        """How often a special token (end of document, chat marker, …) stands in the text as plain characters."""
         ...
 
 
-def load_tokenizer(path_or_kind: str | Path, kind: str | None = None) -> Tokenizer:
+def load_tokenizer(path_or_kind: str | Path, kind: str | None = None, allow_special: bool = True) -> Tokenizer:
     """Load a tokenizer: a sentencepiece `.model`, a `tokenizer.json` or the folder that holds it, or the word `byte`.
 
-    `kind` (one of `KINDS`) overrides what the name says.
+    Args:
+        path_or_kind: the file, the folder, or `byte`.
+        kind: one of `KINDS`; overrides what the name says.
+        allow_special: whether special tokens that stand in a text become these tokens where the library does so
+            (Hugging Face); sentencepiece and bytes never make them of text.
 
     Raises:
         UserError: no such file, a file of another kind, or an unknown kind.
@@ -61,7 +73,7 @@ def load_tokenizer(path_or_kind: str | Path, kind: str | None = None) -> Tokeniz
     if kind == "huggingface":
         from megalite.text.huggingface import HuggingFaceTokenizer
 
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, allow_special=allow_special)
     from megalite.text.sentencepiece import SentencePieceTokenizer
 
     return SentencePieceTokenizer(path)
@@ -98,11 +110,14 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.frombuffer(without_surrogates(text).encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         array = np.asarray(ids, np.int64)
         return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes().decode(errors="replace")
+
+    def count_special(self, text: str) -> int:
+        return 0
 
 
 class IncrementalDecoder:

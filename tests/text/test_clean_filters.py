@@ -162,6 +162,33 @@ def test_c4_document_rules(rules: Rules) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("a heading without a stop\n\nIt is one. And two", 3),  # a line is at least one, and so is its unended rest
+        ('One? Two! "Three." (Four.)', 4),
+        ("version 3.5 of example.org is no end", 1),
+        ("今日は晴れ。明日は 雨だ！", 2),
+        ("short line.\nkept three words here", 1),  # lines that go do not count
+    ],
+)
+def test_c4_counts_sentences_in_each_line_that_stays(rules: Rules, text: str, sentences: int) -> None:
+    small = {"min_line_words": 1 if "今" in text else 3}
+    assert isinstance(clean_c4(text, rules, min_sentences=sentences, **small), Page)
+    assert clean_c4(text, rules, min_sentences=sentences + 1, **small) == Rejection("c4.min_sentences", sentences)
+
+
+def test_fineweb_ngram_characters_are_those_of_its_library(rules: Rules) -> None:
+    """`a b` three times in 'a b a b c a b': 3 x len('a b') of 13 characters."""
+    fineweb = replace(rules.gopher_repetition, ngram_characters="fineweb", max_duplicate_ngram_characters=[])
+    text = "a b a b c a b"
+    for share, outcome in ((9 / 13, None), (0.69, Rejection("gopher_repetition.max_top_ngram_characters[2]", 9 / 13))):
+        assert gopher_repetition(page(text), replace(fineweb, max_top_ngram_characters=[[2, share]])) == outcome
+    fineweb = replace(fineweb, max_top_ngram_characters=[], max_duplicate_ngram_characters=[[2, 0.0]])
+    found = gopher_repetition(page("x x x x x"), fineweb)  # new at 0, copies at 1 and, behind that, at 3
+    assert found == Rejection("gopher_repetition.max_duplicate_ngram_characters[2]", 4 / 9)
+
+
+@pytest.mark.parametrize(
     ("line", "rule"),
     [
         ("Three words stay.", None),

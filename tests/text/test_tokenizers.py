@@ -91,7 +91,7 @@ def test_small_cache_and_long_texts_change_no_id(model_path, source_texts, monke
     whole = SentencePieceTokenizer(model_path, use_cache=False).encode(long_text)
     for _ in range(3):
         assert np.array_equal(tokenizer.encode(long_text), whole)
-    assert len(tokenizer._cache._ids) < 2000
+    assert len(tokenizer._cache._known) < 2000
     assert len(list(word_cache.segments(long_text, 1000))) > 50
     assert "".join(word_cache.segments(long_text, 1000)) == long_text
 
@@ -153,6 +153,55 @@ def test_hugging_face_ids_are_the_librarys_own(name, hugging_face, source_texts,
         assert ids.tolist() == library.encode(text, add_special_tokens=False).ids, repr(text)
     assert tokenizer._cache is not None
     assert tokenizer.decode(tokenizer.encode("a  b\n\té\U0001f600 x")) == "a  b\n\té\U0001f600 x"
+
+
+def change_description(path: Path, change) -> Path:
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+    return path
+
+
+BYTE_PAIRS = {  # what is changed in a plain tokenizer, and whether its merges may still be made here
+    "whole words first": (lambda d: d["model"].update(ignore_merges=True), True),
+    "a pair learnt twice": (lambda d: d["model"]["merges"].append(d["model"]["merges"][3]), True),
+    "merges in another order": (lambda d: d["model"]["merges"].reverse(), True),
+    "merges as strings": (lambda d: d["model"].update(merges=[" ".join(m) for m in d["model"]["merges"]]), True),
+    "dropout": (lambda d: d["model"].update(dropout=0.0), True),
+    "a byte without an entry": (lambda d: d["model"]["vocab"].pop("\u0100"), False),
+    "marks at the ends of words": (lambda d: d["model"].update(end_of_word_suffix="!"), False),
+    "two entries with one id": (lambda d: d["model"]["vocab"].update(zzzz=700), False),
+}
+
+
+@pytest.mark.parametrize("case", BYTE_PAIRS)
+def test_byte_pairs_are_the_librarys_own(case, hugging_face, source_texts, chance) -> None:
+    change, own = BYTE_PAIRS[case]
+    path = change_description(hugging_face("_LLAMA3"), change)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer._cache is not None) == own
+    library = tokenizers.Tokenizer.from_file(str(path))
+    long_words = ["".join(chance.choices("ab", k=3000)), "=" * 5000, "\u4f60" * 700, "selfself" * 400]
+    texts = [*odd_texts(chance, 300), *long_words, *source_texts[20:26]]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ids.tolist() == library.encode(text, add_special_tokens=False).ids, repr(text)
+
+
+@pytest.mark.parametrize("special", ["<|endoftext|>", "<|im_start|>"])
+def test_special_tokens_in_a_text(special, hugging_face, model_path) -> None:
+    path = hugging_face("_LLAMA3")
+    text = f"one {special} two{special}"
+    library = tokenizers.Tokenizer.from_file(str(path))
+    number = library.token_to_id(special)
+    allowed, split = load_tokenizer(path), load_tokenizer(path, allow_special=False)
+    assert allowed.encode(text).tolist() == library.encode(text).ids
+    assert allowed.encode(text).tolist().count(number) == 2
+    library.encode_special_tokens = True
+    assert split.encode(text).tolist() == library.encode(text).ids
+    assert number not in split.encode(text) and split.decode(split.encode(text)) == text
+    assert allowed.count_special(text) == split.count_special(text) == 2
+    model = load_tokenizer(model_path)
+    assert model.count_special("a</s> <|im_start|> <unk>") == 2 and model.eod not in model.encode("a</s>")
 
 
 def test_unknown_hugging_face_pipelines_use_the_library(hugging_face, source_texts) -> None:

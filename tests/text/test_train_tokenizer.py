@@ -68,7 +68,11 @@ def test_unusable_requests_are_named(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a few words only"}\n')
     for change, words in [
         ({"vocab_size": 100}, "--vocab-size 100: must be at least"),
-        ({"vocab_size": 5000}, r"--vocab-size 5000: .*use at most \d+"),
+        ({"vocab_size": 5000}, r"^--vocab-size 5000: too large for this text; use at most \d+, or more text$"),
+        ({"vocab_size": 10**12}, "--vocab-size 1000000000000: must be at most"),
+        ({"special_tokens": ["<a>", "<a>"]}, "--special-tokens '<a>': must be printable, and not there already"),
+        ({"special_tokens": ["</s>"]}, "--special-tokens '</s>'"),
+        ({"special_tokens": ["\udcff"]}, "--special-tokens"),
         ({"json_key": "body"}, "no text in field 'body'.*fields there: 'text'"),
         ({"input": [str(tmp_path / "*.txt")]}, "matches no file"),
     ]:

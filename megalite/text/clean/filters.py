@@ -1,8 +1,7 @@
 """The published quality rules: Gopher, C4, mC4 and FineWeb, each over one page of text.
 
 A rule group is a function of a page and its values that returns the first broken rule, or None. A value that lies
-exactly on its limit is accepted. Tokens are what white space separates; words are tokens without the punctuation round
-them that still hold a letter or digit. Shares of characters leave white space out on both sides.
+exactly on its limit is accepted. What tokens, words and sentences are is the page's segmenter's to say.
 The definitions follow the papers; where these are silent, FineWeb's use of them, as said at each function.
 
 W: tokens of the page; N: its n-grams
@@ -10,16 +9,15 @@ W: tokens of the page; N: its n-grams
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from string import punctuation
 
 import numpy as np
 
-from megalite.text.clean.rules import C4, C4Paragraphs, FineWeb, GopherQuality, GopherRepetition, Shares
+from megalite.text.clean.rules import C4, C4Paragraphs, FineWeb, GopherQuality, GopherRepetition
+from megalite.text.clean.segment import WHITE_SPACE, Segmenter
 from megalite.text.words import WordNumbers, extend_ngrams
 
-_AROUND_WORDS = punctuation + "“”‘’«»„‚…—–•·¿¡。，、；：？！（）【】《》「」"
 _LETTER = re.compile(r"[^\W\d_]")
 _ENDS_LINE = (".", "?", "!", '"', "'")  # C4's own list
 _ENDS_LINE_ANY_SCRIPT = (
@@ -41,7 +39,6 @@ _ENDS_LINE_ANY_SCRIPT = (
     "』",
     "」",
 )
-_SENTENCE_END = re.compile(r"[.?!]+[\"'”’)\]»]*(?=\s|$)|[。！？｡؟۔।॥։።]+")
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]", re.IGNORECASE)
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 _LINE_BREAKS = re.compile(r"\n+")
@@ -62,15 +59,19 @@ class Page:
 
     text: str
     numbers: WordNumbers = field(repr=False)
+    segmenter: Segmenter = field(default=WHITE_SPACE, repr=False)
+
+    def with_text(self, text: str) -> "Page":
+        """A page of another text, read in the same way."""
+        return replace(self, text=text)
 
     @cached_property
     def tokens(self) -> list[str]:
-        return self.text.split()
+        return self.segmenter.tokens(self.text)
 
     @cached_property
     def words(self) -> list[str]:
-        bare = [token.strip(_AROUND_WORDS) for token in self.tokens]
-        return [word for word in bare if word]
+        return self.segmenter.words(self.tokens)
 
     @cached_property
     def mean_word_length(self) -> float:
@@ -94,7 +95,7 @@ def gopher_repetition(page: Page, rules: GopherRepetition) -> Rejection | None:
         for name, share in ((count_field, copies / len(parts)), (character_field, copied_characters / characters)):
             if share > getattr(rules, name):
                 return Rejection(f"gopher_repetition.{name}", share)
-    return _repeated_ngrams(page, rules.max_top_ngram_characters, rules.max_duplicate_ngram_characters)
+    return _repeated_ngrams(page, rules)
 
 
 def repeated_parts(parts: Sequence[str]) -> tuple[int, int]:
@@ -112,13 +113,14 @@ def repeated_parts(parts: Sequence[str]) -> tuple[int, int]:
     return copies, characters
 
 
-def _repeated_ngrams(page: Page, top: Shares, duplicate: Shares) -> Rejection | None:
+def _repeated_ngrams(page: Page, rules: GopherRepetition) -> Rejection | None:
     """The n-gram rules, in rising n. No n-gram repeats unless its first n - 1 words do, so most pages end early."""
     numbers_W = page.numbers.of(page.tokens)
     lengths_W = np.fromiter(map(len, page.tokens), np.int64, numbers_W.size)
-    characters = max(1, int(lengths_W.sum()))
-    tops = {int(n): share for n, share in top}
-    duplicates = {int(n): share for n, share in duplicate}
+    fineweb = rules.ngram_characters == "fineweb"
+    characters = max(1, len(page.text) if fineweb else int(lengths_W.sum()))
+    tops = {int(n): share for n, share in rules.max_top_ngram_characters}
+    duplicates = {int(n): share for n, share in rules.max_duplicate_ngram_characters}
     hashes_N = numbers_W
     for n in range(1, max([*tops, *duplicates], default=0) + 1):
         if n > 1:
@@ -131,33 +133,56 @@ def _repeated_ngrams(page: Page, top: Shares, duplicate: Shares) -> Rejection | 
         if not same.any():
             return None
         if n in tops:
-            share = _characters_within(_top_occurrences(order_N, same, lengths_W, n), n, lengths_W) / characters
+            occurrences = _top_occurrences(order_N, same, lengths_W, n, first=fineweb)
+            share = (_summed if fineweb else _covered)(occurrences, n, lengths_W) / characters
             if share > tops[n]:
                 return Rejection(f"gopher_repetition.max_top_ngram_characters[{n}]", share)
         if n in duplicates:
-            share = _characters_within(order_N[1:][same], n, lengths_W) / characters
+            share = _covered(order_N[1:][same], n, lengths_W) / characters
+            if fineweb and share > duplicates[n]:  # never less than what the walk finds
+                share = _walked(hashes_N, n, lengths_W) / characters
             if share > duplicates[n]:
                 return Rejection(f"gopher_repetition.max_duplicate_ngram_characters[{n}]", share)
     return None
 
 
-def _top_occurrences(order_N: np.ndarray, same: np.ndarray, lengths_W: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the most frequent n-gram; of equally frequent ones that with the most characters."""
+def _top_occurrences(order_N: np.ndarray, same: np.ndarray, lengths_W: np.ndarray, n: int, first: bool) -> np.ndarray:
+    """Positions of the most frequent n-gram; of equally frequent ones the `first`, or that with the most characters."""
     starts = np.flatnonzero(np.concatenate(([True], ~same)))
     counts = np.diff(np.append(starts, order_N.size))
     best = starts[counts == counts.max()]
     ends_W = np.concatenate(([0], np.cumsum(lengths_W)))
-    first = order_N[best]
-    start = best[np.argmax(ends_W[first + n] - ends_W[first])]
+    at = order_N[best]
+    start = best[np.argmin(at) if first else np.argmax(ends_W[at + n] - ends_W[at])]
     return order_N[start : start + counts.max()]
 
 
-def _characters_within(positions: np.ndarray, n: int, lengths_W: np.ndarray) -> int:
+def _covered(positions: np.ndarray, n: int, lengths_W: np.ndarray) -> int:
     """Characters of the tokens that n-grams at these positions cover, overlaps counted once."""
     covered_W = np.zeros(lengths_W.size, dtype=bool)
     for offset in range(n):
         covered_W[positions + offset] = True
     return int(lengths_W[covered_W].sum())
+
+
+def _summed(positions: np.ndarray, n: int, lengths_W: np.ndarray) -> int:
+    """Characters of all occurrences of one n-gram with single spaces between its words, overlaps counted each time."""
+    return positions.size * (int(lengths_W[positions[0] : positions[0] + n].sum()) + n - 1)
+
+
+def _walked(hashes_N: np.ndarray, n: int, lengths_W: np.ndarray) -> int:
+    """Characters of repeated n-grams as datatrove walks over them: it goes on behind a copy, else by one word."""
+    hashes = hashes_N.tolist()
+    seen: set[int] = set()
+    characters = position = 0
+    while position < len(hashes):
+        if hashes[position] in seen:
+            characters += int(lengths_W[position : position + n].sum())
+            position += n
+        else:
+            seen.add(hashes[position])
+            position += 1
+    return characters
 
 
 def gopher_quality(page: Page, rules: GopherQuality) -> Rejection | None:
@@ -196,7 +221,8 @@ def gopher_quality(page: Page, rules: GopherQuality) -> Rejection | None:
 def c4(page: Page, rules: C4, bad_words: re.Pattern[str] | None, removed_lines: dict[str, int]) -> Page | Rejection:
     """C4's rules (Raffel et al., 2020, section 2.2): removes lines, counting them by rule, or rejects the page.
 
-    Unlike C4's own script this keeps single blank lines between the lines that stay, so paragraphs survive.
+    Unlike C4's own script this keeps single blank lines between the lines that stay, so paragraphs survive. Sentences
+    are counted in each line that stays, as there: a line without a full stop is one.
     """
     lowered = page.text.lower()
     if rules.reject_lorem_ipsum and "lorem ipsum" in lowered:
@@ -206,6 +232,7 @@ def c4(page: Page, rules: C4, bad_words: re.Pattern[str] | None, removed_lines: 
     if bad_words is not None and (match := bad_words.search(page.text)):
         return Rejection("c4.bad_words_file", match.group())
     kept: list[str] = []
+    sentences = 0
     changed = False
     for raw in page.text.split("\n"):
         line = _CITATION.sub("", raw) if rules.remove_citations and "[" in raw else raw
@@ -217,11 +244,12 @@ def c4(page: Page, rules: C4, bad_words: re.Pattern[str] | None, removed_lines: 
             changed = True
         else:
             kept.append(line)
+            if sentences < rules.min_sentences:
+                sentences += page.segmenter.sentences(line.strip())
     if changed:
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
-        page = Page(text, page.numbers)
-    sentences = len(_SENTENCE_END.findall(page.text))
-    if sentences < rules.min_sentences or not page.tokens:
+        page = page.with_text(text)
+    if sentences < rules.min_sentences or not page.text.strip():
         return Rejection("c4.min_sentences", sentences)
     return page
 

@@ -14,7 +14,9 @@ from megalite.files import write_atomically, write_errors_named
 from megalite.text.clean import classifiers, filters
 from megalite.text.clean.filters import Page, Rejection
 from megalite.text.clean.privacy import mask
-from megalite.text.clean.rules import Rules
+from megalite.text.clean.rules import LARGEST_FILE, Rules
+from megalite.text.clean.segment import load_segmenter
+from megalite.text.foreign import read_small_file, shorten
 from megalite.text.jobs import Unit, fingerprint, map_tasks, noted, plan_units
 from megalite.text.records import MAX_RECORD_BYTES, Document
 from megalite.text.shards import Unusable, open_output, open_shards, read_unit
@@ -72,11 +74,16 @@ class Cleaner:
     def __init__(self, rules: Rules) -> None:
         """Raises UserError where a model or word file that a group needs is missing."""
         self.rules = rules
-        self.numbers = WordNumbers()
+        self._numbers = WordNumbers()
+        self._segmenter = load_segmenter(rules.words)
         self.bad_words = _bad_words(rules.c4.bad_words_file) if "c4" in rules.rules else None
         for group in ("language", "quality"):
             if group in rules.rules:
                 classifiers.load_classifier(getattr(rules, group).model, group)
+
+    def page(self, text: str) -> Page:
+        """A text as the rules look at it."""
+        return Page(text, self._numbers, self._segmenter)
 
     def apply(self, page: Page, counts: Counts) -> Page | Rejection:
         """The cleaned page, or the first rule it breaks. Counts removed lines and masked addresses of kept pages."""
@@ -88,7 +95,7 @@ class Cleaner:
             if group == "c4":
                 outcome = filters.c4(page, values, self.bad_words, removed_lines)
             elif group == "privacy":
-                outcome = Page(mask(page.text, values, masked), self.numbers)
+                outcome = page.with_text(mask(page.text, values, masked))
             else:
                 outcome = getattr(classifiers if group in ("language", "quality") else filters, group)(page, values)
             if isinstance(outcome, Rejection):
@@ -103,9 +110,10 @@ def _bad_words(path: str) -> re.Pattern[str] | None:
     if not path:
         return None
     try:
-        words = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        words = [line.strip() for line in read_small_file(path, LARGEST_FILE).decode().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"[c4] bad_words_file = {path!r} cannot be read ({error}): give a UTF-8 file") from None
+        reason = error.strerror if isinstance(error, OSError) else shorten(error)
+        raise UserError(f"[c4] bad_words_file = {path!r} cannot be read ({reason}): give a UTF-8 file") from None
     alternatives = "|".join(re.escape(word) for word in sorted(filter(None, words), key=len, reverse=True))
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE) if alternatives else None
 
@@ -145,7 +153,7 @@ def _outcomes(
 ) -> Iterator[tuple[Document, Page | Rejection]]:
     """Every document of the unit with its cleaned page or its rejection, counted."""
     for _, document in read_unit(task.unit, task.key, unusable, True, task.max_record_bytes):
-        page = Page(document.text, cleaner.numbers)
+        page = cleaner.page(document.text)
         outcome = cleaner.apply(page, counts)
         counts.documents += 1
         counts.characters += len(document.text)

@@ -1,0 +1,7 @@
+"""Types of the C++ extension `_bpe.cpp`."""
+
+import numpy as np
+
+class BytePairs:
+    def __init__(self, byte_ids: np.ndarray, merges: np.ndarray, whole: dict[bytes, int]) -> None: ...
+    def encode(self, word: str) -> bytes: ...
