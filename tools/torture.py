@@ -11,6 +11,7 @@ beside the work (TensorBoard, the loss curve) must not end the job at all. Exit 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -52,8 +53,8 @@ class Arguments:
     """Of the choice and the moments of the faults."""
     processes: int = 2
     """Ranks; they form tensor 2 where the number is even."""
-    tensorboard: bool = True
-    """Write TensorBoard events, on which faults then fall as well."""
+    tensorboard: bool = importlib.util.find_spec("tensorboard") is not None
+    """Write TensorBoard events, on which faults then fall as well; by default where the package is installed."""
     work_dir: Path | None = None
     """Where the runs go; a temporary directory that is removed after success by default."""
 
@@ -443,7 +444,7 @@ def torture(work: Path, arguments: Arguments) -> None:
     job = make_job(work, work / "tormented", arguments, pace)
     damaged: set[Path] = set()
     counts: Counter[str] = Counter()
-    kinds = list(FAULTS)
+    kinds = [kind for kind in FAULTS if arguments.tensorboard or "TensorBoard" not in kind]
     for number in range(arguments.faults):
         kind = kinds[number] if number < len(kinds) else chance.choice(kinds)
         job.start(full_disk=kind == "full disk")

@@ -314,6 +314,8 @@ class TimelineFile:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._size is None:  # the first row of this start: who writes comes before it
+            with contextlib.suppress(OSError):
+                self._file.path.parent.mkdir(parents=True, exist_ok=True)
             self._size = self._file.path.stat().st_size if self._file.path.exists() else 0
             self._write(self._head())
         self._file.write(row)
