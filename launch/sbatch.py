@@ -123,8 +123,8 @@ def directives(job: Job) -> list[str]:
         )
     given = vars(options) | {"cpus_per_task": job.cpus_per_task, "gpus_per_node": options.gpus_per_node or None}
     given |= {"job_name": job.name, "ntasks_per_node": job.tasks_per_node}
-    names = ("job_name", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "mem", "time", "partition")
-    names += ("account", "qos", "constraint", "exclude", "reservation")
+    names = ["job_name", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "mem", "time", "partition"]
+    names += ["account", "qos", "constraint", "exclude", "reservation"]
     lines = [(f"--{name.replace('_', '-')}", str(given[name])) for name in names if given[name] is not None]
     pattern = str(job.run_dir).replace("%", "%%")  # SLURM puts job numbers in the place of %j
     lines += [("--chdir", str(Path.cwd())), ("--output", f"{pattern}/launch/slurm-%j.out"), ("--open-mode", "append")]

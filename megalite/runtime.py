@@ -20,7 +20,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megalite.affinity import stay_near
+from megalite.affinity import pci_address, stay_near
 from megalite.config import Config
 from megalite.errors import UserError
 from megalite.mesh import Mesh, create_group
@@ -85,8 +85,7 @@ def choose_device(config: Config, world: World) -> torch.device:
             "or set run.device to cpu"
         )
     torch.cuda.set_device(world.local_rank)
-    properties = torch.cuda.get_device_properties(world.local_rank)
-    stay_near(f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0")
+    stay_near(pci_address(world.local_rank))
     return torch.device("cuda", world.local_rank)
 
 
