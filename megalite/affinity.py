@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from pathlib import Path
@@ -29,16 +30,28 @@ def own_cores() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-def stay_near(pci_address: str, devices: Path = Path("/sys/bus/pci/devices")) -> None:
-    """Keep this thread, and those that it will start, on the cores beside a PCI device (`0000:1b:00.0`).
+def pci_address(gpu: int, library: str = "libcuda.so.1") -> str:
+    """Where the GPU that CUDA counts as `gpu` in this process sits, as in `0000:1b:00.0`; empty where nobody knows."""
+    try:
+        driver = ctypes.CDLL(library)
+        device, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+        if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), gpu):
+            return ""
+        return "" if driver.cuDeviceGetPCIBusId(text, len(text), device) else text.value.decode().lower()
+    except (OSError, AttributeError):
+        return ""
+
+
+def stay_near(address: str, devices: Path = Path("/sys/bus/pci/devices")) -> None:
+    """Keep this thread, and those that it will start, on the cores beside a PCI device.
 
     Nothing changes where the machine does not tell them, or where fewer than `LEAST_CORES` of ours are among them:
     then someone has bound this process to others.
     """
     try:
-        near = parse_cores((devices / pci_address / "local_cpulist").read_text()) & own_cores()
+        near = parse_cores((devices / address / "local_cpulist").read_text()) & own_cores()
         if len(near) >= LEAST_CORES:
             os.sched_setaffinity(0, near)
-            log.debug("on the %d cores beside GPU %s", len(near), pci_address)
+            log.debug("on the %d cores beside GPU %s", len(near), address)
     except (OSError, ValueError, AttributeError):
         return

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megalite.affinity import stay_near
+from megalite.affinity import pci_address, stay_near
 from megalite.errors import EXIT_CODES_ENVIRONMENT, INTERRUPTED, STOPPED, UserError
 
 if TYPE_CHECKING:
@@ -237,8 +237,7 @@ def choose_device(config: Config, world: World) -> torch.device:
             "or set run.device to cpu"
         )
     torch.cuda.set_device(index)
-    properties: Any = torch.cuda.get_device_properties(index)
-    stay_near(f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0")
+    stay_near(pci_address(index))
     return torch.device("cuda", index)
 
 

@@ -107,7 +107,13 @@ class _Encoder:
         finally:
             self._bad.abort()
             self._writer.abort()
-        return {"records": self._records, "empty": self._empty, "text_bytes": self._text_bytes, "special": self._special, "lines": lines}
+        return {
+            "records": self._records,
+            "empty": self._empty,
+            "text_bytes": self._text_bytes,
+            "special": self._special,
+            "lines": lines,
+        }
 
     def _read(self, number: int, piece: Piece) -> int:
         """Encode one piece; returns how many lines (rows, files) it has."""
