@@ -30,7 +30,7 @@ from megalite.files import write_atomically
 
 HERE = Path(__file__).resolve().parent
 TRAIN = ("-m", "megalite.train")
-LIMIT_SECONDS = 120
+LIMIT_SECONDS = 240
 RECIPE = """
 [model]
 layers = 2

@@ -152,7 +152,7 @@ unset TRITON_INTERPRET
 spare=0 failed=0
 for name in "${chosen[@]}"; do
     left=$((BUDGET - (SECONDS - START)))
-    limit=$((SHARE[$name] + spare))
+    limit=$((SHARE[$name] * BUDGET / 560 + spare))
     [ $limit -lt $left ] || limit=$left
     begin=$SECONDS
     if [ "$limit" -lt 10 ]; then

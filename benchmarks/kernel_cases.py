@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megalite.kernels import Kernels, cross_entropy
+from megalite.config import ModelConfig
+from megalite.kernels import Kernels
 from megalite.kernels.attention import Documents
+from megalite.mesh import Mesh
+from megalite.model.build import Build
+from megalite.model.head import VocabParallelHead
+from megalite.parallel.collectives import TensorRegion
 
 EPS = 1e-5
 
@@ -249,7 +254,7 @@ def loss_cases(at: Setting) -> Iterator[Case]:
 
     def sharded() -> Any:
         stats = at.kernels.cross_entropy_stats(shard, targets)
-        return at.kernels.cross_entropy_grad_(shard, targets, stats, grad_N, vocab_size=at.sizes.vocab)
+        return at.kernels.cross_entropy_grad_(shard, targets, stats, grad_N)
 
     def restore() -> None:
         shard.copy_(source[:, :width])
@@ -259,26 +264,28 @@ def loss_cases(at: Setting) -> Iterator[Case]:
 
 
 def fused_loss_cases(at: Setting) -> Iterator[Case]:
-    hidden = at.randn(at.sizes.tokens, at.sizes.hidden).requires_grad_()
+    """The output layer and its loss: ours is the trainer's, on one rank."""
+    mesh = Mesh(device=at.device)
+    model = ModelConfig(vocab_size=at.sizes.vocab, hidden_size=at.sizes.hidden)
+    build = Build(model, mesh, TensorRegion(mesh.group("tp"), False), at.kernels, at.dtype)
+    head = VocabParallelHead(build, "head", (0,), z_loss=0.0, tied_to=None)
+    hidden = at.randn(at.sizes.tokens, 1, at.sizes.hidden).requires_grad_()
     weight = at.randn(at.sizes.vocab, at.sizes.hidden).div_(64).requires_grad_()
+    head.weight.data.copy_(weight.detach())
+    head.weight.main_grad = torch.zeros(weight.shape, device=at.device)
     targets, theirs = torch.randint(0, at.sizes.vocab, (at.sizes.tokens,), device=at.device), liger(at)
-    main_grad, name = torch.zeros(weight.shape, device=at.device), at.name("cross_entropy")
-
-    def ours(main_grad: Tensor | None) -> Any:
-        loss = cross_entropy.fused_linear_cross_entropy(hidden, weight, targets, ops=at.kernels, main_grad=main_grad)
-        return torch.autograd.grad(loss, (hidden,) if main_grad is not None else (hidden, weight))
+    flat, labels_1S, scale = hidden.detach().squeeze(1).requires_grad_(), targets[None], 1.0 / at.sizes.tokens
 
     def eager() -> Any:
-        return torch.autograd.grad(F.cross_entropy((hidden @ weight.t()).float(), targets), (hidden, weight))
+        return torch.autograd.grad(F.cross_entropy((flat @ weight.t()).float(), targets), (flat, weight))
 
     calls: dict[str, Callable[[], Any]] = {
-        f"{name}, main gradient": lambda: ours(main_grad),
-        f"{name}, own gradient": lambda: ours(None),
+        at.name("cross_entropy"): lambda: torch.autograd.grad(head.loss(hidden, labels_1S, scale), hidden),
         "torch eager": eager,
     }
     if theirs:
         calls["Liger-Kernel"] = lambda: torch.autograd.grad(
-            theirs.liger_fused_linear_cross_entropy(hidden, weight, targets), (hidden, weight)
+            theirs.liger_fused_linear_cross_entropy(flat, weight, targets), (flat, weight)
         )
     absent = missing(at, ("Liger-Kernel", theirs))
     flop = 6.0 * at.sizes.tokens * at.sizes.hidden * at.sizes.vocab

@@ -101,7 +101,7 @@ class BareLoss(torch.autograd.Function):
             stats = kernels.cross_entropy_stats(logits, labels)
             loss += cross_entropy_loss(stats, labels, vocab_size=vocab_size).sum(dtype=torch.float64) * scale
             scales = torch.full((len(labels),), scale)
-            grad = kernels.cross_entropy_grad_(logits, labels, stats, scales, vocab_size=vocab_size)
+            grad = kernels.cross_entropy_grad_(logits, labels, stats, scales)
             torch.mm(grad, weight_VH, out=grad_NH[chunk])
             grad_VH += grad.t() @ hidden_NH[chunk]
         ctx.save_for_backward(grad_NH, grad_VH.to(weight_VH.dtype))

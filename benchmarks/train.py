@@ -13,8 +13,10 @@ numbers.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import signal
@@ -28,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from train_job import AXES, PRESETS, Job
-from train_report import draw, matmul_rates, summarise, tabulate
+from train_report import draw, summarise, tabulate
 
+from megalite.command import Parser
 from megalite.errors import UserError, exit_on_user_error
+from megalite.files import write_atomically, write_errors_named
 from megalite.model.cost import FORMULA
 
 HERE = Path(__file__).resolve().parent
@@ -58,42 +61,24 @@ GPU_ROWS = ("megalite,precision=bf16", "plain,precision=bf16,compile=1")
 PEER_LAYOUTS = {"picotron": ("", ",tensor=2", ",pipeline=2", ",data=2"), "transformers": ("",)}
 
 
-@dataclass
-class Arguments:
-    """Measure training speed; the rows take turns."""
-
-    model: str = "10m"
-    """10m, 124m, 1.24b, gpt2-1.5b or llama3-8b (as many of its layers as fit)."""
-    rows: tuple[str, ...] = ()
-    """Rows, as above; none: the layouts and precisions that the device makes sense of."""
-    against: tuple[str, ...] = ()
-    """Peers to run beside: NAME of an installed one, or NAME=PATH of a checkout."""
-    rounds: int = 3
-    """How often the rows take turns."""
-    steps: int = 5
-    """Measured steps of a row in each turn."""
-    warmup: int = 3
-    """Steps before them."""
-    device: str = "auto"
-    """cpu, cuda or auto."""
-    output: Path | None = None
-    """Write NAME.json, and the plot beside it as NAME.png."""
-
-
-def layers_that_fit(model: str, device: str) -> int:
-    """Layers of the preset that fit one device in training: 18 bytes a parameter, and the activations kept."""
-    preset = PRESETS[model]
-    shape = preset.model
-    if device == "cpu":
-        return int(shape["layers"])
-    hidden, ffn, vocabulary = shape["hidden_size"], shape["ffn_hidden_size"], shape["vocab_size"]
-    kv = hidden * shape["kv_heads"] // shape["heads"]
-    weights = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn
-    tokens = preset.micro_batch * preset.seq_length
-    layer = 18 * weights + 2 * tokens * (7 * hidden + 2 * kv + 3 * ffn)
-    ends = 18 * vocabulary * hidden * (1 if shape.get("tie_embeddings") else 2) + (6 << 30)
-    room = 0.92 * torch.cuda.get_device_properties(0).total_memory - ends
-    return max(1, min(int(shape["layers"]), int(room // layer)))
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="10m", choices=tuple(PRESETS), help="what is trained; on a GPU llama3-8b has 8 layers")
+    add("--rows", nargs="+", default=[], metavar="ROW", help="none: what the device makes sense of")
+    add("--layers", type=int, default=0, metavar="N", help="layers of every row that does not say so itself")
+    add("--against", nargs="+", default=[], metavar="PEER", help="NAME of an installed one, or NAME=PATH of a checkout")
+    add("--rounds", type=int, default=3, help="how often the rows take turns (default 3)")
+    add("--steps", type=int, default=5, help="measured steps of a row in each turn (default 5)")
+    add("--warmup", type=int, default=3, help="steps before them (default 3)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--budget", type=float, default=math.inf, metavar="S", help="begin no turn later, and end the one under way")
+    add("--output", type=Path, metavar="FILE", help="write FILE.json after every turn, and at the end FILE.png")
+    options = parser.parse_args(argv)
+    for name in ("rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} is below 1")
+    return options
 
 
 def peer_paths(against: Sequence[str]) -> dict[str, str]:
@@ -109,7 +94,7 @@ def peer_paths(against: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def parse_row(text: str, arguments: Arguments, device: str, paths: dict[str, str]) -> Job:
+def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict[str, str]) -> Job:
     runner, *options = text.split(",")
     if runner not in (*OWN, *paths):
         raise UserError(f"--rows {text}: no runner {runner!r}; known: {', '.join((*OWN, *paths))} (see --against)")
@@ -133,7 +118,9 @@ def parse_row(text: str, arguments: Arguments, device: str, paths: dict[str, str
         raise UserError(f"--rows {text}: compile is the plain runner's; {runner} brings its own kernels")
     if runner == "bare" and (chosen["precision"], device) != ("fp32", "cpu"):
         raise UserError(f"--rows {text}: the bare loop is for fp32 on CPUs")
-    chosen.setdefault("layers", layers_that_fit(arguments.model, device))
+    preset = PRESETS[arguments.model]
+    usual = preset.gpu_layers if device == "cuda" else 0
+    chosen.setdefault("layers", arguments.layers or usual or preset.model["layers"])
     return Job(
         runner=runner,
         model=arguments.model,
@@ -146,7 +133,7 @@ def parse_row(text: str, arguments: Arguments, device: str, paths: dict[str, str
     )
 
 
-def choose_rows(arguments: Arguments, device: str, paths: dict[str, str]) -> dict[str, Job]:
+def choose_rows(arguments: argparse.Namespace, device: str, paths: dict[str, str]) -> dict[str, Job]:
     """Row -> what it runs. Yardsticks and peers that were not asked for one by one are added."""
     texts = list(arguments.rows)
     if not texts:
@@ -162,8 +149,9 @@ def choose_rows(arguments: Arguments, device: str, paths: dict[str, str]) -> dic
     return jobs
 
 
-def run_once(text: str, job: Job) -> list[dict[str, Any]]:
-    """One turn of a row in its own processes: what each rank measured."""
+def run_once(text: str, job: Job, limit: float = math.inf) -> list[dict[str, Any]]:
+    """One turn of a row in its own processes: what each rank measured. Raises UserError where it fails or takes more
+    than `limit` seconds."""
     program = PEERS.get(job.runner, HERE / "train_worker.py")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
         own = job.replace(store=f"{folder}/store")
@@ -175,17 +163,21 @@ def run_once(text: str, job: Job) -> list[dict[str, Any]]:
             command = [sys.executable, str(program), own.to_json()]
             processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=error))
         try:
+            begun = time.monotonic()
             while not all(process.poll() == 0 for process in processes):
                 if any(process.poll() for process in processes):
                     break
+                if time.monotonic() - begun > limit:
+                    raise UserError(f"row {text} was not done after {limit:.0f} s, the end of --budget")
                 time.sleep(0.05)
         finally:
             for process in processes:
                 process.kill()
         for rank, process in enumerate(processes):
             if process.wait() > 0:
-                last = Path(f"{folder}/error{rank}").read_text().strip().splitlines()[-1:]
-                raise UserError(f"row {text}, rank {rank} failed: {' '.join(last) or process.returncode}")
+                lines = Path(f"{folder}/error{rank}").read_text().strip().splitlines()
+                told = [line for line in lines if "Error" in line] or lines
+                raise UserError(f"row {text}, rank {rank} failed: {told[-1] if told else process.returncode}")
         return [json.loads(Path(f"{folder}/out{rank}").read_text().splitlines()[-1]) for rank in range(job.ranks)]
 
 
@@ -209,42 +201,83 @@ def describe(device: str) -> Machine:
     facts = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
     processor = names[0] if names else platform.processor()
-    if device != "cpu":
-        processor = torch.cuda.get_device_name(0)
     used = " ".join(word.partition("=")[0] if word.startswith("picotron=") else word for word in sys.argv[1:])
     return Machine(
         device, processor, len(os.sched_getaffinity(0)), commit=commit, command=f"benchmarks/train.py {used}"
     )
 
 
+class Comparison:
+    """The rows' turns, and the document that is written after each of them."""
+
+    def __init__(self, arguments: argparse.Namespace, jobs: dict[str, Job], machine: Machine) -> None:
+        self.arguments, self.jobs, self.machine = arguments, jobs, machine
+        self.turns: dict[str, list[list[dict[str, Any]]]] = {text: [] for text in jobs}
+        self.errors: dict[str, str] = {}
+        self._deadline = time.monotonic() + arguments.budget
+
+    @property
+    def left(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def measure_products(self) -> None:
+        """What the device's products reach, in processes of their own: this one must hold no memory of the device."""
+        any_job = next(iter(self.jobs.values()))
+        for precision in sorted({job.precision for job in self.jobs.values()}):
+            products = any_job.replace(runner="products", layout={}, precision=precision)
+            (measured,) = run_once("products", products, self.left)
+            self.machine.matmul_tflops[precision] = measured["tflops"]
+            self.machine.processor = measured["device"] or self.machine.processor
+
+    def turn(self, text: str) -> None:
+        """One turn of a row that has not failed yet; a failure is what the row then tells."""
+        try:
+            self.turns[text].append(run_once(text, self.jobs[text], self.left))
+        except UserError as error:
+            self.errors[text] = str(error)
+        self.write()
+
+    def result(self) -> dict[str, Any]:
+        rows: dict[str, Any] = {}
+        for text, job in self.jobs.items():
+            turns = self.turns[text]
+            rows[text] = summarise(job, turns, self.machine.matmul_tflops[job.precision]) if turns else {}
+            if text in self.errors:
+                rows[text]["error"] = self.errors[text]
+        model = self.arguments.model
+        return {"machine": asdict(self.machine), "model": model, "mfu": FORMULA, "rows": rows}
+
+    def write(self, result: dict[str, Any] | None = None) -> None:
+        if self.arguments.output is not None:
+            path = self.arguments.output.with_suffix(".json")
+            with write_errors_named(path):
+                write_atomically(path, json.dumps(result or self.result(), indent=1) + "\n")
+
+
 @exit_on_user_error
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the row under way ends, too
-    arguments = tyro.cli(Arguments, description=__doc__)
-    if arguments.model not in PRESETS:
-        raise UserError(f"--model {arguments.model}: no such model; known: {', '.join(PRESETS)}")
+    arguments = parse()
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU; use --device cpu")
     jobs = choose_rows(arguments, device, peer_paths(arguments.against))
-    machine = describe(device)
-    machine.matmul_tflops = matmul_rates(next(iter(jobs.values())), sorted({job.precision for job in jobs.values()}))
+    comparison = Comparison(arguments, jobs, describe(device))
+    comparison.measure_products()
     console = Console(width=None if sys.stdout.isatty() else 200)
-    turns: dict[str, list[list[dict[str, Any]]]] = {text: [] for text in jobs}
     for turn in range(arguments.rounds):
-        for text, job in jobs.items():
-            console.print(f"round {turn + 1} of {arguments.rounds}: {text}", style="dim")
-            turns[text].append(run_once(text, job))
-    rows = {text: summarise(job, turns[text], machine.matmul_tflops[job.precision]) for text, job in jobs.items()}
-    result = {"machine": asdict(machine), "model": arguments.model, "mfu": FORMULA, "rows": rows}
+        for text in jobs:
+            if text not in comparison.errors and comparison.left > 0:
+                console.print(f"round {turn + 1} of {arguments.rounds}: {text}", style="dim")
+                comparison.turn(text)
+    result = comparison.result()
     tabulate(result, jobs, console)
+    comparison.write(result)
     if arguments.output is not None:
-        path = arguments.output.with_suffix(".json")
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, jobs, path.with_suffix(".png"))
-    return 0
+        draw(result, jobs, arguments.output.with_suffix(".png"))
+    return 1 if comparison.errors else 0
 
 
 if __name__ == "__main__":

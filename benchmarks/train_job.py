@@ -31,6 +31,8 @@ class Preset:
     global_batch: int
     micro_batch: int
     pipeline_micro_batch: int
+    gpu_layers: int = 0
+    """Layers that every row, plain PyTorch in fp32 among them, fits on one GPU of 80 GB; 0: all."""
 
 
 def _llama(
@@ -45,7 +47,7 @@ PRESETS = {
     "124m": Preset(_llama(12, 768, 12, 12, 2048, 50304), 1024, 64, 32, 4),
     "1.24b": Preset(_llama(16, 2048, 32, 8, 8192, 128256, tie_embeddings=True), 4096, 8, 4, 1),
     "gpt2-1.5b": Preset(_llama(48, 1600, 25, 25, 4288, 50304), 1024, 32, 16, 4),
-    "llama3-8b": Preset(_llama(32, 4096, 32, 8, 14336, 128256, rope_theta=500000.0), 8192, 2, 1, 1),
+    "llama3-8b": Preset(_llama(32, 4096, 32, 8, 14336, 128256, rope_theta=500000.0), 8192, 2, 1, 1, 8),
 }
 """Sizes of the rows. All are Llama-shaped; gpt2-1.5b has GPT-2's widths and the parameters of its feed-forward."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,33 +19,9 @@ from megalite.model.cost import peak_flops, training_flops_per_token
 from megalite.schedule.schedules import build_schedule
 from megalite.schedule.simulate import simulate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("data", "forward", "backward", "exposed", "optimizer", "other")
 _EXPOSED = ("wait_pipeline", "wait_tensor", "wait_context", "reduce", "wait_others", "gather")
 Turns = Sequence[Sequence[Mapping[str, Any]]]
-
-
-def matmul_rates(job: Job, precisions: Sequence[str]) -> dict[str, float]:
-    """TFLOP/s of products in the model's shapes by precision, best of several: what a step could reach at most."""
-    shape, device = job.shape, torch.device(job.device)
-    hidden, ffn = shape["hidden_size"], shape["ffn_hidden_size"]
-    rows = min(job.micro * job.preset.seq_length, 8192)
-    rates = {}
-    for precision in precisions:
-        flops = seconds = 0.0
-        for inner, outer in ((hidden, 2 * hidden), (hidden, hidden), (hidden, 2 * ffn), (ffn, hidden)):
-            a, b = (torch.randn(size, device=device).to(DTYPES[precision]) for size in ((rows, inner), (inner, outer)))
-            out = torch.empty(rows, outer, device=device, dtype=a.dtype)
-            best = float("inf")
-            for _ in range(10):
-                begun = time.perf_counter()
-                torch.mm(a, b, out=out)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                best = min(best, time.perf_counter() - begun)
-            flops, seconds = flops + 2.0 * rows * inner * outer, seconds + best
-        rates[precision] = flops / seconds / 1e12
-    return rates
 
 
 def summarise(job: Job, turns: Turns, matmul_tflops: float) -> dict[str, Any]:
@@ -80,7 +55,13 @@ def summarise(job: Job, turns: Turns, matmul_tflops: float) -> dict[str, Any]:
         "breakdown": breakdown(turns[-1]),
         "bubble": bubble(job, turns[-1]),
         "kernels": turns[-1][0].get("kernels"),
+        "attention": turns[-1][0].get("attention"),
     }
+
+
+def measured(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows that have numbers."""
+    return {text: row for text, row in rows.items() if "seconds_per_step" in row}
 
 
 def breakdown(ranks: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
@@ -133,7 +114,7 @@ def _rivals(text: str, jobs: Mapping[str, Job]) -> list[str]:
 
 def tabulate(result: dict[str, Any], jobs: Mapping[str, Job], console: Console) -> None:
     """Print the rows, and put each row's ratios to its rivals into the result."""
-    rows, on_cpu = result["rows"], result["machine"]["device"] == "cpu"
+    rows, on_cpu = measured(result["rows"]), result["machine"]["device"] == "cpu"
     measure, unit = ("cpu_seconds", "CPU s") if on_cpu else ("seconds", "s")
     rates = ", ".join(f"{name} {rate:.3g}" for name, rate in result["machine"]["matmul_tflops"].items())
     console.print(f"model {result['model']}; matmul TFLOP/s: {rates}; MFU: {result['mfu']}")
@@ -160,19 +141,23 @@ def tabulate(result: dict[str, Any], jobs: Mapping[str, Job], console: Console) 
     for text, row in rows.items():
         if jobs[text].runner != "megalite":
             continue
-        row["faster_than"] = {name: ratio(row, rows[name], measure) for name in _rivals(text, jobs)}
+        row["faster_than"] = {name: ratio(row, rows[name], measure) for name in _rivals(text, jobs) if name in rows}
         parts = [f"{name} {mid:.2f} ({low:.2f}, {high:.2f})" for name, (mid, low, high) in row["faster_than"].items()]
         console.print(f"  {text}: {'; '.join(parts)}")
     for text, whole in extrapolate(rows, jobs).items():
         console.print(f"  {text}: {whole}")
     result["extrapolated"] = extrapolate(rows, jobs)
+    for text, row in result["rows"].items():
+        if "error" in row:
+            console.print(f"  {text}: failed: {row['error']}", markup=False)
 
 
 def extrapolate(rows: Mapping[str, Any], jobs: Mapping[str, Job]) -> dict[str, dict[str, float]]:
     """Where rows differ in `layers` alone: seconds of a layer, of the rest, and tokens/s of the whole model."""
     found = {}
-    for deep, job in jobs.items():
-        for shallow, other in jobs.items():
+    known = {name: job for name, job in jobs.items() if name in rows}
+    for deep, job in known.items():
+        for shallow, other in known.items():
             if other.layers < job.layers and other == job.replace(layers=other.layers):
                 seconds = [rows[name]["seconds_per_step"]["median"] for name in (shallow, deep)]
                 layer = (seconds[1] - seconds[0]) / (job.layers - other.layers)
@@ -191,8 +176,11 @@ def draw(result: Mapping[str, Any], jobs: Mapping[str, Job], path: Path) -> None
 
     on_cpu = result["machine"]["device"] == "cpu"
     key = "cpu_seconds_per_step" if on_cpu else "seconds_per_step"
-    names = sorted(result["rows"], key=lambda name: (jobs[name].precision, -result["rows"][name][key]["median"]))
-    values = [result["rows"][name][key] for name in names]
+    rows = measured(result["rows"])
+    if not rows:
+        return
+    names = sorted(rows, key=lambda name: (jobs[name].precision, -rows[name][key]["median"]))
+    values = [rows[name][key] for name in names]
     medians = [value["median"] for value in values]
     spread = [[v["median"] - v["p20"] for v in values], [v["p80"] - v["median"] for v in values]]
     colours = ["tab:blue" if jobs[name].runner == "megalite" else "tab:gray" for name in names]

@@ -1,8 +1,10 @@
-"""Runs one row of `benchmarks/train.py` in this process: megalite or a yardstick of benchmarks/plain.py."""
+"""Runs one row of `benchmarks/train.py` in this process: megalite, a yardstick of benchmarks/plain.py, or products."""
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,10 +17,13 @@ from train_job import Job, Meter, finish, job_from_arguments, micro_batches, ran
 from megalite.config import Config, build_config
 from megalite.data.batches import Batch
 from megalite.kernels import select_kernels
+from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
 from megalite.observe.lines import read_lines
 from megalite.observe.timeline import Recorder
-from megalite.train.trainer import Trainer
+from megalite.placement import PlacedParameter
+from megalite.train.attention import attention_calls
+from megalite.train.trainer import DTYPES, Trainer
 
 OBSERVED = 3
 """Steps under the recorder after the measured ones; of the third it keeps every operation."""
@@ -43,7 +48,8 @@ def run_megalite(job: Job, device: torch.device) -> None:
     mesh = Mesh(pp=job.pipeline, tp=job.tensor, dp=job.data, rank=rank(), device=device)
     kernels = select_kernels({"default": job.kernels}, device)
     trainer = Trainer(config, mesh, kernels)
-    trainer.initialise()
+    draw_weights(trainer)
+    attention = choose_attention(kernels, attention_calls(config), mesh)
     batches = [Batch(tokens, labels) for tokens, labels in micro_batches(job, mesh.index("dp"))]
 
     def step() -> float:
@@ -51,7 +57,26 @@ def run_megalite(job: Job, device: torch.device) -> None:
 
     meter = Meter(job)
     meter.run(step)
-    finish(meter, **observe(trainer, mesh, batches), kernels=dict(kernels.choices))
+    finish(meter, **observe(trainer, mesh, batches), kernels=dict(kernels.choices), attention=attention)
+
+
+@torch.no_grad()
+def draw_weights(trainer: Trainer) -> None:
+    """Weights of the trained kind, drawn by the device: those of a seed take minutes for billions, and the speed of a
+    step does not depend on them."""
+
+    def draw(parameter: PlacedParameter) -> None:
+        placement = parameter.placement
+        parameter.zero_()
+        for box in placement.boxes:
+            if placement.init == "normal":
+                box.view(parameter).normal_(std=placement.std)
+            elif placement.init == "ones":
+                box.view(parameter).fill_(1.0)
+
+    for buckets in trainer.buckets.values():
+        buckets.fill(draw)
+    trainer.optimizer.restart()
 
 
 def observe(trainer: Trainer, mesh: Mesh, batches: list[Batch]) -> dict[str, Any]:
@@ -105,10 +130,31 @@ def run_yardstick(job: Job, device: torch.device) -> None:
     finish(meter)
 
 
+def measure_products(job: Job, device: torch.device) -> None:
+    """TFLOP/s of products in the model's shapes, best of several: what a step could reach at most."""
+    shape, flops, seconds = job.shape, 0.0, 0.0
+    hidden, ffn = shape["hidden_size"], shape["ffn_hidden_size"]
+    rows = min(job.micro * job.preset.seq_length, 8192)
+    for inner, outer in ((hidden, 2 * hidden), (hidden, hidden), (hidden, 2 * ffn), (ffn, hidden)):
+        a, b = (torch.randn(size, device=device).to(DTYPES[job.precision]) for size in ((rows, inner), (inner, outer)))
+        out = torch.empty(rows, outer, device=device, dtype=a.dtype)
+        best = float("inf")
+        for _ in range(10):
+            begun = time.perf_counter()
+            torch.mm(a, b, out=out)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - begun)
+        flops, seconds = flops + 2.0 * rows * inner * outer, seconds + best
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    print(json.dumps({"tflops": flops / seconds / 1e12, "device": name}))
+
+
 RUNNERS: dict[str, Callable[[Job, torch.device], None]] = {
     "megalite": run_megalite,
     "plain": run_yardstick,
     "bare": run_yardstick,
+    "products": measure_products,
 }
 
 if __name__ == "__main__":

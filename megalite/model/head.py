@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, cross_entropy_loss, merge_stats
+from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, chunk_rows, cross_entropy_loss, merge_stats
 from megalite.model.build import Build
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
 from megalite.placement import PlacedParameter, row_box
-
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
-_TILE = 256
 
 
 def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
@@ -142,9 +139,7 @@ class VocabParallelHead(nn.Module):
 
     def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
         """Runs of tokens whose logits are in memory at a time; on GPUs a multiple of what product kernels work on."""
-        rows = max(1, CHUNK_ELEMENTS.get(hidden_NH.device.type, 1 << 22) // self.weight.shape[0])
-        if hidden_NH.is_cuda and rows > _TILE:
-            rows -= rows % _TILE
+        rows = chunk_rows(self.weight.shape[0], hidden_NH.device)
         for start in range(0, hidden_NH.shape[0], rows):
             yield slice(start, start + rows)
 

@@ -18,8 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megalite.kernels.attention.cpu import COMPILED_WIDEST, EXPLICIT_LONGEST, EXPLICIT_WIDTH
-from megalite.kernels.cross_entropy import PRODUCT_BYTES
-from megalite.model.head import CHUNK_ELEMENTS
+from megalite.kernels.cross_entropy import CHUNK_ELEMENTS, PRODUCT_BYTES
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 

@@ -107,13 +107,8 @@ class _Encoder:
         finally:
             self._bad.abort()
             self._writer.abort()
-        return {
-            "records": self._records,
-            "empty": self._empty,
-            "text_bytes": self._text_bytes,
-            "special": self._special,
-            "lines": lines,
-        }
+        counts = {"records": self._records, "empty": self._empty, "text_bytes": self._text_bytes}
+        return counts | {"special": self._special, "lines": lines}
 
     def _read(self, number: int, piece: Piece) -> int:
         """Encode one piece; returns how many lines (rows, files) it has."""

@@ -69,6 +69,23 @@ def test_the_way_of_a_gpu_session(tmp_path: Path) -> None:
     assert document["clocks"].keys() == {"before", "after"}
 
 
+@pytest.mark.slow
+def test_a_failed_row_of_the_training_benchmark_is_a_row_with_an_error(tmp_path: Path) -> None:
+    """The other rows' numbers stay; they are written after every turn. On a machine without tyro."""
+    bad, good = "megalite,precision=bf16,recompute=never", "megalite,precision=bf16"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests/kernels/bare")}
+    command = ["benchmarks/train.py", "--rows", bad, good, "plain,precision=bf16", "--layers", "1", "--rounds", "1"]
+    command += ["--steps", "1", "--warmup", "0", "--device", "cpu", "--output", str(tmp_path / "train.json")]
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert result.returncode == 1 and f"{bad}: failed" in result.stdout, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert "train.recompute = 'never'" in rows[bad]["error"] and "seconds_per_step" not in rows[bad]
+    assert rows[good]["tokens_per_second"] > 0 and list(rows[good]["faster_than"]) == ["plain,precision=bf16"]
+    assert rows[good]["first_loss"] == pytest.approx(9.0, abs=0.3)  # ln(8192) = 9.01
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -59,7 +59,7 @@ def test_the_stand_in_for_tomli_w_writes_what_is_read_back(tmp_path: Path) -> No
 @pytest.mark.timeout(1800)
 def test_a_run_and_a_step_rehearsed_on_a_bare_machine(tmp_path: Path) -> None:
     """Sections stand alone: the second runs and is told of whatever the first did."""
-    result = bare("bash", str(SCRIPT), "--device", "cpu", "--budget", "1600", "--out", str(tmp_path), "run", "step",
+    result = bare("bash", str(SCRIPT), "--device", "cpu", "--budget", "4000", "--out", str(tmp_path), "run", "step",
                   timeout=1700)  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     session = json.loads((tmp_path / "session.json").read_text())
