@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from megalite.config.check import check_layout, check_machine
 from megalite.config.rope_scaling import ROPE_SCALINGS
 from megalite.errors import UserError
 from megalite.model.rope import _SCALINGS, inverse_frequencies
+from megalite.train.inputs import _counted, _repetition
 
 pytestmark = pytest.mark.fast
 
@@ -235,3 +237,26 @@ def test_every_rope_scaling_can_be_computed():
         config = load_config(None, ["--model.rope_scaling", f'{{type="{kind}",{table}}}'])
         speeds, magnitude = inverse_frequencies(64, 1e30, config.model.rope_scaling)
         assert len(speeds) == 32 and speeds.isfinite().all() and magnitude > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "weights", "samples", "words"),
+    [
+        ([55_000_000], None, 9_765_376, "182 times your 55 M tokens"),
+        ([1_000_000_000], None, 100, ""),
+        ([1024], None, 2, "2 times your 1.02 k tokens"),
+        ([10**9, 10**6], [0.5, 0.5], 100_000, "51 times file 1's 1 M tokens"),
+    ],
+)
+def test_a_check_says_how_often_data_repeats(tokens, weights, samples, words):
+    sources = [
+        SimpleNamespace(cut=SimpleNamespace(tokens_per_epoch=each), file=SimpleNamespace(prefix=f"file {number}"))
+        for number, each in enumerate(tokens)
+    ]
+
+    class Samples(SimpleNamespace):
+        def __len__(self):
+            return samples
+
+    assert _repetition(Samples(sources=sources, weights=weights, seq_length=1024)) == words
+    assert (_counted(1, "rank"), _counted(1000, "sample")) == ("1 rank", "1,000 samples")

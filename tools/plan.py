@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -22,13 +21,17 @@ from rich.console import Console
 
 from megalite.command import Parser
 from megalite.config import Config, load_config
+from megalite.config.bounds import AtLeast
 from megalite.errors import UserError, exit_on_user_error
 from megalite.planning import DEVICES, Plan, estimate
 from megalite.planning.report import render, render_search
 from megalite.planning.search import search
+from megalite.train.inputs import resolve_tokenizer
 
 WIDTH = 120
 """Columns of the tables where the output is not a terminal."""
+
+DEVICE_COUNT = AtLeast(1, 1 << 20)
 
 EPILOG = "also: --SECTION.FIELD VALUE lays any field over the recipe's, as for the trainer"
 
@@ -45,8 +48,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     add("--search", action="store_true", help="rank all layouts that fit: table, words and TOML")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     options, rest = parser.parse_known_args(argv)
-    if options.devices < 1:
-        raise UserError(f"--devices {options.devices} is below 1")
+    if message := DEVICE_COUNT.refusal(options.devices, "--devices"):
+        raise UserError(message)
     for name in ("tokens", "price_per_hour"):
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -63,10 +66,7 @@ def with_vocabulary(config: Config) -> Config:
             f"model.vocab_size = 0 takes the size from data.tokenizer = {config.data.tokenizer}, which does not exist; "
             "give --model.vocab_size N"
         )
-    from megalite.text.tokenizers import load_tokenizer
-
-    size = load_tokenizer(config.data.tokenizer).vocab_size
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    return resolve_tokenizer(config)[0]
 
 
 def search_layouts(options: argparse.Namespace, config: Config) -> None:

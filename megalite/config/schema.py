@@ -8,7 +8,7 @@ so that whoever reads a configuration sees plain values. Sizes are counts, times
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from megalite.config.bounds import Above, AtLeast
@@ -197,8 +197,7 @@ class KernelsConfig:
     """The optimizer's update."""
 
     def __post_init__(self) -> None:
-        operations = ("attention", "rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
-        _derive(self, **dict.fromkeys(operations, self.default))
+        _derive(self, **{operation.name: self.default for operation in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def _memory(plan: Plan) -> Table:
 
 def _time(plan: Plan) -> Table:
     seconds = plan.time.seconds
-    table = _table(f"A step of {plan.job.tokens_per_step:,} tokens", "part", "seconds", "share")
+    whose = ", mean of the pipeline ranks" if plan.job.pipeline > 1 else ""
+    table = _table(f"A step of {plan.job.tokens_per_step:,} tokens{whose}", "part", "seconds", "share")
     for name, value in plan.time.parts.items():
         if value >= 1e-3 * seconds:
             table.add_row(name, f"{value:.3f}", f"{value / seconds:.1%}")
@@ -94,7 +95,7 @@ def _run(plan: Plan) -> Table:
     table.add_row("model TFLOP/s, one device", f"{plan.flops_per_token * rate / job.world / 1e12:.4g}")
     if plan.mfu is not None:
         table.add_row(f"MFU of {job.device.matmul_flops / 1e12:.0f} TFLOP/s", f"{plan.mfu:.1%}")
-    table.add_row("pipeline idle", f"{plan.time.bubble:.1%}")
+    table.add_row("pipeline idle, mean of the ranks", f"{plan.time.bubble:.1%}")
     table.add_row("days", f"{plan.days:,.2f}")
     if plan.cost is not None:
         table.add_row(f"dollars, at {plan.price_per_hour:g} a device-hour", f"{plan.cost:,.0f}")

@@ -2,7 +2,7 @@
 
 What is tried: tensor sizes within a node, pipeline sizes, schedules with their virtual stages, ZeRO levels, micro-batch
 sizes and recomputation. The model, the global batch, the sequence and the number of devices stay. Whether a layout is
-allowed is asked of `check_layout`, the trainer's own rules.
+allowed is asked of `check_combinations`, the trainer's own rules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalite.config import Config
-from megalite.config.check import check_layout
+from megalite.config.check import check_bounds, check_combinations
 from megalite.errors import UserError
 from megalite.planning.estimate import Plan, planned_tokens
 from megalite.planning.hardware import GIB, Device
@@ -46,9 +46,13 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
     for tensor, pipeline in itertools.product(tensors, sizes):
         if devices % (tensor * pipeline) or pipeline > config.model.layers:
             continue
-        schedules = list(SCHEDULES) if pipeline > 1 else ["1f1b"]
+        schedules = [
+            (name, virtual)
+            for name, virtual in itertools.product(SCHEDULES, VIRTUAL_STAGES)
+            if (pipeline > 1 or name == "1f1b") and SCHEDULES[name].refusal(pipeline, pipeline, virtual) is None
+        ]
         levels = (0, 1, 2, 3) if devices // (tensor * pipeline) > 1 else (1,)
-        for schedule, virtual in itertools.product(schedules, VIRTUAL_STAGES if pipeline > 1 else (1,)):
+        for schedule, virtual in schedules:
             for zero, micro, recompute in itertools.product(levels, MICRO_BATCHES, RECOMPUTE):
                 layout: dict[str, Any] = {
                     "tensor": tensor,
@@ -65,7 +69,7 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
 
 def _allowed(config: Config, devices: int) -> bool:
     try:
-        check_layout(config, devices)
+        check_combinations(config, devices)
     except UserError:
         return False
     return True
@@ -84,6 +88,7 @@ def search(
     Exact: layouts are timed in the order of a bound from below, until none that is left can be among the fastest.
     Raises UserError where no layout is allowed or none fits, with the least memory that any needs.
     """
+    check_bounds(config)
     tokens = planned_tokens(config) if tokens is None else tokens
     price_per_hour = price_per_hour if price_per_hour is not None else device.price or None
     limit = device.memory or float("inf")
@@ -103,7 +108,7 @@ def search(
             continue
         fitting.append((least_step_seconds(job), number, job, needs))
     if smallest is None:
-        check_layout(config, devices)  # says what is wrong where it is not the layout
+        check_combinations(config, devices)  # says what is wrong where it is not the layout
         raise UserError(f"no layout of this model is allowed on {devices} devices; try another number")
     if not fitting:
         raise UserError(

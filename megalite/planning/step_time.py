@@ -70,12 +70,15 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, and where they go on the pipeline rank that has most to do. `bubble` is a share."""
+    """Seconds of a step, and where they go: means over the pipeline ranks.
+
+    `bubble` is the share of the pipeline's time in which its ranks compute nothing, as the simulator and the report
+    count it.
+    """
 
     seconds: float
     parts: Mapping[str, float]
     bubble: float
-    pipeline_rank: int
 
 
 def product_seconds(job: Job, rows: float, inner: float, outer: float) -> float:
@@ -299,28 +302,26 @@ def _makespan(job: Job, costs: Mapping[str, list[float]], transfer: float) -> fl
     return first + (second - first) * (whole + more / job.pipeline)
 
 
-def _busiest(job: Job, works: list[StageWork]) -> tuple[int, Work]:
-    """The pipeline rank with most to do, and its work of one micro-batch."""
-    ranks = [
+def _rank_works(job: Job, works: list[StageWork]) -> list[Work]:
+    """The work of each pipeline rank for one micro-batch."""
+    return [
         functools.reduce(Work.plus, (works[stage].forward.plus(works[stage].backward) for stage in job.stages_of(rank)))
         for rank in range(job.pipeline)
     ]
-    busiest = max(range(job.pipeline), key=lambda rank: ranks[rank].seconds)
-    return busiest, ranks[busiest]
 
 
 def least_step_seconds(job: Job) -> float:
     """A bound from below on `step_time`, without simulation: the busiest rank never idle."""
     works = stage_works(job)
-    return _busiest(job, works)[1].seconds * job.micro_batches + sum(_after_backward(job, works)) + STEP_OVERHEAD
+    busiest = max(work.seconds for work in _rank_works(job, works))
+    return busiest * job.micro_batches + sum(_after_backward(job, works)) + STEP_OVERHEAD
 
 
 def step_time(job: Job) -> StepTime:
     """Predict one step of the full global batch."""
     works = stage_works(job)
     makespan = _makespan(job, *pipeline_costs(job, works))
-    busiest, once = _busiest(job, works)
-    work = once.times(job.micro_batches)
+    work = functools.reduce(Work.plus, _rank_works(job, works)).times(job.micro_batches / job.pipeline)
     exposed, optimizer = _after_backward(job, works)
     idle = max(0.0, makespan - work.seconds)
     parts = {
@@ -335,4 +336,4 @@ def step_time(job: Job) -> StepTime:
         "agreement": STEP_OVERHEAD,
     }
     seconds = makespan + exposed + optimizer + STEP_OVERHEAD
-    return StepTime(seconds, parts, idle / makespan, busiest)
+    return StepTime(seconds, parts, idle / makespan)

@@ -41,6 +41,12 @@ def test_recipe(name):
     assert [layer for stage in stages for layer in stage] == list(range(config.model.layers)) and all(stages)
 
 
+def test_stages_are_as_the_70b_recipe_tells_them():
+    config = load_config(RECIPES / "llama3-70b-256gpu.toml")
+    layers = [len(layers_of_stage(config.model, config.stages, stage)) for stage in range(config.stages)]
+    assert layers == [5, *[4] * 18, 3]
+
+
 def test_the_quickstart_lays_out_any_number_of_processes():
     from launch.quickstart import layout
 

@@ -12,6 +12,7 @@ from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, link, transfer_link
 from megalite.planning.job import Job
 from megalite.planning.memory import rank_memory, rank_states, worst_rank
+from megalite.planning.step_time import pipeline_costs, step_time
 from megalite.schedule.simulate import simulate
 
 pytestmark = pytest.mark.fast
@@ -89,3 +90,14 @@ def test_links_are_those_of_the_real_ranks(tensor, data, pipeline):
         here, there = mesh.ranks_along("pp")[:2]
         crosses = here // device.per_node != there // device.per_node
         assert transfer_link(device, data * tensor).crosses == crosses
+
+
+@pytest.mark.parametrize("schedule, chunks", [("1f1b", 1), ("interleaved", 3), ("zb_h1", 1), ("zb_v", 2)])
+@pytest.mark.parametrize("micro_batches", [8, 60])
+def test_idle_is_the_simulators_mean_of_the_ranks(schedule, chunks, micro_batches):
+    job = some_job(schedule=schedule, virtual_stages=chunks, micro_batches=micro_batches)
+    time = step_time(job)
+    simulated = simulate(job.plan(), *pipeline_costs(job))
+    assert time.bubble == pytest.approx(simulated.bubble, abs=2e-3) and sum(time.parts.values()) == pytest.approx(
+        time.seconds
+    )
