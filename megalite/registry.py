@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TypeVar
 
 from megalite.errors import UserError
 
 Thing = TypeVar("Thing")
+
+
+def search_beside(recipe: Path | str) -> None:
+    """Let modules that lie in the recipe's folder be found, after everything else that can be imported."""
+    folder = str(Path(recipe).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def look_up(name: str, known: Mapping[str, Thing], field: str) -> Thing:
@@ -27,6 +36,6 @@ def look_up(name: str, known: Mapping[str, Thing], field: str) -> Thing:
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        raise UserError(f"{field} = {name!r}: {error}; the module must be importable (PYTHONPATH)") from None
+        raise UserError(f"{field} = {name!r}: {error}; put the module beside the recipe or on PYTHONPATH") from None
     except AttributeError:
         raise UserError(f"{field} = {name!r}: the module {module} has no {attribute}") from None

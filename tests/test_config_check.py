@@ -11,7 +11,7 @@ from megalite.config.check import check_layout, check_machine
 from megalite.config.rope_scaling import ROPE_SCALINGS
 from megalite.errors import UserError
 from megalite.model.rope import _SCALINGS, inverse_frequencies
-from megalite.train.inputs import _counted, _repetition
+from megalite.train.inputs import _repetition
 
 pytestmark = pytest.mark.fast
 
@@ -259,4 +259,3 @@ def test_a_check_says_how_often_data_repeats(tokens, weights, samples, words):
             return samples
 
     assert _repetition(Samples(sources=sources, weights=weights, seq_length=1024)) == words
-    assert (_counted(1, "rank"), _counted(1000, "sample")) == ("1 rank", "1,000 samples")

@@ -315,7 +315,7 @@ class CheckpointManager:
         def read() -> None:
             with HuggingFaceSource(Path(path)) as source:
                 compare_model(model_fields(source.model), Path(path), self.config.model, ADAPTABLE)
-                read_state(trainer, source, optimizer=False)
+                read_state(trainer, source, optimizer=False, resume=False)
 
         self._together(read)
         finish_load(trainer, 0)
@@ -334,7 +334,7 @@ class CheckpointManager:
                 compare_model(reader.manifest.model, path, self.config.model, () if resume else ADAPTABLE)
                 if fingerprint is not None and not self.config.checkpoint.allow_data_change:
                     compare_fingerprint(reader, fingerprint)
-                read_state(trainer, reader, optimizer=optimizer)
+                read_state(trainer, reader, optimizer=optimizer, resume=resume)
                 if self._peers.rank == 0:
                     for name in reader.manifest.extras:
                         reader.extra(name)

@@ -21,6 +21,7 @@ from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.mesh import Mesh
+from megalite.model.decoder import OUTPUT
 from megalite.placement import Region
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
@@ -90,18 +91,26 @@ def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
             yield Target(box.name, Region(box.offset, box.size), values[where].view(box.size))
 
 
-def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool) -> None:
+def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool, resume: bool = True) -> None:
     """Read weights, and the optimizer's state if `optimizer`, into this rank's shard; no communication.
 
-    `finish_load` must follow on all ranks. Raises `DamagedFile` or another `UserError`; the trainer's state is then
-    partly overwritten.
+    Without `resume` the source may be another run's, that lacks what is fresh here (adapters, another head) and holds
+    an output layer that is not wanted. `finish_load` must follow on all ranks. Raises `DamagedFile` or another
+    `UserError`; the trainer's state is then partly overwritten.
     """
-    compare_shapes(trainer.shapes(), source.shapes(), str(getattr(source, "directory", "the source")))
+    expected, found = trainer.shapes(), source.shapes()
+    if not resume:
+        fresh = trainer.fresh_shapes().keys() - found.keys()
+        expected = {name: shape for name, shape in expected.items() if name not in fresh}
+        if OUTPUT not in expected:
+            found = {name: shape for name, shape in found.items() if name != OUTPUT}
+    compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
     trainer.settle()
+    targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]
     if isinstance(source, CheckpointReader):
-        source.read_into(WEIGHT, _targets(trainer, WEIGHT))
+        source.read_into(WEIGHT, targets)
     else:
-        for target in _targets(trainer, WEIGHT):
+        for target in targets:
             target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
     for kind in trainer.optimizer.state_names:
         targets = list(_targets(trainer, kind))

@@ -30,6 +30,10 @@ class Checkpointable(Protocol):
         """Names and global shapes of all tensors that a checkpoint of it holds."""
         ...
 
+    def fresh_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of them that another run's checkpoint need not hold; they keep their initial values then."""
+        ...
+
     def settle(self) -> None:
         """Wait for parameters that are still being gathered."""
         ...

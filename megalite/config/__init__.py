@@ -3,12 +3,14 @@
 from megalite.config.check import check
 from megalite.config.load import CommandLine, build_config, load_config, parse_command_line, to_toml
 from megalite.config.schema import (
+    AdapterConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     KernelsConfig,
     LogConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RecoveryConfig,
@@ -17,6 +19,7 @@ from megalite.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "CheckpointConfig",
     "CommandLine",
     "Config",
@@ -24,6 +27,7 @@ __all__ = [
     "KernelsConfig",
     "LogConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RecoveryConfig",

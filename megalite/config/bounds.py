@@ -5,6 +5,7 @@ A bound refuses a value in one sentence (`refusal`) and is, as a string, what wo
 
 from __future__ import annotations
 
+import difflib
 import math
 import unicodedata
 from dataclasses import dataclass
@@ -46,6 +47,26 @@ class Range:
         if self.high < math.inf:
             ends.append(f"{'below' if self.below else 'at most'} {self.high:.12g}")
         return " and ".join(ends)
+
+
+@dataclass(frozen=True)
+class Named:
+    """Built-in names, or code of one's own as `module:name` (see `megalite.registry`)."""
+
+    names: tuple[str, ...]
+
+    def refusal(self, value: str, path: str) -> str:
+        """What is wrong with the name."""
+        module, colon, attribute = value.partition(":")
+        own = colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+        if own or value in self.names:
+            return ""
+        near = difflib.get_close_matches(value, self.names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{path} = {quoted(value)} is unknown; it must be {self}{hint}"
+
+    def __str__(self) -> str:
+        return f"one of {', '.join(self.names)}, or module:name of your own"
 
 
 def AtLeast(low: float, high: float = math.inf, *, below: bool = False) -> Range:

@@ -12,7 +12,7 @@ from megalite.config.bounds import refusal, shown
 from megalite.config.schema import Config
 from megalite.config.sources import parse_sources
 from megalite.errors import UserError
-from megalite.schedule.schedules import SCHEDULES
+from megalite.schedule.schedules import find_schedule
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -207,7 +207,7 @@ def _check_batches(config: Config, world_size: int) -> None:
     """Every batch size of the run divides into micro-batches, as many as the pipeline's schedule can take."""
     _check_ramp(config)
     train, parallel = config.train, config.parallel
-    schedule, copies = SCHEDULES[parallel.schedule], config.data_parallel(world_size)
+    schedule, copies = find_schedule(parallel.schedule), config.data_parallel(world_size)
     unit = train.micro_batch_size * copies
     for size in config.batch_sizes:
         path = "train.global_batch_size" if size == train.global_batch_size else "train.batch_ramp"

@@ -20,6 +20,7 @@ from megalite.config.bounds import quoted, refusal, shown, split_annotation, tex
 from megalite.config.schema import Config
 from megalite.config.sources import parse_sources, plain_sources
 from megalite.errors import UserError
+from megalite.registry import search_beside
 
 Tables = dict[str, dict[str, Any]]
 
@@ -55,6 +56,8 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.t
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe (None: the defaults) with `--section.field value` overrides laid over it."""
     tables = read_recipe(recipe) if recipe is not None else {}
+    if recipe is not None:
+        search_beside(recipe)
     for (section, name), value in parse_overrides(overrides).items():
         tables.setdefault(section, {})[name] = value
     return build_config(tables)

@@ -11,9 +11,10 @@ import importlib.util
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from megalite.config.bounds import Above, AtLeast
+from megalite.config.bounds import Above, AtLeast, Named
 from megalite.config.rope_scaling import RopeScaling
 from megalite.config.sources import Sources
+from megalite.schedule.schedules import SCHEDULES
 
 DERIVED: Any = None
 """Default of a field that `__post_init__` computes from others."""
@@ -79,9 +80,9 @@ class ModelConfig:
     """Biases on the query, key and value projections (Qwen2)."""
     sliding_window: CountOrNone = 0
     """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
-    attention: str = "gqa"
+    attention: Annotated[str, Named(("gqa",))] = "gqa"
     """Attention layer: `gqa` (grouped queries), or `module:Class` of your own (docs/extending.md)."""
-    feed_forward: str = "swiglu"
+    feed_forward: Annotated[str, Named(("swiglu",))] = "swiglu"
     """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
 
     def __post_init__(self) -> None:
@@ -107,8 +108,8 @@ class ParallelConfig:
     """Split the activations between the matrices along the sequence; by default on where tensor > 1, and off at 1."""
     zero: Annotated[int, AtLeast(0, 3)] = 1
     """What the data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 and the gradients, 3 and the parameters."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = "1f1b"
-    """Order of the micro-batches in the pipeline."""
+    schedule: Annotated[str, Named(tuple(SCHEDULES))] = "1f1b"
+    """Order of the micro-batches in the pipeline; `module:SCHEDULE` for one of your own (docs/extending.md)."""
     virtual_stages: Annotated[int, AtLeast(1, 10_000)] = 1
     """Stages that each pipeline rank holds: 2 or more for schedule interleaved, 2 for zb_v."""
 
@@ -216,8 +217,10 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    kind: Annotated[str, Named(("adamw",))] = "adamw"
+    """The rule of the update; `module:Class` for one of your own (docs/extending.md)."""
     lr: Annotated[float, Above(0, 1e6)] = 3e-4
     """Highest learning rate."""
     min_lr: Annotated[float, AtLeast(0, 1e6)] = DERIVED
@@ -241,6 +244,29 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _derive(self, min_lr=self.lr / 10)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What a step minimises."""
+
+    kind: Annotated[str, Named(("next_token",))] = "next_token"
+    """`next_token` is the mean loss over all tokens that count; `module:Class` for one of your own
+    (docs/extending.md)."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Small trained layers beside frozen weights."""
+
+    kind: Annotated[str, Named(("none",))] = "none"
+    """`none` trains all weights; with `module:Class` of your own (docs/extending.md) only the adapters are trained."""
+    rank: Annotated[int, AtLeast(1, 1 << 20)] = 8
+    """Width of an adapter's bottleneck."""
+    alpha: Annotated[float, Above(0, 1e6)] = 16.0
+    """Scale of an adapter's output, before the division by its rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, as `q_proj` or `down_proj`; all where empty."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +318,8 @@ class Config:
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

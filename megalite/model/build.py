@@ -10,9 +10,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
@@ -28,13 +29,26 @@ STD = 0.02
 """Standard deviation of initial weights."""
 
 
+class Adapter(Protocol):
+    """What may be put around linear layers; whatever parameters it makes have the role `adapter`."""
+
+    def column(self, build: Build, name: str, layer: ColumnParallelLinear, boxes: tuple[Box, ...]) -> nn.Module:
+        """In the place of a column-parallel layer, called as it is; `boxes` as in `Build.column`."""
+        ...
+
+    def row(self, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]) -> nn.Module:
+        """In the place of a row-parallel layer, called as it is; `columns` as in `Build.row`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Build:
     """How the layers of one pipeline stage are built.
 
     `prefix` is put before every global name (`critic.` for a second model in the same checkpoint). With `shared`,
     parameters are taken from there instead of being made: a second view of the same weights, say for generation with
-    whole sequences. `parameters` collects what is made, by name.
+    whole sequences. `parameters` collects what is made, by name;
+    `adapter` is put around every linear layer.
     """
 
     model: ModelConfig
@@ -44,6 +58,7 @@ class Build:
     dtype: torch.dtype = torch.float32
     products: Products = PLAIN
     prefix: str = ""
+    adapter: Adapter | None = None
     shared: Mapping[str, PlacedParameter] | None = None
     parameters: dict[str, PlacedParameter] = field(default_factory=dict)
 
@@ -72,7 +87,7 @@ class Build:
             self.parameters[key] = PlacedParameter(data, Placement(boxes, init, std, reduce, role))
         return self.parameters[key]
 
-    def column(self, boxes: tuple[Box, ...], bias_boxes: tuple[Box, ...] = ()) -> ColumnParallelLinear:
+    def column(self, boxes: tuple[Box, ...], bias_boxes: tuple[Box, ...] = ()) -> nn.Module:
         """A linear layer whose output is split: `boxes` say which rows of which global weights this rank holds, one
         after the other in its fused weight [o, I]; `bias_boxes` the same for the bias [o]."""
         features = sum(box.size[0] for box in boxes)
@@ -80,17 +95,19 @@ class Build:
         bias = None
         if bias_boxes:
             bias = self.parameter(bias_boxes[0].name, (features,), bias_boxes, init="zeros", role="vector")
-        return ColumnParallelLinear(weight, bias, self.region, self.products)
+        layer = ColumnParallelLinear(weight, bias, self.region, self.products)
+        return layer if self.adapter is None else self.adapter.column(self, boxes[0].name, layer, boxes)
 
     def row(
         self, name: str, features: tuple[int, int], columns: tuple[int, int], std: float | None = None
-    ) -> RowParallelLinear:
+    ) -> nn.Module:
         """A linear layer whose input is split: this rank holds (first, count) `columns` of the global weight
         `features` = (O, I). `std` is `residual_std` unless given."""
         (outputs, _), (start, length) = features, columns
         box = Box(name, features, (0, start), (outputs, length), (0, 0), (self.mesh.rank,))
         weight = self.parameter(name, (outputs, length), (box,), std=self.residual_std if std is None else std)
-        return RowParallelLinear(weight, self.region, self.products)
+        layer = RowParallelLinear(weight, self.region, self.products)
+        return layer if self.adapter is None else self.adapter.row(self, name, layer, columns)
 
     def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
         """A norm whose weight all tensor ranks hold. `partial`: each of them normalises other tokens or heads than the

@@ -17,7 +17,7 @@ from megalite.config import ModelConfig
 if TYPE_CHECKING:
     import torch
 
-    from megalite.model.decoder import Stage
+    from megalite.model.build import Build
 
 FORMULA = "6 * matmul parameters + 12 * layers * heads * head_dim * sequence, causal attention counted full"
 FORMULA_HALF = "6 * matmul parameters + 6 * layers * heads * head_dim * sequence, causal attention counted half"
@@ -92,11 +92,11 @@ class ModelSizes:
 @functools.lru_cache(maxsize=1024)
 def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSizes:
     """Sizes on tensor rank `index` of `tensor`, read off the modules of one layer and both ends."""
+    from megalite.model.block import Block
     from megalite.parallel.linear import RowParallelLinear
 
-    stage = _build(model, tensor, index)
-    (layer,) = stage.layers
-    assert stage.embedding is not None and stage.norm is not None and stage.head is not None
+    build = _build(model, tensor, index)
+    layer = Block(build, 0)
     matrices = tuple(
         Matrix(weight.shape[1], weight.shape[0], isinstance(module, RowParallelLinear))
         for module in layer.modules()
@@ -104,24 +104,24 @@ def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSiz
         if weight.dim() == 2
     )
     vectors = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() != 2)
-    embedding, final = (
-        sum(parameter.numel() for parameter in end.parameters()) for end in (stage.embedding, stage.norm)
-    )
-    return ModelSizes(LayerSizes(matrices, vectors), embedding, final, stage.head.weight.numel())
+    vocabulary, _, _ = build.vocabulary("embedding", (index,), role="embedding")
+    final = build.norm("norm", model.hidden_size).weight.numel()
+    return ModelSizes(LayerSizes(matrices, vectors), vocabulary.numel(), final, vocabulary.numel())
 
 
-def _build(model: ModelConfig, tensor: int, index: int) -> Stage:
-    """A model of one layer, whole but for its tensor parallelism, without values."""
+def _build(model: ModelConfig, tensor: int, index: int) -> Build:
+    """What the layers of one tensor rank are built with, without values."""
     import torch
 
     from megalite.kernels import select_kernels
     from megalite.mesh import Group, Mesh
-    from megalite.model.decoder import Stage  # decoder.py asks here what its layers cost, to cut itself into stages
+    from megalite.model.build import Build
+    from megalite.parallel.collectives import TensorRegion
 
     meta = torch.device("meta")
     mesh = Mesh(tp=tensor, rank=index, device=meta, make_group=lambda ranks, rank: Group(ranks, rank, None))
     kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
-    return Stage(dataclasses.replace(model, layers=1, max_positions=1), mesh, kernels)
+    return Build(dataclasses.replace(model, layers=1), mesh, TensorRegion(mesh.group("tp"), False), kernels)
 
 
 def parameter_count(model: ModelConfig) -> int:

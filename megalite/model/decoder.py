@@ -6,6 +6,7 @@ Activations are sequence first: hidden_sBH. Source: Touvron et al. 2023 (Llama).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -15,39 +16,17 @@ from torch.utils.checkpoint import checkpoint
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
-from megalite.model.attention import ATTENTION, KeyValueCache, Positions
-from megalite.model.build import Build
-from megalite.model.feed_forward import FEED_FORWARD
+from megalite.model.attention import KeyValueCache, Positions
+from megalite.model.block import Block
+from megalite.model.build import Adapter, Build
 from megalite.model.head import ScalarHead, VocabParallelHead
 from megalite.model.partition import layers_of_stage
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.fp8 import products_of
-from megalite.registry import look_up
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class Block(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
-
-    def __init__(self, build: Build, layer: int) -> None:
-        super().__init__()
-        model, prefix = build.model, f"model.layers.{layer}"
-        attention = look_up(model.attention, ATTENTION, "model.attention")
-        feed_forward = look_up(model.feed_forward, FEED_FORWARD, "model.feed_forward")
-        self.attention_norm = build.norm(f"{prefix}.input_layernorm.weight", model.hidden_size)
-        self.attention = attention(build, layer)
-        self.ffn_norm = build.norm(f"{prefix}.post_attention_layernorm.weight", model.hidden_size)
-        self.feed_forward = feed_forward(build, layer)
-
-    def forward(
-        self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
-    ) -> Tensor:
-        attended_sBH = self.attention(self.attention_norm(x_sBH), positions, cache, recompute=selective)
-        x_sBH, normed_sBH = self.ffn_norm.add_and_norm(attended_sBH, x_sBH)
-        return x_sBH + self.feed_forward(normed_sBH, recompute=selective)
 
 
 class Stage(nn.Module):
@@ -58,7 +37,8 @@ class Stage(nn.Module):
     allocated but not initialised: fill them with `megalite.placement.initialise` or from a checkpoint. `recompute` is
     `none`, `selective` (attention between its projections, and SwiGLU, are evaluated again in backward) or `full`
     (whole layers are); `fp8` is `none`, `tensor` or `row` (see `megalite.parallel.fp8`). `head` is `vocabulary` or
-    `scalar`; `prefix` is put before all global names. With `view_of`, the parameters are those of that stage.
+    `scalar`; `prefix` is put before all global names, `adapter` around linear layers. With
+    `view_of`, the parameters are those of that stage.
     """
 
     def __init__(
@@ -77,6 +57,7 @@ class Stage(nn.Module):
         z_loss: float = 0.0,
         head: str = "vocabulary",
         prefix: str = "",
+        adapter: Adapter | None = None,
         view_of: Stage | None = None,
     ) -> None:
         super().__init__()
@@ -84,8 +65,12 @@ class Stage(nn.Module):
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
         self.recompute, self.owners = recompute, tuple(owners)
         self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1)
-        shared = None if view_of is None else view_of.build.parameters
-        self.build: Build = Build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, shared)
+        if view_of is None:
+            self.build = Build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, adapter)
+        else:
+            self.build = dataclasses.replace(
+                view_of.build, region=self.region, shared=view_of.build.parameters, parameters={}
+            )
         tied = model.tie_embeddings and head == "vocabulary"
         across = tied and stages > 1
         ends = tuple(sorted({mesh.rank_at(pp=owners[0]), mesh.rank_at(pp=owners[-1])})) if across else (mesh.rank,)
@@ -120,22 +105,16 @@ class Stage(nn.Module):
         if not self.region.sequence:
             return self
         build = self.build
-        view = Stage(
+        return Stage(
             build.model,
             build.mesh,
             build.kernels,
             stage=self.stage,
             owners=self.owners,
             embedding=self.embedding,
-            dtype=build.dtype,
             head="vocabulary" if self.scalar is None else "scalar",
-            prefix=build.prefix,
             view_of=self,
         )
-        for layer, own in zip(view.modules(), self.modules()):
-            if hasattr(own, "products"):
-                layer.products = own.products
-        return view
 
     def positions(
         self, length: int, start: int = 0, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from megalite.config import ModelConfig
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
+from megalite.model.build import Adapter
 from megalite.model.decoder import Stage
 from megalite.placement import placed_parameters
 
@@ -25,8 +26,11 @@ def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def model_shapes(model: ModelConfig, *, head: str = "vocabulary", prefix: str = "") -> dict[str, tuple[int, ...]]:
+def model_shapes(
+    model: ModelConfig, *, head: str = "vocabulary", prefix: str = "", adapter: Adapter | None = None
+) -> dict[str, tuple[int, ...]]:
     """Names and global shapes of all tensors of a model."""
     short = dataclasses.replace(model, max_positions=1)  # the table of rotations is no parameter
     kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
-    return local_shapes([Stage(short, Mesh(device=torch.device("meta")), kernels, head=head, prefix=prefix)])
+    mesh = Mesh(device=torch.device("meta"))
+    return local_shapes([Stage(short, mesh, kernels, head=head, prefix=prefix, adapter=adapter)])

@@ -9,16 +9,19 @@ S sequence, B micro-batch, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from megalite.config import Config
+from megalite.config import AdapterConfig, Config
 from megalite.data.batches import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
+from megalite.model.build import Adapter
 from megalite.model.decoder import Stage
 from megalite.model.init import initialise_parameter
 from megalite.model.shapes import model_shapes
@@ -26,6 +29,7 @@ from megalite.optim.shard import Segment, segments_of
 from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
 from megalite.parallel.zero import StageBuckets
 from megalite.placement import PlacedParameter, placed_parameters
+from megalite.registry import look_up
 from megalite.schedule.lowering import lower
 from megalite.schedule.schedules import build_schedule, forward_only, place_stages
 
@@ -36,6 +40,9 @@ Finish = Callable[[Stage, Tensor, Batch, int], Tensor]
 """(last stage, its hidden [s, B, H] before the norm, micro-batch, its number) -> what the pipeline is to return: in
 training the loss (fp64 scalar)."""
 
+ADAPTERS: Mapping[str, Callable[[AdapterConfig], Adapter]] = MappingProxyType({})
+"""What `adapter.kind` may name besides `none`."""
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,8 +50,8 @@ class ShardedModel:
     """The stages of one model on this rank. Parameters are uninitialised until `initialise` or a checkpoint.
 
     `head` is `vocabulary` or `scalar`; `prefix` is put before all global names, to tell two models in one checkpoint
-    apart. A model that is not `trained` has neither gradients nor optimizer state. `freeze` says of each parameter of a
-    trained model whether it stays as it is.
+    apart. A model that is not `trained` has neither gradients nor optimizer state; with an adapter, only the adapter's
+    parameters are trained.
     """
 
     def __init__(
@@ -56,12 +63,13 @@ class ShardedModel:
         head: str = "vocabulary",
         prefix: str = "",
         trained: bool = True,
-        freeze: Callable[[PlacedParameter], bool] | None = None,
     ) -> None:
         self.config, self.mesh, self.kernels = config, mesh, kernels
+        kind = config.adapter.kind
+        adapter = None if kind == "none" else look_up(kind, ADAPTERS, "adapter.kind")(config.adapter)
         self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
         self.dtype = DTYPES[config.train.precision]
-        self.head, self.prefix = head, prefix
+        self.head, self.prefix, self.adapter = head, prefix, adapter
         self.tied = config.model.tie_embeddings and head == "vocabulary"
         self.stages: dict[int, Stage] = {}
         for number in (number for number, owner in enumerate(self.owners) if owner == mesh.index("pp")):
@@ -79,10 +87,11 @@ class ShardedModel:
                 z_loss=config.train.z_loss,
                 head=head,
                 prefix=prefix,
+                adapter=adapter,
             )
         parameters = [parameter for stage in self.stages.values() for parameter in placed_parameters(stage)]
         for parameter in parameters:
-            if not trained or (freeze is not None and freeze(parameter)):
+            if not trained or (adapter is not None and parameter.placement.role != "adapter"):
                 parameter.requires_grad_(False)
         aliases = [parameter for parameter in parameters if parameter.tied_to is not None]
         self.buckets = {
@@ -139,7 +148,12 @@ class ShardedModel:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and global shapes of all tensors of the whole model."""
-        return model_shapes(self.config.model, head=self.head, prefix=self.prefix)
+        return model_shapes(self.config.model, head=self.head, prefix=self.prefix, adapter=self.adapter)
+
+    def fresh_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of them that another run's checkpoint need not hold: what an adapter adds, or another kind of head."""
+        plain = model_shapes(dataclasses.replace(self.config.model, tie_embeddings=False))
+        return {name: shape for name, shape in self.shapes().items() if name.removeprefix(self.prefix) not in plain}
 
     def settle(self) -> None:
         """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten

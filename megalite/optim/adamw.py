@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalite.config import OptimizerConfig
 from megalite.kernels import Kernels
+from megalite.mesh import Mesh
 from megalite.optim.shard import Segment
 
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
@@ -31,7 +32,7 @@ def _fused_adam() -> type[torch.optim.Optimizer] | None:
 class AdamW:
     """The rule; its state in a segment is `exp_avg` and `exp_avg_sq`, fp32."""
 
-    def __init__(self, config: OptimizerConfig, kernels: Kernels) -> None:
+    def __init__(self, config: OptimizerConfig, kernels: Kernels, mesh: Mesh) -> None:
         self.config = config
         self._kernel = kernels.adamw_ if kernels.taken("adamw") == "triton" else None
         self._apex: torch.optim.Optimizer | None = None
@@ -136,8 +137,3 @@ class AdamW:
 def _gradient(segment: Segment) -> Tensor:
     assert segment.gradient is not None
     return segment.gradient
-
-
-def build_rule(config: OptimizerConfig, kernels: Kernels) -> AdamW:
-    """The rule that the configuration names."""
-    return AdamW(config, kernels)

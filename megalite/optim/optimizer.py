@@ -6,13 +6,19 @@ names of its own. Checkpoints, resharding and resume read the names from the seg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
+from megalite.config import OptimizerConfig
+from megalite.kernels import Kernels
+from megalite.mesh import Mesh
+from megalite.optim.adamw import AdamW
 from megalite.optim.shard import Segment
 from megalite.parallel.zero import StageBuckets
+from megalite.registry import look_up
 
 
 class Rule(Protocol):
@@ -29,6 +35,15 @@ class Rule(Protocol):
         """Update the master weights (and round them into the parameters) with `gradient_scale` times the gradients;
         `step` counts from 1."""
         ...
+
+
+RULES: Mapping[str, Callable[[OptimizerConfig, Kernels, Mesh], Rule]] = MappingProxyType({"adamw": AdamW})
+"""What `optimizer.kind` may name."""
+
+
+def build_rule(config: OptimizerConfig, kernels: Kernels, mesh: Mesh) -> Rule:
+    """The rule that the configuration names."""
+    return look_up(config.kind, RULES, "optimizer.kind")(config, kernels, mesh)
 
 
 class Optimizer:

@@ -6,7 +6,6 @@ micro-batch order, so the gradients it accumulates are bitwise those of one proc
 a schedule.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from megalite.errors import UserError
+from megalite.registry import look_up
 from megalite.schedule.ops import Op, Plan, Value, inputs_of, output_of
 
 
@@ -225,10 +225,15 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
 """Every schedule by the name that `parallel.schedule` calls it."""
 
 
+def find_schedule(name: str) -> Schedule:
+    """The schedule that `parallel.schedule` names: a built-in one, or a `Schedule` of one's own as `module:NAME`."""
+    return look_up(name, SCHEDULES, "parallel.schedule")
+
+
 def place_stages(name: str, ranks: int, chunks: int = 1) -> tuple[int, ...]:
     """For each stage of the schedule `name` the pipeline rank that holds it; arguments as in `build_schedule`."""
     stages = range(ranks * chunks)
-    if SCHEDULES[name].v:
+    if find_schedule(name).v:
         return tuple(min(stage, len(stages) - 1 - stage) for stage in stages)
     return tuple(stage % ranks for stage in stages)
 
@@ -242,11 +247,7 @@ def build_schedule(name: str, ranks: int, micro_batches: int, chunks: int = 1) -
         micro_batches: per step and data-parallel replica: global_batch_size / (micro_batch_size * data-parallel size).
         chunks: `parallel.virtual_stages`, the number of stages on each rank.
     """
-    schedule = SCHEDULES.get(name)
-    if schedule is None:
-        near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.5)
-        hint = f'; did you mean "{near[0]}"?' if near else ""
-        raise UserError(f'parallel.schedule = "{name}" is unknown: use one of {", ".join(SCHEDULES)}{hint}')
+    schedule = find_schedule(name)
     if refusal := schedule.refusal(ranks, micro_batches, chunks):
         given = {
             "parallel.pipeline": f"= {ranks}",

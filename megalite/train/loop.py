@@ -148,6 +148,8 @@ class TrainingRun:
             self.trainer.initialise()
             log.info("initial weights from seed %d", self.config.run.seed)
             return
+        if self.trainer.fresh_shapes():
+            self.trainer.initialise()
         state = self.checkpoints.load(self.trainer, Path(source), optimizer=self.config.checkpoint.load_optimizer)
         self._take_up(state)
         log.info("started from %s at step %d", source, self.state.step)

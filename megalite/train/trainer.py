@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -20,13 +22,17 @@ from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.sharded import DTYPES, MicroBatches, ShardedModel
 from megalite.objective import Objective, Outputs
-from megalite.objective.next_token import NEXT_TOKEN
-from megalite.optim.adamw import build_rule
+from megalite.objective.next_token import NEXT_TOKEN, NextToken
 from megalite.optim.norm import GradientNorm
-from megalite.optim.optimizer import Optimizer
+from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
+from megalite.registry import look_up
 
 __all__ = ["DTYPES", "MicroBatches", "StepResult", "Trainer"]
+
+
+OBJECTIVES: Mapping[str, Callable[[], Objective]] = MappingProxyType({"next_token": NextToken})
+"""What `objective.kind` may name."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,11 @@ class StepResult:
 
 
 class Trainer(ShardedModel):
-    """A model with its optimizer. `objective` is what a step minimises where it is told no other."""
+    """A model with its optimizer.
+
+    `objective` is what a step minimises where it is told no other, by default the configuration's; one that reads
+    values gets a scalar head.
+    """
 
     def __init__(
         self,
@@ -55,13 +65,14 @@ class Trainer(ShardedModel):
         mesh: Mesh,
         kernels: Kernels,
         *,
-        head: str = "vocabulary",
         prefix: str = "",
-        objective: Objective = NEXT_TOKEN,
+        objective: Objective | None = None,
     ) -> None:
+        self.objective = objective or look_up(config.objective.kind, OBJECTIVES, "objective.kind")()
+        head = "scalar" if self.objective.reads == "values" else "vocabulary"
         super().__init__(config, mesh, kernels, head=head, prefix=prefix)
-        self.objective = objective
-        self.optimizer = Optimizer(list(self.buckets.values()), self.segments, build_rule(config.optimizer, kernels))
+        rule = build_rule(config.optimizer, kernels, mesh)
+        self.optimizer = Optimizer(list(self.buckets.values()), self.segments, rule)
         self.norm = GradientNorm(list(self.buckets.values()), mesh.rank, kernels)
         self.observe: Observer = unobserved
         self._data_group = mesh.data_group()

@@ -37,7 +37,7 @@ def stage_of(mesh, dtype=torch.float32, bucket_elements=1 << 20):
 
 
 def optimizer_of(buckets, config, kernels):
-    return Optimizer([buckets], segments_of([buckets]), AdamW(config, kernels))
+    return Optimizer([buckets], segments_of([buckets]), AdamW(config, kernels, buckets.mesh))
 
 
 @pytest.mark.parametrize("kernels", [KERNELS, BY_KERNEL], ids=["library", "kernel"])

@@ -26,7 +26,6 @@ from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.objective import Objective
-from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.schedule import learning_rate
 from megalite.placement import Box, placed_parameters
 from megalite.schedule.schedules import SCHEDULES
@@ -121,13 +120,12 @@ def layouts(limit: int) -> Iterator[Layout]:
 @dataclass(frozen=True)
 class Case:
     """What is trained: `fields` of the configuration (over BASE), steps, whether documents restart positions, and what
-    a step minimises, with which head."""
+    a step minimises."""
 
     fields: tuple[tuple[str, Any], ...] = ()
     steps: int = 8
     documents: bool = False
-    objective: Objective = NEXT_TOKEN
-    head: str = "vocabulary"
+    objective: Objective | None = None
 
     @staticmethod
     def of(fields: Mapping[str, Any] | None = None, **options: Any) -> Case:
@@ -252,7 +250,7 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
     config = case.config(world)
     groups = ChaosGroups(seed=rank + 1)
     make_group = groups if chaos else create_group
-    trainer = build_trainer(config, rank, world, make_group, head=case.head, objective=case.objective)
+    trainer = build_trainer(config, rank, world, make_group, objective=case.objective)
 
     def batches(first: int, samples: int) -> list[Any]:
         made = micro_batches(first, samples, config, trainer.mesh, case.documents)
@@ -268,7 +266,7 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
         outcome.losses.append(result.loss)
         outcome.grad_norms.append(result.grad_norm)
         first += samples
-    if case.head == "vocabulary":
+    if trainer.objective.reads != "values":
         outcome.evaluation = trainer.evaluate(batches(first, config.train.global_batch_size))
     outcome.weights = pieces_of_weights(trainer)
     if chaos:

@@ -1,0 +1,34 @@
+"""One layer of the decoder, made of the attention and the feed-forward that the configuration names.
+
+s sequence outside tensor-parallel blocks, B micro-batch, H hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalite.model.attention import ATTENTION, KeyValueCache, Positions
+from megalite.model.build import Build
+from megalite.model.feed_forward import FEED_FORWARD
+from megalite.registry import look_up
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__()
+        model, prefix = build.model, f"model.layers.{layer}"
+        attention = look_up(model.attention, ATTENTION, "model.attention")
+        feed_forward = look_up(model.feed_forward, FEED_FORWARD, "model.feed_forward")
+        self.attention_norm = build.norm(f"{prefix}.input_layernorm.weight", model.hidden_size)
+        self.attention = attention(build, layer)
+        self.ffn_norm = build.norm(f"{prefix}.post_attention_layernorm.weight", model.hidden_size)
+        self.feed_forward = feed_forward(build, layer)
+
+    def forward(
+        self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
+    ) -> Tensor:
+        attended_sBH = self.attention(self.attention_norm(x_sBH), positions, cache, recompute=selective)
+        x_sBH, normed_sBH = self.ffn_norm.add_and_norm(attended_sBH, x_sBH)
+        return x_sBH + self.feed_forward(normed_sBH, recompute=selective)
