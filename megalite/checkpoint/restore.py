@@ -50,6 +50,8 @@ def compare_model(stored: Mapping[str, Any], where: Path, model: ModelConfig, ad
 def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
     """Raise a `UserError` that says how the training data differs from those of the checkpoint."""
     stored, own = reader.manifest.state.get("fingerprint"), json.loads(json.dumps(fingerprint))
+    if isinstance(stored, str) and isinstance(own, dict):
+        own = own.get("order")  # a checkpoint from before the fields were kept
     if stored is None or stored == own:
         return
     if isinstance(stored, dict) and isinstance(own, dict):

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -57,6 +57,13 @@ def load_or_build(
     return arrays
 
 
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """`np.save`, whose own errors of writing do not tell what the system refused."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.reshape(-1).view(np.uint8).data)
+
+
 def _load(folder: Path) -> Arrays | None:
     """The arrays of a complete folder, or None where there is none or a file of it is damaged (it is then rebuilt)."""
     try:
@@ -92,7 +99,7 @@ def _store(folder: Path, arrays: Arrays) -> None:
             temporary.mkdir()
             for name, array in arrays.items():
                 with open(temporary / f"{name}.npy", "wb") as file:
-                    np.save(file, array, allow_pickle=False)
+                    write_array(file, array)
                     file.flush()
                     os.fsync(file.fileno())
             description = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}

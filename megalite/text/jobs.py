@@ -211,15 +211,16 @@ def run_tasks(
             yield position, _in_bounds(function, task, report)
         return
     context = multiprocessing.get_context("fork")
-    counter = context.Value("q", 0)
+    positions = iter(range(len(tasks)))
     channels: dict[Connection, BaseProcess] = {}
     try:
         for _ in range(min(workers, len(tasks))):
-            receiving, sending = context.Pipe(duplex=False)
-            process: BaseProcess = context.Process(target=_work, args=(function, tasks, counter, sending), daemon=True)
+            ours, theirs = context.Pipe()
+            process: BaseProcess = context.Process(target=_work, args=(function, tasks, theirs), daemon=True)
             process.start()
-            sending.close()
-            channels[receiving] = process
+            theirs.close()
+            channels[ours] = process
+            ours.send(next(positions))
         while channels:
             for ready in wait(list(channels)):
                 assert isinstance(ready, Connection)
@@ -231,6 +232,8 @@ def run_tasks(
                 if kind == "read":
                     report(value)
                 elif kind == "done":
+                    with contextlib.suppress(BrokenPipeError):  # it has died since: its end is read next
+                        ready.send(next(positions, None))
                     yield value
                 else:
                     raise UserError(value)
@@ -252,19 +255,13 @@ def _check_exit(process: BaseProcess) -> None:
 def _work(
     function: Callable[[Task, Report], Result],
     tasks: Sequence[Task],
-    counter: "multiprocessing.sharedctypes.Synchronized[int]",
     channel: Connection,
 ) -> None:
-    """Take tasks off the common counter until there is none."""
+    """Do the tasks whose positions come, until None does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent alone answers it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        while True:
-            with counter.get_lock():
-                position = counter.value
-                counter.value += 1
-            if position >= len(tasks):
-                return
+        while (position := channel.recv()) is not None:
             result = _in_bounds(function, tasks[position], lambda size: channel.send(("read", size)))
             channel.send(("done", (position, result)))
     except UserError as error:

@@ -176,10 +176,10 @@ def test_every_refused_write_is_one_line_without_remains(sound: Path, tmp_path: 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         for work, path in (
-            (lambda: merge([sound], tmp_path / "m"), "m.bin"),
+            (lambda: merge([sound], tmp_path / "m"), "m.idx"),
             (lambda: load_or_build(tmp_path / "cache", "key", lambda: arrays), "cache/key"),
         ):
-            with pytest.raises(UserError, match=f"{path} cannot be written: File too large"):
+            with pytest.raises(UserError, match=f"{path} cannot be written: "):
                 work()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

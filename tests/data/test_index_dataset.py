@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megalite.config import load_config
 from megalite.config.sources import Source, parse_sources
 from megalite.data import cache, dataset
 from megalite.data._index import build_sample_index
@@ -19,6 +21,7 @@ from megalite.data.dataset import build_datasets
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sample_index import plan_cut, split_spans
 from megalite.errors import UserError
+from megalite.train.inputs import index_folder
 
 pytestmark = pytest.mark.fast
 SEQ = 8
@@ -265,3 +268,11 @@ def test_unwritable_cache_is_one_line(tmp_path):
 
 def test_content_key_ignores_the_order_of_fields():
     assert content_key(a=1, b=[2]) == content_key(b=[2], a=1) != content_key(a=1, b=[3])
+
+
+def test_ranks_that_look_at_once_agree_on_the_folder_beside_the_data(tmp_path):
+    """A probe file of one name was removed by one rank under the hands of the next, which then went elsewhere."""
+    config = load_config(None, ["--data.train", f'["{tmp_path}/x"]', "--run.dir", str(tmp_path / "run")])
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: index_folder(config), range(2000))) == {tmp_path / "megalite_cache"}
+    assert not list((tmp_path / "megalite_cache").iterdir())

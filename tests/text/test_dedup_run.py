@@ -292,7 +292,7 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
         for _ in range(100):
             time.sleep(0.1)
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            if len(children) >= 3:  # two workers and the resource tracker
+            if len(children) >= 2:
                 break
         process.kill()
     assert children

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -301,6 +302,21 @@ def test_resume_uses_finished_shards_only_for_the_same_job(slow_job, texts, smal
     [summary] = preprocess(PreprocessOptions(**options), show_progress=False)
     assert summary.resumed_shards == 0
     assert outputs(folder / "p")["bin"] == outputs(folder / "whole")["bin"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_refused_write_is_one_line(tmp_path, texts, small_shards, workers) -> None:
+    """A file-size limit in the shards, in a worker's process and in this one."""
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    options = PreprocessOptions([f"{tmp_path}/a.jsonl"], f"{tmp_path}/p", tokenizer_type="byte", workers=workers)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"\.(bin|idx) cannot be written: File too large$"):
+            preprocess(options, show_progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.bin")) and not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.slow

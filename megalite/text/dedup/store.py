@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite.data.cache import write_array
 from megalite.files import atomic_file, write_errors_named
 from megalite.text.jobs import DONE_DIRECTORY
 
@@ -39,7 +40,7 @@ def run_path(output: Path, unit: int, number: int, kind: str) -> Path:
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an array so that its name never shows half of it."""
     with write_errors_named(path), atomic_file(path) as file:
-        np.save(file, array)
+        write_array(file, array)
 
 
 def layout_runs(sizes: Iterable[Sequence[int]]) -> list[Run]:
