@@ -24,11 +24,6 @@ TEXT = "the few words <|endoftext|> </s> \u00e9 \n 1234 \udcff \u2581" + "a" * 4
 ODD_VALUES = (None, True, -1, 0, 2**31 - 1, 2**32 - 1, 1e308, "", "(a+)+$", "\u20ac" * 50, [], [[]], {})
 WORDS = {"type": "WordLevel", "vocab": {}, "unk_token": "u"}
 ODD_OBJECTS = ({"Regex": "("}, {"Regex": "(a*)*b"}, {"type": "BPE"}, WORDS)
-    {"Regex": "("},
-    {"Regex": "(a*)*b"},
-    {"type": "BPE"},
-    {"type": "WordLevel", "vocab": {}, "unk_token": "u"},
-)
 
 
 @pytest.fixture(scope="module")
