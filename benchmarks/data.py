@@ -99,11 +99,12 @@ def cpu_seconds(command: list[str]) -> tuple[float, float]:
 def commands(corpus: Path, kind: str, model: Path, folder: Path) -> dict[str, tuple[list[str], Path]]:
     """For each program its command line and the tokens it writes."""
     mine = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(corpus), "--append-eod"]
-    mine += ["--tokenizer-type", kind, "--tokenizer-model", str(model), "--workers"]
+    mine += ["--tokenizer-type", kind, "--tokenizer-model", str(model)]
+    mine += ["--allow-special"] if kind == "huggingface" else []  # as the peers' loops do
     found = {}
     for workers in (1, 2):
         prefix = folder / f"megalite{workers}"
-        found[f"megalite_{workers}"] = ([*mine, str(workers), "--output-prefix", str(prefix)], prefix)
+        found[f"megalite_{workers}"] = ([*mine, "--workers", str(workers), "--output-prefix", str(prefix)], prefix)
     table = {name: (command, Path(f"{prefix}_text_document.bin")) for name, (command, prefix) in found.items()}
     for peer in PEERS:
         output = folder / f"{peer}.bin"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
@@ -189,6 +190,27 @@ def test_empty_texts_are_skipped_or_kept_without_tokens(tmp_path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["", ""])
     with pytest.raises(UserError, match="no document with text in 1 files"):
         preprocess(PreprocessOptions(output_prefix=str(tmp_path / "r"), **options), show_progress=False)
+
+
+def test_special_tokens_in_texts_are_text_unless_allowed(tmp_path) -> None:
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.add_special_tokens(["<|endoftext|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    write_jsonl(tmp_path / "a.jsonl", ["a<|endoftext|>b<|endoftext|>", "plain"])
+    for allowed, ends in (([], 2), (["--allow-special"], 4)):
+        arguments = ["--input", tmp_path / "a.jsonl", "--output-prefix", tmp_path / "p", "--append-eod", *allowed]
+        arguments += ["--tokenizer-model", tmp_path / "tokenizer.json"]
+        done = subprocess.run(tool(*arguments), capture_output=True, text=True, check=True)
+        dataset = IndexedDataset(tmp_path / "p_text_document")
+        assert sum(int((dataset[number] == 256).sum()) for number in range(2)) == ends
+        description = json.loads((tmp_path / "p_text_document.json").read_text())
+        assert description["special_in_text"] == 2 and description["allow_special"] == bool(allowed)
+        assert "special tokens: 2 stood in the texts and" in done.stdout
+    with pytest.raises(UserError, match="--allow-special: byte tokenizers never make special tokens of text"):
+        preprocess(PreprocessOptions(["x"], "p", tokenizer_type="byte", allow_special=True))
 
 
 def test_each_key_has_its_own_output(tmp_path) -> None:
