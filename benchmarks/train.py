@@ -44,6 +44,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from launch.local import rank_environment  # noqa: E402
 
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 OWN = ("megalite", "plain", "bare")
 PEERS = {"picotron": HERE / "peers" / "run_picotron.py", "transformers": HERE / "peers" / "run_transformers.py"}
 ONE_PROCESS = ("plain", "bare", "transformers")
@@ -155,7 +156,7 @@ def run_once(text: str, job: Job, limit: float = math.inf) -> list[dict[str, Any
     program = PEERS.get(job.runner, HERE / "train_worker.py")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as files:
         own = job.replace(store=f"{folder}/store")
-        shared = {**rank_environment(job.ranks, job.device == "cpu"), **os.environ}
+        shared = {**rank_environment(job.ranks, 0 if job.device == "cpu" else job.ranks), **LOOPBACK, **os.environ}
         processes = []
         for rank in range(job.ranks):
             out, error = (files.enter_context(open(f"{folder}/{name}{rank}", "w")) for name in ("out", "error"))
