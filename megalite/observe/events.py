@@ -41,7 +41,9 @@ def _is_usable(event: str, key: str, value: Any) -> bool:
         return isinstance(value, list) and all(whole(each) is not None for each in value)
     if key in _WHOLE:
         return whole(value) is not None
-    return key not in _NUMBERS or (number(value) is not None and 0 <= value <= _MOST_SECONDS)
+    if key in _NUMBERS:
+        return number(value) is not None and 0 <= value <= _MOST_SECONDS
+    return not isinstance(value, dict | list)
 
 
 def process_start() -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
@@ -160,26 +159,23 @@ class LineFile:
         dropped, at = [], None
         waiting = [row for row in map(parse_line, self._pending.splitlines()) if row is not None]
         self._pending = b"".join(to_line(row) for row in waiting if keep(row))
-        with contextlib.suppress(FileNotFoundError), self.path.open("r+b") as file:
-            for offset, line in lines_from_end(file):
-                row = parse_line(line)
-                if row is None:
-                    continue
-                if keep(row):
-                    break
-                dropped.append(row)
-                at = offset
-            if at is not None:
-                file.truncate(at)
+        try:
+            with self.path.open("r+b") as file:
+                for offset, line in lines_from_end(file):
+                    row = parse_line(line)
+                    if row is None:
+                        continue
+                    if keep(row):
+                        break
+                    dropped.append(row)
+                    at = offset
+                if at is not None:
+                    file.truncate(at)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self._complain(error)
         return [*reversed(dropped), *(row for row in waiting if not keep(row))]
-
-    def last(self) -> dict[str, Any] | None:
-        """The newest row in the file."""
-        with contextlib.suppress(OSError), self.path.open("rb") as file:
-            for _, line in lines_from_end(file):
-                if (row := parse_line(line)) is not None:
-                    return row
-        return None
 
     def close(self) -> None:
         if self._descriptor is not None:

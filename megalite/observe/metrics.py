@@ -21,7 +21,7 @@ METRICS = "metrics.jsonl"
 _NOT_DRAWN = ("step", "time", "extra")
 _LAST_SHARE, _LAST_STEPS = 0.02, 100
 """A final training loss is a mean over this share of the steps, and over at most so many."""
-_LARGEST = 1e300
+_LARGEST = 1e18
 
 
 @dataclass(frozen=True)

@@ -32,29 +32,22 @@ Result = TypeVar("Result")
 
 
 class Guard:
-    """Calls what may fail. The first failure of each name is logged, and that it works again."""
+    """Calls what may fail. The first failure of each name is logged."""
 
     def __init__(self, who: str) -> None:
         self.who = who
-        self._failing: set[str] = set()
+        self._failed: set[str] = set()
 
     def call(self, name: str, action: Callable[..., Result], *arguments: Any, **named: Any) -> Result | None:
         """What `action` returns; None where it raises."""
         try:
-            result = action(*arguments, **named)
+            return action(*arguments, **named)
         except Exception as error:
-            self._tell(name, error)
+            if name not in self._failed:
+                self._failed.add(name)
+                why = next(iter(str(error).strip().splitlines()), "")
+                log.warning("%s: %s failed (%s: %s); training goes on", self.who, name, type(error).__name__, why)
             return None
-        if name in self._failing:
-            self._failing.discard(name)
-            log.warning("%s: %s works again", self.who, name)
-        return result
-
-    def _tell(self, name: str, error: Exception) -> None:
-        if name not in self._failing:
-            self._failing.add(name)
-            why = next(iter(str(error).strip().splitlines()), "")
-            log.warning("%s: %s failed (%s: %s); training goes on", self.who, name, type(error).__name__, why)
 
     @contextlib.contextmanager
     def around(self, name: str, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:

@@ -10,11 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
+from megalite.observe.picture import SMOOTH_FROM, smooth
 from megalite.report.run import Run
-from megalite.report.style import FAINT, HALF, RUNS, WIDE, new_figure, token_axis
+from megalite.report.style import FAINT, HALF, RUNS, WIDE, new_figure, plain, token_axis
 
-_SMOOTH_FROM = 60
-"""Curves of more steps than this are smoothed, over a fiftieth of them; the raw values stand behind, pale."""
 _WIDE_SPREAD = 30.0
 
 
@@ -22,23 +21,10 @@ def colour(index: int) -> str:
     return RUNS[index % len(RUNS)]
 
 
-def smooth(values: Sequence[float]) -> np.ndarray:
-    """A running median, which one outlier does not move; nan where there is nothing."""
-    numbers = np.asarray(values, dtype=np.float64)
-    if not len(numbers):
-        return numbers
-    half = max(1, len(numbers) // 100)
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(numbers, half, constant_values=np.nan), 2 * half + 1)
-    result = np.full(len(numbers), np.nan)
-    filled = np.isfinite(windows).any(axis=1)
-    result[filled] = np.nanmedian(np.where(np.isfinite(windows[filled]), windows[filled], np.nan), axis=1)
-    return result
-
-
 def _plot(axes: Axes, run: Run, values: Sequence[float], number: int, label: str) -> None:
     tokens, line = run.tokens, colour(number)
     finite = sum(map(math.isfinite, values))
-    if len(values) > _SMOOTH_FROM:
+    if len(values) > SMOOTH_FROM:
         axes.plot(tokens, values, color=line, alpha=0.25, linewidth=0.8)
         axes.plot(tokens, smooth(values), color=line, label=label)
     else:
@@ -76,10 +62,10 @@ def draw_loss(runs: Sequence[Run]) -> Figure:
         if not any(map(math.isfinite, losses)):
             continue
         seen = True
-        _plot(axes, run, losses, number, run.name if len(runs) > 1 else "training")
+        _plot(axes, run, losses, number, plain(run.name) if len(runs) > 1 else "training")
         points = [(t, v) for t, v in zip(run.tokens, checked) if math.isfinite(v)]
         if points:
-            label = "validation" if len(runs) == 1 else f"{run.name}, validation"
+            label = "validation" if len(runs) == 1 else f"{plain(run.name)}, validation"
             axes.plot(*zip(*points), "o", color=colour(number), markerfacecolor="white", markersize=5, label=label)
         if len(runs) == 1:
             _restarts(axes, run)
@@ -107,7 +93,7 @@ def _draw(runs: Sequence[Run], column: str, title: str, unit: str, shape: Callab
         return figure
     for number, (run, each) in enumerate(zip(runs, values)):
         if any(map(math.isfinite, each)):
-            _plot(axes, run, each, number, run.name)
+            _plot(axes, run, each, number, plain(run.name))
     axes.set_ylabel(unit)
     token_axis(axes)
     shape(axes)

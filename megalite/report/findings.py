@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from megalite.observe.slow import compare_ranks
+from megalite.observe.words import counted, times
 from megalite.report.run import RankTimes, Run
-
-SLOW = 1.25
-"""A rank whose own work takes this many times that of its peers is slow."""
-
 
 @dataclass(frozen=True)
 class Remark:
@@ -24,23 +20,14 @@ class Remark:
 
 
 def slow_ranks(ranks: list[RankTimes]) -> dict[int, tuple[str, bool]]:
-    """{rank: (why it is called slow, whether that is certain)}: against its peers in the same stage, else against all.
-
-    A rank that is alone in its stage may be slow because the stage has more to do.
-    """
-    working = [rank for rank in ranks if rank.work > 0]
-    stages: dict[int, list[RankTimes]] = defaultdict(list)
-    for rank in working:
-        stages[rank.coordinate.get("pp", 0)].append(rank)
+    """{rank: (why it is called slow, whether that is certain)}, by the rule of `megalite.observe.slow`."""
+    stages = {rank.rank: rank.coordinate.get("pp", 0) for rank in ranks}
     found = {}
-    for stage, members in stages.items():
-        certain = len(members) > 1 or len(stages) == 1
-        peers = members if certain else working
-        usual = statistics.median_low(peer.work for peer in peers)
-        for rank in members:
-            if rank.work > SLOW * usual:
-                why = f"{rank.work / usual:.2f} times the work of " + ("its peers" if certain else "the median rank")
-                found[rank.rank] = (why if certain else f"{why}, unless stage {stage} has more to do", certain)
+    for each in compare_ranks({rank.rank: rank.work for rank in ranks}, stages):
+        if each.slow:
+            why = f"{each.ratio:.2f} times the work of " + ("its peers" if each.certain else "the median rank")
+            unless = "" if each.certain else f", unless stage {each.stage} has more to do"
+            found[each.rank] = (why + unless, each.certain)
     return found
 
 
@@ -73,6 +60,9 @@ def _remarks(run: Run) -> Iterator[Remark]:
     if refused := run.happened("refused"):
         last = f"last step {refused[-1].get('step')}"
         yield Remark(True, f"Loss or gradient was not finite, and the step refused, {times(len(refused))}, {last}.")
+    if empty := run.happened("empty"):
+        text = f"A global batch held nothing to learn, {times(len(empty))}, last at step {empty[-1].get('step')}."
+        yield Remark(True, text)
     if not run.rows:
         yield Remark(False, "No step has been made.")
     yield from _endings(run)
@@ -82,18 +72,17 @@ def _endings(run: Run) -> Iterator[Remark]:
     starts, stops = run.happened("start"), run.happened("stop")
     if len(starts) > len(stops):
         count = len(starts) - len(stops)
-        yield Remark(False, f"{count} of {len(starts)} starts ended without a word: killed, or still running.")
+        yield Remark(False, f"{count} of {counted(len(starts), 'start')} ended without a word: killed, or still running.")
     rollbacks = run.happened("rollback")
     if rollbacks:
         yield Remark(False, f"Rolled back {times(len(rollbacks))}; the data around the trouble was left out.")
 
 
-def times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")
-
-
 def when(event: dict[str, Any]) -> str:
-    return datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        return datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return "no date"
 
 
 def history(run: Run) -> list[tuple[str, str, str]]:
@@ -108,7 +97,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
 
 _WORDS = {
     "start": "start", "ready": "training begins", "stop": "end", "rollback": "rollback", "lost": "steps to make again",
-    "refused": "step refused", "slow": "slow rank", "no_answer": "rank lost", "save_failed": "checkpoint failed",
+    "refused": "step refused", "empty": "nothing to learn", "slow": "slow rank", "no_answer": "rank lost", "save_failed": "checkpoint failed",
 }  # fmt: skip
 
 
@@ -117,7 +106,7 @@ def _sentence(kind: str, details: dict[str, Any]) -> str:
     try:
         if kind == "start":
             job = f", job {details['job']}" if "job" in details else ""
-            return f"{details['ranks']} ranks, rank 0 on {details['host']}{job}"
+            return f"{counted(details['ranks'], 'rank')}, rank 0 on {details['host']}{job}"
         if kind == "ready":
             return f"after step {details['step']}"
         if kind == "stop":

@@ -1,8 +1,9 @@
-"""Puts pictures, remarks and tables on one page that needs nothing else: pictures lie in it, and beside it as files."""
+"""One HTML page with pictures, remarks and tables that needs no other file; each picture is also written as a PNG."""
 
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from importlib import resources
@@ -14,13 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from megalite.errors import ENDINGS, UserError
+from megalite.observe.metrics import whole
+from megalite.observe.words import counted
 from megalite.report import curves, timing
 from megalite.report.findings import history, remarks
 from megalite.report.run import Run
 from megalite.report.style import styled, to_png, write_file
 
 _SUMMARY = (
-    "state", "steps", "tokens", "loss", "validation", "tokens/s", "MFU", "memory", "effective training time",
+    "state", "steps", "tokens", "validation loss", "training loss", "tokens/s", "MFU", "memory", "effective training time",
     "rollbacks", "samples skipped",
 )  # fmt: skip
 _MOST_EVENTS = 200
@@ -45,7 +48,7 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
             pictures[name] = base64.b64encode(content).decode()
     text = template.render(**_content(runs, pictures))
     page = output / "report.html"
-    write_file(page, text.encode())
+    write_file(page, text.encode("utf-8", "backslashreplace"))
     return page
 
 
@@ -119,10 +122,10 @@ def _describe(run: Run) -> str:
         return "no configuration was found"
     model = f"{run.setting('model', 'layers')} layers of width {run.setting('model', 'hidden_size')}"
     starts = run.happened("start")
-    ranks = f", {starts[-1]['ranks']} ranks" if starts and "ranks" in starts[-1] else ""
+    ranks = f", {counted(starts[-1]['ranks'], 'rank')}" if starts and "ranks" in starts[-1] else ""
     axes = [f"{name} {run.setting('parallel', name)}" for name in ("tensor", "pipeline", "context")]
     layout = ", ".join(axis for axis in axes if not axis.endswith((" 1", " None")))
-    schedule = f" ({run.setting('parallel', 'schedule')})" if (run.setting("parallel", "pipeline") or 1) > 1 else ""
+    schedule = f" ({run.setting('parallel', 'schedule')})" if (whole(run.setting("parallel", "pipeline")) or 1) > 1 else ""
     parts = f": {layout}{schedule}" if layout else ""
     return f"{model}{ranks}{parts}, {run.setting('train', 'precision')}"
 
@@ -136,24 +139,25 @@ def state_of(run: Run) -> str:
         return "running or killed"
     code = stops[-1].get("code", 1)
     if code == 0:
-        steps, made = run.setting("train", "steps"), run.last("step")
+        steps, made = whole(run.setting("train", "steps")), run.last("step")
         return "finished" if not steps or not made or made >= steps else "stopped early"
     return ENDINGS.get(int(code), f"failed (exit code {code})")
 
 
 def _summary(run: Run) -> list[str]:
-    def text(value: float | None, form: str, factor: float = 1.0) -> str:
-        return _ABSENT if value is None else form.format(value * factor)
+    def text(value: float | None, form: str) -> str:
+        return _ABSENT if value is None or math.isnan(value) else form.format(value)
 
-    goodput, plan, tokens = run.goodput, run.setting("train", "steps"), run.last("tokens")
-    starts = f", {goodput.starts} starts" if goodput and goodput.starts > 1 else ""
+    goodput, plan, tokens = run.goodput, whole(run.setting("train", "steps")), run.last("tokens")
+    trained, checked = run.final_losses
+    starts = f", {counted(goodput.starts, 'start')}" if goodput and goodput.starts > 1 else ""
     training = f"{goodput.share:.1%} of {timedelta(seconds=round(goodput.wall))}{starts}" if goodput else _ABSENT
     return [
         state_of(run),
         text(run.last("step"), "{:,.0f}") + (f" of {plan:,}" if plan else ""),
         _ABSENT if tokens is None else EngFormatter(places=1, sep=" ")(tokens),
-        text(run.last("loss"), "{:.4f}"),
-        text(run.last("validation_loss"), "{:.4f}"),
+        text(checked, "{:.4f}"),
+        text(trained, "{:.4f}"),
         text(run.median("tokens_per_second"), "{:,.0f}"),
         text(run.median("mfu"), "{:.1%}"),
         text(run.last("memory_gib"), "{:.2f} GiB"),

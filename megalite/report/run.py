@@ -14,14 +14,18 @@ from typing import Any
 from megalite.errors import UserError
 from megalite.observe.events import EVENTS, read_events
 from megalite.observe.goodput import Goodput, account
+from megalite.mesh import AXES
 from megalite.observe.lines import read_lines
-from megalite.observe.metrics import read_metrics
-from megalite.observe.timeline import TIMELINE, current, merge
+from megalite.observe.metrics import final_losses, number, read_metrics, whole
+from megalite.observe.timeline import TIMELINE, current, merge, own_work
+from megalite.schedule.ops import COMPUTE, ScheduleError, parse_op
 
 _MARKS = ("metrics.jsonl", "config.toml", EVENTS)
 _MOST_RANKS = 1024
 """Ranks whose files are read; a larger job is judged by this many, evenly spread."""
 _LOG_TAIL = 1 << 16
+_MOST_SECONDS, _MOST_STAGES = 1e9, 1 << 12
+"""What a timeline may hold; more is damage."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,7 @@ class RankTimes:
     @property
     def work(self) -> float:
         """Seconds a step of this rank's own work: neither waits nor communication."""
-        if self.mean is None:
-            return 0.0
-        others = ("reduce", "gather")
-        parts = self.mean["seconds"].items()
-        return sum(value for name, value in parts if not name.startswith("wait") and name not in others)
+        return 0.0 if self.mean is None else own_work(self.mean["seconds"])
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Run:
 
     def column(self, name: str) -> list[float]:
         """One value a step; nan where there is none."""
-        return [_number(row.get(name)) for row in self.rows]
+        return [math.nan if row.get(name) is None else row[name] for row in self.rows]
 
     @property
     def tokens(self) -> list[float]:
@@ -87,6 +87,11 @@ class Run:
         return statistics.median(found) if found else None
 
     @cached_property
+    def final_losses(self) -> tuple[float, float]:
+        """(training, validation), each nan where there is none."""
+        return final_losses(self.column("loss"), self.column("validation_loss"))
+
+    @cached_property
     def goodput(self) -> Goodput | None:
         return account(self.events, self.rows)
 
@@ -97,23 +102,23 @@ class Run:
         return self.config.get(section, {}).get(name, otherwise)
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
 def read_run(path: Path, name: str) -> Run:
-    """Read what there is. Raises UserError where `path` is no run directory."""
+    """Read what there is; what is damaged is left out. Raises UserError where `path` is no run directory."""
     if not path.is_dir() or not any((path / mark).is_file() for mark in _MARKS):
         found = "is not a directory" if not path.is_dir() else f"holds none of {', '.join(_MARKS)}"
         raise UserError(f"{path} {found}; name the run.dir of a run")
-    try:
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
     rows = {row["step"]: row for row in read_metrics(path / "metrics.jsonl")}
-    events = [row for row in read_events(path) if isinstance(row.get("event"), str)]
     ordered = [rows[step] for step in sorted(rows)]
-    return Run(path, name, config, ordered, events, list(_read_ranks(path)), list(_read_complaints(path)))
+    ranks, complaints = list(_read_ranks(path)), list(_read_complaints(path))
+    return Run(path, name, _read_config(path / "config.toml"), ordered, read_events(path), ranks, complaints)
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        config = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {section: fields for section, fields in config.items() if isinstance(fields, dict)}
 
 
 def _spread(paths: list[Path]) -> list[Path]:
@@ -124,27 +129,65 @@ def _spread(paths: list[Path]) -> list[Path]:
 def _read_ranks(path: Path) -> Iterator[RankTimes]:
     for file in _spread(sorted((path / TIMELINE).glob("rank_*.jsonl"))):
         rows = read_lines(file)
-        heads = [row for row in rows if "rank" in row and "shape" in row]
+        heads = [row for row in rows if whole(row.get("rank")) is not None and isinstance(row.get("shape"), dict)]
         if not heads:
             continue
         head = heads[-1]
-        samples = {row["step"]: row for row in rows if "operations" in row}
-        coordinate = {axis: int(head.get(axis, 0)) for axis in head["shape"]}
-        yield RankTimes(
-            int(head["rank"]), str(head.get("host", "?")), coordinate, head["shape"], current(rows), samples
-        )
+        shape = {axis: whole(head["shape"].get(axis)) or 1 for axis in AXES}
+        coordinate = {axis: whole(head.get(axis)) or 0 for axis in AXES}
+        times = current([row for row in rows if _is_mean(row)])
+        samples = {row["step"]: row for row in rows if _is_sample(row)}
+        yield RankTimes(head["rank"], str(head.get("host", "?")), coordinate, shape, times, samples)
+
+
+def _seconds(value: Any) -> bool:
+    return (found := number(value)) is not None and abs(found) < _MOST_SECONDS
+
+
+def _is_mean(row: dict[str, Any]) -> bool:
+    """Whether a row of a timeline holds mean seconds of some steps."""
+    first, last, steps, seconds = (row.get(name) for name in ("first", "last", "steps", "seconds"))
+    if whole(first) is None or whole(last) is None or not whole(steps) or not isinstance(seconds, dict):
+        return False
+    memory = row.get("memory_gib", 0.0)
+    return first <= last and _seconds(memory) and all(_seconds(value) and value >= 0 for value in seconds.values())
+
+
+def _is_sample(row: dict[str, Any]) -> bool:
+    """Whether a row of a timeline holds the operations of a step, some of them computing."""
+    operations, waits = row.get("operations"), row.get("waits", [])
+    if whole(row.get("step")) is None or not isinstance(operations, list) or not isinstance(waits, list):
+        return False
+    spans = [*operations, *waits]
+    if not all(isinstance(span, list) and len(span) == 3 and isinstance(span[0], str) for span in spans):
+        return False
+    if not all(_seconds(start) and _seconds(end) and start <= end for _, start, end in spans):
+        return False
+    try:
+        made = [parse_op(text) for text, _, _ in operations]
+    except (ScheduleError, ValueError):
+        return False
+    return any(op.kind in COMPUTE for op in made) and all(op.stage < _MOST_STAGES for op in made)
 
 
 def _read_complaints(path: Path) -> Iterator[tuple[str, str]]:
     """(rank's log, line) of the warnings and errors at the ends of the logs."""
     for file in _spread(sorted((path / "log").glob("rank_*.log"))):
-        with file.open("rb") as opened:
-            opened.seek(max(0, file.stat().st_size - _LOG_TAIL))
-            text = opened.read().decode("utf-8", errors="replace")
-        for line in text.splitlines():
+        for line in _tail(file).splitlines():
             words = line.split(" ", 3)
             if len(words) == 4 and words[2] in ("WARNING", "ERROR"):
                 yield file.stem, line
+
+
+def _tail(file: Path) -> str:
+    try:
+        if not file.is_file():
+            return ""
+        with file.open("rb") as opened:
+            opened.seek(max(0, file.stat().st_size - _LOG_TAIL))
+            return opened.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def read_runs(paths: list[Path]) -> list[Run]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from megalite.errors import UserError
+from megalite.files import write_atomically
 
 RUNS = ("#3b6ea8", "#c8743c", "#4f9a6a", "#9a5ba0", "#b8a23a", "#5c6b73", "#c25b6a", "#4aa3a3")
 """Colours of the runs, in the order in which they are named; more runs take them again."""
@@ -82,15 +82,15 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def plain(text: str) -> str:
+    """Somebody's text as a label: no formula ($…$), and no name that matplotlib hides (_…)."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Under its final name only when whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomically(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"--output: {path} cannot be written ({error.strerror}); name a writable directory") from error

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from megalite.observe.goodput import Goodput
 from megalite.report.findings import slow_ranks
 from megalite.report.run import RankTimes, Run
-from megalite.report.style import ALARM, FAINT, INK, PARTS, PHASES, WIDE, legend_below, new_figure
+from megalite.report.style import ALARM, FAINT, INK, PARTS, PHASES, WIDE, legend_below, new_figure, plain
 from megalite.schedule.draw import COLOURS, IDLE, NAMES, shade
 from megalite.schedule.ops import COMPUTE, Op, ScheduleError, parse_op
 from megalite.schedule.simulate import simulate
@@ -161,6 +161,8 @@ def draw_pipeline(sample: PipelineSample) -> Figure | None:
     except ScheduleError:
         return None
     made = max(end for each in sample.operations for _, _, end in each)
+    if min(made, simulation.makespan) <= 0:
+        return None
     ranks = len(sample.ranks)
     figure = new_figure((WIDE[0], 1.9 + 0.62 * ranks))[0]
     figure.clear()
@@ -230,7 +232,7 @@ def draw_goodput(runs: Sequence[tuple[str, Goodput]]) -> Figure | None:
                 middle = left[place] + share / 2
                 axes.text(middle, place, f"{share:.0f} %", ha="center", va="center", fontsize=8, color=INK)
         left += shares
-    names = [f"{name}\n{timedelta(seconds=round(each.wall))}" for name, each in runs]
+    names = [f"{plain(name)}\n{timedelta(seconds=round(each.wall))}" for name, each in runs]
     axes.set_yticks(range(len(runs)), names)
     axes.set(xlim=(0, 100), ylim=(len(runs) - 0.5, -0.5), xlabel="per cent of the time since the first start")
     axes.grid(axis="y", visible=False)

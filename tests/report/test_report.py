@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from megalite.errors import UserError
+from megalite.observe.picture import smooth
 from megalite.observe.timeline import PHASES
 from megalite.report import style
-from megalite.report.curves import smooth
 from megalite.report.findings import remarks, slow_ranks
 from megalite.report.page import differences, state_of, write_report
 from megalite.report.run import read_run, read_runs
