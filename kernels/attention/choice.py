@@ -108,7 +108,8 @@ class MeasuredAttention:
         self.chosen: dict[Call, str] = {}
         self._measure = measure or seconds
 
-    def __call__(self, *tensors: Tensor, **options: Any) -> Any:
+    def __call__(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
+        tensors = (q_SBHD, k_SBKD, v_SBKD)
         call = Call.of(tensors, options)
         if call not in self.chosen:
             read_options(
@@ -192,11 +193,16 @@ def sdpa_backends() -> dict[str, Attention]:
     """Torch's fused attention with one backend each: the one it takes by itself is often not the fastest on Hopper."""
 
     def only(backend: SDPBackend) -> Attention:
+<<<<<<< HEAD
         def call(*tensors: Tensor, **options: Any) -> Any:
             if not fusable(tensors[0], tensors[1], Options(**options)):
+=======
+        def call(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
+            if not fusable(q_SBHD, k_SBKD, Options(**options)):
+>>>>>>> kernels
                 raise RuntimeError("not a call that the fused operators do")
             with sdpa_kernel(backend):
-                return attention_sdpa(*tensors, **options)
+                return attention_sdpa(q_SBHD, k_SBKD, v_SBKD, **options)
 
         return call
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import UserError
+from megalite.mesh import AXES
 from megalite.observe.events import EVENTS, read_events
 from megalite.observe.goodput import Goodput, account
-from megalite.mesh import AXES
 from megalite.observe.lines import read_lines
 from megalite.observe.metrics import final_losses, number, read_metrics, whole
 from megalite.observe.timeline import TIMELINE, current, merge, own_work

@@ -1,6 +1,7 @@
 """`kernels.attention = auto` on a GPU: settled before the first step, by one rank for all, kept, and never fatal."""
 
 import dataclasses
+import json
 import logging
 import time
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from megalite.errors import UserError
+from megalite.errors import FINISHED, UserError
 from megalite.kernels import select_kernels
 from megalite.kernels.attention import Documents, attention_reference
 from megalite.kernels.attention.choice import (
@@ -22,9 +23,11 @@ from megalite.kernels.attention.choice import (
 from megalite.kernels.attention.cpu import attention_cpu
 from megalite.kernels.attention.sdpa import attention_sdpa
 from megalite.mesh import Mesh
+from megalite.train.__main__ import main
 from megalite.train.attention import attention_calls
 from megalite.train.trainer import Trainer
 from tests.support.parity import Case, Layout, build_trainer, micro_batches
+from tests.support.tiny import write_recipe
 
 pytestmark = pytest.mark.fast
 CPU = torch.device("cpu")
@@ -213,6 +216,17 @@ def test_a_step_with_measured_attention_is_the_step_without(recompute, announced
         trainer.initialise()
         results.append(trainer.step(micro_batches(0, 4, config, trainer.mesh, False), 1e-3))
     assert results[0] == results[1]
+
+
+def test_a_resumed_run_keeps_the_choice_that_its_checkpoint_holds(tmp_path, monkeypatch):
+    """Though by then another candidate is faster: same kernels, same bits."""
+    recipe = str(write_recipe(tmp_path))
+    for fakes, stop in ((Candidates(a=2.0, b=1.0), 3), (Candidates(a=1.0, b=2.0), 6)):
+        monkeypatch.setattr("megalite.train.__main__.select_kernels", lambda *_, **__: fakes.kernels)  # noqa: B023
+        assert main([recipe, "--train.stop_after", str(stop)]) == FINISHED
+        assert set(fakes.called) == {"b"}
+        manifest = json.loads((tmp_path / f"run/checkpoints/step_{stop:08d}/manifest.json").read_text())
+        assert list(manifest["checkpoint"]["state"]["attention"].values()) == ["b"]
 
 
 def unannounced(rank, case, layout):

@@ -20,7 +20,9 @@ ODD = st.one_of(
     st.sampled_from([-1, 2**53, 2**63, 10**400, 1e308, -1e308, 5e-324, math.nan, math.inf, -math.inf]),
     st.floats(),
     st.text(max_size=20),
-    st.sampled_from(["<script>alert(1)</script>", "\ud800", "$\\frac{", "_hidden", "\x00", '"><img src=x>', "{{ 7 * 7 }}"]),
+    st.sampled_from(
+        ["<script>alert(1)</script>", "\ud800", "$\\frac{", "_hidden", "\x00", '"><img src=x>', "{{ 7 * 7 }}"]
+    ),
     st.lists(st.integers(), max_size=3),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
@@ -34,7 +36,15 @@ EVENTS = [
     {"event": "ready", "time": 1e9 + 1, "step": 0},
     {"event": "slow", "time": 1e9 + 2, "rank": 1, "step": 50, "seconds": 0.5, "median": 0.1},
     {"event": "lost", "time": 1e9 + 2, "to_step": 1, "steps": 3, "seconds": 1.0, "until": 1e9 + 1},
-    {"event": "rollback", "time": 1e9 + 3, "step": 9, "to_step": 1, "why": "a spike", "samples": [3, 9], "seconds": 1.0},
+    {
+        "event": "rollback",
+        "time": 1e9 + 3,
+        "step": 9,
+        "to_step": 1,
+        "why": "a spike",
+        "samples": [3, 9],
+        "seconds": 1.0,
+    },
     {"event": "no_answer", "time": 1e9 + 4, "ranks": [1]},
     {"event": "save_failed", "time": 1e9 + 4, "step": 3, "why": "full"},
     {"event": "refused", "time": 1e9 + 4, "step": 3, "loss": "nan", "grad_norm": "nan"},
