@@ -193,13 +193,8 @@ def sdpa_backends() -> dict[str, Attention]:
     """Torch's fused attention with one backend each: the one it takes by itself is often not the fastest on Hopper."""
 
     def only(backend: SDPBackend) -> Attention:
-<<<<<<< HEAD
-        def call(*tensors: Tensor, **options: Any) -> Any:
-            if not fusable(tensors[0], tensors[1], Options(**options)):
-=======
         def call(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
             if not fusable(q_SBHD, k_SBKD, Options(**options)):
->>>>>>> kernels
                 raise RuntimeError("not a call that the fused operators do")
             with sdpa_kernel(backend):
                 return attention_sdpa(q_SBHD, k_SBKD, v_SBKD, **options)
