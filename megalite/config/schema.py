@@ -212,8 +212,8 @@ class RecoveryConfig:
     skip_steps: CountOrNone = 200
     """Leave out the data of this many steps around the spike."""
     max_rollbacks: CountOrNone = 3
-    """End the run, as a fault, when it would go back more often. A rollback is earned back ten times as many steps later
-    as it went back, at least 100."""
+    """End the run, as a fault, when it would go back more often. A rollback is earned back ten times as many steps
+    later as it went back, at least 100."""
 
 
 @dataclass(frozen=True)

@@ -91,13 +91,13 @@ def tags(page):
     return parser.seen, parser.attributes
 
 
-FILES = dict(
-    metrics=damaged([METRICS | {"step": step, "tokens": 64 * step} for step in range(1, 8)]),
-    events=damaged(EVENTS),
-    timeline=damaged(TIMELINE),
-    config=st.dictionaries(st.sampled_from(sorted(CONFIG)), st.one_of(st.integers(), st.text("ab<$&", max_size=8))),
-    complaint=st.text(max_size=60),
-)
+FILES = {
+    "metrics": damaged([METRICS | {"step": step, "tokens": 64 * step} for step in range(1, 8)]),
+    "events": damaged(EVENTS),
+    "timeline": damaged(TIMELINE),
+    "config": st.dictionaries(st.sampled_from(sorted(CONFIG)), st.one_of(st.integers(), st.text("ab<$&", max_size=8))),
+    "complaint": st.text(max_size=60),
+}
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
