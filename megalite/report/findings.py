@@ -11,6 +11,7 @@ from megalite.observe.slow import compare_ranks
 from megalite.observe.words import counted, times
 from megalite.report.run import RankTimes, Run
 
+
 @dataclass(frozen=True)
 class Remark:
     """A sentence; `serious` where someone should act."""
@@ -72,7 +73,9 @@ def _endings(run: Run) -> Iterator[Remark]:
     starts, stops = run.happened("start"), run.happened("stop")
     if len(starts) > len(stops):
         count = len(starts) - len(stops)
-        yield Remark(False, f"{count} of {counted(len(starts), 'start')} ended without a word: killed, or still running.")
+        yield Remark(
+            False, f"{count} of {counted(len(starts), 'start')} ended without a word: killed, or still running."
+        )
     rollbacks = run.happened("rollback")
     if rollbacks:
         yield Remark(False, f"Rolled back {times(len(rollbacks))}; the data around the trouble was left out.")
@@ -97,7 +100,8 @@ def history(run: Run) -> list[tuple[str, str, str]]:
 
 _WORDS = {
     "start": "start", "ready": "training begins", "stop": "end", "rollback": "rollback", "lost": "steps to make again",
-    "refused": "step refused", "empty": "nothing to learn", "slow": "slow rank", "no_answer": "rank lost", "save_failed": "checkpoint failed",
+    "refused": "step refused", "empty": "nothing to learn", "slow": "slow rank", "no_answer": "rank lost",
+    "save_failed": "checkpoint failed",
 }  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from megalite.report.run import Run
 from megalite.report.style import styled, to_png, write_file
 
 _SUMMARY = (
-    "state", "steps", "tokens", "validation loss", "training loss", "tokens/s", "MFU", "memory", "effective training time",
-    "rollbacks", "samples skipped",
+    "state", "steps", "tokens", "validation loss", "training loss", "tokens/s", "MFU", "memory",
+    "effective training time", "rollbacks", "samples skipped",
 )  # fmt: skip
 _MOST_EVENTS = 200
 _MOST_COMPLAINTS = 200
@@ -125,7 +125,9 @@ def _describe(run: Run) -> str:
     ranks = f", {counted(starts[-1]['ranks'], 'rank')}" if starts and "ranks" in starts[-1] else ""
     axes = [f"{name} {run.setting('parallel', name)}" for name in ("tensor", "pipeline", "context")]
     layout = ", ".join(axis for axis in axes if not axis.endswith((" 1", " None")))
-    schedule = f" ({run.setting('parallel', 'schedule')})" if (whole(run.setting("parallel", "pipeline")) or 1) > 1 else ""
+    schedule = (
+        f" ({run.setting('parallel', 'schedule')})" if (whole(run.setting("parallel", "pipeline")) or 1) > 1 else ""
+    )
     parts = f": {layout}{schedule}" if layout else ""
     return f"{model}{ranks}{parts}, {run.setting('train', 'precision')}"
 

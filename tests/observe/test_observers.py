@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class Writer:
 
     failing = False
     made = 0
-    scalars: list = []
+    scalars: ClassVar[list] = []
 
     def __init__(self, *arguments, **named):
         Writer.made += 1
@@ -108,13 +109,22 @@ def test_every_observer_may_fail_and_the_run_is_none_the_worse(tmp_path, recipe,
     capsys.readouterr()
     assert main([recipe, *on]) == FINISHED
     log = (run / "log" / "rank_00000.log").read_text()
-    for name in ("TensorBoard", "Weights & Biases", "progress display", "profiler", "effective training time", "loss.png"):
+    for name in (
+        "TensorBoard",
+        "Weights & Biases",
+        "progress display",
+        "profiler",
+        "effective training time",
+        "loss.png",
+    ):
         assert log.count(f"{name} failed (") == 1, f"{name} is told once\n{log}"
     assert log.count("events.jsonl cannot be written") == 1 and "Traceback" not in capsys.readouterr().err
     assert libraries.finished == 1, "what failed before is closed all the same"
     names = [sorted(path.name for path in (tmp_path / each / "checkpoints").iterdir()) for each in ("calm", "run")]
     assert names[0] == names[1] == ["step_00000003", "step_00000006"]
-    weights = [(tmp_path / each / "checkpoints/step_00000006/rank_00000.safetensors").read_bytes() for each in ("calm", "run")]
+    weights = [
+        (tmp_path / each / "checkpoints/step_00000006/rank_00000.safetensors").read_bytes() for each in ("calm", "run")
+    ]
     assert weights[0] == weights[1]
 
 
@@ -167,7 +177,11 @@ def test_what_fails_is_told_once(monkeypatch):
     said = []
     monkeypatch.setattr(observers.log, "warning", lambda line, *values: said.append(line % values))
     guard = Guard("rank 3")
-    assert [guard.call("pictures", fail), guard.call("pictures", fail), guard.call("pictures", len, [1])] == [None, None, 1]
+    assert [guard.call("pictures", fail), guard.call("pictures", fail), guard.call("pictures", len, [1])] == [
+        None,
+        None,
+        1,
+    ]
     assert said == ["rank 3: pictures failed (OSError: [Errno 28] No space left on device); training goes on"]
 
 
@@ -175,7 +189,8 @@ def metrics(step, **more):
     numbers = {"loss": 2.5, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64 * step, "step_seconds": 0.1}
     numbers |= {"tokens_per_second": 640.0, "tflops_per_device": 0.1, "mfu": None, "memory_gib": 1.0}
     return StepMetrics(
-        step=step, **numbers | {"validation_loss": None, "save_stall_seconds": 0.0, "skipped_samples": 0, "rollbacks": 0} | more
+        step=step,
+        **numbers | {"validation_loss": None, "save_stall_seconds": 0.0, "skipped_samples": 0, "rollbacks": 0} | more,
     )
 
 
