@@ -206,14 +206,14 @@ class RecoveryConfig:
     """What to do about a loss that jumps: go back and leave out the data around it (PaLM's recipe)."""
 
     spike_threshold: Annotated[float, AtLeast(0, 1e6)] = 0.0
-    """Robust standard deviations by which a loss must go up, and stay up, to be a spike; 5 is recommended, 0: off."""
+    """Robust standard deviations by which a loss must go up and stay up; 5 is recommended, 0: look for no spikes."""
     rollback_steps: CountOrNone = 100
     """Go back to a checkpoint at least this many steps before the spike."""
     skip_steps: CountOrNone = 200
     """Leave out the data of this many steps around the spike."""
     max_rollbacks: CountOrNone = 3
-    """End the run, as a fault, when it would go back more often. A rollback is earned back ten times as many steps
-    later as it went back, at least 100."""
+    """End the run, as a fault, when it would go back more often. Ten times as many steps of progress as it went back, at
+    least 100, earn a rollback back."""
 
 
 @dataclass(frozen=True)

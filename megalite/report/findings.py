@@ -100,7 +100,8 @@ def history(run: Run) -> list[tuple[str, str, str]]:
 
 _WORDS = {
     "start": "start", "ready": "training begins", "stop": "end", "rollback": "rollback", "lost": "steps to make again",
-    "refused": "step refused", "empty": "nothing to learn", "slow": "slow rank", "no_answer": "rank lost", "save_failed": "checkpoint failed",
+    "refused": "step refused", "empty": "nothing to learn", "slow": "slow rank", "no_answer": "rank lost",
+    "save_failed": "checkpoint failed",
 }  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from megalite.report.run import Run
 from megalite.report.style import styled, to_png, write_file
 
 _SUMMARY = (
-    "state", "steps", "tokens", "validation loss", "training loss", "tokens/s", "MFU", "memory", "effective training time",
-    "rollbacks", "samples skipped",
+    "state", "steps", "tokens", "validation loss", "training loss", "tokens/s", "MFU", "memory",
+    "effective training time", "rollbacks", "samples skipped",
 )  # fmt: skip
 _MOST_EVENTS = 200
 _MOST_COMPLAINTS = 200

@@ -146,8 +146,9 @@ def _seconds(value: Any) -> bool:
 
 def _is_mean(row: dict[str, Any]) -> bool:
     """Whether a row of a timeline holds mean seconds of some steps."""
-    first, last, steps, seconds = (row.get(name) for name in ("first", "last", "steps", "seconds"))
-    if whole(first) is None or whole(last) is None or not whole(steps) or not isinstance(seconds, dict):
+    first, last, steps = (whole(row.get(name)) for name in ("first", "last", "steps"))
+    seconds = row.get("seconds")
+    if first is None or last is None or not steps or not isinstance(seconds, dict):
         return False
     memory = row.get("memory_gib", 0.0)
     return first <= last and _seconds(memory) and all(_seconds(value) and value >= 0 for value in seconds.values())

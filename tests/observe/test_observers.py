@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ class Writer:
 
     failing = False
     made = 0
-    scalars: list = []
+    scalars: ClassVar[list] = []
 
     def __init__(self, *arguments, **named):
         Writer.made += 1

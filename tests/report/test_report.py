@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -90,6 +91,14 @@ def test_the_page_needs_nothing_else_and_every_picture_is_a_file_too(tmp_path):
     }  # fmt: skip
     assert "finished" in page and "80 of 80" in page
     assert not list((tmp_path / "out").glob("*.partial"))
+
+
+@pytest.mark.fast
+def test_nothing_on_the_page_is_wider_than_a_phone():
+    style_sheet = resources.files("megalite.report").joinpath("page.html").read_text().partition("</style>")[0]
+    fixed = re.findall(r"(?<![-\w])(?:min-width|width|minmax\()\s*:?\s*([\d.]+)(px|rem)", style_sheet)
+    assert all(float(size) * {"px": 1, "rem": 16}[unit] <= 160 for size, unit in fixed), fixed
+    assert "minmax(min(400px, 100%), 1fr)" in style_sheet and 'name="viewport"' in style_sheet
 
 
 def empty(run):
