@@ -212,8 +212,8 @@ class RecoveryConfig:
     skip_steps: CountOrNone = 200
     """Leave out the data of this many steps around the spike."""
     max_rollbacks: CountOrNone = 3
-    """End the run, as a fault, when it would go back more often. Ten times as many steps of progress as it went back, at
-    least 100, earn a rollback back."""
+    """End the run, as a fault, when it would go back more often. Ten times as many steps of progress as it went back,
+    at least 100, earn a rollback back."""
 
 
 @dataclass(frozen=True)
