@@ -27,7 +27,7 @@ import tyro
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import build_config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer

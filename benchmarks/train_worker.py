@@ -15,7 +15,7 @@ from plain import BareLlama, PlainLlama, fastest_attention
 from train_job import Job, Meter, finish, job_from_arguments, micro_batches, rank, start_process
 
 from megalite.config import Config, build_config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh

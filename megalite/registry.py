@@ -30,7 +30,7 @@ def look_up(name: str, known: Mapping[str, Thing], field: str) -> Thing:
         return known[name]
     module, _, attribute = name.partition(":")
     if not attribute:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{field} = {name!r} is unknown; use {', '.join(known)} or module:name of your own{hint}")
     try:

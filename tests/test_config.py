@@ -106,7 +106,10 @@ def test_resolved_configuration_round_trips(recipe, tmp_path):
         (["--optimizer.lr", "inf"], "optimizer.lr = inf is not a number"),
         (["--parallel.sequence", "maybe"], "parallel.sequence = 'maybe' is not true or false"),
         (["--parallel.sequence", "1"], "parallel.sequence = 1 is not true or false"),
-        (["--parallel.schedule", "1F1B"], "'1F1B' is not one of gpipe, 1f1b, interleaved, zb_h1, zb_v; did you"),
+        (
+            ["--parallel.schedule", "1F1B"],
+            "parallel.schedule = '1F1B' is unknown; it must be one of gpipe, 1f1b, interleaved, zb_h1, zb_v, or",
+        ),
         (["--train.batch_ramp", "[1, 2.5, 3]"], "train.batch_ramp[1] = 2.5 is not a whole number"),
         (["--data.train", '[["a", 0.3]]'], "data.train has ['a', 0.3]; its entries are prefixes"),
         (["--data.train", '[["x", "a"]]'], "data.train has ['x', 'a']; its entries are prefixes"),

@@ -94,7 +94,7 @@ def _train(recipe: dict[str, Any], rank: int, size: int, steps: int) -> None:
     """A few steps of real training on random tokens."""
     import torch
 
-    from megalite.data.batches import Batch
+    from megalite.data.batch import Batch
     from megalite.kernels import select_kernels
     from megalite.mesh import Mesh
     from megalite.train.trainer import Trainer

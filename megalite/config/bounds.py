@@ -61,7 +61,7 @@ class Named:
         own = colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
         if own or value in self.names:
             return ""
-        near = difflib.get_close_matches(value, self.names, n=1)
+        near = difflib.get_close_matches(value.lower(), self.names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         return f"{path} = {quoted(value)} is unknown; it must be {self}{hint}"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import orjson
 
 from megalite.errors import UserError
 from megalite.files import locked, read_bounded, sync_directory, write_atomically, write_errors_named
@@ -67,11 +66,11 @@ def write_array(file: BinaryIO, array: np.ndarray) -> None:
 def _load(folder: Path) -> Arrays | None:
     """The arrays of a complete folder, or None where there is none or a file of it is damaged (it is then rebuilt)."""
     try:
-        expected = orjson.loads(read_bounded(folder / "arrays.json", 1 << 16))
+        expected = json.loads(read_bounded(folder / "arrays.json", 1 << 16))
         return {
             name: _map(folder / f"{name}.npy", DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in expected.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -30,7 +30,6 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, Self
 
 import numpy as np
-import orjson
 
 import megalite
 from megalite.errors import UserError
@@ -360,10 +359,10 @@ class IndexedDataset:
         """What `PREFIX.json` holds; empty where there is none (files from Megatron-LM)."""
         path = file_paths(self.prefix)[2]
         try:
-            description = orjson.loads(read_bounded(path, DESCRIPTION_BYTES))
+            description = json.loads(read_bounded(path, DESCRIPTION_BYTES))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not JSON ({error}); write the token file again or delete this one") from error
         if not _is_description(description):
             raise UserError(

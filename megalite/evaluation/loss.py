@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalite.data.batches import Batch, Batches
+from megalite.data.batch import Batch
+from megalite.data.batches import Batches
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 from megalite.kernels.cross_entropy import IGNORE_INDEX

@@ -195,7 +195,6 @@ class VocabParallelHead(nn.Module):
             vocab_start=self.first,
             valid=self.valid,
             z_loss=z_loss,
-            vocab_size=self.vocab_size,
         )
 
     def _stats_and_gradient(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor) -> Tensor:

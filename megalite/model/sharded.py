@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import AdapterConfig, Config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.build import Adapter

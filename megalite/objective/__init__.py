@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 
 Reads = Literal["loss", "logprobs", "values"]
 

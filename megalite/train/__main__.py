@@ -18,6 +18,7 @@ def start(argv: list[str], world: World, stop: StopRequest) -> int:
     with stop.at_once(world):
         from megalite.checkpoint.lock import RunLock
         from megalite.config import check, parse_command_line
+        from megalite.observe.trackers import require_credentials
         from megalite.train.inputs import check_inputs, resolve_tokenizer
 
         command = parse_command_line(argv)
@@ -26,6 +27,7 @@ def start(argv: list[str], world: World, stop: StopRequest) -> int:
                 print(check_inputs(command.config, world.size))
             return FINISHED
         check(command.config, world.size)
+        require_credentials(command.config)
         config, eod = resolve_tokenizer(command.config)
     lock = RunLock(config.run.dir) if world.rank == 0 else None
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from megalite.config import Config
-from megalite.data.batches import Batch, Batches
+from megalite.data.batch import Batch
+from megalite.data.batches import Batches
 from megalite.data.dataset import TokenDataset
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage

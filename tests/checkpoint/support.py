@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.config import Config, build_config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.schedule.schedules import SCHEDULES

@@ -93,22 +93,18 @@ def test_document_masks_follow_the_documents(tmp_path):
     place = np.concatenate([np.arange(len(documents[n])) for n in indices["document_index"]])
     with Batches(dataset, micro_batch_size=4, document_mask=True) as batches:
         batch = batches.next_batch(0, 4)[0]
-    starts = []
     for row in range(4):
         begin = int(indices["shuffle_index"][row]) * SEQ
         owners, places = owner[begin : begin + SEQ], place[begin : begin + SEQ]
         np.testing.assert_array_equal(batch.documents_BS[row], owners - owners[0])
         first = owners == owners[0]  # a document that began in an earlier sample begins again here
         np.testing.assert_array_equal(batch.positions_BS[row], np.where(first, places - places[0], places))
-        starts.extend(row * SEQ + np.flatnonzero(np.diff(owners, prepend=-1)))
-    assert batch.cu_seqlens().tolist() == [*starts, 4 * SEQ]
-    assert batch.cu_seqlens().dtype == torch.int32
 
 
 def test_without_document_masks_a_sequence_is_one_document(dataset):
     with Batches(dataset, micro_batch_size=3) as batches:
         batch = batches.next_batch(0, 3)[0]
-    assert batch.positions_BS is None and batch.cu_seqlens().tolist() == [0, SEQ, 2 * SEQ, 3 * SEQ]
+    assert batch.positions_BS is None and batch.documents_BS is None
 
 
 def test_label_after_the_end_of_a_document_is_left_out(tmp_path):

@@ -222,7 +222,7 @@ def test_a_resumed_run_keeps_the_choice_that_its_checkpoint_holds(tmp_path, monk
     """Though by then another candidate is faster: same kernels, same bits."""
     recipe = str(write_recipe(tmp_path))
     for fakes, stop in ((Candidates(a=2.0, b=1.0), 3), (Candidates(a=1.0, b=2.0), 6)):
-        monkeypatch.setattr("megalite.train.__main__.select_kernels", lambda *_, **__: fakes.kernels)  # noqa: B023
+        monkeypatch.setattr("megalite.train.start.select_kernels", lambda *_, **__: fakes.kernels)  # noqa: B023
         assert main([recipe, "--train.stop_after", str(stop)]) == FINISHED
         assert set(fakes.called) == {"b"}
         manifest = json.loads((tmp_path / f"run/checkpoints/step_{stop:08d}/manifest.json").read_text())

@@ -91,8 +91,8 @@ def test_a_v_turns_at_the_last_rank():
 @pytest.mark.parametrize(
     ("arguments", "field", "value", "remedy"),
     [
-        (("1fb1", 4, 8, 1), "parallel.schedule", '"1fb1"', 'did you mean "1f1b"'),
-        (("afab", 4, 8, 1), "parallel.schedule", '"afab"', "gpipe, 1f1b, interleaved"),
+        (("1fb1", 4, 8, 1), "parallel.schedule", "'1fb1'", "did you mean 1f1b"),
+        (("afab", 4, 8, 1), "parallel.schedule", "'afab'", "gpipe, 1f1b, interleaved"),
         (("gpipe", 0, 8, 1), "parallel.pipeline", "= 0", "at least 1"),
         (("1f1b", 4, 0, 1), "train.global_batch_size", "0 micro-batches", "at least train.micro_batch_size"),
         (("1f1b", 4, 8, 2), "parallel.virtual_stages", "= 2", 'parallel.schedule = "interleaved"'),

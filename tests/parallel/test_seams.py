@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.generation.generator import Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels.cross_entropy import IGNORE_INDEX

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh, create_group

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalite.config import build_config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import FAULT, FINISHED
 from megalite.kernels import select_kernels

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalite.config import build_config
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.trainer import Trainer
