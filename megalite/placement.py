@@ -105,7 +105,12 @@ class Placement:
 
 
 class Store(Protocol):
-    """Where a parameter's values and gradient live: a bucket, which may hold either of them only for a while."""
+    """Where a parameter's values and gradient live: a bucket, which may hold either of them only for a while.
+
+    `ready` says that the values can be read without asking.
+    """
+
+    ready: bool
 
     def gather(self, parameter: PlacedParameter) -> None:
         """Return once the parameter's values are there."""
@@ -146,7 +151,7 @@ class PlacedParameter(nn.Parameter):
 
     def gathered(self) -> PlacedParameter:
         """This parameter, once its values are there; may wait for a communication."""
-        if self.store is not None:
+        if self.store is not None and not self.store.ready:
             self.store.gather(self)
         return self
 

@@ -21,8 +21,7 @@ from megalite.mesh import DATA_AXES, Mesh
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
-from megalite.parallel.fp8 import PLAIN, Products
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.linear import PLAIN, ColumnParallelLinear, Products, RowParallelLinear
 from megalite.placement import Box, PlacedParameter, Placement, row_box
 
 STD = 0.02

@@ -72,6 +72,7 @@ class Bucket:
         self._place = {id(slot.parameter): index for index, slot in enumerate(self.slots)}
         self._work: Work | None = None
         self._gathering: Work | None = None
+        self.ready = True
         self._reports = [0] * len(self.slots)
         self._per_micro_batch: list[int] | None = None
         self._micro_batches, self._missing, self._launched = 0, 0, False
@@ -164,12 +165,14 @@ class Bucket:
         """Start to share the updated shards; `ensure_parameters` completes it."""
         if self.sharded and self.group.size > 1:
             self._gathering = self.group.all_gather(self.parameters, self.parameters[self.shard].clone())
+            self.ready = False
 
     def ensure_parameters(self) -> None:
         """The parameters can be read from now on."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
+            self.ready = True
 
     # Where the parameters come and go; nothing to do where they stay
 
@@ -261,9 +264,13 @@ class ShardedBucket(Bucket):
             self._allocate_parameters()
             self._gathering = self.group.all_gather(self.parameters, self._owned)
 
+    def ensure_parameters(self) -> None:
+        super().ensure_parameters()
+        self.ready = not self.comes_and_goes
+
     def release(self) -> None:
         """Give the whole parameters' memory back."""
-        super().ensure_parameters()
+        self.ensure_parameters()
         self.parameters.untyped_storage().resize_(0)
 
     def gather_parameters(self) -> None:

@@ -13,7 +13,7 @@ Sources: Shoeybi et al. 2019 (Megatron-LM, section 3), Korthikanti et al. 2022 (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,11 +27,14 @@ class TensorRegion:
 
     group: Group
     sequence: bool
+    size: int = field(init=False)
+    """Ranks of the group."""
+    split: int = field(init=False)
+    """Into how many parts the sequence dimension is cut outside the tensor-parallel blocks."""
 
-    @property
-    def split(self) -> int:
-        """Into how many parts the sequence dimension is cut outside the tensor-parallel blocks."""
-        return self.group.size if self.sequence else 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", self.group.size)
+        object.__setattr__(self, "split", self.group.size if self.sequence else 1)
 
     def gather_start(self, tensor: Tensor) -> tuple[Tensor, Work]:
         """Begin to make `tensor` whole along the sequence; the result is valid after the wait."""
@@ -43,7 +46,7 @@ class TensorRegion:
 
     def sum_start(self, partial: Tensor) -> tuple[Tensor, Work]:
         """Begin to sum `partial` over the group (consumed); sequence parallel, each rank gets its part of the sum."""
-        if self.group.size == 1:
+        if self.size == 1:
             return partial, DONE
         partial = partial.contiguous()
         if not self.sequence:
@@ -52,11 +55,15 @@ class TensorRegion:
         return part, self.group.reduce_scatter(part, partial)
 
     def gather(self, tensor: Tensor) -> Tensor:
+        if self.split == 1:
+            return tensor
         whole, work = self.gather_start(tensor)
         work.wait()
         return whole
 
     def sum(self, partial: Tensor) -> Tensor:
+        if self.size == 1:
+            return partial
         total, work = self.sum_start(partial)
         work.wait()
         return total

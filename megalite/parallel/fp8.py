@@ -1,4 +1,4 @@
-"""Matrix products of linear layers, in the parameters' own precision or in FP8.
+"""Matrix products of linear layers in FP8.
 
 N tokens, I / O input and output features (this rank's share of them). FP8 takes both factors as 8-bit floats with a
 scale each, found anew from the tensor at every product: one for the whole tensor, or one for each row. Activations and
@@ -11,35 +11,13 @@ Source: Micikevicius et al. 2022 (arXiv:2209.05433, sections 2 and 3); scaling a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from megalite.parallel.linear import PLAIN, Products
 
 _TINY = 1e-12
-
-
-class Products(Protocol):
-    """How a linear layer multiplies."""
-
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """x [..., I] -> x @ weight^T + bias [..., O]."""
-        ...
-
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
-        """grad [..., O] -> grad @ weight [..., I]."""
-        ...
-
-
-class PlainProducts:
-    """In the dtype of the tensors."""
-
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return functional.linear(x, weight_OI, bias_O)
-
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
-        return grad @ weight_OI
 
 
 @dataclass(frozen=True)
@@ -75,9 +53,6 @@ class Fp8Products:
         limit = torch.finfo(dtype).max
         scale = size.float().clamp(min=_TINY) / limit
         return (x_NK.float() / scale).clamp(-limit, limit).to(dtype).contiguous(), scale
-
-
-PLAIN: Products = PlainProducts()
 
 
 def products_of(fp8: str) -> Products:

@@ -11,18 +11,43 @@ the product that gives the weight's. Weight gradients are added straight into th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn import functional
 
 from megalite.mesh import DONE
 from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.fp8 import Products
 from megalite.placement import PlacedParameter
 
 Prologue = Callable[..., Tensor]
+
+
+class Products(Protocol):
+    """How a linear layer multiplies."""
+
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x [..., I] -> x @ weight^T + bias [..., O]."""
+        ...
+
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
+        """grad [..., O] -> grad @ weight [..., I]."""
+        ...
+
+
+class PlainProducts:
+    """In the dtype of the tensors."""
+
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        return functional.linear(x, weight_OI, bias_O)
+
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
+        return grad @ weight_OI
+
+
+PLAIN: Products = PlainProducts()
 
 
 def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
@@ -36,7 +61,9 @@ def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None
 def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
     """Add grad_output^T @ inputs to the weight's gradient buffer, or return it for autograd where there is none."""
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
-    total = weight.grad_buffer()
+    total = weight.main_grad
+    if total is None:
+        total = weight.grad_buffer()
     if total is None:
         return grad_NO.t() @ input_NI
     accumulate_product(total, grad_NO, input_NI)

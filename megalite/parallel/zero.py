@@ -281,7 +281,10 @@ class _Window:
 def _move_gradient(parameter: Tensor) -> None:
     """Add a gradient that autograd computed (norms) to `main_grad`."""
     assert isinstance(parameter, PlacedParameter)
-    if parameter.grad is not None and (total := parameter.grad_buffer()) is not None:
+    if parameter.grad is None:
+        return
+    total = parameter.main_grad if parameter.main_grad is not None else parameter.grad_buffer()
+    if total is not None:
         total.add_(parameter.grad)
         parameter.grad = None
         parameter.gradient_added()
