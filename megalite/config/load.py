@@ -245,7 +245,12 @@ def describe(annotation: Any) -> str:
     if get_origin(expected) is Literal:
         return f"one of {', '.join(get_args(expected))}"
     if get_origin(expected) is tuple:
-        kinds = {int: "whole numbers, as [1, 2]", float: "numbers, as [0.9, 0.1]", Any: 'prefixes, as ["a", "b"]'}
+        kinds = {
+            int: "whole numbers, as [1, 2]",
+            float: "numbers, as [0.9, 0.1]",
+            str: 'names, as ["a", "b"]',
+            Any: 'prefixes, as ["a", "b"]',
+        }
         return f"a list of {kinds[split_annotation(get_args(expected)[0])[0]]}"
     if get_origin(expected) is dict:
         return 'a table, as {type = "llama3", factor = 8.0}'

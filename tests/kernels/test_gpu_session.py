@@ -44,7 +44,7 @@ def test_the_tests_that_need_a_gpu_are_collected_on_a_bare_machine() -> None:
 def test_the_stand_in_for_tomli_w_writes_what_is_read_back(tmp_path: Path) -> None:
     script = (
         "import sys; from megalite.config import build_config, to_toml; print(to_toml(build_config("
-        "{'data': {'train': [[0.3, 'a \\\\ \"b\"'], [0.7, 'ü']]}, 'model': {'rope_scaling': {'rope_type': 'linear', "
+        "{'data': {'train': [[0.3, 'a \\\\ \"b\"'], [0.7, 'ü']]}, 'model': {'rope_scaling': {'type': 'linear', "
         "'factor': 2.0}}, 'optimizer': {'eps': 1e-8}})), file=open(sys.argv[1], 'w'))"
     )
     path = tmp_path / "config.toml"
@@ -52,7 +52,7 @@ def test_the_stand_in_for_tomli_w_writes_what_is_read_back(tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", script, str(path)], env=environment, check=True, timeout=100)
     config = load_config(path)
     assert config.data.train == ((0.3, 'a \\ "b"'), (0.7, "ü")) and config.optimizer.eps == 1e-8
-    assert config.model.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert config.model.rope_scaling == {"type": "linear", "factor": 2.0}
 
 
 @pytest.mark.slow
