@@ -5,7 +5,7 @@ on the two sides of a cut, nothing ever merges across that cut, and the pieces c
 are those of the whole text. Which cuts are safe is decided by the tokenizer's owner (see `megalite.text.tokenizers`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -40,15 +40,14 @@ class WordCache:
         return encoded
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        words_of_text = list(map(self._split, texts))
         if self._known.bytes > self._capacity:
             self._known.forget()
-        self._learn(words_of_text)
         ids_of = self._known.__getitem__
-        return [np.frombuffer(b"".join(map(ids_of, words)), np.int32) for words in words_of_text]
+        return [np.frombuffer(b"".join(map(ids_of, words)), np.int32) for words in self._words(texts)]
 
-    def _learn(self, words_of_text: Sequence[Sequence[str]]) -> None:
-        """Prepare for the words of some texts; here nothing, since each is encoded when it is first looked up."""
+    def _words(self, texts: Sequence[str]) -> Iterable[list[str]]:
+        """The words of each text, one text at a time: so they are still in the processor's cache when looked up."""
+        return map(self._split, texts)
 
 
 class BatchedWordCache(WordCache):
@@ -63,11 +62,13 @@ class BatchedWordCache(WordCache):
         super().__init__(split, lambda word: encode_words([word])[0], capacity)
         self._encode_words = encode_words
 
-    def _learn(self, words_of_text: Sequence[Sequence[str]]) -> None:
+    def _words(self, texts: Sequence[str]) -> Iterable[list[str]]:
+        words_of_text = list(map(self._split, texts))
         missing = [word for word in set().union(*words_of_text) if word not in self._known]
         if missing:
             for word, ids in zip(missing, self._encode_words(missing), strict=True):
                 self._known.add(word, ids)
+        return words_of_text
 
 
 class KnownWords(dict[str, bytes]):
