@@ -73,8 +73,8 @@ def measure(path: Path, texts: list[str], repeats: int) -> dict[str, Any]:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     seconds: dict[str, float] = {}
     ids: dict[str, int] = {}
-    for name, prepare in programs(path).items():
-        for _ in range(repeats):
+    for _ in range(repeats):
+        for name, prepare in programs(path).items():  # in turn: the machine's other load changes with time
             encode = prepare()
             started = time.process_time()
             found = [one for at in range(0, len(texts), BATCH) for one in encode(texts[at : at + BATCH])]

@@ -1,13 +1,16 @@
-// Byte-pair merges of one word, with the ids that the `tokenizers` library gives.
+// Byte-pair merges of words, with the ids that the `tokenizers` library gives, and a table of the words seen.
 //
 // The library spends most of a call on offsets and objects that nobody here reads. This is the merge alone: of all
 // neighbours that the tokenizer knows as a pair, the pair learnt first is joined first, of equal ones the leftmost.
+// Texts repeat their words, so most of them are found in the table.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <queue>
 #include <stdexcept>
 #include <string>
@@ -27,8 +30,10 @@ class BytePairs {
  public:
   // byte_ids: int32 [256], the id of each byte. merges: int32 [M, 3], rows of left, right and joined id in the order in
   // which they were learnt; of a pair that stands twice the last row counts. whole: ids of words that are never merged.
-  BytePairs(const Ids& byte_ids, const Ids& merges, std::unordered_map<std::string, std::int32_t> whole)
-      : whole_(std::move(whole)) {
+  // capacity: bytes the words seen may take; when they take more, all are forgotten.
+  BytePairs(const Ids& byte_ids, const Ids& merges, std::unordered_map<std::string, std::int32_t> whole,
+            std::size_t capacity)
+      : whole_(std::move(whole)), capacity_(capacity) {
     if (byte_ids.ndim() != 1 || byte_ids.shape(0) != 256) throw std::invalid_argument("byte_ids must be [256]");
     if (merges.ndim() != 2 || merges.shape(1) != 3) throw std::invalid_argument("merges must be [M, 3]");
     std::copy_n(byte_ids.data(), 256, byte_ids_);
@@ -40,17 +45,21 @@ class BytePairs {
       const std::uint64_t key = pair(merges.at(row, 0), merges.at(row, 1));
       table_[slot(key)] = {key, static_cast<std::int32_t>(row), merges.at(row, 2)};
     }
+    forget();
   }
 
-  // The word's ids, native int32.
-  py::bytes encode(std::string_view word) {
-    if (!whole_.empty()) {
-      if (const auto found = whole_.find(std::string(word)); found != whole_.end()) return as_bytes(&found->second, 1);
+  // The ids of all words, one after another, native int32.
+  py::bytes encode(const py::list& words) {
+    if (seen_.size() * sizeof(Seen) + text_.size() + ids_.size() * sizeof(std::int32_t) > capacity_) forget();
+    out_.clear();
+    for (const py::handle word : words) {
+      py::ssize_t size = 0;
+      const char* data = PyUnicode_AsUTF8AndSize(word.ptr(), &size);
+      if (data == nullptr) throw py::error_already_set();
+      const Seen& seen = look_up({data, static_cast<std::size_t>(size)});
+      out_.insert(out_.end(), ids_.begin() + seen.ids, ids_.begin() + seen.ids + seen.count);
     }
-    merge(word);
-    ids_.clear();
-    for (std::size_t at = 0; at < symbols_.size(); at = symbols_[at].next) ids_.push_back(symbols_[at].id);
-    return as_bytes(ids_.data(), ids_.size());
+    return py::bytes(reinterpret_cast<const char*>(out_.data()), out_.size() * sizeof(std::int32_t));
   }
 
  private:
@@ -71,8 +80,63 @@ class BytePairs {
     return static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32 | static_cast<std::uint32_t>(right);
   }
 
-  static py::bytes as_bytes(const std::int32_t* ids, std::size_t count) {
-    return py::bytes(reinterpret_cast<const char*>(ids), count * sizeof(std::int32_t));
+  // A word seen: where its bytes and its ids lie in text_ and ids_.
+  struct Seen {
+    std::size_t hash = 0, text = 0, ids = 0;
+    std::uint32_t size = 0, count = 0;  // count 0: a free place
+  };
+
+  void forget() {
+    seen_.assign(std::size_t{1} << 12, {});
+    known_ = 0;
+    text_.clear();
+    ids_.clear();
+  }
+
+  const Seen& look_up(std::string_view word) {
+    const std::size_t hash = std::hash<std::string_view>{}(word);
+    std::size_t at = hash & (seen_.size() - 1);
+    for (; seen_[at].count != 0; at = (at + 1) & (seen_.size() - 1)) {
+      const Seen& seen = seen_[at];
+      if (seen.hash == hash && seen.size == word.size() &&
+          std::memcmp(text_.data() + seen.text, word.data(), word.size()) == 0) {
+        return seen;
+      }
+    }
+    if (word.empty()) return seen_[at];  // no ids, and nothing to remember
+    if (2 * ++known_ > seen_.size()) at = grow(hash);
+    seen_[at] = {hash, text_.size(), ids_.size(), static_cast<std::uint32_t>(word.size()), 0};
+    text_.insert(text_.end(), word.begin(), word.end());
+    append_ids(word);
+    seen_[at].count = static_cast<std::uint32_t>(ids_.size() - seen_[at].ids);
+    return seen_[at];
+  }
+
+  // Double the table; returns the free place for a hash.
+  std::size_t grow(std::size_t hash) {
+    std::vector<Seen> old(2 * seen_.size());
+    old.swap(seen_);
+    for (const Seen& seen : old) {
+      if (seen.count != 0) seen_[free_place(seen.hash)] = seen;
+    }
+    return free_place(hash);
+  }
+
+  std::size_t free_place(std::size_t hash) const {
+    std::size_t at = hash & (seen_.size() - 1);
+    while (seen_[at].count != 0) at = (at + 1) & (seen_.size() - 1);
+    return at;
+  }
+
+  void append_ids(std::string_view word) {
+    if (!whole_.empty()) {
+      if (const auto found = whole_.find(std::string(word)); found != whole_.end()) {
+        ids_.push_back(found->second);
+        return;
+      }
+    }
+    merge(word);
+    for (std::size_t at = 0; at < symbols_.size(); at = symbols_[at].next) ids_.push_back(symbols_[at].id);
   }
 
   // The place of a key in the table, or the free one where it belongs.
@@ -115,9 +179,14 @@ class BytePairs {
   std::unordered_map<std::string, std::int32_t> whole_;
   std::vector<Entry> table_;
   int shift_;
-  // of the word at hand; members, so that their memory is kept
-  std::vector<Symbol> symbols_;
+  std::size_t capacity_;
+  std::vector<Seen> seen_;  // open addressing, at most half full
+  std::size_t known_ = 0;
+  std::vector<char> text_;
   std::vector<std::int32_t> ids_;
+  // of the call or word at hand; members, so that their memory is kept
+  std::vector<std::int32_t> out_;
+  std::vector<Symbol> symbols_;
   std::priority_queue<Candidate, std::vector<Candidate>, std::greater<Candidate>> candidates_;
 };
 
@@ -125,6 +194,6 @@ class BytePairs {
 
 PYBIND11_MODULE(_bpe, module) {
   py::class_<BytePairs>(module, "BytePairs")
-      .def(py::init<const Ids&, const Ids&, std::unordered_map<std::string, std::int32_t>>())
+      .def(py::init<const Ids&, const Ids&, std::unordered_map<std::string, std::int32_t>, std::size_t>())
       .def("encode", &BytePairs::encode);
 }

@@ -1,15 +1,40 @@
-"""Words to ids for byte-level byte-pair tokenizers, where the merges of `_bpe.cpp` are exactly those of the library."""
+"""Texts to ids for byte-level byte-pair tokenizers, where the merges of `_bpe.cpp` are exactly those of the library."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from megalite.text._bpe import BytePairs
+from megalite.text.word_cache import CACHE_BYTES, segments
 
 
-def make_word_encoder(model: dict[str, Any]) -> Callable[[str], bytes] | None:
-    """The function from a word to its int32 ids as bytes, for the `model` of a `tokenizer.json`.
+class BytePairEncoder:
+    """Encodes texts word by word; see `make_encoder`.
+
+    Args:
+        split: cuts a text into the words that the tokenizer encodes each by itself.
+        pairs: the merges, with the table of words seen.
+    """
+
+    def __init__(self, split: Callable[[str], list[str]], pairs: BytePairs) -> None:
+        self._split = split
+        self._pairs = pairs
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, int32 [tokens]."""
+        return list(map(self._encode, texts))
+
+    def _encode(self, text: str) -> np.ndarray:
+        # one segment at a time: its words are still in the processor's cache when they are looked up
+        parts = [self._pairs.encode(self._split(segment)) for segment in segments(text)]
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), np.int32)
+
+
+def make_encoder(
+    model: dict[str, Any], split: Callable[[str], list[str]], capacity: int = CACHE_BYTES
+) -> BytePairEncoder | None:
+    """The encoder for the `model` of a `tokenizer.json`.
 
     None where it is anything but plain byte pairs: dropout, marks at the ends of words, or a vocabulary without some
     byte (a word with that one would need the library's rules for unknown characters).
@@ -24,7 +49,8 @@ def make_word_encoder(model: dict[str, Any]) -> Callable[[str], bytes] | None:
     byte_ids = np.array([vocabulary[character] for character in characters], np.int32)
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     rows = [(vocabulary[left], vocabulary[right], vocabulary[left + right]) for left, right in pairs]
-    return BytePairs(byte_ids, np.array(rows, np.int32).reshape(-1, 3), _whole_words(model)).encode
+    merges = np.array(rows, np.int32).reshape(-1, 3)
+    return BytePairEncoder(split, BytePairs(byte_ids, merges, _whole_words(model), capacity))
 
 
 def _whole_words(model: dict[str, Any]) -> dict[bytes, int]:

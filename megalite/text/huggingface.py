@@ -10,12 +10,11 @@ import numpy as np
 import tokenizers
 
 from megalite.errors import UserError
-from megalite.text.byte_pairs import make_word_encoder
+from megalite.text.byte_pairs import make_encoder
 from megalite.text.foreign import library_errors, read_small_file, shorten
 from megalite.text.patterns import may_take_forever, regular_expressions
 from megalite.text.pretokenize import make_splitter
 from megalite.text.unicode import TokenFinder, without_surrogates
-from megalite.text.word_cache import WordCache
 
 LOG = logging.getLogger(__name__)
 LARGEST_FILE = 512 << 20
@@ -30,7 +29,7 @@ class HuggingFaceTokenizer:
 
     Without that file it is the first of `EOD_NAMES` in the vocabulary. See `Tokenizer` for the interface. Where the
     words the library cuts a text into are known (see `megalite.text.pretokenize`) and merged plainly (see
-    `megalite.text.byte_pairs`), a cache of words replaces the library.
+    `megalite.text.byte_pairs`), these replace the library, with a table of the words seen.
 
     Args:
         path: the file or its folder.
@@ -58,9 +57,8 @@ class HuggingFaceTokenizer:
         )
         # of two entries with one id the description holds one alone: then only the library knows what it does
         complete = len(description["model"]["vocab"]) == self._tokenizer.get_vocab_size(with_added_tokens=False)
-        encode_word = make_word_encoder(description["model"]) if use_cache and complete else None
-        self._splitter = make_splitter(description, allow_special) if encode_word else None
-        self._cache = WordCache(self._splitter.split, encode_word) if self._splitter and encode_word else None
+        self._splitter = make_splitter(description, allow_special) if use_cache and complete else None
+        self._cache = make_encoder(description["model"], self._splitter.split) if self._splitter else None
         self._unchecked = CHECKED_CHARACTERS
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

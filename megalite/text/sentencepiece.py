@@ -11,7 +11,7 @@ import sentencepiece
 from megalite.errors import UserError
 from megalite.text.foreign import library_errors, read_small_file
 from megalite.text.unicode import TokenFinder, without_surrogates
-from megalite.text.word_cache import BatchedWordCache
+from megalite.text.word_cache import WordCache
 
 LOG = logging.getLogger(__name__)
 LARGEST_FILE = 512 << 20
@@ -112,7 +112,7 @@ class SentencePieceTokenizer:
                 return False
         return True
 
-    def _make_cache(self) -> BatchedWordCache | None:
+    def _make_cache(self) -> WordCache | None:
         """The cache, where it is exact: byte-pair model, bytes for the unknown, text taken as it is, no piece cut."""
         proto = self._model.serialized_model_proto()
         top = _fields(proto)
@@ -132,7 +132,7 @@ class SentencePieceTokenizer:
         ]
         for split in SPLITTERS:
             if len(newline) == 1 and all(len(split(piece)) == 1 for piece in pieces):
-                self._cache = BatchedWordCache(split, _WordEncoder(model, newline[0]))
+                self._cache = WordCache(split, _WordEncoder(model, newline[0]))
                 if np.array_equal(self._cached([_SAMPLE])[0], self._direct(_SAMPLE)):
                     return self._cache
         return None

@@ -19,16 +19,21 @@ class WordCache:
 
     Args:
         split: cuts a text into words whose concatenation is the text, at safe places only.
-        encode_word: int32 ids of a word as bytes.
+        encode_words: int32 ids of each word as bytes, for words that are not in the cache.
         capacity: bytes the cache may hold; when full it starts again from nothing (words that matter soon return).
     """
 
     def __init__(
-        self, split: Callable[[str], list[str]], encode_word: Callable[[str], bytes], capacity: int = CACHE_BYTES
+        self,
+        split: Callable[[str], list[str]],
+        encode_words: Callable[[list[str]], Sequence[bytes]],
+        capacity: int = CACHE_BYTES,
     ) -> None:
         self._split = split
-        self._known = KnownWords(encode_word)
+        self._encode_words = encode_words
         self._capacity = capacity
+        self._bytes = 0
+        self._ids: dict[str, bytes] = {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]."""
@@ -41,56 +46,16 @@ class WordCache:
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         words_of_text = list(map(self._split, texts))
-        if self._known.bytes > self._capacity:
-            self._known.forget()
-        self._learn(words_of_text)
-        ids_of = self._known.__getitem__
-        return [np.frombuffer(b"".join(map(ids_of, words)), np.int32) for words in words_of_text]
-
-    def _learn(self, words_of_text: Sequence[Sequence[str]]) -> None:
-        """Prepare for the words of some texts; here nothing, since each is encoded when it is first looked up."""
-
-
-class BatchedWordCache(WordCache):
-    """For encoders of which a call costs more than a word: the new words of all texts are encoded in one call."""
-
-    def __init__(
-        self,
-        split: Callable[[str], list[str]],
-        encode_words: Callable[[list[str]], Sequence[bytes]],
-        capacity: int = CACHE_BYTES,
-    ) -> None:
-        super().__init__(split, lambda word: encode_words([word])[0], capacity)
-        self._encode_words = encode_words
-
-    def _learn(self, words_of_text: Sequence[Sequence[str]]) -> None:
-        missing = [word for word in set().union(*words_of_text) if word not in self._known]
+        if self._bytes > self._capacity:
+            self._ids.clear()
+            self._bytes = 0
+        missing = [word for word in set().union(*words_of_text) if word not in self._ids]
         if missing:
-            for word, ids in zip(missing, self._encode_words(missing), strict=True):
-                self._known.add(word, ids)
-
-
-class KnownWords(dict[str, bytes]):
-    """Ids of words; a word that is not there is encoded and remembered. `bytes` is about the memory taken."""
-
-    def __init__(self, encode_word: Callable[[str], bytes]) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._encode_word = encode_word
-
-    def __missing__(self, word: str) -> bytes:
-        return self.add(word, self._encode_word(word))
-
-    def add(self, word: str, ids: bytes) -> bytes:
-        """Remember a word's ids and return them."""
-        self[word] = ids
-        self.bytes += ENTRY_BYTES + len(word) + len(ids)
-        return ids
-
-    def forget(self) -> None:
-        """Forget all words."""
-        self.clear()
-        self.bytes = 0
+            encoded = self._encode_words(missing)
+            self._ids.update(zip(missing, encoded, strict=True))
+            self._bytes += sum(map(len, missing)) + sum(map(len, encoded)) + ENTRY_BYTES * len(missing)
+        ids_of = self._ids.__getitem__
+        return [np.frombuffer(b"".join(map(ids_of, words)), np.int32) for words in words_of_text]
 
 
 def segments(text: str, characters: int = SEGMENT_CHARACTERS) -> Iterator[str]:

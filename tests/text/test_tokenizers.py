@@ -12,6 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megalite.errors import UserError
 from megalite.text import pretokenize, word_cache
+from megalite.text.byte_pairs import make_encoder
 from megalite.text.huggingface import HuggingFaceTokenizer
 from megalite.text.sentencepiece import SentencePieceTokenizer
 from megalite.text.tokenizers import IncrementalDecoder, load_tokenizer, tokenizer_hash
@@ -91,7 +92,7 @@ def test_small_cache_and_long_texts_change_no_id(model_path, source_texts, monke
     whole = SentencePieceTokenizer(model_path, use_cache=False).encode(long_text)
     for _ in range(3):
         assert np.array_equal(tokenizer.encode(long_text), whole)
-    assert len(tokenizer._cache._known) < 2000
+    assert len(tokenizer._cache._ids) < 2000
     assert len(list(word_cache.segments(long_text, 1000))) > 50
     assert "".join(word_cache.segments(long_text, 1000)) == long_text
 
@@ -189,6 +190,22 @@ def test_byte_pairs_are_the_librarys_own(case, hugging_face, source_texts, chanc
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert ids.tolist() == library.encode(text, add_special_tokens=False).ids, repr(text)
     assert (tokenizer._cache is not None) == own  # nothing made it doubt itself on the way
+
+
+def test_words_forgotten_and_long_texts_change_no_id(hugging_face, source_texts, monkeypatch, chance) -> None:
+    path = hugging_face("_LLAMA3")
+    tokenizer = load_tokenizer(path)
+    model = json.loads(path.read_text())["model"]
+    small, large = (make_encoder(model, tokenizer._splitter.split, capacity) for capacity in (1, 1 << 30))
+    monkeypatch.setattr(word_cache.segments, "__defaults__", (1000,))
+    texts = ["\n".join(source_texts[:20]), *source_texts[20:30], "", "".join(odd_texts(chance, 50))]
+    texts = [ready for text in texts if (ready := tokenizer._splitter.prepare(text)) is not None]
+    assert len(set(texts[0].split())) > 1 << 12  # more words than the table first has room for
+    library = tokenizers.Tokenizer.from_file(str(path))
+    wanted = [library.encode(text, add_special_tokens=False).ids for text in texts]
+    for _ in range(2):
+        for encoder in (small, large):
+            assert [ids.tolist() for ids in encoder.encode_batch(texts)] == wanted
 
 
 @pytest.mark.parametrize("special", ["<|endoftext|>", "<|im_start|>"])
