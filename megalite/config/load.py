@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from megalite.cli import Parser, nonempty
 from megalite.config.bounds import quoted, refusal, shown, split_annotation, text_problem
 from megalite.config.schema import Config
 from megalite.config.sources import parse_sources, plain_sources
@@ -47,9 +48,11 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.t
 
         print_help(program)
         raise SystemExit(0)
-    arguments = [argument for argument in argv if argument != "--check"]
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    return CommandLine(load_config(recipe, arguments), "--check" in argv, recipe)
+    parser = Parser(None, prog=program, overrides=parse_overrides)
+    parser.add_argument("recipe", nargs="?", type=nonempty)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(argv)
+    return CommandLine(load_config(options.recipe, options.overrides), options.check, options.recipe)
 
 
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:
