@@ -94,7 +94,7 @@ def plan(arguments: Sequence[str], processes: int | None) -> tuple[list[str], in
         on_cpu = "--run.device=cpu" in " ".join(arguments).replace("--run.device ", "--run.device=")
         gpus = count_gpus("cpu" if on_cpu else "auto")
         return [sys.executable, *arguments], processes or gpus or 1, gpus, "what it says"
-    command = parse_command_line(arguments, "bash launch/local.sh")
+    command = parse_command_line(arguments, "bash launch/local.sh", taken=["--processes"])
     gpus = count_gpus(command.config.run.device)
     processes = processes or gpus or command.config.model_parallel
     print(check_inputs(command.config, processes), flush=True)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megalite.cli import Parser, nonempty, program, whole
+from megalite.config.bounds import quoted
 from megalite.config.load import parse_overrides
 from megalite.errors import UserError
 from megalite.generation.generator import Completion, Generator, Limits, Listener
@@ -68,17 +69,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def ids_from_json(text: str, option: str) -> list[Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, list):
-        raise UserError(f'{option} {text!r} is not a JSON list of token ids, such as "[1,2,3]"')
+        raise UserError(f'{option} {quoted(text)} is not a JSON list of token ids, such as "[1,2,3]"')
     return value
 
 
 def checked_ids(values: list[Any], vocab_size: int, option: str) -> list[int]:
     for value in values:
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise UserError(f"{option} has {value!r}; token ids of this model are 0 to {vocab_size - 1}")
+            raise UserError(f"{option} has {quoted(value)}; token ids of this model are 0 to {vocab_size - 1}")
     return values
 
 
@@ -116,8 +117,9 @@ def show(options: argparse.Namespace, completions: list[Completion]) -> None:
     if options.prompt_ids is not None:
         print(json.dumps({"ids": [completion.prompt_ids + completion.new_ids for completion in completions]}))
     elif options.json:
+        escape = sys.stdout.encoding.lower() not in ("utf-8", "utf8")
         for prompt, completion in zip(options.prompt, completions):
-            print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=escape))
     elif len(completions) == 1:
         print()
     else:

@@ -41,8 +41,13 @@ class CommandLine(NamedTuple):
     recipe: str | None = None
 
 
-def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.train") -> CommandLine:
-    """Read `[RECIPE.toml] [--check] [--section.field value ...]`; `--help` prints every field and leaves."""
+def parse_command_line(
+    argv: Sequence[str], program: str = "python -m megalite.train", taken: Sequence[str] = ()
+) -> CommandLine:
+    """Read `[RECIPE.toml] [--check] [--section.field value ...]`; `--help` prints every field and leaves.
+
+    `taken` are options that the program has read already: the nearest of a mistyped one may be among them.
+    """
     if "--help" in argv or "-h" in argv:
         from megalite.config.help import print_help
 
@@ -51,6 +56,8 @@ def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.t
     parser = Parser(None, prog=program, overrides=parse_overrides)
     parser.add_argument("recipe", nargs="?", type=nonempty)
     parser.add_argument("--check", action="store_true")
+    for option in taken:
+        parser.add_argument(option)
     options = parser.parse_args(argv)
     return CommandLine(load_config(options.recipe, options.overrides), options.check, options.recipe)
 
