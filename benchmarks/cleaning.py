@@ -22,7 +22,8 @@ from typing import Any
 import tyro
 
 import megalite.text.clean
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import program
+from megalite.errors import UserError
 from megalite.files import write_atomically
 from megalite.text.clean.filters import Rejection
 from megalite.text.clean.rules import Rules, load_rules
@@ -138,7 +139,7 @@ def sample(inputs: list[str], count: int, key: str) -> dict[str, str]:
     return {names[int(at * step)]: named[names[int(at * step)]] for at in range(min(count, len(names)))}
 
 
-@exit_on_user_error
+@program
 def main() -> None:
     options = tyro.cli(Options)
     if options.documents < 1:

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import program
+from megalite.errors import UserError
 from megalite.text.readers import expand_inputs, read_documents
 from megalite.text.tokenizer_training import TrainingOptions, train
 
@@ -171,7 +172,7 @@ def wall_to_help() -> float:
     return round(statistics.median(cpu_seconds(command)[1] for _ in range(5)), 3)
 
 
-@exit_on_user_error
+@program
 def main() -> None:
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as name:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from megalite.errors import exit_on_user_error
+from megalite.cli import program
 from megalite.text.dedup.minhash import Banding, Sketcher
 from megalite.text.readers import expand_inputs, read_documents
 from megalite.text.words import comparable_words
@@ -138,7 +138,7 @@ def share_found(sketch: Sketch, pairs: list[tuple[str, str]]) -> float:
     return sum((bands(first) == bands(second)).all(axis=1).any() for first, second in pairs) / max(1, len(pairs))
 
 
-@exit_on_user_error
+@program
 def main() -> None:
     options = tyro.cli(Options)
     texts = documents(options)

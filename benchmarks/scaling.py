@@ -28,7 +28,8 @@ from rich.table import Table
 
 from benchmarks.planner.published import LLAMA3_8B, LLAMA3_70B, scaling_points
 from benchmarks.planner.queues import queued_makespan
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import program
+from megalite.errors import UserError
 from megalite.planning import DEVICES, Device, Job
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import link, product_rate
@@ -163,7 +164,7 @@ class Arguments:
     """Write everything here as JSON."""
 
 
-@exit_on_user_error
+@program
 def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     gpus = [name for name, device in DEVICES.items() if device.is_gpu]

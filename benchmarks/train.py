@@ -34,8 +34,8 @@ from rich.console import Console
 from train_job import AXES, PRESETS, Job
 from train_report import draw, summarise, tabulate
 
-from megalite.command import Parser
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, program
+from megalite.errors import UserError
 from megalite.files import write_atomically, write_errors_named
 from megalite.model.cost import FORMULA
 
@@ -255,7 +255,7 @@ class Comparison:
                 write_atomically(path, json.dumps(result or self.result(), indent=1) + "\n")
 
 
-@exit_on_user_error
+@program
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the row under way ends, too
     arguments = parse()

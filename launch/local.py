@@ -20,8 +20,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megalite.cli import program
 from megalite.config import parse_command_line
-from megalite.errors import FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError, exit_on_user_error
+from megalite.errors import FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError
 from megalite.processes import GPU_ENVIRONMENT, Processes, outcome
 from megalite.train.inputs import check_inputs
 
@@ -93,7 +94,7 @@ def plan(arguments: Sequence[str], processes: int | None) -> tuple[list[str], in
         on_cpu = "--run.device=cpu" in " ".join(arguments).replace("--run.device ", "--run.device=")
         gpus = count_gpus("cpu" if on_cpu else "auto")
         return [sys.executable, *arguments], processes or gpus or 1, gpus, "what it says"
-    command = parse_command_line(arguments, "bash launch/local.sh")
+    command = parse_command_line(arguments, "bash launch/local.sh", taken=["--processes"])
     gpus = count_gpus(command.config.run.device)
     processes = processes or gpus or command.config.model_parallel
     print(check_inputs(command.config, processes), flush=True)
@@ -102,7 +103,7 @@ def plan(arguments: Sequence[str], processes: int | None) -> tuple[list[str], in
     return [sys.executable, "-u", "-m", "megalite.train", *arguments], processes, gpus, f"{command.config.run.dir}/log"
 
 
-@exit_on_user_error
+@program
 def main() -> int:
     arguments, count = take_processes(sys.argv[1:])
     if not arguments or arguments[0] in ("-h", "--help"):

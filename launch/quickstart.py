@@ -18,9 +18,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megalite.command import Parser
+from megalite.cli import Parser, file_path, program, whole
 from megalite.config.load import parse_overrides
-from megalite.errors import FINISHED, STOPPED, UserError, exit_on_user_error
+from megalite.errors import FINISHED, STOPPED, UserError
+from megalite.observe.words import counted
 from megalite.processes import Processes, outcome
 from megalite.text.readers import expand_inputs, read_documents
 
@@ -33,26 +34,30 @@ LONGEST_PIECE = 20_000
 """Characters; few documents are cut at line ends into pieces of about this size, so that some can be held out."""
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and len(text) <= 9 and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give 1 or more")
-    return int(text)
-
-
-def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the `--section.field value` overrides for the trainer that remain."""
-    parser = Parser("From raw text to a trained model, a sample and bits per byte.")
-    parser.prog = "bash launch/quickstart.sh"
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; `overrides` holds the `--section.field value` for the trainer."""
+    parser = Parser(
+        "From raw text to a trained model, a sample and bits per byte.",
+        "also: --SECTION.FIELD VALUE lays any field over the recipe's, as for the trainer",
+        prog="bash launch/quickstart.sh",
+        overrides=parse_overrides,
+    )
     parser.add_argument(
-        "--input", nargs="+", metavar="FILE", help="text to train on (default: Python's standard library)"
+        "--input",
+        nargs="+",
+        action="gather",
+        metavar="FILE",
+        help="text to train on (default: Python's standard library)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    parser.add_argument("--processes", type=_count, metavar="N", help="ranks (default: one a GPU, or 4 on the CPU)")
-    parser.add_argument("--steps", type=_count, metavar="N", help="optimizer steps")
-    parser.add_argument("--out", default="runs/quickstart", metavar="DIR", help="directory of the run")
-    options, rest = parser.parse_known_args(argv)
-    parse_overrides(rest)  # known now, not after the text has been prepared
-    return options, rest
+    parser.add_argument(
+        "--processes", type=whole(1, 65535), metavar="N", help="ranks (default: one a GPU, or 4 on the CPU)"
+    )
+    parser.add_argument("--steps", type=whole(1, 10**9), metavar="N", help="optimizer steps")
+    parser.add_argument(
+        "--out", type=file_path, default=Path("runs/quickstart"), metavar="DIR", help="directory of the run"
+    )
+    return parser.parse_args(argv)
 
 
 def clear(out: Path) -> None:
@@ -86,7 +91,7 @@ def documents(inputs: Sequence[str] | None) -> list[str]:
         bad: list[object] = []
         texts = [doc.text for path in expand_inputs(inputs) for doc in read_documents(path, on_bad=bad.append)]
         if bad:
-            print(f"{len(bad)} records cannot be used; the first: {bad[0]}", file=sys.stderr)
+            print(f"{counted(len(bad), 'record')} cannot be used; the first: {bad[0]}", file=sys.stderr)
     if len(texts) < 10 * HELD_OUT_SHARE:
         texts = [piece for text in texts for piece in pieces(text)]
     if len(texts) < 2:
@@ -117,7 +122,7 @@ def split(texts: Sequence[str], folder: Path) -> tuple[Path, Path]:
     for path, part in zip(paths, (ranked[count:], ranked[:count])):
         with path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in part)
-        print(f"{path}: {len(part)} documents, {sum(len(text.encode()) for text in part) / 1e6:.1f} MB")
+        print(f"{path}: {counted(len(part), 'document')}, {sum(len(text.encode()) for text in part) / 1e6:.1f} MB")
     return paths
 
 
@@ -155,12 +160,12 @@ def count_gpus(device: str) -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-@exit_on_user_error
+@program
 def main() -> None:
     started = time.monotonic()
-    options, overrides = parse()
+    options = parse()
     gpus = count_gpus(options.device)
-    out = Path(options.out).absolute()
+    out = options.out.absolute()
     texts = documents(options.input)
     clear(out)
     data, tokenizer = out / "data", out / "data" / "tokenizer.model"
@@ -187,7 +192,7 @@ def main() -> None:
     ]
     if options.steps:
         command += ["--train.steps", str(options.steps), "--optimizer.warmup_steps", str(options.steps // 10)]
-    run("training", *command, *overrides)
+    run("training", *command, *options.overrides)
     checkpoint = ("--checkpoint", out, "--run.device", "cuda" if gpus else "cpu")
     scored = run(
         "held-out bits per byte",

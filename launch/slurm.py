@@ -19,13 +19,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from launch.sbatch import Job, checked, render  # noqa: E402
-from megalite.errors import UserError, exit_on_user_error  # noqa: E402
+from megalite.cli import Parser, program, whole  # noqa: E402
+from megalite.errors import UserError  # noqa: E402
 from megalite.files import write_atomically  # noqa: E402
 
 try:
@@ -39,31 +40,42 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; python launch/slurm.py --help lists the options")
-
-
-def parser() -> argparse.ArgumentParser:
-    result = _Parser(
-        prog="python launch/slurm.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parser() -> Parser:
+    result = Parser(__doc__, prog="python launch/slurm.py", overrides=pair_overrides)
     add = result.add_argument
     add("--recipe", required=True, metavar="FILE", help="TOML file, such as those in launch/recipes")
-    add("--nodes", required=True, type=_count, metavar="N")
-    add("--gpus-per-node", type=_amount, default=8, metavar="G", help="one rank each; 0 trains on CPUs (default 8)")
-    add("--tasks-per-node", type=_count, metavar="T", help="ranks a node; by default one for each GPU, or 1 on CPUs")
+    add("--nodes", required=True, type=whole(1, 65535), metavar="N")
+    add(
+        "--gpus-per-node",
+        type=whole(0, 65535),
+        default=8,
+        metavar="G",
+        help="one rank each; 0 trains on CPUs (default 8)",
+    )
+    add(
+        "--tasks-per-node",
+        type=whole(1, 65535),
+        metavar="T",
+        help="ranks a node; by default one for each GPU, or 1 on CPUs",
+    )
     what = result.add_argument_group("what to do").add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the script; touch nothing")
     what.add_argument("--test-only", action="store_true", help="let SLURM check the script (sbatch --test-only)")
     add = result.add_argument_group("several jobs").add_argument
-    add("--chain", type=_count, default=1, metavar="K", help="K jobs that follow each other, a time limit each")
+    add(
+        "--chain", type=whole(1, 65535), default=1, metavar="K", help="K jobs that follow each other, a time limit each"
+    )
     add("--sweep", action="append", default=[], metavar="FIELD=A,B,C", help="a run for each value; repeated: each pair")
     add = result.add_argument_group("sbatch options, handed on as they are").add_argument
     for option in ("partition", "account", "qos", "constraint", "exclude", "reservation", "mem", "dependency"):
         add(f"--{option}")
     add("--time", metavar="D-HH:MM:SS", help="limit of one start; the run goes on in the next")
-    add("--cpus-per-task", type=_count, metavar="C", help="default: 8 for a rank on a GPU, SLURM's own (1) on CPUs")
+    add(
+        "--cpus-per-task",
+        type=whole(1, 65535),
+        metavar="C",
+        help="default: 8 for a rank on a GPU, SLURM's own (1) on CPUs",
+    )
     add("--exclusive", action="store_true", help="whole nodes")
     add("--job-name", metavar="NAME", help="default: the run directory's name")
     add(
@@ -71,10 +83,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--extra-srun", action="append", default=[], metavar="OPTION", help="written --extra-srun=--x=y; repeatable")
     add = result.add_argument_group("stopping and going on").add_argument
-    add("--signal-seconds", type=_count, default=300, metavar="S", help="save so long before the limit (default 300)")
+    add(
+        "--signal-seconds",
+        type=whole(1, 65535),
+        default=300,
+        metavar="S",
+        help="save so long before the limit (default 300)",
+    )
     add(
         "--max-requeues",
-        type=_amount,
+        type=whole(0, 65535),
         default=3,
         metavar="M",
         help="failures in a row that are forgiven where no new checkpoint came between (default 3)",
@@ -85,30 +103,12 @@ def parser() -> argparse.ArgumentParser:
     add("--env", action="append", default=[], metavar="NAME=VALUE", help="exported to the ranks; can be repeated")
     add("--ifname", metavar="NAME", help="network interface for rendezvous (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)")
     add("--master-addr", metavar="HOST", help="where the ranks meet; default: the job's first host")
-    add("--master-port", type=_port, metavar="PORT", help="default: made from job id and restart count")
+    add("--master-port", type=whole(1024, 65535), metavar="PORT", help="default: made from job id and restart count")
     add("--no-preflight", action="store_true", help="do not look at the nodes (tools/doctor.py) before training")
     add("--container-image", metavar="IMAGE")
     add("--container-mounts", metavar="A:B,...", help="besides the repository, the run and the working directory")
     add("--container-runtime", choices=("pyxis", "apptainer"), help="default: apptainer for .sif images, else pyxis")
     return result
-
-
-def _number(text: str, low: int, high: int, wanted: str) -> int:
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    return _number(text, 1, 65535, "a number from 1 to 65535")
-
-
-def _amount(text: str) -> int:
-    return _number(text, 0, 65535, "a number from 0 to 65535")
-
-
-def _port(text: str) -> int:
-    return _number(text, 1024, 65535, "a port from 1024 to 65535")
 
 
 def seconds_of(time: str) -> int:
@@ -162,10 +162,10 @@ def pair_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
         option, equals, value = rest.pop(0).partition("=")
         match = _OVERRIDE.fullmatch(option.replace("-", "_").replace("__", "--", 1))
         if match is None:
-            raise UserError(f"{option!r} after -- is not understood; overrides are written --section.field value")
+            raise UserError(f"{option!r} is not understood; overrides are written --section.field value")
         if not equals:
             if not rest:
-                raise UserError(f"{option} after -- has no value")
+                raise UserError(f"{option} has no value")
             value = rest.pop(0)
         field = f"{match[1]}.{match[2]}"
         pairs.append((field, checked(field, value)))
@@ -214,12 +214,12 @@ def check_recipe(recipe: Path, overrides: Sequence[str], ranks: int) -> None:
     check_layout(load_config(recipe, overrides), ranks)
 
 
-def plan_jobs(options: argparse.Namespace, arguments: Sequence[str]) -> list[Job]:
+def plan_jobs(options: argparse.Namespace) -> list[Job]:
     """The runs that were asked for, checked."""
     check_options(options)
     recipe = Path(options.recipe)
     tables = read_recipe(recipe)
-    given = pair_overrides(arguments)
+    given = pair_overrides(options.overrides)
     tasks = options.tasks_per_node or options.gpus_per_node or 1
     if options.gpus_per_node and tasks != options.gpus_per_node:
         raise UserError(f"--tasks-per-node {tasks}: one rank runs on each of --gpus-per-node {options.gpus_per_node}")
@@ -275,13 +275,10 @@ def submit(job: Job) -> None:
     print(f"  to save and stop: scancel --batch --signal=INT {identities[0]}")
 
 
-@exit_on_user_error
+@program
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser().parse_args(arguments[:cut])
-    jobs = plan_jobs(options, arguments[cut + 1 :])
-    for job in jobs:
+    options = parser().parse_args(argv)
+    for job in plan_jobs(options):
         if options.dry_run:
             print(render(job), end="")
         elif options.test_only:

@@ -3,10 +3,8 @@
 The only home of the exit codes: `launch/entry.sh` and `launch/job.sh`, which cannot import, are tested to agree.
 """
 
-import functools
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 FINISHED, FAULT, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Done; anything unforeseen; a user's mistake; stopped on request with a checkpoint; Ctrl-C."""
@@ -16,8 +14,6 @@ ENDINGS = {FINISHED: "finished", UNUSABLE: "refused", STOPPED: "stopped on reque
 
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
-
-Result = TypeVar("Result")
 
 
 class UserError(Exception):
@@ -40,19 +36,3 @@ def fail(message: str) -> NoReturn:
     """Print one line on standard error and leave with exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(UNUSABLE)
-
-
-def exit_on_user_error(main: Callable[..., Result]) -> Callable[..., Result]:
-    """Decorate a program's `main`: a `UserError` becomes its one line and exit code 2, Ctrl-C becomes exit code 130."""
-
-    @functools.wraps(main)
-    def guarded(*args: object, **kwargs: object) -> Result:
-        try:
-            return main(*args, **kwargs)
-        except UserError as error:
-            fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            raise SystemExit(INTERRUPTED) from None
-
-    return guarded

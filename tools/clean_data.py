@@ -3,14 +3,11 @@
 python tools/clean_data.py --input 'raw/*.jsonl.gz' --output clean
 """
 
+import argparse
 import os
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import tyro
-
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, file_path, number, program, whole
 from megalite.text.clean.report import write_report
 from megalite.text.clean.rules import load_rules
 from megalite.text.clean.run import clean_corpus
@@ -18,36 +15,64 @@ from megalite.text.inputs import expand_inputs
 from megalite.text.records import MAX_RECORD_BYTES
 
 
-@dataclass(frozen=True)
-class Options:
-    """Clean raw text into .jsonl.zst shards; every rejection is counted by rule in a report."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__, "The shards are .jsonl.zst; every rejection is counted by rule in the report.")
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="gather",
+        required=True,
+        metavar="FILE",
+        help="files, globs or directories: .jsonl, .txt, .parquet, .warc, each also as .gz or .zst",
+    )
+    add(
+        "--output",
+        type=file_path,
+        required=True,
+        metavar="DIR",
+        help="for shards and report; must be new, empty, or left by an interrupted run of the same",
+    )
+    add(
+        "--config",
+        type=file_path,
+        metavar="RULES.toml",
+        help="rules over the defaults; all are written to DIR/rules.toml",
+    )
+    add(
+        "--workers",
+        type=whole(1, 4096),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes, which do not change the output (default: one for each core)",
+    )
+    add("--key", default="text", help="field or column that holds the text; the others are carried over (text)")
+    add(
+        "--keep-rejected",
+        action="store_true",
+        help="also write rejected documents, with rejected_by and rejected_value, to DIR/rejected",
+    )
+    add(
+        "--max-bad-ratio",
+        type=number(0, 1),
+        default=0.01,
+        metavar="SHARE",
+        help="of records that may be unusable (broken JSON, missing key, ...) before the run fails (0.01)",
+    )
+    add("--allow-damaged", action="store_true", help="use what can be read of truncated or corrupt compressed files")
+    add(
+        "--max-record-bytes",
+        type=whole(),
+        default=MAX_RECORD_BYTES,
+        metavar="BYTES",
+        help="a longer line, text file or JSON array is unusable; bounds the memory of each worker",
+    )
+    return parser.parse_args()
 
-    input: tuple[str, ...]
-    """Files, globs or directories: .jsonl, .txt, .parquet, .warc, each also as .gz or .zst."""
-    output: Path
-    """Directory for the shards and the report; must be new, empty, or left by an interrupted run of the same."""
-    config: Path | None = None
-    """TOML file of rules over the defaults; the rules in force are written to OUTPUT/rules.toml."""
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Processes. The output does not depend on them."""
-    key: str = "text"
-    """Field or column that holds the text; the others are carried over."""
-    keep_rejected: bool = False
-    """Also write rejected documents, with `rejected_by` and `rejected_value`, to OUTPUT/rejected."""
-    max_bad_ratio: float = 0.01
-    """Share of records that may be unusable (broken JSON, missing key, ...) before the run fails."""
-    allow_damaged: bool = False
-    """Accept truncated or corrupt compressed files: what can be read of them is used."""
-    max_record_bytes: int = MAX_RECORD_BYTES
-    """A longer line, text file or JSON array is counted as unusable; bounds the memory that each worker takes."""
 
-
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options)
-    for name in ("workers", "max_record_bytes"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    options = parse()
     started = time.monotonic()
     counts, unusable = clean_corpus(
         expand_inputs(options.input),

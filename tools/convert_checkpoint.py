@@ -13,26 +13,26 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from megalite.checkpoint.huggingface.config import NAMES
 from megalite.checkpoint.huggingface.export import Progress, export_huggingface
 from megalite.checkpoint.huggingface.load import import_huggingface
 from megalite.checkpoint.source import CheckpointReader
-from megalite.command import Parser
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, file_path, number, program
+from megalite.errors import UserError
+from megalite.observe.words import counted
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("direction", choices=("to-hf", "from-hf"))
-    parser.add_argument("source", type=Path, metavar="FROM")
-    parser.add_argument("target", type=Path, metavar="TO")
+    parser.add_argument("source", type=file_path, metavar="FROM")
+    parser.add_argument("target", type=file_path, metavar="TO")
     parser.add_argument("--dtype", default="auto", choices=("auto", *NAMES.values()), help="to-hf: of the weights")
-    parser.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="to-hf: size of one file (default 5)")
+    parser.add_argument(
+        "--shard-gb", type=number(1e-9, 1e9), default=5.0, metavar="GB", help="to-hf: size of one file (default 5)"
+    )
     options = parser.parse_args(argv)
-    if not 1e-9 <= options.shard_gb < 1e9:  # NaN fails as well
-        raise UserError(f"--shard-gb {options.shard_gb} is not a number of gigabytes above 0")
     if options.direction == "from-hf" and (options.dtype != "auto" or options.shard_gb != 5.0):
         raise UserError("--dtype and --shard-gb belong to to-hf; from-hf keeps the dtype of the weights")
     return options
@@ -51,7 +51,7 @@ def progress_line() -> Progress | None:
     return show
 
 
-@exit_on_user_error
+@program
 def main() -> None:
     options, started = parse(), time.monotonic()
     if options.direction == "to-hf":
@@ -59,11 +59,12 @@ def main() -> None:
             shard_bytes = int(options.shard_gb * 10**9)
             result = export_huggingface(reader, options.target, options.dtype, shard_bytes, progress_line())
             came_from = reader.directory
-        written = f"{result.tensors} tensors, {result.weight_bytes / 1e9:.3g} GB in {len(result.files)} files"
+        size = f"{result.weight_bytes / 1e9:.3g} GB in {counted(len(result.files), 'file')}"
+        written = f"{counted(result.tensors, 'tensor')}, {size}"
     else:
         config = import_huggingface(options.source, options.target, progress_line())
         came_from = options.source
-        written = f"{config.model.layers} layers, train with {options.target / 'config.toml'}"
+        written = f"{counted(config.model.layers, 'layer')}, train with {options.target / 'config.toml'}"
     print(f"{options.target}: {written}, from {came_from} in {time.monotonic() - started:.1f} s")
 
 

@@ -3,13 +3,11 @@
 python tools/dedup_data.py --input 'clean/*.jsonl.zst' --output unique
 """
 
+import argparse
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import get_args
 
-import tyro
-
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, file_path, number, program, whole
 from megalite.text.dedup.clusters import Keep
 from megalite.text.dedup.minhash import choose_banding
 from megalite.text.dedup.report import write_report
@@ -18,52 +16,92 @@ from megalite.text.inputs import expand_inputs
 from megalite.text.records import MAX_RECORD_BYTES
 
 
-@dataclass(frozen=True)
-class Options:
-    """Remove exact and near duplicates; of each cluster of similar documents one is kept."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__, "Of each cluster of similar documents one is kept.")
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="gather",
+        required=True,
+        metavar="FILE",
+        help="files, globs or directories: .jsonl, .txt, .parquet, .warc, each also as .gz or .zst",
+    )
+    add(
+        "--output",
+        type=file_path,
+        required=True,
+        metavar="DIR",
+        help="for shards and report; must be new, empty, or left by an interrupted run of the same",
+    )
+    add(
+        "--workers",
+        type=whole(1, 4096),
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes, which do not change the output (default: one for each core)",
+    )
+    add("--keep-rejected", action="store_true", help="also write removed documents, and why, to DIR/rejected")
+    add("--key", default="text", help="field or column that holds the text; the others are carried over (text)")
+    add("--memory", type=whole(1, 1 << 20), default=1024, metavar="MB", help="of each worker, for sorting (1024)")
+    add(
+        "--max-bad-ratio",
+        type=number(0, 1),
+        default=0.01,
+        metavar="SHARE",
+        help="of records that may be unusable (broken JSON, missing key, ...) before the run fails (0.01)",
+    )
+    add("--allow-damaged", action="store_true", help="use what can be read of truncated or corrupt compressed files")
+    add(
+        "--max-record-bytes",
+        type=whole(),
+        default=MAX_RECORD_BYTES,
+        metavar="BYTES",
+        help="a longer line, text file or JSON array is unusable; bounds the memory of each worker",
+    )
+    add_similarity(parser)
+    return parser.parse_args()
 
-    input: tuple[str, ...]
-    """Files, globs or directories: .jsonl, .txt, .parquet, .warc, each also as .gz or .zst."""
-    output: Path
-    """Directory for the shards and the report; must be new, empty, or left by an interrupted run of the same."""
-    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    """Processes. The output does not depend on them."""
-    threshold: float = 0.8
-    """Documents whose sets of word n-grams have at least this Jaccard similarity are duplicates."""
-    ngram: int = 5
-    """Words in a shingle."""
-    bands: int | None = None
-    """MinHash bands; with --rows. Chosen by the threshold if not given."""
-    rows: int | None = None
-    """Hash values in a band; more find fewer false candidates and miss more true ones."""
-    keep: Keep = "first"
-    """Which document of a cluster stays: the first in input order, or the one with most distinct n-grams."""
-    decontaminate: tuple[str, ...] = ()
-    """Benchmark files: documents that contain a word n-gram of one of their records are removed."""
-    decontaminate_key: str = "text"
-    """Field of the benchmark records that is searched for."""
-    decontaminate_ngram: int = 13
-    """Words of an n-gram that counts as contamination."""
-    key: str = "text"
-    """Field or column that holds the text; the others are carried over."""
-    keep_rejected: bool = False
-    """Also write removed documents, with `rejected_by` and what they are like, to OUTPUT/rejected."""
-    memory: int = 1024
-    """Megabytes that each worker may take for sorting."""
-    max_bad_ratio: float = 0.01
-    """Share of records that may be unusable (broken JSON, missing key, ...) before the run fails."""
-    allow_damaged: bool = False
-    """Accept truncated or corrupt compressed files: what can be read of them is used."""
-    max_record_bytes: int = MAX_RECORD_BYTES
-    """A longer line, text file or JSON array is counted as unusable; bounds the memory that each worker takes."""
+
+def add_similarity(parser: Parser) -> None:
+    """What counts as a duplicate, and what as benchmark text."""
+    add = parser.add_argument_group("what is removed").add_argument
+    add(
+        "--threshold",
+        type=float,
+        default=0.8,
+        metavar="J",
+        help="Jaccard similarity of the sets of word n-grams from which documents are duplicates (0.8)",
+    )
+    add("--ngram", type=whole(), default=5, metavar="N", help="words in a shingle (5)")
+    add("--bands", type=whole(), metavar="B", help="MinHash bands, with --rows (default: by the threshold)")
+    add(
+        "--rows",
+        type=whole(),
+        metavar="R",
+        help="hash values in a band; more find fewer false candidates and miss more true ones",
+    )
+    add(
+        "--keep",
+        choices=get_args(Keep),
+        default="first",
+        help="of a cluster: the first in input order (default), or the one with most distinct n-grams",
+    )
+    add(
+        "--decontaminate",
+        nargs="+",
+        action="gather",
+        default=(),
+        metavar="FILE",
+        help="benchmark files: documents that contain a word n-gram of one of their records are removed",
+    )
+    add("--decontaminate-key", default="text", metavar="KEY", help="field of the benchmark records (text)")
+    add("--decontaminate-ngram", type=whole(), default=13, metavar="N", help="words of a contaminating n-gram (13)")
 
 
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options)
-    for name in ("workers", "ngram", "decontaminate_ngram", "memory", "max_record_bytes"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    options = parse()
     settings = Settings(
         threshold=options.threshold,
         banding=choose_banding(options.threshold, options.bands, options.rows),

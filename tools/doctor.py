@@ -21,8 +21,9 @@ import threading
 from pathlib import Path
 
 from megalite.affinity import own_cores
-from megalite.command import Parser
-from megalite.doctor.findings import WARNING, Finding, TimeLimit, count, healthy, rows, sort
+from megalite.cli import Parser, file_path, nonempty, program
+from megalite.config.load import parse_overrides
+from megalite.doctor.findings import WARNING, Finding, TimeLimit, healthy, rows, sort
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.job import compare_rates, preflight
 from megalite.doctor.machine import (
@@ -33,26 +34,28 @@ from megalite.doctor.machine import (
     look_at_limits,
     look_at_software,
 )
-from megalite.errors import UserError, exit_on_user_error
+from megalite.errors import UserError
+from megalite.observe.words import counted
 
 
 def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 < float(text) <= threading.TIMEOUT_MAX:
             return float(text)
-    raise UserError(f"--time-limit {text} is not a time; give seconds above 0")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a time; give seconds above 0")
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(__doc__)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are to live (default: runs)")
-    parser.add_argument("--preflight", metavar="RECIPE", help="check all nodes of a job for this recipe")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--time-limit", type=_seconds, default=300.0, metavar="SECONDS", help="for everything (300)")
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not options.preflight:
-        raise UserError(f"{rest[0]} is not an option of doctor; overrides of a recipe need --preflight RECIPE")
-    return options, rest
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__, overrides=parse_overrides)
+    add = parser.add_argument
+    add("--run-dir", type=file_path, default=Path("runs"), metavar="DIR", help="where runs are to live (default: runs)")
+    add("--preflight", type=nonempty, metavar="RECIPE", help="check all nodes of a job for this recipe")
+    add("--json", action="store_true", help="print one JSON object instead of lines")
+    add("--time-limit", type=_seconds, default=300.0, metavar="SECONDS", help="for everything (300)")
+    options = parser.parse_args(arguments)
+    if options.overrides and not options.preflight:
+        raise UserError(f"{options.overrides[0]} changes a recipe; give --preflight RECIPE as well")
+    return options
 
 
 def examine(run_dir: Path) -> list[Finding]:
@@ -75,16 +78,16 @@ def show(findings: list[Finding], as_json: bool) -> None:
     if not healthy(findings):
         print("something is wrong: see above")
     else:
-        print("healthy" + (f", {count(warnings, 'warning')}" if warnings else ""))
+        print("healthy" + (f", {counted(warnings, 'warning')}" if warnings else ""))
 
 
-@exit_on_user_error
+@program
 def main() -> int:
-    options, overrides = parse(sys.argv[1:])
+    options = parse(sys.argv[1:])
     limit = TimeLimit(socket.gethostname(), options.time_limit)
     try:
         if options.preflight:
-            findings, verdict = preflight([options.preflight, *overrides], limit)
+            findings, verdict = preflight([options.preflight, *options.overrides], limit)
         else:
             limit.check = "this machine"
             findings = examine(options.run_dir)

@@ -5,9 +5,9 @@ python tools/draw_schedule.py --schedule interleaved --ranks 4 --micro-batches 8
 """
 
 import argparse
-from pathlib import Path
 
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, file_path, number, positive, program, whole
+from megalite.errors import UserError
 from megalite.schedule.draw import as_text, draw, headline
 from megalite.schedule.lowering import lower
 from megalite.schedule.ops import format_plan
@@ -15,34 +15,31 @@ from megalite.schedule.schedules import SCHEDULES, build_schedule
 from megalite.schedule.simulate import UNIT_COST, check_deadlock, simulate
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw a pipeline schedule as an image or as text.")
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
     summaries = "; ".join(f"{name}: {schedule.summary}" for name, schedule in SCHEDULES.items())
-    parser.add_argument("--schedule", default="1f1b", help=summaries)
-    parser.add_argument("--ranks", type=int, default=4, help="pipeline ranks (default 4)")
-    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches in a step (default 8)")
-    parser.add_argument("--virtual-stages", type=int, help="stages on each rank (default: what the schedule needs)")
-    parser.add_argument("--backward-cost", type=float, default=2.0, help="whole backward, forward = 1; recompute: 3")
-    parser.add_argument("--transfer", type=float, default=0.0, help="time an activation travels, forward = 1")
-    parser.add_argument("--output", type=Path, help="image to write: .png, .svg or .pdf")
-    parser.add_argument("--text", action="store_true", help="print the timeline")
-    parser.add_argument("--operations", action="store_true", help="print each rank's operations, transfers included")
-    parser.add_argument("--tied", action="store_true", help="with --operations: tied embeddings, so the sum T is there")
-    arguments = parser.parse_args()
-    if arguments.backward_cost <= 0:
-        parser.error(f"--backward-cost {arguments.backward_cost}: must be above 0")
-    if arguments.transfer < 0:
-        parser.error(f"--transfer {arguments.transfer}: must be 0 or more")
-    return arguments
-
-
-@exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
-    if not (arguments.output or arguments.text or arguments.operations):
+    add("--schedule", default="1f1b", choices=tuple(SCHEDULES), help=summaries)
+    add("--ranks", type=whole(1, 4096), default=4, metavar="N", help="pipeline ranks (4)")
+    add("--micro-batches", type=whole(1, 65536), default=8, metavar="M", help="micro-batches in a step (8)")
+    add("--virtual-stages", type=whole(1, 1024), metavar="V", help="stages on each rank (what the schedule needs)")
+    add("--backward-cost", type=positive, default=2.0, metavar="C", help="whole backward, forward = 1; recompute: 3")
+    add("--transfer", type=number(), default=0.0, metavar="T", help="time an activation travels, forward = 1")
+    add("--output", type=file_path, metavar="IMAGE", help="image to write: .png, .svg or .pdf")
+    add("--text", action="store_true", help="print the timeline")
+    add("--operations", action="store_true", help="print each rank's operations, transfers included")
+    add("--tied", action="store_true", help="with --operations: tied embeddings, so the sum T is there")
+    options = parser.parse_args()
+    if not (options.output or options.text or options.operations):
         raise UserError("nothing to do: give --output IMAGE, --text or --operations")
-    schedule, backward = SCHEDULES.get(arguments.schedule), arguments.backward_cost
-    chunks = arguments.virtual_stages or (schedule.least_chunks if schedule else 1)
+    return options
+
+
+@program
+def main() -> None:
+    arguments = parse()
+    backward = arguments.backward_cost
+    chunks = arguments.virtual_stages or SCHEDULES[arguments.schedule].least_chunks
     plan = build_schedule(arguments.schedule, arguments.ranks, arguments.micro_batches, chunks)
     lowered = lower(plan, tied=arguments.tied)
     check_deadlock(lowered)

@@ -15,9 +15,10 @@ import argparse
 import json
 from typing import Any
 
-from megalite.command import Parser
+from megalite.cli import Parser, nonempty, program, whole
+from megalite.config.load import parse_overrides
 from megalite.data.indexed import IndexedDataset
-from megalite.errors import UserError, exit_on_user_error
+from megalite.errors import UserError
 from megalite.evaluation.loss import Windows, count_bytes, score
 from megalite.generation.loading import Opened, load_model, open_checkpoint, with_one_voice
 from megalite.text.tokenizers import tokenizer_hash
@@ -25,23 +26,30 @@ from megalite.text.tokenizers import tokenizer_hash
 EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the `--section.field value` overrides that remain."""
-    parser = Parser(__doc__, EPILOG)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; `overrides` holds the `--section.field value`."""
+    parser = Parser(__doc__, EPILOG, overrides=parse_overrides)
     parser.add_argument("measure", choices=("loss",), help="what to compute")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="run directory, checkpoint or Hugging Face directory")
-    add("--data", required=True, metavar="PREFIX", help="token file, without .bin and .idx")
-    add("--seq-length", required=True, type=int, metavar="N", help="tokens of one window")
-    add("--max-samples", type=int, metavar="K", help="only the first K windows")
-    add("--micro-batch-size", type=int, default=4, metavar="B", help="windows at once on one rank (default 4)")
+    add(
+        "--checkpoint",
+        required=True,
+        type=nonempty,
+        metavar="DIR",
+        help="run directory, checkpoint or Hugging Face directory",
+    )
+    add("--data", required=True, type=nonempty, metavar="PREFIX", help="token file, without .bin and .idx")
+    add("--seq-length", required=True, type=whole(), metavar="N", help="tokens of one window")
+    add("--max-samples", type=whole(), metavar="K", help="only the first K windows")
+    add(
+        "--micro-batch-size",
+        type=whole(1, 65536),
+        default=4,
+        metavar="B",
+        help="windows at once on one rank (default 4)",
+    )
     add("--tokenizer", default="", metavar="FILE", help="use this tokenizer instead of the checkpoint's own")
-    options, rest = parser.parse_known_args(argv)
-    for name in ("seq_length", "max_samples", "micro_batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} is below 1")
-    return options, rest
+    return parser.parse_args(argv)
 
 
 def check_tokenizer(file: IndexedDataset, opened: Opened) -> None:
@@ -58,12 +66,12 @@ def check_tokenizer(file: IndexedDataset, opened: Opened) -> None:
         )
 
 
-def evaluate(options: argparse.Namespace, overrides: list[str], opened: Opened) -> dict[str, Any] | None:
+def evaluate(options: argparse.Namespace, opened: Opened) -> dict[str, Any] | None:
     """The result, on the rank that prints it; None on the others."""
     file = IndexedDataset(options.data)
     check_tokenizer(file, opened)
     windows = Windows(file, options.seq_length, opened.model["vocab_size"], options.max_samples)
-    with load_model(opened, overrides, seq_length=options.seq_length, data_parallel=True) as loaded:
+    with load_model(opened, options.overrides, seq_length=options.seq_length, data_parallel=True) as loaded:
         result = score(
             windows,
             loaded.model,
@@ -86,12 +94,12 @@ def evaluate(options: argparse.Namespace, overrides: list[str], opened: Opened) 
     return line
 
 
-@exit_on_user_error
+@program
 @with_one_voice
 def main() -> None:
-    options, overrides = parse()
+    options = parse()
     with open_checkpoint(options.checkpoint, options.tokenizer) as opened:
-        line = evaluate(options, overrides, opened)
+        line = evaluate(options, opened)
     if line is not None:
         print(json.dumps(line))
 

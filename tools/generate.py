@@ -12,8 +12,10 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from megalite.command import Parser
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, nonempty, program, whole
+from megalite.config.bounds import quoted
+from megalite.config.load import parse_overrides
+from megalite.errors import UserError
 from megalite.generation.generator import Completion, Generator, Limits, Listener
 from megalite.generation.loading import Loaded, Opened, load_model, open_checkpoint, with_one_voice
 from megalite.generation.sampling import Sampling
@@ -21,19 +23,33 @@ from megalite.generation.sampling import Sampling
 EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the `--section.field value` overrides that remain."""
-    parser = Parser(__doc__, EPILOG)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; `overrides` holds the `--section.field value`."""
+    parser = Parser(__doc__, EPILOG, overrides=parse_overrides)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="run directory, checkpoint or Hugging Face directory")
-    add("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more texts to go on from")
+    add(
+        "--checkpoint",
+        required=True,
+        type=nonempty,
+        metavar="DIR",
+        help="run directory, checkpoint or Hugging Face directory",
+    )
+    add("--prompt", nargs="+", action="gather", metavar="TEXT", help="one or more texts to go on from")
     add("--prompt-ids", metavar="JSON", help='token ids "[1,2,3]" or a list of such lists; prints {"ids": [[...]]}')
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add at most (default 128)")
+    add("--max-new-tokens", type=whole(), default=128, metavar="N", help="tokens to add at most (default 128)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (default 0.8)")
-    add("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens; 0: all (default)")
+    add("--top-k", type=whole(0), default=0, metavar="K", help="choose among the K likeliest tokens; 0: all (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="choose among the likeliest that make up P (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default 0)")
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before any of these strings")
+    add(
+        "--stop",
+        nargs="+",
+        action="gather",
+        type=nonempty,
+        default=(),
+        metavar="TEXT",
+        help="end before any of these strings",
+    )
     add(
         "--stop-ids",
         default="[]",
@@ -44,28 +60,26 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     add("--bos", choices=("auto", "yes", "no"), default="auto", help="begin with the beginning-of-text token")
     add("--tokenizer", default="", metavar="FILE", help="use this tokenizer instead of the checkpoint's own")
     add("--json", action="store_true", help="print one JSON object a prompt, with ids, log-probabilities and reason")
-    options, rest = parser.parse_known_args(argv)
+    options = parser.parse_args(argv)
     if (options.prompt is None) == (options.prompt_ids is None):
         raise UserError('give either --prompt TEXT or --prompt-ids "[1,2,3]"')
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens} is below 1")
-    return options, rest
+    return options
 
 
 def ids_from_json(text: str, option: str) -> list[Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, list):
-        raise UserError(f'{option} {text!r} is not a JSON list of token ids, such as "[1,2,3]"')
+        raise UserError(f'{option} {quoted(text)} is not a JSON list of token ids, such as "[1,2,3]"')
     return value
 
 
 def checked_ids(values: list[Any], vocab_size: int, option: str) -> list[int]:
     for value in values:
         if type(value) is not int or not 0 <= value < vocab_size:
-            raise UserError(f"{option} has {value!r}; token ids of this model are 0 to {vocab_size - 1}")
+            raise UserError(f"{option} has {quoted(value)}; token ids of this model are 0 to {vocab_size - 1}")
     return values
 
 
@@ -103,8 +117,9 @@ def show(options: argparse.Namespace, completions: list[Completion]) -> None:
     if options.prompt_ids is not None:
         print(json.dumps({"ids": [completion.prompt_ids + completion.new_ids for completion in completions]}))
     elif options.json:
+        escape = sys.stdout.encoding.lower() not in ("utf-8", "utf8")
         for prompt, completion in zip(options.prompt, completions):
-            print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, **asdict(completion)}, ensure_ascii=escape))
     elif len(completions) == 1:
         print()
     else:
@@ -137,11 +152,14 @@ def generate(options: argparse.Namespace, opened: Opened, loaded: Loaded) -> Non
         show(options, completions)
 
 
-@exit_on_user_error
+@program
 @with_one_voice
 def main() -> None:
-    options, overrides = parse()
-    with open_checkpoint(options.checkpoint, options.tokenizer) as opened, load_model(opened, overrides) as loaded:
+    options = parse()
+    with (
+        open_checkpoint(options.checkpoint, options.tokenizer) as opened,
+        load_model(opened, options.overrides) as loaded,
+    ):
         generate(options, opened, loaded)
 
 

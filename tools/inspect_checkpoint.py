@@ -4,34 +4,34 @@ python tools/inspect_checkpoint.py runs/small --verify
 python tools/inspect_checkpoint.py runs/small/checkpoints/step_00000100 --tensors
 """
 
+import argparse
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from megalite.checkpoint.files import DTYPES
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.source import CheckpointReader
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import Parser, file_path, program
+from megalite.errors import UserError
+from megalite.observe.words import counted
 
 SHOWN_FAULTS = 20
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a checkpoint holds, and whether it is intact. Exit code 2 if it is not."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint, or a run directory, of which the newest complete checkpoint is taken."""
-    verify: bool = False
-    """Read everything and compare it with its checksums."""
-    tensors: bool = False
-    """List every tensor: shape, dtype of each kind, number of pieces."""
-    json: bool = False
-    """Print one JSON line instead."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__, "Exit code 2 where the checkpoint is damaged.")
+    add = parser.add_argument
+    add(
+        "checkpoint",
+        type=file_path,
+        metavar="CHECKPOINT_DIR",
+        help="a checkpoint, or a run directory: its newest",
+    )
+    add("--verify", action="store_true", help="read everything and compare it with its checksums")
+    add("--tensors", action="store_true", help="list every tensor: shape, dtype of each kind, number of pieces")
+    add("--json", action="store_true", help="print one JSON line instead")
+    return parser.parse_args()
 
 
 def summary(manifest: Manifest) -> dict[str, object]:
@@ -54,15 +54,16 @@ def summary(manifest: Manifest) -> dict[str, object]:
     }
 
 
-def show(manifest: Manifest, directory: Path, options: Options) -> None:
+def show(manifest: Manifest, directory: Path, options: argparse.Namespace) -> None:
     facts = summary(manifest)
     if options.json:
         print(json.dumps({"checkpoint": str(directory), **facts}))
         return
-    print(f"{directory}: step {facts['step']}, {facts['updates']} optimizer updates")
-    print(f"  {facts['parameters']:,} parameters in {facts['tensors']} tensors")
+    print(f"{directory}: step {facts['step']}, {counted(manifest.updates, 'optimizer update')}")
+    print(f"  {facts['parameters']:,} parameters in {counted(len(manifest.shapes()), 'tensor')}")
     print("  " + ", ".join(f"{kind} {size / 2**20:,.1f} MiB" for kind, size in facts["bytes"].items()))  # type: ignore[attr-defined]
-    print(f"  {facts['files']} files of tensors; further files: {', '.join(sorted(manifest.extras)) or 'none'}")
+    further = ", ".join(sorted(manifest.extras)) or "none"
+    print(f"  {counted(len(manifest.files), 'file')} of tensors; further files: {further}")
     for title in ("model", "state"):
         print(
             f"  {title}: " + ", ".join(f"{name} = {_short(value)}" for name, value in getattr(manifest, title).items())
@@ -79,9 +80,9 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse()
     with CheckpointReader(options.checkpoint) as reader:
         show(reader.manifest, reader.directory, options)
         if not options.verify:

@@ -4,49 +4,58 @@ python tools/inspect_data.py corpus_text_document --tokenizer-model T.model --do
 python tools/inspect_data.py a b --order --seq-length 1024 --samples 1000 --seed 1234 --weights 0.7 0.3
 """
 
+import argparse
 import json
-from dataclasses import dataclass
-from typing import Annotated
 
-import tyro
-
+from megalite.cli import Parser, nonempty, program, whole
 from megalite.data.indexed import IndexedDataset
 from megalite.data.inspect import PERCENTILES, histogram_lines, order, statistics
 from megalite.data.verify import verify
-from megalite.errors import UserError, exit_on_user_error
+from megalite.errors import UserError
+from megalite.observe.words import counted
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
 SHOWN_TOKENS = 400
 
 
-@dataclass(frozen=True)
-class Options:
-    """Statistics, decoded documents and verification of token files, or the order of their samples."""
-
-    prefix: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Token files, without .bin and .idx."""
-    tokenizer_model: str = ""
-    """Decode with this sentencepiece .model or tokenizer.json (or `byte`); without it ids are shown."""
-    documents: int = 0
-    """Show the beginning of this many documents."""
-    first_document: int = 0
-    """Number of the first one shown."""
-    verify: bool = False
-    """Read everything: offsets, ids within the vocabulary, checksums."""
-    vocab_size: int | None = None
-    """Vocabulary for --verify; by default the tokenizer's, or the one noted beside the file."""
-    json: bool = False
-    """Print the statistics as one JSON line for each prefix."""
-    order: bool = False
-    """Print one JSON line: sha256 of the document, sample and shuffle index (and blend), and the first sample."""
-    seq_length: int | None = None
-    """--order: tokens of a sample."""
-    samples: int | None = None
-    """--order: number of samples."""
-    seed: int = 1234
-    """--order: seed of the shuffles."""
-    weights: tuple[float, ...] = ()
-    """--order: weight of each prefix; by default files are mixed in proportion to their sizes."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("prefix", nargs="+", type=nonempty, metavar="PREFIX", help="token files, without .bin and .idx")
+    add(
+        "--tokenizer-model",
+        default="",
+        metavar="FILE",
+        help="decode with this sentencepiece .model or tokenizer.json (or byte); without it ids are shown",
+    )
+    add("--documents", type=whole(0), default=0, metavar="K", help="show the beginning of this many documents")
+    add("--first-document", type=whole(0), default=0, metavar="N", help="number of the first one shown")
+    add("--verify", action="store_true", help="read everything: offsets, ids within the vocabulary, checksums")
+    add(
+        "--vocab-size",
+        type=whole(),
+        metavar="N",
+        help="for --verify (default: the tokenizer's, or the one noted beside the file)",
+    )
+    add("--json", action="store_true", help="print the statistics as one JSON line for each prefix")
+    add = parser.add_argument_group("the order of training").add_argument
+    add(
+        "--order",
+        action="store_true",
+        help="print one JSON line: sha256 of document, sample and shuffle index (and blend), and the first sample",
+    )
+    add("--seq-length", type=int, metavar="N", help="tokens of a sample")
+    add("--samples", type=int, metavar="K", help="number of samples")
+    add("--seed", type=int, default=1234, metavar="S", help="of the shuffles (1234)")
+    add(
+        "--weights",
+        nargs="+",
+        type=float,
+        default=(),
+        metavar="W",
+        help="of each prefix (default: files are mixed in proportion to their sizes)",
+    )
+    return parser.parse_args()
 
 
 def show_statistics(dataset: IndexedDataset, as_json: bool) -> None:
@@ -83,7 +92,7 @@ def show_documents(dataset: IndexedDataset, tokenizer: Tokenizer | None, first: 
         shown = ids[:SHOWN_TOKENS]
         text = tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown.tolist()))
         more = f" … {ids.size - SHOWN_TOKENS:,} more tokens" if ids.size > SHOWN_TOKENS else ""
-        print(f"--- document {number}, {ids.size:,} tokens\n{text}{more}")
+        print(f"--- document {number}, {counted(ids.size, 'token')}\n{text}{more}")
 
 
 def check(dataset: IndexedDataset, vocab_size: int | None) -> None:
@@ -93,22 +102,20 @@ def check(dataset: IndexedDataset, vocab_size: int | None) -> None:
     for problem in problems[1:]:
         print(f"problem: {problem}")
     if problems:
-        raise UserError(f"{problems[0]} ({len(problems)} problem{'s' * (len(problems) > 1)} in all)")
+        raise UserError(f"{problems[0]} ({counted(len(problems), 'problem')} in all)")
     within = f"ids below {vocab_size}" if vocab_size is not None else "ids not negative (vocabulary unknown)"
     noted = "checksums agree" if "bin_sha256" in dataset.description() else "no checksums beside the file"
     print(f"verified: offsets and documents in order, {within}, {noted}")
 
 
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options)
-    if not options.prefix:
-        raise UserError("PREFIX is missing; give at least one token file without .bin or .idx")
+    options = parse()
     if options.order:
         if options.seq_length is None or options.samples is None:
             raise UserError("--order needs --seq-length and --samples")
         sizes = {"seq_length": options.seq_length, "samples": options.samples, "seed": options.seed}
-        print(json.dumps(order(options.prefix, weights=options.weights, **sizes)))
+        print(json.dumps(order(tuple(options.prefix), weights=tuple(options.weights), **sizes)))
         return
     tokenizer = load_tokenizer(options.tokenizer_model) if options.tokenizer_model else None
     vocab_size = options.vocab_size or (tokenizer.vocab_size if tokenizer else None)
@@ -116,7 +123,9 @@ def main() -> None:
         dataset = IndexedDataset(prefix)
         show_statistics(dataset, options.json)
         if not 0 <= options.first_document <= dataset.documents:
-            raise UserError(f"--first-document {options.first_document}: {prefix} has {dataset.documents} documents")
+            raise UserError(
+                f"--first-document {options.first_document}: {prefix} has {counted(dataset.documents, 'document')}"
+            )
         show_documents(dataset, tokenizer, options.first_document, options.documents)
         if options.verify:
             check(dataset, vocab_size)

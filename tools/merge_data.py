@@ -3,36 +3,42 @@
 python tools/merge_data.py --input a_text_document b_text_document --output-prefix all_text_document
 """
 
+import argparse
 import time
-from dataclasses import dataclass
 
-import tyro
-
+from megalite.cli import Parser, nonempty, program
 from megalite.data.indexed import IndexedDataset
 from megalite.data.merge import merge, merged_provenance
-from megalite.errors import exit_on_user_error
+from megalite.observe.words import counted
 
 
-@dataclass(frozen=True)
-class Options:
-    """Write the documents of several token files, in the order given, as one token file."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="gather",
+        required=True,
+        type=nonempty,
+        metavar="PREFIX",
+        help="token files, without .bin and .idx; all of one token dtype and, where it is noted, of one tokenizer",
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, type=nonempty, metavar="P", help="token file to write, without .bin and .idx"
+    )
+    return parser.parse_args()
 
-    input: tuple[str, ...]
-    """Token files, without .bin and .idx; all of one token dtype and, where it is noted, of one tokenizer."""
-    output_prefix: str
-    """Token file to write, without .bin and .idx."""
 
-
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options)
+    options = parse()
     started = time.monotonic()
     provenance = merged_provenance([IndexedDataset(prefix) for prefix in options.input])
     result = merge(options.input, options.output_prefix, provenance)
     seconds = time.monotonic() - started
     print(
-        f"{options.output_prefix}: {result['documents']:,} documents, {result['tokens']:,} tokens"
-        f" from {len(options.input)} files in {seconds:.1f} s"
+        f"{options.output_prefix}: {counted(result['documents'], 'document')}, {counted(result['tokens'], 'token')}"
+        f" from {counted(len(options.input), 'file')} in {seconds:.1f} s"
     )
 
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from megalite.command import Parser
+from megalite.cli import Parser, nonempty, positive, program
 from megalite.config import Config, load_config
 from megalite.config.bounds import AtLeast
-from megalite.errors import UserError, exit_on_user_error
+from megalite.config.load import parse_overrides
+from megalite.errors import UserError
 from megalite.planning import DEVICES, Plan, estimate
 from megalite.planning.report import render, render_search
 from megalite.planning.search import search
@@ -36,25 +36,21 @@ DEVICE_COUNT = AtLeast(1, 1 << 20)
 EPILOG = "also: --SECTION.FIELD VALUE lays any field over the recipe's, as for the trainer"
 
 
-def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the `--section.field value` overrides that remain."""
-    parser = Parser(__doc__, EPILOG)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options; `overrides` holds the `--section.field value`."""
+    parser = Parser(__doc__, EPILOG, overrides=parse_overrides)
     add = parser.add_argument
-    add("--recipe", required=True, metavar="FILE", help="TOML file, as the trainer takes it")
+    add("--recipe", required=True, type=nonempty, metavar="FILE", help="TOML file, as the trainer takes it")
     add("--devices", required=True, type=int, metavar="N", help="devices (ranks) of the job")
     add("--device-type", required=True, choices=tuple(DEVICES), help="kind of device; cpu: one core a rank")
-    add("--tokens", type=float, metavar="T", help="tokens to train on, as 1e12 (default: the recipe's steps)")
-    add("--price-per-hour", type=float, metavar="P", help="dollars for one device and hour (default: a usual price)")
+    add("--tokens", type=positive, metavar="T", help="tokens to train on, as 1e12 (default: the recipe's steps)")
+    add("--price-per-hour", type=positive, metavar="P", help="dollars for one device and hour (default: a usual price)")
     add("--search", action="store_true", help="rank all layouts that fit: table, words and TOML")
     add("--json", action="store_true", help="print one JSON object instead of tables")
-    options, rest = parser.parse_known_args(argv)
+    options = parser.parse_args(argv)
     if message := DEVICE_COUNT.refusal(options.devices, "--devices"):
         raise UserError(message)
-    for name in ("tokens", "price_per_hour"):
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"--{name.replace('_', '-')} {value:g} is not a number above 0")
-    return options, [argument for argument in rest if argument != "--"]
+    return options
 
 
 def with_vocabulary(config: Config) -> Config:
@@ -86,10 +82,10 @@ def search_layouts(options: argparse.Namespace, config: Config) -> None:
         )
 
 
-@exit_on_user_error
+@program
 def main() -> None:
-    options, overrides = parse()
-    config = with_vocabulary(load_config(options.recipe, overrides))
+    options = parse()
+    config = with_vocabulary(load_config(options.recipe, options.overrides))
     if options.search:
         search_layouts(options, config)
         return

@@ -4,30 +4,27 @@ python tools/report.py runs/small --output reports/small
 python tools/report.py runs/small runs/small-zero3 --output reports/comparison
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+import argparse
 
-import tyro
-
-from megalite.errors import exit_on_user_error
+from megalite.cli import Parser, file_path, program
 from megalite.report.page import write_report
 from megalite.report.run import read_runs
 
 
-@dataclass(frozen=True)
-class Options:
-    """Draw runs: loss, speed, memory, where the time goes, what happened. Interrupted runs are welcome."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__, "Shows loss, speed, memory, where the time goes, and what happened; also of broken runs.")
+    parser.add_argument(
+        "runs", nargs="+", type=file_path, metavar="RUN_DIR", help="run directories; several are compared"
+    )
+    parser.add_argument(
+        "--output", required=True, type=file_path, metavar="DIR", help="for report.html and its pictures"
+    )
+    return parser.parse_args()
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR...")]
-    """Run directories; several are compared."""
-    output: Path
-    """Directory for report.html and its pictures."""
 
-
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    options = parse()
     print(write_report(read_runs(list(options.runs)), options.output))
 
 

@@ -1,6 +1,6 @@
 """Torture a real training job: kill it, hang it, stop it, fill its disk, damage its checkpoints, at random moments.
 
-    python tools/torture.py [--faults 50] [--seed 1] [--processes 2] [--tensorboard true] [--work-dir DIR]
+    python tools/torture.py [--faults 50] [--seed 1] [--processes 2] [--no-tensorboard] [--work-dir DIR]
 
 First a small model is trained undisturbed. Then the same run is made again while faults fall on it, and is restarted
 after each by the same command, as a scheduler would. At the end the weights and moments must be bitwise those of the
@@ -10,6 +10,7 @@ beside the work (TensorBoard, the loss curve) must not end the job at all. Exit 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import json
@@ -27,12 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from megalite.checkpoint.directory import complete_checkpoints
 from megalite.checkpoint.source import CheckpointReader
+from megalite.cli import Parser, file_path, program, whole
 from megalite.data.indexed import IndexedWriter
-from megalite.errors import FINISHED, STOPPED, UNUSABLE, UserError, exit_on_user_error
+from megalite.errors import FINISHED, STOPPED, UNUSABLE, UserError
 
 LAUNCHER = Path(__file__).resolve().parent.parent / "launch" / "local.py"
 STEPS_PER_FAULT = 25
@@ -43,20 +44,20 @@ PATIENCE_SECONDS = 180.0
 """The least; `Pace` adds what the machine turns out to need."""
 
 
-@dataclass
-class Arguments:
-    """Torture a small training job and compare its end with that of an undisturbed one."""
-
-    faults: int = 50
-    """How many faults fall."""
-    seed: int = 1
-    """Of the choice and the moments of the faults."""
-    processes: int = 2
-    """Ranks; they form tensor 2 where the number is even."""
-    tensorboard: bool = importlib.util.find_spec("tensorboard") is not None
-    """Write TensorBoard events, on which faults then fall as well; by default where the package is installed."""
-    work_dir: Path | None = None
-    """Where the runs go; a temporary directory that is removed after success by default."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--faults", type=whole(), default=50, metavar="N", help="how many faults fall (50)")
+    add("--seed", type=whole(0), default=1, metavar="S", help="of the choice and the moments of the faults (1)")
+    add("--processes", type=whole(1, 64), default=2, metavar="N", help="ranks; tensor 2 where the number is even (2)")
+    add(
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        default=importlib.util.find_spec("tensorboard") is not None,
+        help="write TensorBoard events, on which faults then fall too (default: where it is installed)",
+    )
+    add("--work-dir", type=file_path, metavar="DIR", help="for the runs (default: temporary, removed after success)")
+    return parser.parse_args()
 
 
 class TortureFailed(AssertionError):
@@ -166,7 +167,7 @@ def write_corpus(prefix: Path) -> None:
         writer.finish()
 
 
-def make_job(work: Path, run_dir: Path, arguments: Arguments, pace: Pace) -> Job:
+def make_job(work: Path, run_dir: Path, arguments: argparse.Namespace, pace: Pace) -> Job:
     settings = {
         "run.dir": str(run_dir),
         "run.device": "cpu",
@@ -434,7 +435,7 @@ def compare(calm: Path, tormented: Path) -> int:
     return count
 
 
-def torture(work: Path, arguments: Arguments) -> None:
+def torture(work: Path, arguments: argparse.Namespace) -> None:
     chance, pace = random.Random(arguments.seed), Pace()
     write_corpus(work / "corpus")
     calm = make_job(work, work / "calm", arguments, pace)
@@ -464,9 +465,9 @@ def torture(work: Path, arguments: Arguments) -> None:
     print(f"ok: {faults}; {tensors} tensors bitwise equal to those of the undisturbed run")
 
 
-@exit_on_user_error
+@program
 def main() -> int:
-    arguments = tyro.cli(Arguments)
+    arguments = parse()
     work = arguments.work_dir or Path(tempfile.mkdtemp(prefix="megalite-torture-"))
     work.mkdir(parents=True, exist_ok=True)
     if any(work.iterdir()):

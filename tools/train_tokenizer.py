@@ -1,44 +1,67 @@
 """Train a sentencepiece BPE tokenizer on text files and report how many bytes of held-out text a token carries."""
 
-from dataclasses import dataclass
-from typing import Annotated
+import argparse
 
-import tyro
-
-from megalite.errors import exit_on_user_error
+from megalite.cli import Parser, nonempty, program, whole
+from megalite.observe.words import counted
 
 
-@dataclass(frozen=True)
-class Options:
-    """Train a sentencepiece BPE tokenizer (byte fallback, text unchanged, exact round trip of white space)."""
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__, "Byte fallback, text unchanged, exact round trip of white space.")
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="gather",
+        required=True,
+        metavar="FILE",
+        help="files, globs or directories: .jsonl, .txt, .parquet, .warc (each also .gz, .zst), other names as text",
+    )
+    add(
+        "--vocab-size",
+        required=True,
+        type=whole(),
+        metavar="N",
+        help="entries of the vocabulary, special tokens and the 256 bytes included",
+    )
+    add("--output-prefix", required=True, type=nonempty, metavar="T", help="writes T.model and T.vocab")
+    add("--json-key", default="text", metavar="KEY", help="field or column that holds the text (text)")
+    add(
+        "--split-digits",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make every digit a token of its own",
+    )
+    add(
+        "--special-tokens",
+        nargs="*",
+        action="gather",
+        default=("<|im_start|>", "<|im_end|>"),
+        metavar="TOKEN",
+        help="tokens that never come from text, beside <unk>, <s>, </s> (end of document) and <pad>",
+    )
+    add(
+        "--max-bytes",
+        type=whole(),
+        default=200_000_000,
+        metavar="BYTES",
+        help="train on a sample of about this much of the input; takes about 7 times that in memory",
+    )
+    add("--seed", type=whole(0, (1 << 63) - 1), default=1234, metavar="S", help="of the sample and the held-out part")
+    options = parser.parse_args()
+    options.special_tokens = tuple(options.special_tokens)
+    return options
 
-    input: list[str]
-    """Files, globs or directories: .jsonl, .txt, .parquet, .warc (each also .gz, .zst), other names as plain text."""
-    vocab_size: int
-    """Entries of the vocabulary, special tokens and the 256 bytes included."""
-    output_prefix: str
-    """Writes OUTPUT_PREFIX.model and OUTPUT_PREFIX.vocab."""
-    json_key: str = "text"
-    """Field or column that holds the text."""
-    split_digits: bool = True
-    """Make every digit a token of its own."""
-    special_tokens: tuple[str, ...] = ("<|im_start|>", "<|im_end|>")
-    """Tokens that never come from text, beside <unk>, <s>, </s> (end of document) and <pad>."""
-    max_bytes: Annotated[int, tyro.conf.arg(metavar="BYTES")] = 200_000_000
-    """Train on a sample of about this many bytes of input; sentencepiece needs about 7 times that in memory."""
-    seed: int = 1234
-    """Of the sample and of the documents held out."""
 
-
-@exit_on_user_error
+@program
 def main() -> None:
-    options = tyro.cli(Options)
+    options = parse()
     from megalite.text.tokenizer_training import TrainingOptions, train
 
     report = train(TrainingOptions(**vars(options)))
-    print(f"trained on {report.train_bytes / 1e6:.1f} MB of {report.documents} documents")
+    print(f"trained on {report.train_bytes / 1e6:.1f} MB of {counted(report.documents, 'document')}")
     for reason, count in sorted(report.bad.items()):
-        print(f"not used: {count} records, {reason}")
+        print(f"not used: {counted(count, 'record')}, {reason}")
     if report.first_bad:
         print(f"first of them: {report.first_bad}")
     where = "held-out text" if report.held_out else "the training text itself (too few documents to hold some out)"

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megalite.command import Parser
+from megalite.cli import Parser
 from megalite.config.bounds import split_annotation
 from megalite.config.schema import Config
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from megalite.cli import Parser, nonempty
 from megalite.config.bounds import quoted, refusal, shown, split_annotation, text_problem
 from megalite.config.schema import Config
 from megalite.config.sources import parse_sources, plain_sources
@@ -41,16 +42,25 @@ class CommandLine(NamedTuple):
     recipe: str | None = None
 
 
-def parse_command_line(argv: Sequence[str], program: str = "python -m megalite.train") -> CommandLine:
-    """Read `[RECIPE.toml] [--check] [--section.field value ...]`; `--help` prints every field and leaves."""
+def parse_command_line(
+    argv: Sequence[str], program: str = "python -m megalite.train", taken: Sequence[str] = ()
+) -> CommandLine:
+    """Read `[RECIPE.toml] [--check] [--section.field value ...]`; `--help` prints every field and leaves.
+
+    `taken` are options that the program has read already: the nearest of a mistyped one may be among them.
+    """
     if "--help" in argv or "-h" in argv:
         from megalite.config.help import print_help
 
         print_help(program)
         raise SystemExit(0)
-    arguments = [argument for argument in argv if argument != "--check"]
-    recipe = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    return CommandLine(load_config(recipe, arguments), "--check" in argv, recipe)
+    parser = Parser(None, prog=program, overrides=parse_overrides)
+    parser.add_argument("recipe", nargs="?", type=nonempty)
+    parser.add_argument("--check", action="store_true")
+    for option in taken:
+        parser.add_argument(option)
+    options = parser.parse_args(argv)
+    return CommandLine(load_config(options.recipe, options.overrides), options.check, options.recipe)
 
 
 def load_config(recipe: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -34,10 +34,6 @@ class Finding:
         return Finding(*(str(row[name]) for name in ("level", "check", "where", "value", "remedy")))
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
     return [asdict(finding) for finding in findings]
 

@@ -27,7 +27,7 @@ from megalite.config import Config, check, parse_command_line
 from megalite.config.sources import parse_sources
 from megalite.data.indexed import IndexedDataset
 from megalite.doctor.collectives import look_at_collectives
-from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, count, healthy, rows
+from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, healthy, rows
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.machine import (
     devices_here,
@@ -40,6 +40,7 @@ from megalite.doctor.machine import (
 )
 from megalite.errors import UNUSABLE, UserError
 from megalite.model.cost import parameter_count
+from megalite.observe.words import counted
 from megalite.rendezvous import open_store
 from megalite.runtime import World
 
@@ -230,7 +231,7 @@ def _look_at_data(config: Config, host: str, report: dict[str, Any]) -> list[Fin
         try:
             dataset = IndexedDataset(Path(prefix))
             report["data"][prefix] = dataset.fingerprint()
-            findings.append(Finding(OK, "data", host, f"{prefix}: {count(len(dataset), 'sequence')}"))
+            findings.append(Finding(OK, "data", host, f"{prefix}: {counted(len(dataset), 'sequence')}"))
         except (UserError, OSError) as error:
             remedy = "copy the token file there, or mend data.train and data.valid"
             findings.append(Finding(FAULT, "data", host, str(error), remedy))
@@ -276,7 +277,7 @@ def _compare_facts(name: str, reports: Mapping[int, Mapping[str, Any]], remedy: 
                 found = f"{key} {value}, elsewhere {usual}" if name == "versions" else f"{key} is not as elsewhere"
                 findings.append(Finding(FAULT, name, host, found, remedy))
     if len(by_host) > 1 and not findings:
-        findings.append(Finding(OK, name, f"{len(by_host)} nodes", "the same on all"))
+        findings.append(Finding(OK, name, counted(len(by_host), "node"), "the same on all"))
     return findings
 
 
@@ -320,7 +321,7 @@ def _compare_links(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
     for axis, rates in groups.items():
         median = statistics.median_high(rates.values())
         size = len(next(iter(rates)))
-        value = f"{axis}: sums correct, {median:,.3g} GB/s (bus) in {count(len(rates), 'group')} of {size}"
+        value = f"{axis}: sums correct, {median:,.3g} GB/s (bus) in {counted(len(rates), 'group')} of {size}"
         findings.append(Finding(OK, "collectives", "all ranks", value))
         for ranks, rate in rates.items():
             if rate < _SLOW_LINK * median:

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from megalite.affinity import LEAST_CORES, own_cores
-from megalite.doctor.findings import FAULT, OK, WARNING, Finding, count
+from megalite.doctor.findings import FAULT, OK, WARNING, Finding
 from megalite.kernels import native
+from megalite.observe.words import counted
 
 _PACKAGES = ("torch", "triton", "numpy", "megalite")
 _GPU_SIZE, _CPU_SIZE = 8192, 1024
@@ -81,7 +82,7 @@ def look_at_limits(host: str) -> Iterator[Finding]:
         yield Finding(WARNING, "/dev/shm", host, f"{free / 2**20:.0f} MiB free", remedy)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     yield Finding(
-        OK, "machine", host, f"{count(len(own_cores()), 'core')} for this process, {memory:.0f} GiB of memory"
+        OK, "machine", host, f"{counted(len(own_cores()), 'core')} for this process, {memory:.0f} GiB of memory"
     )
 
 
@@ -90,7 +91,7 @@ def look_at_cores(host: str, cores: int, gpus: int) -> list[Finding]:
     if cores >= LEAST_CORES * gpus:
         return []
     remedy = f"give each rank {LEAST_CORES} or more: --cpus-per-task 8 in a SLURM job, more CPUs for the container"
-    value = f"{count(cores, 'core')} for {count(gpus, 'GPU')}"
+    value = f"{counted(cores, 'core')} for {counted(gpus, 'GPU')}"
     return [Finding(FAULT, "cores", host, value, remedy)]
 
 
@@ -160,6 +161,6 @@ def look_at_devices(host: str, devices: Sequence[torch.device]) -> tuple[list[Fi
         if not same:
             remedy = "silent data corruption: drain the node"
             findings.append(Finding(FAULT, "matmul", where, "two runs of one product differ", remedy))
-        kind = "bf16" if device.type == "cuda" else f"fp32, {count(torch.get_num_threads(), 'thread')}"
+        kind = "bf16" if device.type == "cuda" else f"fp32, {counted(torch.get_num_threads(), 'thread')}"
         findings.append(Finding(OK, "matmul", where, f"{rates[name]:,.3g} TFLOP/s ({kind})"))
     return findings, rates

@@ -105,9 +105,23 @@ def test_text_in_and_out(run: Program, talker: Path) -> None:
         (("--prompt-ids", "[1]", "--top-p", "1.5"), "top-p = 1.5"),
         (("--prompt-ids", "[1]", "--temperature", "warm"), "--temperature: invalid float value: 'warm'"),
         (("--prompt-ids", "[1]", "--max-new-tokens", "128"), "max_positions = 128"),
-        (("--prompt-ids", "[1]", "--max-new-tokens", "0"), "--max-new-tokens 0 is below 1"),
+        (("--prompt-ids", "[1]", "--max-new-tokens", "0"), "--max-new-tokens: '0' is not a whole number from 1"),
+        (("--prompt-ids", "[1]", "--max-new-tokens", "9" * 5000), "max-new-tokens"),
+        (("--prompt-ids", "[1]", "--seed", "9" * 30), "is not a number from 0 to 2^64 - 1"),
+        (("--prompt-ids", "[true]"), "--prompt-ids has true; token ids"),
+        (("--prompt-ids", "[-1]"), "--prompt-ids has -1; token ids"),
+        (("--prompt-ids", "[[1], 2]"), "--prompt-ids mixes ids and lists of ids"),
+        (("--prompt-ids", "[[[1]]]"), "--prompt-ids has [1]; token ids"),
+        (("--prompt-ids", "[[]]"), "prompt 1 is empty"),
+        (("--prompt-ids", "[" * 100000), "is not a JSON list"),
+        (("--prompt-ids", "[" + "9" * 4000 + "]"), "token ids of this model are 0 to 100"),
+        (("--prompt-ids", "[1]", "--stop-ids", "[101]"), "--stop-ids has 101"),
+        (("--prompt-ids", "[1]", "--stop-ids", "{}"), "--stop-ids '{}' is not a JSON list"),
+        (("--prompt-ids", "[1]", "--stop", ""), "--stop: the value is empty"),
+        (("--prompt-ids", "[1]", "--temperature", "nan"), "temperature = nan"),
+        (("--prompt-ids", "[1]", "--temperature", "-inf"), "temperature = -inf"),
         (("--prompt", "hello"), "carries no tokenizer; give --tokenizer FILE"),
-        (("--prompt-ids", "[1]", "--parallel.tensor", "2"), "1 processes, but parallel.tensor * parallel.pipeline = 2"),
+        (("--prompt-ids", "[1]", "--parallel.tensor", "2"), "1 process, but parallel.tensor * parallel.pipeline = 2"),
         (("--prompt-ids", "[1]", "--train.steps", "2"), "--train.steps has no effect here"),
         (("--prompt-ids", "[1]", "--parallel.tenser", "2"), "did you mean parallel.tensor"),
     ],
@@ -148,6 +162,53 @@ def test_evaluate_and_convert(run: Program, tmp_path: Path) -> None:
     code, out, err = run("convert_checkpoint.py", "to-hf", tmp_path / "nothing", tmp_path / "other")
     assert (code, out) == (2, "")
     assert "nothing does not exist" in err
+
+
+@pytest.mark.fast
+def test_a_vocabulary_padded_beyond_the_tokenizer(run: Program, talker: Path) -> None:
+    """Ids that the model has and the tokenizer has not are drawn, counted and left out of the text."""
+    code, out, err = run(
+        "generate.py",
+        "--checkpoint",
+        talker,
+        "--tokenizer",
+        "byte",
+        "--prompt",
+        "a\udcff",
+        "--json",
+        "--temperature",
+        0,
+    )
+    assert (code, err) != (0, ""), "ids of bytes that the model has not are refused"
+    small = json.loads((talker / "tokenizer.json").read_text())
+    small["model"]["vocab"] = {piece: number for piece, number in small["model"]["vocab"].items() if number < 20}
+    (talker / "tokenizer.json").write_text(json.dumps(small))
+    code, out, err = run(
+        *("generate.py", "--checkpoint", talker, "--prompt", "ab\udcff", "--json", "--ignore-eos"),
+        *("--temperature", 100, "--max-new-tokens", 40),
+    )
+    assert code == 0, err
+    result = json.loads(out)
+    assert max(result["new_ids"]) >= 20 and result["prompt"] == "ab\udcff"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-samples", 0), "--max-samples: '0' is not a whole number from 1 up"),
+        (("--max-samples", -3), "--max-samples: '-3' is not a whole number from 1 up"),
+        (("--micro-batch-size", 0), "--micro-batch-size: '0' is not"),
+        (("--seq-length", 0), "--seq-length: '0' is not"),
+        (("--seq-length", "9" * 30), "max_positions = 128"),
+        (("--data", TOOLS / "evaluate.py"), "evaluate.py"),
+    ],
+)
+def test_mistakes_of_an_evaluation(run: Program, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    write_tokens(tmp_path / "data", 150, vocabulary=101, text_bytes=75)
+    always = ("--checkpoint", golden.folder("mistral_swa"), "--data", tmp_path / "data", "--seq-length", 32)
+    code, out, err = run("evaluate.py", "loss", *always, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and message in err, err
 
 
 @pytest.mark.slow

@@ -62,6 +62,21 @@ def test_the_smallest_nucleus_is_one_token() -> None:
     assert torch.equal(sample(logits_BV, Sampling(0.0), [0.999] * 8), logits_BV.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 2.3e-308, 1e-300, 1e-30])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.5), (10**9, 1e-300)])
+def test_tiny_temperatures_take_the_likeliest_token(temperature: float, top_k: int, top_p: float) -> None:
+    logits_BV = torch.randn(8, 50) * 1e4
+    chosen = sample(logits_BV, Sampling(temperature, top_k, top_p), [0.0, 0.999] * 4)
+    assert torch.equal(chosen, logits_BV.argmax(-1))
+
+
+def test_nothing_is_sorted_where_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens then stand in the order of their ids; one without any probability is never drawn, even at the end."""
+    monkeypatch.setattr(torch.Tensor, "sort", lambda *_, **__: pytest.fail("sorted"))
+    logits_BV = torch.tensor([[-1e9, 0.0, 0.0, -1e9]]).expand(3, -1)
+    assert sample(logits_BV, Sampling(1.0), [0.0, 0.5, 1.0]).tolist() == [1, 2, 2]
+
+
 def test_streams_are_uniform_and_independent() -> None:
     streams = RowStreams(11, 64)
     numbers = np.array([streams.next() for _ in range(200)])
@@ -71,7 +86,12 @@ def test_streams_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("seed", -2)]
+    ("field", "value"),
+    [
+        *(("temperature", value) for value in (-1.0, float("nan"), float("inf"))),
+        *(("top_p", value) for value in (0.0, 1.5, float("nan"))),
+        *(("top_k", -1), ("seed", -2), ("seed", 1 << 64)),
+    ],
 )
 def test_impossible_settings_are_refused(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field.replace("_", "-")):
