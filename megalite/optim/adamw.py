@@ -107,7 +107,7 @@ class AdamW:
         """What torch.optim.AdamW(fused=True) calls; called here directly, since importing that class costs a second."""
         if not segments:
             return
-        count = torch.tensor(float(step), device=segments[0].master.device)
+        count = torch.full((), float(step), device=segments[0].master.device)  # no copy: that would stop the host
         torch._fused_adamw_(
             [segment.master for segment in segments],
             [_gradient(segment) for segment in segments],

@@ -26,6 +26,8 @@ Observer = Callable[[Op], AbstractContextManager[None]]
 """Wraps the execution of every operation: to time it, or to name it in a profile."""
 
 _PENDING_SENDS = 2
+"""How many tensors may be on their way to neighbours before the oldest is waited for. Lowered plans would run to their
+end even if every send waited at once (see `megalite.schedule.lowering`); a few in flight overlap with computation."""
 
 
 def unobserved(op: Op) -> AbstractContextManager[None]:
@@ -48,8 +50,8 @@ class Activation:
 class PipelineEngine:
     """Runs this rank's operations of one step; built once for a plan, used every step.
 
-    `owners` says for each stage which pipeline rank holds it. An output is dropped as soon as it has been sent:
-    backward needs only the edge of the graph that it left behind.
+    `owners` says for each stage which pipeline rank holds it. An output is dropped as soon as it has been sent and a
+    few others have followed: backward needs only the edge of the graph that it left behind.
     """
 
     def __init__(self, ops: tuple[Op, ...], owners: Sequence[int], mesh: Mesh, activation: Activation) -> None:
@@ -60,8 +62,7 @@ class PipelineEngine:
         self._gradients: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
-        self._forward_sends: dict[tuple[int, int], tuple[Tensor, Work]] = {}
-        self._unanswered: deque[tuple[Tensor, Work]] = deque()
+        self._sending: deque[tuple[Tensor, Work]] = deque()
 
     def run(
         self,
@@ -91,7 +92,7 @@ class PipelineEngine:
                     self._communicate(op)
                 elif buckets is not None:
                     self._reduce(op, buckets)
-        self._drain()
+        self._finish_sends(0)
         return losses
 
     def _reduce(self, op: Op, buckets: Mapping[int, StageBuckets]) -> None:
@@ -127,17 +128,16 @@ class PipelineEngine:
             gradient, work = self._gradients.pop(key)
             if work is not None:
                 work.wait()
-            if key in self._forward_sends:  # the receiver has answered, so this wait is a formality
-                self._forward_sends.pop(key)[1].wait()
         if edge is not None:  # the first stage has none where nothing in it is trained
             torch.autograd.backward(edge, gradient)
         if hidden is None:
             return
-        assert hidden.grad is not None
+        slope, hidden.grad = hidden.grad, None  # a postponed product may keep the input, which must not keep this
+        assert slope is not None
         if self.owners[op.stage - 1] == self.mesh.index("pp"):
-            self._gradients[op.stage - 1, op.micro] = (hidden.grad, None)
+            self._gradients[op.stage - 1, op.micro] = (slope, None)
         else:
-            self._outputs[key] = hidden.grad.contiguous()
+            self._outputs[key] = slope.contiguous()
 
     def _communicate(self, op: Op) -> None:
         key = (op.stage, op.micro)
@@ -150,17 +150,10 @@ class PipelineEngine:
         tensor = self._outputs.pop(key)
         if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
             raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
-        work = self._group.send(tensor, neighbour)
-        if op.kind == "SF" and torch.is_grad_enabled():
-            self._forward_sends[key] = (tensor, work)  # kept until its gradient comes back
-            return
-        # No answer will come: without a bound all micro-batches' tensors would be held until the end.
-        self._unanswered.append((tensor, work))
-        while len(self._unanswered) > _PENDING_SENDS:
-            self._unanswered.popleft()[1].wait()
+        self._sending.append((tensor, self._group.send(tensor, neighbour)))
+        self._finish_sends(_PENDING_SENDS)
 
-    def _drain(self) -> None:
-        for _, work in (*self._forward_sends.values(), *self._unanswered):
-            work.wait()
-        self._forward_sends.clear()
-        self._unanswered.clear()
+    def _finish_sends(self, most: int) -> None:
+        """Wait for sends, the oldest first, until at most so many are under way; their tensors are dropped."""
+        while len(self._sending) > most:
+            self._sending.popleft()[1].wait()

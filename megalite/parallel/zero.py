@@ -163,9 +163,10 @@ class StageBuckets:
 
     @torch.no_grad()
     def run_delayed(self, micro: int) -> None:
-        """The weights' part of a micro-batch's backward pass."""
-        for work in self._delayed.pop(micro):
-            work()
+        """The weights' part of a micro-batch's backward pass; each product drops what it was kept for."""
+        delayed = deque(self._delayed.pop(micro))
+        while delayed:
+            delayed.popleft()()
 
     def sum_tied(self) -> None:
         """Add the output layer's gradient to the embedding's (and back), whether they live here or on two stages."""

@@ -96,8 +96,12 @@ class Trainer(ShardedModel):
 
     def _agree(self, *numbers: Tensor | float) -> list[float]:
         """Sum a few numbers over all ranks, in float64: the one message of a step that everyone waits for."""
-        device = self.mesh.device
-        packed = torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+        packed = torch.zeros(len(numbers), dtype=torch.float64, device=self.mesh.device)
+        for place, number in zip(packed, numbers):
+            if isinstance(number, Tensor):
+                place.copy_(number)
+            else:  # by a kernel: a number that is made a tensor and copied to a GPU would stop the host once more
+                place.fill_(number)
         self._world.all_reduce(packed).wait()
         return packed.tolist()
 

@@ -66,8 +66,8 @@ def run_toy(rank, ranks, name, micros, chunks):
             bucket.begin(micros)
         losses = engine.run(watched, buckets)
         groups.verify()
-        kept = (engine._inputs, engine._gradients, engine._outputs, engine._edges, engine._forward_sends)
-        assert not any(kept) and not engine._unanswered, "something was left behind"
+        kept = (engine._inputs, engine._gradients, engine._outputs, engine._edges)
+        assert not any(kept) and not engine._sending, "something was left behind"
     with torch.no_grad():
         checker = PipelineEngine(lower(forward_only(owners, micros))[rank], owners, mesh, activation)
         again = checker.run(forward)
