@@ -188,14 +188,7 @@ class VocabParallelHead(nn.Module):
     ) -> None:
         """Turn logits into `scale_n` times the gradient of the token losses, in place."""
         self.kernels.cross_entropy_grad_(
-            logits_nv,
-            labels_n,
-            stats,
-            scale_n,
-            vocab_start=self.first,
-            valid=self.valid,
-            z_loss=z_loss,
-            vocab_size=self.vocab_size,
+            logits_nv, labels_n, stats, scale_n, vocab_start=self.first, valid=self.valid, z_loss=z_loss
         )
 
     def _stats_and_gradient(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor) -> Tensor:
