@@ -1,17 +1,31 @@
-"""Names in a configuration that stand for code: built-in ones, or a user's own as `module:name`."""
+"""Names in a configuration that stand for code: built-in ones, or a user's own as `module:name`.
+
+A built-in name is a line in `BUILT_IN`; the module that it stands for is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any
 
 from megalite.errors import UserError
 
-Thing = TypeVar("Thing")
+BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "model.block": {"pre_norm": "megalite.model.block:Block"},
+        "model.attention": {"gqa": "megalite.model.attention:GroupedQueryAttention"},
+        "model.feed_forward": {"swiglu": "megalite.model.feed_forward:SwiGLU"},
+        "objective.kind": {"next_token": "megalite.objective.next_token:NextToken"},
+        "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW"},
+        "adapter.kind": {},
+    }
+)
+"""By configuration field: what its names stand for. docs/extending.md says what each must be."""
 
 
 def search_beside(recipe: Path | str) -> None:
@@ -21,18 +35,23 @@ def search_beside(recipe: Path | str) -> None:
         sys.path.append(folder)
 
 
-def look_up(name: str, known: Mapping[str, Thing], field: str) -> Thing:
-    """What `name` stands for in `known`, or the attribute of a module where it is written `module:name`.
+def look_up(field: str, name: str) -> Any:
+    """What `name`, the value of a configuration field in `BUILT_IN`, stands for. Raises `UserError`."""
+    known = BUILT_IN[field]
+    return load(known.get(name, name), field, known)
 
-    `field` is the configuration field that holds the name, for the message of the `UserError`.
+
+def load(name: str, field: str, known: Iterable[str] = ()) -> Any:
+    """The attribute of a module that is written `module:name`.
+
+    `field` holds the name and `known` are its built-in names, for the message of the `UserError`.
     """
-    if name in known:
-        return known[name]
     module, _, attribute = name.partition(":")
     if not attribute:
+        known = tuple(known)
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{field} = {name!r} is unknown; use {', '.join(known)} or module:name of your own{hint}")
+        raise UserError(f"{field} = {name!r} is unknown; use {', '.join((*known, 'module:name of your own'))}{hint}")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:

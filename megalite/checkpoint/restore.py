@@ -118,7 +118,18 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
         targets = list(_targets(trainer, kind))
         if optimizer and _has_state(source, kind):
             assert isinstance(source, CheckpointReader)
+            _require_state(source, kind, targets)
             source.read_into(kind, targets)
+
+
+def _require_state(source: CheckpointReader, kind: str, targets: Sequence[Target]) -> None:
+    """Raise a `UserError` where the checkpoint trained fewer tensors than are trained now."""
+    stored = source.manifest.index[kind]
+    if missing := next((target.name for target in targets if target.name not in stored), None):
+        raise UserError(
+            f"{source.directory} holds no optimizer state of {missing}, which is trained now; start from its weights "
+            "with checkpoint.load_optimizer = false"
+        )
 
 
 def _has_state(source: TensorSource, kind: str) -> bool:

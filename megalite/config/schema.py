@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from megalite.config.bounds import Above, AtLeast, Named
 from megalite.config.rope_scaling import RopeScaling
 from megalite.config.sources import Sources
+from megalite.registry import BUILT_IN
 from megalite.schedule.schedules import SCHEDULES
 
 DERIVED: Any = None
@@ -80,9 +81,11 @@ class ModelConfig:
     """Biases on the query, key and value projections (Qwen2)."""
     sliding_window: CountOrNone = 0
     """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
-    attention: Annotated[str, Named(("gqa",))] = "gqa"
-    """Attention layer: `gqa` (grouped queries), or `module:Class` of your own (docs/extending.md)."""
-    feed_forward: Annotated[str, Named(("swiglu",))] = "swiglu"
+    block: Annotated[str, Named(tuple(BUILT_IN["model.block"]))] = "pre_norm"
+    """Decoder layer: `pre_norm` (attention, then feed-forward), or `module:Class` of your own (docs/extending.md)."""
+    attention: Annotated[str, Named(tuple(BUILT_IN["model.attention"]))] = "gqa"
+    """Attention layer: `gqa` (grouped queries), or `module:Class` of your own."""
+    feed_forward: Annotated[str, Named(tuple(BUILT_IN["model.feed_forward"]))] = "swiglu"
     """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
 
     def __post_init__(self) -> None:
@@ -220,7 +223,7 @@ class RecoveryConfig:
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
-    kind: Annotated[str, Named(("adamw",))] = "adamw"
+    kind: Annotated[str, Named(tuple(BUILT_IN["optimizer.kind"]))] = "adamw"
     """The rule of the update; `module:Class` for one of your own (docs/extending.md)."""
     lr: Annotated[float, Above(0, 1e6)] = 3e-4
     """Highest learning rate."""
@@ -251,7 +254,7 @@ class OptimizerConfig:
 class ObjectiveConfig:
     """What a step minimises."""
 
-    kind: Annotated[str, Named(("next_token",))] = "next_token"
+    kind: Annotated[str, Named(tuple(BUILT_IN["objective.kind"]))] = "next_token"
     """`next_token` is the mean loss over all tokens that count; `module:Class` for one of your own
     (docs/extending.md)."""
 
@@ -260,7 +263,7 @@ class ObjectiveConfig:
 class AdapterConfig:
     """Small trained layers beside frozen weights."""
 
-    kind: Annotated[str, Named(("none",))] = "none"
+    kind: Annotated[str, Named(("none", *BUILT_IN["adapter.kind"]))] = "none"
     """`none` trains all weights; with `module:Class` of your own (docs/extending.md) only the adapters are trained."""
     rank: Annotated[int, AtLeast(1, 1 << 20)] = 8
     """Width of an adapter's bottleneck."""

@@ -8,7 +8,7 @@ import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,8 @@ class Opened:
     """Tokens that end a text."""
     document_mask: bool = False
     """Whether attention was trained to see the token's own document only."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """The recipe's section of that name: what is put around the linear layers."""
 
     def require_tokenizer(self, remedy: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -106,7 +108,8 @@ def _opened_run(reader: CheckpointReader, name: str) -> Opened:
     precision = recipe.get("train", {}).get("precision", "fp32")
     masked = bool(recipe.get("data", {}).get("document_mask", False))
     model = dict(reader.manifest.model)
-    return Opened(reader, reader.directory, model, precision, loaded, leading_ids(loaded), eos, masked)
+    adapter = dict(recipe.get("adapter", {}))
+    return Opened(reader, reader.directory, model, precision, loaded, leading_ids(loaded), eos, masked, adapter)
 
 
 def _first_existing(directory: Path, names: Sequence[str]) -> Path | None:
@@ -180,6 +183,7 @@ def _inference_config(opened: Opened, overrides: Sequence[str], seq_length: int,
             raise UserError(f"--{section}.{name} has no effect here; known are {', '.join(_OVERRIDES)}…")
     tables: dict[str, dict[str, Any]] = {
         "model": opened.model,
+        "adapter": opened.adapter,
         "parallel": {"sequence": False, "zero": 0},
         "train": {"precision": opened.precision, "seq_length": seq_length, "global_batch_size": world_size},
     }

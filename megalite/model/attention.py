@@ -141,7 +141,3 @@ class GroupedQueryAttention(nn.Module):
             q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents
         )
         return mixed_SBqD.flatten(2)
-
-
-ATTENTION = {"gqa": GroupedQueryAttention}
-"""What `model.attention` may name; each is made as `kind(build, layer)`."""

@@ -7,10 +7,24 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalite.model.attention import ATTENTION, KeyValueCache, Positions
+from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.build import Build
-from megalite.model.feed_forward import FEED_FORWARD
 from megalite.registry import look_up
+
+
+def build_attention(build: Build, layer: int) -> nn.Module:
+    """The attention that `model.attention` names."""
+    return look_up("model.attention", build.model.attention)(build, layer)
+
+
+def build_feed_forward(build: Build, layer: int) -> nn.Module:
+    """The feed-forward layer that `model.feed_forward` names."""
+    return look_up("model.feed_forward", build.model.feed_forward)(build, layer)
+
+
+def build_block(build: Build, layer: int) -> nn.Module:
+    """The whole decoder layer that `model.block` names."""
+    return look_up("model.block", build.model.block)(build, layer)
 
 
 class Block(nn.Module):
@@ -19,12 +33,10 @@ class Block(nn.Module):
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
         model, prefix = build.model, f"model.layers.{layer}"
-        attention = look_up(model.attention, ATTENTION, "model.attention")
-        feed_forward = look_up(model.feed_forward, FEED_FORWARD, "model.feed_forward")
         self.attention_norm = build.norm(f"{prefix}.input_layernorm.weight", model.hidden_size)
-        self.attention = attention(build, layer)
+        self.attention = build_attention(build, layer)
         self.ffn_norm = build.norm(f"{prefix}.post_attention_layernorm.weight", model.hidden_size)
-        self.feed_forward = feed_forward(build, layer)
+        self.feed_forward = build_feed_forward(build, layer)
 
     def forward(
         self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False

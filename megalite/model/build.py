@@ -17,7 +17,7 @@ from torch import nn
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
-from megalite.mesh import DATA_AXES, Mesh
+from megalite.mesh import DATA_AXES, Group, Mesh
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
@@ -107,6 +107,18 @@ class Build:
         weight = self.parameter(name, (outputs, length), (box,), std=self.residual_std if std is None else std)
         layer = RowParallelLinear(weight, self.region, self.products)
         return layer if self.adapter is None else self.adapter.row(self, name, layer, columns)
+
+    def replicated(
+        self, name: str, features: tuple[int, int], *, init: str = "normal", std: float = STD, role: str = "matrix"
+    ) -> ColumnParallelLinear:
+        """A linear layer that all tensor ranks hold whole, `features` = (O, I), for activations as they are between
+        the tensor-parallel blocks: [s, B, I] -> [s, B, O]. Not quantised, and no adapter is put around it."""
+        replicas = self.mesh.ranks_along("tp")
+        summed = self.region.sequence and len(replicas) > 1  # each rank sees other tokens
+        box = row_box(name, features, 0, features[0], 0, replicas, partial=summed)
+        weight = self.parameter(name, features, (box,), init=init, std=std, role=role)
+        alone = TensorRegion(Group((self.mesh.rank,), self.mesh.rank, None), False)
+        return ColumnParallelLinear(weight, None, alone, PLAIN)
 
     def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
         """A norm whose weight all tensor ranks hold. `partial`: each of them normalises other tokens or heads than the

@@ -92,11 +92,11 @@ class ModelSizes:
 @functools.lru_cache(maxsize=1024)
 def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSizes:
     """Sizes on tensor rank `index` of `tensor`, read off the modules of one layer and both ends."""
-    from megalite.model.block import Block
+    from megalite.model.block import build_block
     from megalite.parallel.linear import RowParallelLinear
 
     build = _build(model, tensor, index)
-    layer = Block(build, 0)
+    layer = build_block(build, 0)
     matrices = tuple(
         Matrix(weight.shape[1], weight.shape[0], isinstance(module, RowParallelLinear))
         for module in layer.modules()

@@ -17,7 +17,7 @@ from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.attention import KeyValueCache, Positions
-from megalite.model.block import Block
+from megalite.model.block import build_block
 from megalite.model.build import Adapter, Build
 from megalite.model.head import ScalarHead, VocabParallelHead
 from megalite.model.partition import layers_of_stage
@@ -75,7 +75,7 @@ class Stage(nn.Module):
         across = tied and stages > 1
         ends = tuple(sorted({mesh.rank_at(pp=owners[0]), mesh.rank_at(pp=owners[-1])})) if across else (mesh.rank,)
         self.embedding = self.build.embedding(EMBEDDING, ends) if self.first else None
-        self.layers = nn.ModuleList(Block(self.build, layer) for layer in layers_of_stage(model, stages, stage))
+        self.layers = nn.ModuleList(build_block(self.build, layer) for layer in layers_of_stage(model, stages, stage))
         self.norm = self.head = self.scalar = None
         if self.last:
             self.norm = self.build.norm("model.norm.weight", model.hidden_size)

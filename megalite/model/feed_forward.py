@@ -1,4 +1,4 @@
-"""Feed-forward layers, by name.
+"""The feed-forward layer.
 
 S sequence, s its part outside tensor-parallel blocks, B micro-batch, H hidden, F feed-forward, f this rank's part.
 """
@@ -32,7 +32,3 @@ class SwiGLU(nn.Module):
         if recompute:
             return self.down(gate_up_SBf, prologue=self.kernels.swiglu)
         return self.down(self.kernels.swiglu(gate_up_SBf))
-
-
-FEED_FORWARD = {"swiglu": SwiGLU}
-"""What `model.feed_forward` may name; each is made as `kind(build, layer)`."""

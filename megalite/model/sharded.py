@@ -12,12 +12,11 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from megalite.config import AdapterConfig, Config
+from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
@@ -39,9 +38,6 @@ MicroBatches = Sequence[Batch | None]
 Finish = Callable[[Stage, Tensor, Batch, int], Tensor]
 """(last stage, its hidden [s, B, H] before the norm, micro-batch, its number) -> what the pipeline is to return: in
 training the loss (fp64 scalar)."""
-
-ADAPTERS: Mapping[str, Callable[[AdapterConfig], Adapter]] = MappingProxyType({})
-"""What `adapter.kind` may name besides `none`."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,7 +62,7 @@ class ShardedModel:
     ) -> None:
         self.config, self.mesh, self.kernels = config, mesh, kernels
         kind = config.adapter.kind
-        adapter = None if kind == "none" else look_up(kind, ADAPTERS, "adapter.kind")(config.adapter)
+        adapter: Adapter | None = None if kind == "none" else look_up("adapter.kind", kind)(config.adapter)
         self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
         self.dtype = DTYPES[config.train.precision]
         self.head, self.prefix, self.adapter = head, prefix, adapter

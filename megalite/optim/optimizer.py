@@ -6,8 +6,7 @@ names of its own. Checkpoints, resharding and resume read the names from the seg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,14 +14,13 @@ import torch
 from megalite.config import OptimizerConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
-from megalite.optim.adamw import AdamW
 from megalite.optim.shard import Segment
 from megalite.parallel.zero import StageBuckets
 from megalite.registry import look_up
 
 
 class Rule(Protocol):
-    """How some segments are updated."""
+    """How some segments are updated; made as `kind(OptimizerConfig, Kernels, Mesh)`."""
 
     name: str
     """For the start-up log."""
@@ -37,13 +35,9 @@ class Rule(Protocol):
         ...
 
 
-RULES: Mapping[str, Callable[[OptimizerConfig, Kernels, Mesh], Rule]] = MappingProxyType({"adamw": AdamW})
-"""What `optimizer.kind` may name."""
-
-
 def build_rule(config: OptimizerConfig, kernels: Kernels, mesh: Mesh) -> Rule:
     """The rule that the configuration names."""
-    return look_up(config.kind, RULES, "optimizer.kind")(config, kernels, mesh)
+    return look_up("optimizer.kind", config.kind)(config, kernels, mesh)
 
 
 class Optimizer:

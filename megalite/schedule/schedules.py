@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from megalite.errors import UserError
-from megalite.registry import look_up
+from megalite.registry import load
 from megalite.schedule.ops import Op, Plan, Value, inputs_of, output_of
 
 
@@ -227,7 +227,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
 
 def find_schedule(name: str) -> Schedule:
     """The schedule that `parallel.schedule` names: a built-in one, or a `Schedule` of one's own as `module:NAME`."""
-    return look_up(name, SCHEDULES, "parallel.schedule")
+    return SCHEDULES[name] if name in SCHEDULES else load(name, "parallel.schedule", SCHEDULES)
 
 
 def place_stages(name: str, ranks: int, chunks: int = 1) -> tuple[int, ...]:

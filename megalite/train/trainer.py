@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,17 +20,13 @@ from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.sharded import DTYPES, MicroBatches, ShardedModel
 from megalite.objective import Objective, Outputs
-from megalite.objective.next_token import NEXT_TOKEN, NextToken
+from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
 from megalite.registry import look_up
 
 __all__ = ["DTYPES", "MicroBatches", "StepResult", "Trainer"]
-
-
-OBJECTIVES: Mapping[str, Callable[[], Objective]] = MappingProxyType({"next_token": NextToken})
-"""What `objective.kind` may name."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Trainer(ShardedModel):
         prefix: str = "",
         objective: Objective | None = None,
     ) -> None:
-        self.objective = objective or look_up(config.objective.kind, OBJECTIVES, "objective.kind")()
+        self.objective = objective or look_up("objective.kind", config.objective.kind)()
         head = "scalar" if self.objective.reads == "values" else "vocabulary"
         super().__init__(config, mesh, kernels, head=head, prefix=prefix)
         rule = build_rule(config.optimizer, kernels, mesh)

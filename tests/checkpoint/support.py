@@ -13,7 +13,7 @@ from megalite.config import Config, build_config
 from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
-from megalite.schedule.schedules import SCHEDULES
+from megalite.schedule.schedules import find_schedule
 from megalite.train.trainer import Trainer
 
 Tables = dict[str, dict[str, Any]]
@@ -46,7 +46,7 @@ class Layout:
                 "pipeline": self.pipeline,
                 "zero": self.zero,
                 "sequence": self.sequence,
-                "virtual_stages": SCHEDULES[self.schedule].least_chunks,
+                "virtual_stages": find_schedule(self.schedule).least_chunks,
                 "schedule": self.schedule,
             }
         }
@@ -108,11 +108,7 @@ def held(trainer: Trainer) -> Pieces:
                     enter("parameter", box, box.view(parameter))
     for segment in trainer.optimizer.segments:
         for box, where in segment.pieces():
-            for kind, values in (
-                ("weight", segment.master),
-                ("exp_avg", segment.state["exp_avg"]),
-                ("exp_avg_sq", segment.state["exp_avg_sq"]),
-            ):
+            for kind, values in (("weight", segment.master), *segment.state.items()):
                 enter(kind, box, values[where].view(box.size))
     return pieces
 
@@ -149,7 +145,7 @@ def forget(trainer: Trainer) -> None:
     """Fill everything that a checkpoint restores, and the padding, with NaN."""
     for segment in trainer.optimizer.segments:
         segment.bucket.owned.fill_(torch.nan)
-        for values in (segment.master.data, segment.state["exp_avg"], segment.state["exp_avg_sq"]):
+        for values in (segment.master.data, *segment.state.values()):
             values.fill_(torch.nan)
 
 

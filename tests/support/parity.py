@@ -28,7 +28,7 @@ from megalite.model.decoder import Stage
 from megalite.objective import Objective
 from megalite.optim.schedule import learning_rate
 from megalite.placement import Box, placed_parameters
-from megalite.schedule.schedules import SCHEDULES
+from megalite.schedule.schedules import SCHEDULES, find_schedule
 from megalite.train.trainer import Trainer
 from tests.support.chaos import ChaosGroups
 from tests.support.pool import Pool
@@ -94,7 +94,7 @@ class Layout:
             "parallel.sequence": self.sequence,
             "parallel.pipeline": self.pipeline,
             "parallel.schedule": self.schedule,
-            "parallel.virtual_stages": SCHEDULES[self.schedule].least_chunks,
+            "parallel.virtual_stages": find_schedule(self.schedule).least_chunks,
             "parallel.zero": self.zero,
         }
 

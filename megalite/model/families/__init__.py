@@ -1,22 +1,32 @@
-"""Families of Hugging Face models, each one file: what its `config.json` means and which tensors it consists of."""
+"""Families of Hugging Face models: what a `config.json` means and which tensors the model consists of.
+
+Every module in this package that has a `Family` is one; nothing else names it.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.model.families.family import Family, FileTensor, Rows
 from megalite.model.families.llama import LLAMA
-from megalite.model.families.mistral import MISTRAL
-from megalite.model.families.qwen2 import QWEN2
-from megalite.model.families.qwen3 import QWEN3
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+__all__ = ["FAMILIES", "Family", "FileTensor", "Rows", "families_in", "family_of_config", "family_of_model"]
 
-__all__ = ["FAMILIES", "Family", "FileTensor", "Rows", "family_of_config", "family_of_model"]
+
+def families_in(folders: Sequence[str]) -> tuple[Family, ...]:
+    """The families that the modules in these folders of the package define: Llama, then the others by name."""
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(folders)]
+    found = {id(value): value for module in modules for value in vars(module).values() if isinstance(value, Family)}
+    return tuple(sorted(found.values(), key=lambda family: (family is not LLAMA, family.model_type)))
+
+
+FAMILIES = families_in(__path__)
 
 
 def family_of_config(config: Mapping[str, Any], where: str) -> Family:
