@@ -17,7 +17,7 @@ import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from megalite.errors import INTERRUPTED, UserError, fail
 
@@ -83,7 +83,7 @@ def flush_output() -> None:
         fail(f"standard output cannot be written: {error.strerror}")
 
 
-def _reader_has_left(stream: io.TextIOBase) -> bool:
+def _reader_has_left(stream: TextIO) -> bool:
     with contextlib.suppress(OSError, ValueError):  # not a file of the system
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -91,7 +91,7 @@ def _reader_has_left(stream: io.TextIOBase) -> bool:
     return False
 
 
-def _discard(*streams: io.TextIOBase) -> None:
+def _discard(*streams: TextIO) -> None:
     """Lead streams nowhere, so that the interpreter's last flush does not fail."""
     with open(os.devnull, "wb") as nowhere:
         for stream in streams:
@@ -116,7 +116,9 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = _NEGATIVE_NUMBER
         self.register("action", "gather", _Gather)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         overrides: list[str] = []
         if self._check_overrides is not None:
