@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import io
 import math
@@ -27,6 +28,7 @@ CLOSED_PIPE = 128 + 13
 Result = TypeVar("Result")
 Check = Callable[[Sequence[str]], object]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OVERRIDE = re.compile(r"--\w[\w-]*\.[^=]*(=.*)?", re.DOTALL)
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 _LONG_WORD = re.compile(r"(\S{80})\S{80,}")
@@ -57,6 +59,11 @@ def program(main: Callable[..., Result]) -> Callable[..., Result]:
                 raise  # a pipe of the program's own
             _discard(sys.stdout, sys.stderr)
             raise SystemExit(CLOSED_PIPE) from None
+        except OSError as error:  # of `print`; writers of files name theirs
+            if error.filename is not None or error.errno not in _FULL:
+                raise
+            _discard(sys.stdout)
+            fail(f"standard output cannot be written: {error.strerror}")
 
     return guarded
 

@@ -148,26 +148,9 @@ def parser() -> Parser:
 
 @pytest.mark.fast
 def test_what_a_command_line_means() -> None:
-    options = parser().parse_args(
-        [
-            "--a.b",
-            "1",
-            "--input",
-            "x",
-            "y",
-            "--needed",
-            "3",
-            "--input",
-            "z",
-            "--c.d=-1",
-            "--weight",
-            "-1e-3",
-            "--",
-            "--e.f",
-            "2",
-        ]
-    )
-    assert options.input == ["x", "y", "z"] and options.overrides == ["--a.b", "1", "--c.d=-1", "--e.f", "2"]
+    line = "--a.b 1 --input x y --needed 3 --input z --c.d=-1 --weight -1e-3 -- --e.f 2"
+    options = parser().parse_args(line.split(" "))
+    assert options.input == ["x", "y", "z"] and " ".join(options.overrides) == "--a.b 1 --c.d=-1 --e.f 2"
     assert options.weight == -0.001 and parser().parse_args(["--needed", "0"]).input == ("a",)
 
 

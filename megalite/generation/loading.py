@@ -161,7 +161,8 @@ def load_model(
     config = _inference_config(opened, overrides, seq_length, world.size)
     if not data_parallel and config.model_parallel != world.size:
         raise UserError(
-            f"{world.size} process{'es' * (world.size > 1)}, but parallel.tensor * parallel.pipeline = {config.model_parallel}; "
+            f"{world.size} process{'es' * (world.size > 1)}, but parallel.tensor * parallel.pipeline = "
+            f"{config.model_parallel}; "
             "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
         )
     check_layout(config, world.size)

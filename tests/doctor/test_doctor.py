@@ -193,10 +193,10 @@ def test_alone_on_this_machine(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quick"], "--quick is not an option"),
-        (["--time-limit", "0"], "--time-limit 0 is not a time"),
-        (["--time-limit", "soon"], "--time-limit soon is not a time"),
-        (["--time-limit", "1e400"], "--time-limit 1e400 is not a time"),
+        (["--quick"], "'--quick' is not understood"),
+        (["--time-limit", "0"], "--time-limit: '0' is not a time"),
+        (["--time-limit", "soon"], "--time-limit: 'soon' is not a time"),
+        (["--time-limit", "1e400"], "--time-limit: '1e400' is not a time"),
         (["--run-dir"], "--run-dir: expected one argument"),
         (["--preflight", "nowhere.toml"], "nowhere.toml"),
         (["--preflight", "RECIPE", "--model.layrs", "2"], "did you mean model.layers"),

@@ -167,19 +167,6 @@ def test_evaluate_and_convert(run: Program, tmp_path: Path) -> None:
 @pytest.mark.fast
 def test_a_vocabulary_padded_beyond_the_tokenizer(run: Program, talker: Path) -> None:
     """Ids that the model has and the tokenizer has not are drawn, counted and left out of the text."""
-    code, out, err = run(
-        "generate.py",
-        "--checkpoint",
-        talker,
-        "--tokenizer",
-        "byte",
-        "--prompt",
-        "a\udcff",
-        "--json",
-        "--temperature",
-        0,
-    )
-    assert (code, err) != (0, ""), "ids of bytes that the model has not are refused"
     small = json.loads((talker / "tokenizer.json").read_text())
     small["model"]["vocab"] = {piece: number for piece, number in small["model"]["vocab"].items() if number < 20}
     (talker / "tokenizer.json").write_text(json.dumps(small))

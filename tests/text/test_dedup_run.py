@@ -239,7 +239,7 @@ def test_input_that_changes_under_way_is_noticed(tmp_path: Path) -> None:
     [
         (["--threshold", "2"], "--threshold 2.0 must be above 0"),
         (["--bands", "4"], "--bands and --rows go together"),
-        (["--workers", "0"], "--workers 0 must be at least 1"),
+        (["--workers", "0"], "--workers: '0' is not a whole number from 1"),
         (["--key", "body"], "missing key"),
         (["--decontaminate", "nowhere*.jsonl"], "nowhere*.jsonl"),
     ],
