@@ -119,7 +119,7 @@ class _Recorded:
 
 
 class RecordingGroup(Group):
-    """A `Group` that holds its callers to NCCL's rules: tensors on the mesh's device, dense, alike, of fitting sizes."""
+    """A `Group` that holds its callers to NCCL's rules: dense tensors on the device, alike, of fitting sizes."""
 
     def __init__(self, ranks: tuple[int, ...], rank: int, recorder: Recorder) -> None:
         super().__init__(ranks, rank, None)
