@@ -61,8 +61,10 @@ class ShardedModel:
         trained: bool = True,
     ) -> None:
         self.config, self.mesh, self.kernels = config, mesh, kernels
-        kind = config.adapter.kind
-        adapter: Adapter | None = None if kind == "none" else look_up("adapter.kind", kind)(config.adapter)
+        adapter: Adapter | None = None
+        if config.adapter.kind != "none":
+            make: Callable[[AdapterConfig], Adapter] = look_up("adapter.kind", config.adapter.kind)
+            adapter = make(config.adapter)
         self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
         self.dtype = DTYPES[config.train.precision]
         self.head, self.prefix, self.adapter = head, prefix, adapter

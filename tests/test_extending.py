@@ -1,0 +1,344 @@
+"""The examples of docs/extending.md: each in every kind of layout, saved and resumed, exported or refused, and run from a
+recipe that lies beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megalite.checkpoint.huggingface.export import export_huggingface
+from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.names import HuggingFaceSource
+from megalite.checkpoint.manager import CheckpointManager
+from megalite.checkpoint.source import CheckpointReader, load_weights
+from megalite.config import ModelConfig
+from megalite.errors import UserError
+from megalite.generation.generator import Generator, Limits
+from megalite.generation.sampling import Sampling
+from megalite.kernels import select_kernels
+from megalite.mesh import Mesh
+from megalite.model import families
+from megalite.model.cost import parameter_count
+from megalite.model.decoder import Stage
+from megalite.registry import BUILT_IN, look_up
+from tests.checkpoint import support
+from tests.support import tiny
+from tests.support.parity import (
+    Case,
+    Layout,
+    assert_close,
+    assert_same_bits,
+    build_trainer,
+    layouts,
+    micro_batches,
+    train,
+    train_alone,
+)
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "examples"
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "gated_attention": {"model.attention": "gated_attention:GatedAttention"},
+    "relu2": {"model.feed_forward": "relu2:SquaredReLU"},
+    "parallel_block": {"model.block": "parallel_block:ParallelBlock"},
+    "focal_loss": {"objective.kind": "focal_loss:FocalLoss"},
+    "lion": {"optimizer.kind": "lion:Lion", "optimizer.lr": 3e-4},
+    "lora": {"adapter.kind": "lora:LoRA", "adapter.rank": 3},
+}
+"""The fields that choose an example, as its recipe has them."""
+
+EAGER = "docs.examples.eager_1f1b:EAGER"
+
+LAYOUTS = [
+    Layout(tensor=2, sequence=True, pipeline=2, schedule="zb_h1"),
+    Layout(pipeline=2, schedule="interleaved", data=2, zero=3),
+    Layout(pipeline=2, schedule="zb_v"),
+]
+each_example = pytest.mark.parametrize("example", EXAMPLES)
+
+
+def fields_of(example: str) -> dict[str, Any]:
+    """The same with modules that every worker of the tests finds."""
+    return {
+        field: f"docs.examples.{value}" if isinstance(value, str) else value
+        for field, value in EXAMPLES[example].items()
+    }
+
+
+def case_of(example: str, **fields: Any) -> Case:
+    return Case.of({"model.layers": 4, "train.global_batch_size": 8, **fields_of(example), **fields}, steps=3)
+
+
+def agree(pool: Any, case: Case, layout: Layout, chaos: bool = True) -> None:
+    alone, together = train_alone(case), train(pool, case, layout, chaos=chaos)
+    if layout.pure_pipeline:
+        assert_same_bits(together, alone)
+    else:
+        assert_close(together, alone)
+
+
+@pytest.mark.fast
+def test_examples_are_short_and_built_in_names_lead_somewhere() -> None:
+    files = list(FOLDER.glob("*.py"))
+    assert len(files) >= 8
+    for file in files:
+        assert len(file.read_text().splitlines()) < 150, file
+        assert file.name in (ROOT / "docs" / "extending.md").read_text()
+    for field, names in BUILT_IN.items():
+        assert all(callable(look_up(field, name)) for name in names)
+
+
+# The same gradients and weights in every layout
+
+
+@each_example
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_in_every_kind_of_layout(pool: Any, example: str, layout: Layout) -> None:
+    agree(pool, case_of(example), layout)
+
+
+@pytest.mark.slow
+@each_example
+def test_in_all_layouts(pool: Any, example: str) -> None:
+    for layout in layouts(4):
+        if layout.pipeline < 4 or layout.schedule not in ("interleaved", "zb_v"):  # these need 8 layers
+            agree(pool, case_of(example), layout, chaos=False)
+
+
+@pytest.mark.parametrize("layout", [Layout(pipeline=4), Layout(tensor=2, pipeline=2)], ids=lambda layout: layout.name)
+def test_the_schedule(pool: Any, layout: Layout) -> None:
+    case = Case.of({"model.layers": 4, "train.global_batch_size": 8}, steps=3)
+    agree(pool, case, dataclasses.replace(layout, schedule=EAGER))
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(recompute: str) -> None:
+    for example in ("gated_attention", "relu2", "parallel_block", "lora"):
+        fields = {"adapter.targets": ("k_proj", "down_proj")} if example == "lora" else {}
+        case = case_of(example, **fields)
+        again, kept = train_alone(case.having({"train.recompute": recompute})), train_alone(case)
+        # An adapter's layer and the adapter each recompute what they share, and add up its gradient in another order.
+        (assert_close if example == "lora" else assert_same_bits)(again, kept)
+
+
+# Checkpoints
+
+
+def sections_of(example: str) -> support.Tables:
+    sections: support.Tables = {}
+    for path, value in fields_of(example).items():
+        section, name = path.split(".")
+        sections.setdefault(section, {})[name] = value
+    return sections
+
+
+def resume(rank: int, layout: support.Layout, sections: support.Tables, run: str) -> None:
+    """Two steps from the checkpoint end where two steps more in the process that saved it do."""
+    ends = []
+    config = support.make_config(layout, **sections)
+    for saves in (True, False):
+        trainer = support.make_trainer(config, layout, rank)
+        with CheckpointManager(run, config, trainer.mesh) as manager:
+            if saves:
+                support.train(trainer, 2, seed=1)
+                manager.save(trainer, {"step": 2})
+                assert manager.wait()
+            else:
+                support.forget(trainer)
+                manager.load(trainer, run)
+        support.train(trainer, 2, seed=2)
+        ends.append(support.held(trainer))
+    for one, other in zip(*ends, strict=True):
+        assert one == other
+        for mine, theirs in zip(ends[0][one], ends[1][other], strict=True):
+            assert torch.equal(mine[2], theirs[2]), one
+
+
+FROM = support.Layout(tensor=2, sequence=True, data=2, zero=2)
+TO = support.Layout(pipeline=3, schedule="zb_h1")
+
+
+@each_example
+def test_resumed_in_the_same_layout_and_in_another(pool: Any, tmp_path: Path, example: str) -> None:
+    sections = sections_of(example)
+    pool.run(resume, FROM.world, FROM, sections, str(tmp_path / "same"))
+    saved = support.assemble(pool.run(support.save_trained, FROM.world, FROM, sections, str(tmp_path / "run"), 3))
+    loaded = pool.run(support.load_all, TO.world, TO, sections, str(tmp_path / "own"), [str(tmp_path / "run")])
+    there = support.assemble([results[0][2] for results in loaded])
+    assert there.keys() == saved.keys()
+    assert all(torch.equal(there[key], saved[key]) for key in saved)
+    kinds = {kind for kind, _ in saved} - {"parameter", "weight"}
+    assert kinds == ({"momentum"} if example == "lion" else {"exp_avg", "exp_avg_sq"})
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "example, reason",
+    {
+        "gated_attention": "no model.attention = 'docs.examples.gated_attention:GatedAttention'",
+        "relu2": "no model.feed_forward = 'docs.examples.relu2:SquaredReLU'",
+        "parallel_block": "no model.block = 'docs.examples.parallel_block:ParallelBlock'",
+        "lora": "lora_A.weight is not part of LlamaForCausalLM",
+    }.items(),
+)
+def test_what_no_family_has_is_not_exported(tmp_path: Path, example: str, reason: str) -> None:
+    support.save_trained(0, support.Layout(), sections_of(example), str(tmp_path / "run"), 1)
+    with CheckpointReader(tmp_path / "run") as reader, pytest.raises(UserError) as raised:
+        export_huggingface(reader, tmp_path / "export")
+    assert reason in str(raised.value) and not (tmp_path / "export").exists()
+
+
+# What is particular to one of them
+
+
+def generate(rank: int, case: Case, world: int) -> list[list[int]]:
+    trainer = build_trainer(case.config(world), rank, world)
+    trainer.step(micro_batches(0, 8, case.config(world), trainer.mesh, False), 1e-2)
+    with trainer.generating() as stages:
+        generator = Generator(stages, trainer.owners, trainer.mesh, trainer.config.model)
+        return [row.new_ids for row in generator.run([[5, 1, 7], [3]], Sampling(temperature=0.0), Limits(6))]
+
+
+@pytest.mark.parametrize("example", ["gated_attention", "relu2", "parallel_block", "lora"])
+def test_generation_goes_through_the_cache(pool: Any, example: str) -> None:
+    """Each token is the likeliest of a model that sees all before it at once; the same in another layout."""
+    case = case_of(example, **{"adapter.targets": ()})
+    spoken = generate(0, case, 1)
+    trainer = build_trainer(case.config(1), 0, 1)
+    trainer.step(micro_batches(0, 8, case.config(1), trainer.mesh, False), 1e-2)
+    stage = trainer.stages[0]
+    for prompt, new in zip([[5, 1, 7], [3]], spoken):
+        ids_BS = torch.tensor([prompt + new])
+        with torch.no_grad():
+            logits_SBV = stage.logits(stage(ids_BS, stage.positions(ids_BS.shape[1])))
+        assert logits_SBV[len(prompt) - 1 : -1, 0].argmax(-1).tolist() == new
+    layout = Layout(tensor=2, sequence=True, pipeline=2)
+    for theirs in pool.run(generate, 4, case.having(layout.fields), 4):
+        assert theirs == spoken
+
+
+@pytest.mark.fast
+def test_the_gate_is_counted() -> None:
+    plain = ModelConfig(layers=3, hidden_size=20, heads=4, kv_heads=2, head_dim=6, vocab_size=37)
+    gated = dataclasses.replace(plain, attention="docs.examples.gated_attention:GatedAttention")
+    assert parameter_count(gated) - parameter_count(plain) == 3 * 4 * 6 * 20
+
+
+def test_the_metric_is_a_mean_probability() -> None:
+    case = case_of("focal_loss")
+    trainer = build_trainer(case.config(1), 0, 1)
+    batches = micro_batches(0, 8, case.config(1), trainer.mesh, False)
+    labels = [batch.labels_BS for batch in batches]
+    expected = sum(s[0].exp()[label >= 0].sum() for s, label in zip(trainer.score(batches), labels))
+    result = trainer.step(batches, 1e-3)
+    assert result.metrics == {"p": pytest.approx(float(expected) / result.units, rel=1e-5)}
+
+
+def adapt(rank: int, layout: support.Layout, base: str, own: str) -> tuple[support.Pieces, support.Pieces]:
+    """Start LoRA from a checkpoint without adapters and train it."""
+    plain, config = support.make_config(layout), support.make_config(layout, **sections_of("lora"))
+    frozen, trainer = support.make_trainer(plain, layout, rank), support.make_trainer(config, layout, rank)
+    batches = micro_batches(0, 4, plain, frozen.mesh, False)
+    with CheckpointManager(own, config, trainer.mesh) as manager:
+        with pytest.raises(UserError, match=r"no optimizer state of .*lora_[AB].*load_optimizer = false"):
+            manager.load(trainer, base)
+        manager.load(trainer, base, optimizer=False)
+    with CheckpointManager(base, plain, frozen.mesh) as manager:
+        manager.load(frozen, base)
+    for mine, theirs in zip(trainer.score(batches), frozen.score(batches), strict=True):
+        assert torch.equal(mine, theirs)
+    before = support.held(trainer)
+    for segment in trainer.segments:
+        adapter = segment.bucket.role == "adapter"
+        assert bool(segment.state) == (segment.gradient is not None) == adapter
+    losses = support.train(trainer, 4, seed=5)
+    assert losses[-1] != losses[0]
+    return before, support.held(trainer)
+
+
+@pytest.mark.parametrize(
+    "layout", [support.Layout(), support.Layout(tensor=2, sequence=True, data=2, zero=3)], ids=["alone", "t2s-d2-z3"]
+)
+def test_lora_trains_nothing_but_itself(pool: Any, tmp_path: Path, layout: support.Layout) -> None:
+    support.save_trained(0, support.Layout(), {}, str(tmp_path / "base"), 1)
+    for before, after in pool.run(adapt, layout.world, layout, str(tmp_path / "base"), str(tmp_path / "own")):
+        assert before.keys() == after.keys()
+        for (kind, name), pieces in before.items():
+            same = all(torch.equal(old[2], new[2]) for old, new in zip(pieces, after[kind, name]))
+            if "lora_" not in name:
+                assert kind == "parameter" and same, name
+            elif kind == "weight":
+                assert not same, name
+
+
+def test_phi3_there_and_back_and_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file in the folder of families is all that it takes."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "found").mkdir()
+    shutil.copy(FOLDER / "phi3.py", tmp_path / "found")
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "found")])
+    monkeypatch.setattr(families, "FAMILIES", families.families_in(families.__path__))
+    monkeypatch.setitem(sys.modules, "megalite.model.families.phi3", sys.modules["megalite.model.families.phi3"])
+    config = transformers.Phi3Config(
+        hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=101, max_position_embeddings=128, sliding_window=9, pad_token_id=0, eos_token_id=2, dtype="float32",
+    )  # fmt: skip
+    torch.manual_seed(torch.initial_seed() % 1000)
+    model = transformers.Phi3ForCausalLM._from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path / "phi3")
+    with HuggingFaceSource(tmp_path / "phi3") as source:
+        stage = Stage(source.model, Mesh(), select_kernels({"default": "reference"}, torch.device("cpu")))
+        load_weights([stage], source)
+    ids_BS = torch.randint(101, (2, 24))
+    with torch.no_grad():
+        ours, theirs = stage.logits(stage(ids_BS, stage.positions(24))).transpose(0, 1), model(ids_BS).logits
+    assert (ours - theirs).abs().max() < 2e-4
+    import_huggingface(tmp_path / "phi3", tmp_path / "run")
+    with CheckpointReader(tmp_path / "run") as reader:
+        assert "model.layers.2.self_attn.k_proj.weight" in reader.shapes()
+        export_huggingface(reader, tmp_path / "back")
+    assert "model.layers.2.self_attn.qkv_proj.weight" in load_file(tmp_path / "back" / "model.safetensors")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "phi3" / name).read_bytes()
+
+
+# As a user runs them
+
+
+def program(*arguments: object, path: Path | None = None) -> str:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_recipe_names_the_modules_beside_it(tmp_path: Path) -> None:
+    """All of them in one model: trained, resumed, spoken with."""
+    sections: dict[str, dict[str, Any]] = {"parallel": {"schedule": "eager_1f1b:EAGER"}}
+    for fields in EXAMPLES.values():
+        for path, value in fields.items():
+            section, name = path.split(".")
+            sections.setdefault(section, {})[name] = value
+    for file in FOLDER.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    recipe = tiny.write_recipe(tmp_path, **sections)
+    program("-m", "megalite.train", recipe, "--train.stop_after", 3)
+    program("-m", "megalite.train", recipe)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(0 < row["p"] < 1 for row in rows)
+    tool = (ROOT / "tools" / "generate.py", "--checkpoint", tmp_path / "run", "--run.device", "cpu")
+    spoken = program(*tool, "--prompt-ids", "[1, 2]", "--max-new-tokens", 3, path=tmp_path)
+    assert len(json.loads(spoken)["ids"][0]) == 5
