@@ -24,9 +24,9 @@ import tyro
 import megalite.text.clean
 from megalite.errors import UserError, exit_on_user_error
 from megalite.files import write_atomically
+from megalite.text.clean.cleaner import Cleaner, Counts
 from megalite.text.clean.filters import Rejection
 from megalite.text.clean.rules import Rules, load_rules
-from megalite.text.clean.run import Cleaner, Counts
 from megalite.text.readers import expand_inputs, read_documents
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megalite.checkpoint.huggingface.config import NAMES
 from megalite.checkpoint.huggingface.export import Progress, export_huggingface
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.source import CheckpointReader
 from megalite.command import Parser
 from megalite.errors import UserError, exit_on_user_error

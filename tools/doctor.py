@@ -24,7 +24,6 @@ from megalite.affinity import own_cores
 from megalite.command import Parser
 from megalite.doctor.findings import WARNING, Finding, TimeLimit, count, healthy, rows, sort
 from megalite.doctor.gpus import look_at_gpus
-from megalite.doctor.job import compare_rates, preflight
 from megalite.doctor.machine import (
     devices_here,
     look_at_cores,
@@ -33,6 +32,7 @@ from megalite.doctor.machine import (
     look_at_limits,
     look_at_software,
 )
+from megalite.doctor.preflight import compare_rates, preflight
 from megalite.errors import UserError, exit_on_user_error
 
 

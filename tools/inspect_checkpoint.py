@@ -12,9 +12,9 @@ from typing import Annotated
 
 import tyro
 
-from megalite.checkpoint.files import DTYPES
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.source import CheckpointReader
+from megalite.checkpoint.tensor_file import DTYPES
 from megalite.errors import UserError, exit_on_user_error
 
 SHOWN_FAULTS = 20

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from megalite.data.indexed import IndexedDataset
-from megalite.data.inspect import PERCENTILES, histogram_lines, order, statistics
+from megalite.data.inspection import PERCENTILES, histogram_lines, order, statistics
 from megalite.data.verify import verify
 from megalite.errors import UserError, exit_on_user_error
 from megalite.text.tokenizers import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ import tyro
 
 from megalite.errors import exit_on_user_error
 from megalite.report.page import write_report
-from megalite.report.run import read_runs
+from megalite.report.run_directory import read_runs
 
 
 @dataclass(frozen=True)

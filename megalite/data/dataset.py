@@ -23,7 +23,7 @@ from megalite.config.schema import DataConfig
 from megalite.config.sources import Source, parse_sources
 from megalite.data import _index
 from megalite.data.blend import SURPLUS, build_blend, build_exhaustive_blend, normalized, planned_sizes
-from megalite.data.cache import Arrays, content_key, load_or_build
+from megalite.data.index_cache import Arrays, content_key, load_or_build
 from megalite.data.indexed import IndexedDataset
 from megalite.data.sample_index import Cut, build_indices, parse_split, plan_cut, split_spans
 from megalite.errors import UserError

@@ -19,13 +19,13 @@ from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
+from megalite.observe.formatting import counted
 from megalite.observe.metrics import SpeedMeter, StepMetrics
 from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
-from megalite.observe.words import counted
-from megalite.optim.schedule import learning_rate
+from megalite.optim.lr_schedule import learning_rate
 from megalite.runtime import StopRequest
-from megalite.train.attention import attention_calls
+from megalite.train.attention_calls import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
 from megalite.train.reader import Reader

@@ -17,8 +17,8 @@ import pytest
 import zstandard
 
 from megalite.errors import UserError
+from megalite.text.dedup.deduplication import Deduplication, Settings, Summary
 from megalite.text.dedup.minhash import choose_banding
-from megalite.text.dedup.run import Deduplication, Settings, Summary
 from megalite.text.words import comparable_words
 
 TOOL = Path(__file__).parents[2] / "tools" / "dedup_data.py"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.cache import write_array
+from megalite.data.index_cache import write_array
 from megalite.files import atomic_file, write_errors_named
 from megalite.text.jobs import DONE_DIRECTORY
 

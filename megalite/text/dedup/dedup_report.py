@@ -8,8 +8,8 @@ import numpy as np
 import orjson
 
 from megalite.files import atomic_file, write_atomically, write_errors_named
+from megalite.text.dedup.deduplication import Summary
 from megalite.text.dedup.near import SIMILARITY_BINS
-from megalite.text.dedup.run import Summary
 
 _SIMILAR, _OTHER = "#d1495b", "#8d99ae"
 
