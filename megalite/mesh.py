@@ -181,7 +181,7 @@ class Group:
             self.send(tensor, other).wait()
         return arriving
 
-    def sum_among(self, tensor: Tensor, members: tuple[int, ...]) -> None:
+    def sum_over_members(self, tensor: Tensor, members: tuple[int, ...]) -> None:
         """Sum `tensor` in place over some of the group's ranks (indices, ascending, with its own); complete on return.
 
         A part of the group exchanges tensors pair by pair and adds them in index order, so all get the same bits. For

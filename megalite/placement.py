@@ -104,7 +104,7 @@ class Placement:
     role: str = "matrix"
 
 
-class Store(Protocol):
+class ParameterStore(Protocol):
     """Where a parameter's values and gradient live: a bucket, which may hold either of them only for a while."""
 
     def gather(self, parameter: PlacedParameter) -> None:
@@ -134,7 +134,7 @@ class PlacedParameter(nn.Parameter):
 
     placement: Placement
     tied_to: PlacedParameter | None
-    store: Store | None
+    store: ParameterStore | None
     main_grad: Tensor | None
     delay: Callable[[Action], None] | None
 

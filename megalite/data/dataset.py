@@ -303,7 +303,7 @@ def build_datasets(
         raise UserError(
             f"data.split: {data_config.split} cannot be combined with data.valid; leave one of the two empty"
         )
-    sampling = Sampling(seq_length, seed, vocab_size, cache_dir)
+    sampling = SampleOrder(seq_length, seed, vocab_size, cache_dir)
     train = parse_sources(data_config.train, "data.train")
     valid = parse_sources(data_config.valid, "data.valid")
     if not train:
@@ -318,7 +318,7 @@ def build_datasets(
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleOrder:
     """How files become samples; the arguments of `build_datasets` that training and validation share."""
 
     seq_length: int

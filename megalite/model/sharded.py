@@ -155,11 +155,11 @@ class ShardedModel:
         plain = model_shapes(dataclasses.replace(self.config.model, tie_embeddings=False))
         return {name: shape for name, shape in self.shapes().items() if name.removeprefix(self.prefix) not in plain}
 
-    def settle(self) -> None:
+    def wait_for_all_gather(self) -> None:
         """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten
         other than by a step."""
         for buckets in self.buckets.values():
-            buckets.settle()
+            buckets.wait_for_all_gather()
 
     @torch.no_grad()
     def share(self) -> None:
@@ -168,7 +168,7 @@ class ShardedModel:
             segment.write_back()
         for buckets in self.buckets.values():
             buckets.gather_parameters()
-        self.settle()
+        self.wait_for_all_gather()
 
     # Computation
 

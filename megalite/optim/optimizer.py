@@ -72,7 +72,7 @@ class Optimizer:
     def step(self, lr: float, gradient_scale: float) -> None:
         """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
         for stage in self.stages:
-            stage.settle()
+            stage.wait_for_all_gather()
         self.step_count += 1
         self.rule.update(self.segments, lr=lr, gradient_scale=gradient_scale, step=self.step_count)
         for stage in self.stages:

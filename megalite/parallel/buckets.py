@@ -122,7 +122,7 @@ class Bucket:
     # What layers call
 
     def gather(self, parameter: PlacedParameter) -> None:
-        self.ensure_parameters()
+        self.wait_for_all_gather()
 
     def allocate_gradients(self) -> None:
         return None
@@ -161,11 +161,11 @@ class Bucket:
             self._work = None
 
     def gather_parameters(self) -> None:
-        """Start to share the updated shards; `ensure_parameters` completes it."""
+        """Start to share the updated shards; `wait_for_all_gather` completes it."""
         if self.sharded and self.group.size > 1:
             self._gathering = self.group.all_gather(self.parameters, self.parameters[self.shard].clone())
 
-    def ensure_parameters(self) -> None:
+    def wait_for_all_gather(self) -> None:
         """The parameters can be read from now on."""
         if self._gathering is not None:
             self._gathering.wait()
@@ -191,12 +191,12 @@ class ShardedBucket(Bucket):
     """
 
     def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
-        self.comes_and_goes = zero == 3
+        self.reshards = zero == 3
         self.on_use: Callable[[], None] | None = None
         super().__init__(parameters, group, zero, deferred=deferred)
         self._flying: tuple[Tensor, Tensor] | None = None
         self._arrived: set[int] = set()
-        if self.comes_and_goes:
+        if self.reshards:
             self.updated = self.shard
             self._owned = self.parameters[self.shard].clone()
             self.release()
@@ -211,7 +211,7 @@ class ShardedBucket(Bucket):
 
     @property
     def owned(self) -> Tensor:
-        return self._owned if self.comes_and_goes else super().owned
+        return self._owned if self.reshards else super().owned
 
     def begin(self, micro_batches: int) -> None:
         self.shard_gradients.zero_()
@@ -220,7 +220,7 @@ class ShardedBucket(Bucket):
     def gather(self, parameter: PlacedParameter) -> None:
         if self.on_use is not None:
             self.on_use()
-        self.ensure_parameters()
+        self.wait_for_all_gather()
 
     def gradient_added(self, parameter: PlacedParameter) -> None:
         self._arrived.add(id(parameter))
@@ -256,26 +256,26 @@ class ShardedBucket(Bucket):
         self.parameters.untyped_storage().resize_(self.length * self.parameters.element_size())
 
     def unshard(self) -> None:
-        """Start to gather the whole parameters; `ensure_parameters` completes it."""
+        """Start to gather the whole parameters; `wait_for_all_gather` completes it."""
         if self.released:
             self._allocate_parameters()
             self._gathering = self.group.all_gather(self.parameters, self._owned)
 
     def release(self) -> None:
         """Give the whole parameters' memory back."""
-        super().ensure_parameters()
+        super().wait_for_all_gather()
         self.parameters.untyped_storage().resize_(0)
 
     def gather_parameters(self) -> None:
-        if not self.comes_and_goes:
+        if not self.reshards:
             super().gather_parameters()
 
     def open(self) -> None:
-        if self.comes_and_goes and self.released:
+        if self.reshards and self.released:
             self._allocate_parameters()
             self.parameters.zero_()
 
     def close(self) -> None:
-        if self.comes_and_goes:
+        if self.reshards:
             self._owned.copy_(self.parameters[self.shard])
             self.release()

@@ -200,18 +200,18 @@ class StageBuckets:
             bucket.gather_parameters()
         for bucket in self.buckets:
             if bucket.deferred or not bucket.decays:
-                bucket.ensure_parameters()
+                bucket.wait_for_all_gather()
 
-    def settle(self) -> None:
+    def wait_for_all_gather(self) -> None:
         """Wait for all parameters: for whoever reads or writes them other than by a forward pass."""
         for bucket in self.buckets:
-            bucket.ensure_parameters()
+            bucket.wait_for_all_gather()
 
     @torch.no_grad()
     def fill(self, write: Callable[[PlacedParameter], None]) -> None:
         """Call `write` for every parameter, which it is to overwrite; of those that ZeRO-3 shards one bucket at a time
         is whole."""
-        self.settle()
+        self.wait_for_all_gather()
         self._window.clear()
         for bucket in self.buckets:
             bucket.open()
@@ -222,10 +222,10 @@ class StageBuckets:
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Within, every parameter is whole and can be read as it is, also by forward passes."""
-        self.settle()
+        self.wait_for_all_gather()
         for bucket in self._window.buckets:
             bucket.unshard()
-        self.settle()
+        self.wait_for_all_gather()
         self._window.pinned = True
         try:
             yield
@@ -330,7 +330,7 @@ def _layers_in_order(stage: nn.Module, buckets: Iterable[Bucket]) -> list[list[S
     homes = _homes(stage)
     layers: dict[str, list[ShardedBucket]] = {home: [] for home in homes.values()}
     for bucket in buckets:
-        if isinstance(bucket, ShardedBucket) and bucket.comes_and_goes:
+        if isinstance(bucket, ShardedBucket) and bucket.reshards:
             layers[homes[id(bucket.slots[0].parameter)]].append(bucket)
     return [layer for layer in layers.values() if layer]
 
@@ -350,7 +350,7 @@ class SharedBoxes:
             assert parameter.main_grad is not None
             views.append(box.view(parameter.main_grad))
         packed = torch.cat([view.reshape(-1) for view in views])
-        self.group.sum_among(packed, self.members)
+        self.group.sum_over_members(packed, self.members)
         for view, total in zip(views, packed.split([view.numel() for view in views])):
             view.copy_(total.view(view.shape))
 
