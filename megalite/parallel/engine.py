@@ -1,7 +1,7 @@
-"""The one engine that runs every pipeline schedule: it walks a rank's list of lowered operations.
+"""The engine that runs every pipeline schedule: it executes a rank's list of lowered operations.
 
-It knows neither the model nor the loss: a stage's forward pass is a function that it is given. The output of the last
-stage is the loss of a micro-batch (fp64 scalar), whose gradient is 1, or in forward passes alone any tensor.
+It knows neither the model nor the loss: a stage's forward pass is a function passed in. The last stage outputs the loss
+of a micro-batch (fp64 scalar, gradient 1); in forward-only runs it may output any tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ StageForward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, input hidden or None on the first stage) -> output hidden, or the loss on the last stage."""
 
 Observer = Callable[[Op], AbstractContextManager[None]]
-"""Wraps the execution of every operation: to time it, or to name it in a profile."""
+"""Wraps the execution of every operation, to time it or to name it in a profile."""
 
 _PENDING_SENDS = 2
 
@@ -35,7 +35,7 @@ def unobserved(op: Op) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Activation:
-    """The shape and dtype of what travels between stages: hidden [s, B, H], the same for every micro-batch."""
+    """Shape and dtype of the activations sent between stages: hidden [s, B, H], the same for every micro-batch."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -48,8 +48,8 @@ class Activation:
 class PipelineEngine:
     """Runs this rank's operations of one step; built once for a plan, used every step.
 
-    `owners` says for each stage which pipeline rank holds it. An output is dropped as soon as it has been sent:
-    backward needs only the edge of the graph that it left behind.
+    `owners[stage]` is the pipeline rank that holds the stage. An output is freed as soon as it has been sent: backward
+    needs only its edge in the autograd graph.
     """
 
     def __init__(self, ops: tuple[Op, ...], owners: Sequence[int], mesh: Mesh, activation: Activation) -> None:
@@ -127,9 +127,9 @@ class PipelineEngine:
             gradient, work = self._gradients.pop(key)
             if work is not None:
                 work.wait()
-            if key in self._forward_sends:  # the receiver has answered, so this wait is a formality
+            if key in self._forward_sends:  # the gradient has come back, so the send is complete: this cannot block
                 self._forward_sends.pop(key)[1].wait()
-        if edge is not None:  # the first stage has none where nothing in it is trained
+        if edge is not None:  # the first stage has none if all of it is frozen
             torch.autograd.backward(edge, gradient)
         if hidden is None:
             return
@@ -149,12 +149,12 @@ class PipelineEngine:
             return
         tensor = self._outputs.pop(key)
         if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
-            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
+            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not match {self.activation}")
         work = self._group.send(tensor, neighbour)
         if op.kind == "SF" and torch.is_grad_enabled():
             self._forward_sends[key] = (tensor, work)  # kept until its gradient comes back
             return
-        # No answer will come: without a bound all micro-batches' tensors would be held until the end.
+        # No gradient will come back: without a bound, the tensors of all micro-batches would be held until the end.
         self._unanswered.append((tensor, work))
         while len(self._unanswered) > _PENDING_SENDS:
             self._unanswered.popleft()[1].wait()
