@@ -25,9 +25,9 @@ import megalite.text.clean
 from megalite.cli import program
 from megalite.errors import UserError
 from megalite.files import write_atomically
+from megalite.text.clean.cleaner import Cleaner, Counts
 from megalite.text.clean.filters import Rejection
 from megalite.text.clean.rules import Rules, load_rules
-from megalite.text.clean.run import Cleaner, Counts
 from megalite.text.readers import expand_inputs, read_documents
 
 ROOT = Path(__file__).parent.parent

@@ -35,7 +35,7 @@ from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import link, product_rate
 from megalite.planning.job import MEGALITE, Practice
 from megalite.planning.memory import worst_rank
-from megalite.planning.step_time import Work, pipeline_costs, stage_work, step_time
+from megalite.planning.step_time import TimeParts, pipeline_costs, stage_work, step_time
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
 
@@ -76,7 +76,7 @@ def layers_that_fit(device: Device, hidden: int) -> int:
     return next(more) - 1
 
 
-def layer(job: Job) -> Work:
+def layer(job: Job) -> TimeParts:
     """Seconds of one layer and micro-batch by kind: the middle of three stages has neither embedding nor output."""
     work = stage_work(replace(job, pipeline=3), 1)
     return work.forward.plus(work.backward)
@@ -85,7 +85,7 @@ def layer(job: Job) -> Work:
 def tensor_share(device: Device, hidden: int, tensor: int, practice: Practice = MEGALITE) -> Row:
     """Share of one GPU's tokens/s in a layer, and the shares of a GPU's time that are lost: all together 1."""
     alone, work = (layer(tensor_job(device, hidden, size, practice)) for size in (1, tensor))
-    lost = Work(*((tensor * mine - own) / (tensor * work.seconds) for mine, own in zip(work, alone)))
+    lost = TimeParts(*((tensor * mine - own) / (tensor * work.seconds) for mine, own in zip(work, alone)))
     row = {"share": alone.seconds / (tensor * work.seconds), "products": lost.products + lost.attention}
     return row | {"communication": lost.tensor, "elementwise": lost.elementwise, "host": lost.launch}
 

@@ -26,7 +26,7 @@ import tyro
 from benchmarks.data import train_hugging_face, write_corpus
 from megalite.errors import UserError, exit_on_user_error
 from megalite.files import write_atomically
-from megalite.text.huggingface import HuggingFaceTokenizer
+from megalite.text.huggingface_tokenizer import HuggingFaceTokenizer
 from megalite.text.readers import read_documents
 
 ROOT = Path(__file__).parent.parent

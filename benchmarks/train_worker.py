@@ -22,7 +22,7 @@ from megalite.mesh import Mesh
 from megalite.observe.lines import read_lines
 from megalite.observe.timeline import Recorder
 from megalite.placement import PlacedParameter
-from megalite.train.attention import attention_calls
+from megalite.train.attention_calls import attention_calls
 from megalite.train.trainer import DTYPES, Trainer
 
 OBSERVED = 3

@@ -21,7 +21,7 @@ from pathlib import Path
 from megalite.cli import Parser, file_path, program, whole
 from megalite.config.load import parse_overrides
 from megalite.errors import FINISHED, STOPPED, UserError
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 from megalite.processes import Processes, outcome
 from megalite.text.readers import expand_inputs, read_documents
 

@@ -26,7 +26,7 @@ _CORES_A_GPU = 8
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """One training run to be submitted: the options, and what is particular to it (a sweep makes several)."""
 
     options: argparse.Namespace
@@ -95,7 +95,7 @@ def code_version() -> str:
         return "unknown"
 
 
-def container(job: Job) -> tuple[list[str], list[str]]:
+def container(job: BatchJob) -> tuple[list[str], list[str]]:
     """(options of srun for pyxis, command before the ranks' command for apptainer)."""
     options = job.options
     if options.container_image is None:
@@ -114,7 +114,7 @@ def container(job: Job) -> tuple[list[str], list[str]]:
     return [], ["apptainer", "exec", *gpus, "--bind", joined, "--pwd", str(Path.cwd()), image]
 
 
-def directives(job: Job) -> list[str]:
+def directives(job: BatchJob) -> list[str]:
     """What sbatch reads."""
     options = job.options
     if "\\" in str(job.run_dir):
@@ -141,7 +141,7 @@ def _array(name: str, words: Sequence[str]) -> str:
     return line if len(line) <= 120 else "\n    ".join([f"{name}=(", *quoted]) + "\n)"
 
 
-def render(job: Job) -> str:
+def render(job: BatchJob) -> str:
     """The sbatch script. Raises UserError for a value that cannot stand in it."""
     options, submission = job.options, job.submission
     inside, before = container(job)
@@ -179,7 +179,7 @@ def render(job: Job) -> str:
     )
 
 
-def _environment(job: Job) -> list[str]:
+def _environment(job: BatchJob) -> list[str]:
     """Lines that set the ranks' surroundings up."""
     options = job.options
     values: dict[str, str] = {"OMP_NUM_THREADS": str(job.cpus_per_task or 1), "NCCL_DEBUG": "WARN"}

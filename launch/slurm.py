@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.sbatch import Job, checked, render  # noqa: E402
+from launch.sbatch import BatchJob, checked, render  # noqa: E402
 from megalite.cli import Parser, program, whole  # noqa: E402
 from megalite.errors import UserError  # noqa: E402
 from megalite.files import write_atomically  # noqa: E402
@@ -214,7 +214,7 @@ def check_recipe(recipe: Path, overrides: Sequence[str], ranks: int) -> None:
     check_layout(load_config(recipe, overrides), ranks)
 
 
-def plan_jobs(options: argparse.Namespace) -> list[Job]:
+def plan_jobs(options: argparse.Namespace) -> list[BatchJob]:
     """The runs that were asked for, checked."""
     check_options(options)
     recipe = Path(options.recipe)
@@ -234,7 +234,7 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
         overrides = tuple(word for field, value in fields.items() for word in (f"--{field}", value))
         check_recipe(recipe, overrides, options.nodes * tasks)
         name = re.sub(r"[^\w.+-]+", "_", options.job_name or run_dir.name)
-        jobs.append(Job(options, name, run_dir, overrides, tasks))
+        jobs.append(BatchJob(options, name, run_dir, overrides, tasks))
     return jobs
 
 
@@ -249,7 +249,7 @@ def _sbatch(arguments: Sequence[str], script: str | None = None) -> str:
     return (done.stdout + done.stderr).strip()
 
 
-def submit(job: Job) -> None:
+def submit(job: BatchJob) -> None:
     """Write the script and the recipe beside it, and hand the chain's jobs to SLURM."""
     submission, script = job.submission, render(job)
     files = {submission.with_suffix(".toml"): Path(job.options.recipe).read_bytes()}

@@ -1,8 +1,9 @@
 """A rank is a coordinate: the mesh of pipeline, data, expert, context and tensor axes, and the groups along them.
 
 `tp` runs fastest and `pp` slowest, so that tensor-parallel peers, which talk most, are neighbours on one machine.
-A `Mesh` is a value that is built once and passed down; nothing in megalite looks up a process group that it was not
-given. `Group` is the only door to `torch.distributed`: everything above it names ranks and tensors, never a backend.
+A `Mesh` is a value that is built once and passed down; no code in megalite looks up a global process group. Training
+communicates through `Group` alone, in terms of ranks and tensors; starting, watching and ending the processes
+(`megalite.runtime`, `observe.watch`, the doctor) use `torch.distributed` directly.
 """
 
 from __future__ import annotations
@@ -26,23 +27,24 @@ CPU = torch.device("cpu")
 AXES = ("pp", "dp", "ep", "cp", "tp")
 
 DATA_AXES = ("dp", "ep", "cp")
-"""The axes along which ranks train on other data with the same weights (experts: all but `ep`)."""
+"""The axes along which ranks hold the same weights and train on different data (experts: all but `ep`)."""
 
 # Renamed in torch 2.13; both names are needed while older versions are supported.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 _BACKGROUND_LIMIT = timedelta(hours=1)
-"""Until `set_timeout`: what one rank may take longer than another to read a checkpoint."""
+"""Timeout until `set_timeout`: by how much one rank may take longer than another to read a checkpoint."""
 
 _DIRECT_BYTES, _DIRECT_GATHER, _DIRECT_REDUCTION = 1 << 16, 8, 2
-"""On CPUs: bytes of a rank's part, and ranks of a gather and of a reduction, that are worth direct transfers."""
+"""On CPUs, collectives run as point-to-point transfers from this many bytes per rank, and up to this group size (for
+an all-gather and for a reduce-scatter)."""
 
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class Work(Protocol):
-    """A started communication. Its tensors may neither be read nor written before `wait` has returned."""
+    """A communication in flight. Its tensors must be neither read nor written until `wait` has returned."""
 
     def wait(self) -> object: ...
 
@@ -56,7 +58,7 @@ DONE: Work = _Done()
 
 
 class _Timed:
-    """A backend's work; the time spent in `wait` is added up in its group."""
+    """A backend's work handle; time spent in `wait` is added to its group's `waited_seconds`."""
 
     def __init__(self, group: Group, work: dist.Work, *limit: timedelta) -> None:
         self._group, self._work, self._limit = group, work, limit
@@ -69,7 +71,7 @@ class _Timed:
 
 
 class _Direct:
-    """A collective made of transfers: done when all have arrived and `finish` has been called."""
+    """A collective made of point-to-point transfers: complete once all have arrived and `finish` has run."""
 
     def __init__(self, transfers: Sequence[Work], finish: Callable[[], object]) -> None:
         self._transfers, self._finish = transfers, finish
@@ -84,8 +86,8 @@ class Group:
     """An ordered tuple of ranks that this rank belongs to, and the communications among them.
 
     Every method starts its communication and returns a `Work`; nothing is complete before `wait()`.
-    A group of one rank needs no backend: its communications are local copies. `waited_seconds` is the host's time in
-    waits, from the start: the rank that the others wait for is the one with little of it. `observe_wait` wraps waits.
+    A group of one rank needs no backend: its communications are local copies. `waited_seconds` is the total host time
+    spent in waits; the straggler is the rank with the least of it. `observe_wait` wraps every wait.
     """
 
     def __init__(self, ranks: tuple[int, ...], rank: int, handle: dist.ProcessGroup | None) -> None:
@@ -101,20 +103,21 @@ class Group:
         return len(self.ranks)
 
     def set_timeout(self, seconds: float) -> None:
-        """From now on, a communication that takes longer than this fails."""
+        """Make every later communication fail after this time."""
         self._limit = timedelta(seconds=seconds)
         if self.handle is not None:
             dist.distributed_c10d._set_pg_timeout(self._limit, self.handle)
 
     def _transfer_limit(self, tensor: Tensor) -> tuple[timedelta, ...]:
-        """gloo's transfers keep the limit with which the group was made, unless `wait` is told another."""
+        """gloo's transfers keep the timeout the group was created with unless `wait` is passed another."""
         return (self._limit,) if self._limit is not None and tensor.device.type == "cpu" else ()
 
     def _direct(self, part: Tensor, most: int) -> bool:
-        """Whether a collective of so large parts goes faster as transfers from each to each: gloo's moves 0.3 to 1.3
-        GB/s where its transfers move 2 to 5. Of up to `most` ranks: two have one order of summation, whoever adds.
+        """Whether a collective with this `part` per rank is faster as all-to-all transfers: gloo's collectives reach
+        0.3 to 1.3 GB/s, its transfers 2 to 5. Limited to `most` ranks; for reductions to two, where the order of
+        summation cannot matter.
 
-        The transfers are this class's own even in a subclass: one that wraps operations wraps the collective as one."""
+        The transfers bypass overrides in subclasses: a subclass that wraps operations sees one collective."""
         return part.device.type == "cpu" and self.size <= most and part.nbytes >= _DIRECT_BYTES
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
@@ -150,7 +153,7 @@ class Group:
         return _Timed(self, _reduce_scatter_single(output, tensor, group=self.handle, async_op=True))
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
-        """Overwrite `tensor` with that of the rank at index `source` of the group."""
+        """Overwrite `tensor` with the one on the rank at index `source` of the group."""
         if self.size == 1:
             return DONE
         return _Timed(self, dist.broadcast(tensor, src=self.ranks[source], group=self.handle, async_op=True))
@@ -168,9 +171,9 @@ class Group:
         return _Timed(self, work, *self._transfer_limit(tensor))
 
     def exchange(self, tensor: Tensor, other: int) -> Tensor:
-        """Swap tensors of one shape with the rank at index `other`, which calls this, too; complete on return.
+        """Swap tensors of the same shape with the rank at index `other`, which must call this too; complete on return.
 
-        The lower of the two sends first, so that it works where a send waits for its receive.
+        The lower rank sends first, so this cannot deadlock where a send blocks until its receive is posted.
         """
         arriving = torch.empty_like(tensor)
         if self.index < other:
@@ -181,11 +184,11 @@ class Group:
             self.send(tensor, other).wait()
         return arriving
 
-    def sum_among(self, tensor: Tensor, members: tuple[int, ...]) -> None:
-        """Sum `tensor` in place over some of the group's ranks (indices, ascending, with its own); complete on return.
+    def sum_over_members(self, tensor: Tensor, members: tuple[int, ...]) -> None:
+        """Sum `tensor` in place over `members` (ascending group indices, including this rank's); complete on return.
 
-        A part of the group exchanges tensors pair by pair and adds them in index order, so all get the same bits. For
-        small sets.
+        A proper subset exchanges tensors pairwise and adds them in index order, so all members get identical bits.
+        Meant for small sets.
         """
         if len(members) == self.size:
             self.all_reduce(tensor).wait()
@@ -204,11 +207,11 @@ GroupFactory = Callable[[tuple[int, ...], int], Group]
 
 
 def create_group(ranks: tuple[int, ...], rank: int, timeout: timedelta | None = None) -> Group:
-    """Make the process group of `ranks`.
+    """Create the process group of `ranks`.
 
-    Ranks outside take no part, so that a rank of a 16,384-rank job makes only the handful of groups that it belongs to.
-    torch names such a group after its ranks and the count of groups made so far, so every rank of the job must make
-    equally many groups in the same order: one along each axis, never one for a few ranks alone.
+    Only its members take part, so each rank of a 16,384-rank job creates just the handful of groups it belongs to.
+    torch names such a group after its ranks and the number of groups created so far, so every rank of the job must
+    create the same number of groups in the same order: one along each axis, never one for a few ranks only.
     """
     if len(ranks) == 1:
         return Group(ranks, rank, None)
@@ -222,8 +225,8 @@ def create_group(ranks: tuple[int, ...], rank: int, timeout: timedelta | None = 
 class Mesh:
     """Sizes of the five axes and this rank's place in them.
 
-    `ep` is a factor of data parallelism: `dp * ep` ranks take different samples, and experts are shared out over `ep`.
-    `make_group` builds a group from its ranks; tests pass a factory whose groups misbehave on purpose.
+    `ep` is a factor of data parallelism: `dp * ep` ranks read different samples, and experts are sharded over `ep`.
+    `make_group` builds a group from its ranks; tests inject faulty groups through it.
     """
 
     pp: int = 1
@@ -275,7 +278,7 @@ class Mesh:
     def group(self, *axes: str) -> Group:
         """The group along the product of `axes` through this rank; `mesh.group("dp", "cp")`.
 
-        Made on the first request, by all ranks together: ask for groups while building, everywhere in the same order.
+        Created on first request, collectively: request groups at construction, in the same order on every rank.
         """
         if axes not in self._groups:
             self._groups[axes] = self.make_group(self.ranks_along(*axes), self.rank)
@@ -283,16 +286,16 @@ class Mesh:
 
     @property
     def samples_size(self) -> int:
-        """Among how many ranks the samples of a batch are dealt."""
+        """The number of ranks that a batch's samples are divided among."""
         return self.dp * self.ep
 
     @property
     def samples_index(self) -> int:
-        """This rank's place among them."""
+        """This rank's index among them."""
         return self.index("dp") * self.ep + self.index("ep")
 
     def data_group(self) -> Group:
-        """The ranks that hold the same weights and train on other data."""
+        """The ranks that hold the same weights and train on different data."""
         return self.group(*DATA_AXES)
 
     @property
@@ -300,9 +303,9 @@ class Mesh:
         return self.group(*AXES)
 
     def background_group(self) -> Group:
-        """A new group of all ranks for a thread beside the training: gloo's, so for tensors in host memory.
+        """A new gloo group of all ranks for a background thread; its tensors are in host memory.
 
-        Made by all ranks together. Its limit is that of the others, its waits are none of the training's.
+        Created collectively. It shares the timeout of the other groups, but its waits are not counted as training time.
         """
         handle = dist.new_group(backend="gloo", timeout=_BACKGROUND_LIMIT) if self.size > 1 else None
         self._background.append(Group(tuple(range(self.size)), self.rank, handle))
@@ -311,13 +314,13 @@ class Mesh:
     def warm_up(self) -> None:
         """Use every connection once, in an order on which all ranks agree.
 
-        NCCL makes a communicator when it is first used, and both ends must come to it; in the middle of a pipeline,
-        two ranks may each wait in another one. Groups first, in the order in which they were made, then the pairs of
-        neighbours of the pipeline, the last and the first among them: the lower rank of a pair sends first.
+        NCCL creates a communicator lazily, and both ends must join; in the middle of a pipeline step, two ranks could
+        each block on a different one. So: first all groups, in the order they were created, then each pair of
+        neighbours in the pipeline ring (including last and first), the lower rank sending first.
         """
         for axes, group in self._groups.items():
-            # Stages talk in pairs: a communicator of a whole pipeline would only take memory. Of two stages the group
-            # is the pair, and sums the gradients of tied weights.
+            # Stages communicate in pairs, so a communicator for the whole pipeline would only cost memory. With two
+            # stages the group is the pair, and it also sums the gradients of tied weights.
             if axes != ("pp",) or group.size == 2:
                 group.all_reduce(torch.zeros(1, device=self.device)).wait()
         pipeline = self._groups.get(("pp",))
@@ -329,16 +332,16 @@ class Mesh:
                 pipeline.exchange(torch.zeros(1, device=self.device), high + low - pipeline.index)
 
     def set_timeout(self, seconds: float) -> None:
-        """Limit every later communication of all groups made so far."""
+        """Set the timeout of every later communication of all groups created so far."""
         for group in (*self._groups.values(), *self._background):
             group.set_timeout(seconds)
 
     def observe_waits(self, observe: Callable[[tuple[str, ...]], AbstractContextManager[None]]) -> None:
-        """Wrap every later wait of the groups made so far in `observe(axes)`: to time it where it happens."""
+        """Wrap every later wait of the groups created so far in `observe(axes)`, for the timeline."""
         for axes, group in self._groups.items():
             group.observe_wait = functools.partial(observe, axes)
 
     @property
     def waited_seconds(self) -> float:
-        """Time that this rank has spent waiting for others, in all its groups."""
+        """Time this rank has spent waiting for others, over all its groups."""
         return sum(group.waited_seconds for group in self._groups.values())

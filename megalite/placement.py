@@ -1,13 +1,14 @@
 """A parameter knows its place in the global model.
 
-Every parameter carries one `Placement`: which boxes of which global tensors this rank holds, where they lie in the
+Every parameter carries one `Placement`: which boxes of which global tensors this rank holds, their offsets in the
 local tensor, and which ranks hold the same box. Initialisation, gradient reduction, the gradient norm, optimizer
-sharding, checkpoints, Hugging Face export and the parity tests read only this; a new layer that declares its placement
-gets all of them.
+sharding, checkpoints and the parity tests read nothing else, so a new layer that declares its placement gets all of
+them.
 
-Global names are those of Hugging Face's Llama checkpoints (`model.layers.3.self_attn.q_proj.weight`), so that fused
-local tensors (query/key/value, gate/up) are several boxes of plainly named global ones. Padded vocabulary rows belong
-to no box: they are zero and stay zero. Over the data axes every parameter is replicated unless its `reduce` says less.
+Global names follow Hugging Face's Llama checkpoints (`model.layers.3.self_attn.q_proj.weight`); a fused local tensor
+(query/key/value, gate/up) holds one box of each of the global tensors it fuses. Padding rows of the vocabulary belong
+to no box: they are zero and stay zero. Every parameter is replicated over the axes in `reduce`, by default all data
+axes.
 """
 
 from __future__ import annotations
@@ -28,27 +29,27 @@ Action = Callable[[], object]
 
 @dataclass(frozen=True)
 class Region:
-    """An axis-aligned part of a tensor: where it begins, and how far it reaches."""
+    """An axis-aligned region of a tensor."""
 
     offset: tuple[int, ...]
     size: tuple[int, ...]
 
     def inside(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape has the region."""
+        """Whether the region lies within a tensor of this shape."""
         return len(self.offset) == len(self.size) == len(shape) and all(
             start >= 0 and length >= 0 and start + length <= extent
             for start, length, extent in zip(self.offset, self.size, shape)
         )
 
     def overlap(self, other: Region) -> Region | None:
-        """What two regions of the same tensor share."""
+        """The intersection with another region of the same tensor; None where it is empty."""
         first = tuple(map(max, self.offset, other.offset))
         ends = (min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size))
         size = tuple(end - start for start, end in zip(first, ends))
         return Region(first, size) if all(length > 0 for length in size) else None
 
     def of(self, tensor: Tensor, origin: Sequence[int]) -> Tensor:
-        """This region of a tensor whose own first element lies at `origin`; a view."""
+        """This region as a view of `tensor`, which starts at `origin` of the global tensor."""
         for dim, (start, length, begin) in enumerate(zip(self.offset, self.size, origin)):
             tensor = tensor.narrow(dim, start - begin, length)
         return tensor
@@ -56,10 +57,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Box:
-    """An axis-aligned piece of one global tensor inside one local parameter.
+    """An axis-aligned box of one global tensor inside one local parameter.
 
-    `replicas` are the ranks (this one among them; same data coordinate) that hold this same box, ascending. `partial`
-    says that each replica's gradient is one term of a sum; otherwise the replicas compute identical gradients.
+    `replicas` are the ranks at the same data coordinate that hold this box, ascending, including this one. With
+    `partial`, each replica's gradient is one term of a sum; otherwise all replicas compute identical gradients.
     """
 
     name: str
@@ -71,13 +72,13 @@ class Box:
     partial: bool = False
 
     def view(self, local: Tensor) -> Tensor:
-        """This box's part of a tensor that is shaped like the local parameter."""
+        """This box as a view of a tensor shaped like the local parameter."""
         for dim, (start, length) in enumerate(zip(self.local_offset, self.size)):
             local = local.narrow(dim, start, length)
         return local
 
     def of(self, full: Tensor) -> Tensor:
-        """This box's part of the whole global tensor."""
+        """This box as a view of the full global tensor."""
         for dim, (start, length) in enumerate(zip(self.offset, self.size)):
             full = full.narrow(dim, start, length)
         return full
@@ -90,11 +91,11 @@ class Box:
 
 @dataclass(frozen=True)
 class Placement:
-    """The boxes of one local parameter, how its global tensors begin, and how it is trained.
+    """The boxes of one local parameter, how its global tensors are initialised, and how it is trained.
 
     `init` is `normal` (with standard deviation `std`), `ones` or `zeros`. `reduce` names the mesh axes over which the
-    gradient is summed: all that carry other data. `role` says what the parameter is (`matrix`, `vector`, `embedding`,
-    `output`, `adapter`), which is what optimizers choose by.
+    gradient is summed: those whose ranks see different data. `role` says what the parameter is (`matrix`, `vector`,
+    `embedding`, `output`, `adapter`); optimizers select by it.
     """
 
     boxes: tuple[Box, ...]
@@ -104,8 +105,8 @@ class Placement:
     role: str = "matrix"
 
 
-class Store(Protocol):
-    """Where a parameter's values and gradient live: a bucket, which may hold either of them only for a while.
+class ParameterStore(Protocol):
+    """Where a parameter's values and gradient live: a bucket, which may hold either only temporarily.
 
     `ready` says that the values can be read without asking.
     """
@@ -113,7 +114,7 @@ class Store(Protocol):
     ready: bool
 
     def gather(self, parameter: PlacedParameter) -> None:
-        """Return once the parameter's values are there."""
+        """Return once the parameter's values are available."""
         ...
 
     def allocate_gradients(self) -> None:
@@ -130,16 +131,16 @@ class PlacedParameter(nn.Parameter):
 
     Once gradient buckets have been built over the model, `store` is the parameter's bucket: layers read the weight
     through `gathered()`, add its gradient to `grad_buffer()` (fp32, same shape) and then call `gradient_added()`.
-    `main_grad` is that buffer where it exists right now. Without a store, gradients go to `.grad` as usual.
+    `main_grad` is that buffer while it is allocated. Without a store, gradients go to `.grad` as usual.
 
-    `tied_to` names the parameter whose storage this one shares (a tied output layer in the same process). While
-    `delay` is set, layers hand it the work that computes their weight gradient instead of doing it (the W of
-    zero-bubble schedules).
+    `tied_to` is the parameter whose storage this one shares (a tied output layer in the same process). While `delay`
+    is set, layers pass it a closure that computes their weight gradient instead of computing it (the W of zero-bubble
+    schedules).
     """
 
     placement: Placement
     tied_to: PlacedParameter | None
-    store: Store | None
+    store: ParameterStore | None
     main_grad: Tensor | None
     delay: Callable[[Action], None] | None
 
@@ -150,13 +151,13 @@ class PlacedParameter(nn.Parameter):
         return parameter
 
     def gathered(self) -> PlacedParameter:
-        """This parameter, once its values are there; may wait for a communication."""
+        """This parameter, once its values are available; may wait for an all-gather."""
         if self.store is not None and not self.store.ready:
             self.store.gather(self)
         return self
 
     def grad_buffer(self) -> Tensor | None:
-        """Where the gradient is to be added; None where autograd is to have it. Allocates it if need be."""
+        """The buffer to add the gradient to, allocated if need be; None if autograd should accumulate it."""
         if self.main_grad is None and self.store is not None:
             self.store.allocate_gradients()
         return self.main_grad
@@ -177,14 +178,14 @@ class PlacedParameter(nn.Parameter):
 
 
 def placed_parameters(module: nn.Module) -> Iterator[PlacedParameter]:
-    """The module's parameters in definition order, each once; all of megalite's parameters are placed."""
+    """The module's parameters in definition order, each once; every parameter in megalite is placed."""
     for parameter in module.parameters():
         assert isinstance(parameter, PlacedParameter)
         yield parameter
 
 
 def split_evenly(total: int, parts: int, index: int) -> tuple[int, int]:
-    """Start and length of part `index` when `total` is cut into `parts`, the first ones one longer where needed."""
+    """Start and length of part `index` when `total` is split into `parts`; the first parts are one longer if uneven."""
     base, longer = divmod(total, parts)
     return index * base + min(index, longer), base + (index < longer)
 
@@ -206,7 +207,9 @@ def row_box(
 
 
 def flat_ranges(box: Box, local_shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """The row-major element ranges [start, stop) that a box covers in its local parameter, as few as possible."""
+    """The row-major element ranges [start, stop) that a box covers in its local parameter, merged where adjacent."""
+    # Trailing dimensions that the box spans entirely are contiguous in memory, together with the extent of the box in
+    # the dimension before them: that is one range, repeated for every index of the dimensions further out.
     inner, dim = 1, len(local_shape)
     while dim > 0 and box.size[dim - 1] == local_shape[dim - 1]:
         dim -= 1
@@ -226,9 +229,11 @@ def flat_ranges(box: Box, local_shape: tuple[int, ...]) -> Iterator[tuple[int, i
 def range_boxes(box: Box, local_shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[Box, int]]:
     """The parts of `box` inside the row-major range [start, stop) of its local parameter, as boxes.
 
-    Yields (box, flat position of its first element); every part is contiguous in the local parameter, so that a flat
-    optimizer shard can be described, saved and loaded like any other piece of the global tensor.
+    Yields (box, flat position of its first element). Every part is contiguous in the local parameter, so a flat
+    optimizer shard can be described, saved and loaded as boxes of the global tensor.
     """
+    # A ZeRO shard starts and ends anywhere, even in the middle of a row. Cutting greedily yields, for a matrix, at most
+    # the rest of the first row, the whole rows as one box, and the beginning of the last row.
     for first, last in flat_ranges(box, local_shape):
         first, last = max(first, start), min(last, stop)
         while first < last:
@@ -243,6 +248,8 @@ def range_boxes(box: Box, local_shape: tuple[int, ...], start: int, stop: int) -
 
 def _largest_block(shape: tuple[int, ...], box: Box, first: int, last: int) -> tuple[tuple[int, ...], int]:
     """Size and element count of the largest contiguous block of `box` that begins at `first` and ends by `last`."""
+    # Grow from the innermost dimension outwards. A dimension that is not filled from its beginning to its end stops the
+    # growth, since the next element in memory would lie outside the block; all dimensions further out keep size 1.
     where = [int(i) for i in np.unravel_index(first, shape)]
     size = [1] * len(shape)
     inner = 1

@@ -1,5 +1,5 @@
-"""The examples of docs/extending.md: each in every kind of layout, saved and resumed, exported or refused, and run from a
-recipe that lies beside them."""
+"""The examples of docs/extending.md: each in every kind of layout, saved and resumed, exported or refused, and run from
+a recipe beside them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from megalite.checkpoint.huggingface.export import export_huggingface
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.source import CheckpointReader, load_weights
@@ -317,7 +317,10 @@ def test_phi3_there_and_back_and_its_logits(tmp_path: Path, monkeypatch: pytest.
 
 
 def program(*arguments: object, path: Path | None = None) -> str:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,10 +8,10 @@ import os
 import time
 
 from megalite.cli import Parser, file_path, number, program, whole
-from megalite.text.clean.report import write_report
+from megalite.text.clean.clean_report import write_report
+from megalite.text.clean.cleaner import clean_corpus
 from megalite.text.clean.rules import load_rules
-from megalite.text.clean.run import clean_corpus
-from megalite.text.inputs import expand_inputs
+from megalite.text.input_files import expand_inputs
 from megalite.text.records import MAX_RECORD_BYTES
 
 

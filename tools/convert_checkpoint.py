@@ -16,11 +16,11 @@ import time
 
 from megalite.checkpoint.huggingface.config import NAMES
 from megalite.checkpoint.huggingface.export import Progress, export_huggingface
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.source import CheckpointReader
 from megalite.cli import Parser, file_path, number, program
 from megalite.errors import UserError
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,10 +9,10 @@ from typing import get_args
 
 from megalite.cli import Parser, file_path, number, program, whole
 from megalite.text.dedup.clusters import Keep
+from megalite.text.dedup.dedup_report import write_report
+from megalite.text.dedup.deduplication import Deduplication, Settings
 from megalite.text.dedup.minhash import choose_banding
-from megalite.text.dedup.report import write_report
-from megalite.text.dedup.run import Deduplication, Settings
-from megalite.text.inputs import expand_inputs
+from megalite.text.input_files import expand_inputs
 from megalite.text.records import MAX_RECORD_BYTES
 
 

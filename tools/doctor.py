@@ -25,7 +25,6 @@ from megalite.cli import Parser, file_path, nonempty, program
 from megalite.config.load import parse_overrides
 from megalite.doctor.findings import WARNING, Finding, TimeLimit, healthy, rows, sort
 from megalite.doctor.gpus import look_at_gpus
-from megalite.doctor.job import compare_rates, preflight
 from megalite.doctor.machine import (
     devices_here,
     look_at_cores,
@@ -34,8 +33,9 @@ from megalite.doctor.machine import (
     look_at_limits,
     look_at_software,
 )
+from megalite.doctor.preflight import compare_rates, preflight
 from megalite.errors import UserError
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 
 
 def _seconds(text: str) -> float:

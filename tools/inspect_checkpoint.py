@@ -9,12 +9,12 @@ import json
 import math
 from pathlib import Path
 
-from megalite.checkpoint.files import DTYPES
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.source import CheckpointReader
+from megalite.checkpoint.tensor_file import DTYPES
 from megalite.cli import Parser, file_path, program
 from megalite.errors import UserError
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 
 SHOWN_FAULTS = 20
 

@@ -9,10 +9,10 @@ import json
 
 from megalite.cli import Parser, nonempty, program, whole
 from megalite.data.indexed import IndexedDataset
-from megalite.data.inspect import PERCENTILES, histogram_lines, order, statistics
+from megalite.data.inspection import PERCENTILES, histogram_lines, order, statistics
 from megalite.data.verify import verify
 from megalite.errors import UserError
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
 SHOWN_TOKENS = 400

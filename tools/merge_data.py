@@ -9,7 +9,7 @@ import time
 from megalite.cli import Parser, nonempty, program
 from megalite.data.indexed import IndexedDataset
 from megalite.data.merge import merge, merged_provenance
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 
 
 def parse() -> argparse.Namespace:

@@ -24,8 +24,8 @@ from megalite.config.bounds import AtLeast
 from megalite.config.load import parse_overrides
 from megalite.errors import UserError
 from megalite.planning import DEVICES, Plan, estimate
-from megalite.planning.report import render, render_search
 from megalite.planning.search import search
+from megalite.planning.tables import render, render_search
 from megalite.train.inputs import resolve_tokenizer
 
 WIDTH = 120

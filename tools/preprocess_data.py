@@ -4,7 +4,7 @@ import argparse
 import os
 
 from megalite.cli import Parser, nonempty, number, program, whole
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 from megalite.text.records import MAX_RECORD_BYTES
 
 

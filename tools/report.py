@@ -8,7 +8,7 @@ import argparse
 
 from megalite.cli import Parser, file_path, program
 from megalite.report.page import write_report
-from megalite.report.run import read_runs
+from megalite.report.run_directory import read_runs
 
 
 def parse() -> argparse.Namespace:

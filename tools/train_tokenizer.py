@@ -3,7 +3,7 @@
 import argparse
 
 from megalite.cli import Parser, nonempty, program, whole
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 
 
 def parse() -> argparse.Namespace:

@@ -118,7 +118,7 @@ class MeasuredAttention:
             self.chosen[call] = self._fastest(call, tensors, options)
         return self.candidates[self.chosen[call]](*tensors, **options)
 
-    def settle(self, call: Call, device: torch.device, recorded: str | None) -> str:
+    def decide(self, call: Call, device: torch.device, recorded: str | None) -> str:
         """The candidate for a kind of call: the recorded one where it still works, otherwise the fastest."""
         with torch.enable_grad() if call.gradients else torch.no_grad():
             tensors, options = call.example(device)
@@ -167,7 +167,7 @@ def choose_attention(
         for number, call in enumerate(calls):
             before = (recorded or {}).get(call.name(mesh.device))
             try:
-                picks[number] = names.index(attention.settle(call, mesh.device, before))
+                picks[number] = names.index(attention.decide(call, mesh.device, before))
             except Exception as error:  # the others wait for an answer
                 logger.warning("kernels.attention: not measured for %s: %s", call.name(mesh.device), error)
         if mesh.device.type == "cuda":

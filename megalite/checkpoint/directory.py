@@ -17,8 +17,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalite.checkpoint.files import write_durably
 from megalite.checkpoint.manifest import MANIFEST, Manifest
+from megalite.checkpoint.tensor_file import write_durably
 from megalite.errors import UserError
 from megalite.files import sync_directory
 

@@ -13,8 +13,8 @@ import uuid
 from pathlib import Path
 
 from megalite.checkpoint.directory import complete_checkpoints
-from megalite.checkpoint.files import DamagedFile
 from megalite.checkpoint.manifest import MANIFEST, Manifest
+from megalite.checkpoint.tensor_file import DamagedFile
 from megalite.errors import UserError
 from megalite.files import read_bounded, write_atomically
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint import directory
-from megalite.checkpoint.files import DamagedFile, write_durably, write_tensor_file
 from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.identity import RunIdentity
 from megalite.checkpoint.lock import RunLock
@@ -41,9 +40,10 @@ from megalite.checkpoint.restore import (
     position,
     read_state,
 )
-from megalite.checkpoint.shards import Staging
 from megalite.checkpoint.source import CheckpointReader
+from megalite.checkpoint.staging import Staging
 from megalite.checkpoint.state import Checkpointable
+from megalite.checkpoint.tensor_file import DamagedFile, write_durably, write_tensor_file
 from megalite.config import Config, to_toml
 from megalite.errors import UserError
 from megalite.mesh import Mesh

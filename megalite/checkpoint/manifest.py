@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from megalite.checkpoint.files import DTYPES, DamagedFile, is_extents, parse_json, read_regular
+from megalite.checkpoint.tensor_file import DTYPES, DamagedFile, is_extents, parse_json, read_regular
 from megalite.errors import UserError
 
 MANIFEST = "manifest.json"

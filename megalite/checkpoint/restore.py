@@ -107,7 +107,7 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
         if OUTPUT not in expected:
             found = {name: shape for name, shape in found.items() if name != OUTPUT}
     compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
-    trainer.settle()
+    trainer.wait_for_all_gather()
     targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]
     if isinstance(source, CheckpointReader):
         source.read_into(WEIGHT, targets)

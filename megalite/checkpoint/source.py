@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.directory import find_checkpoint
-from megalite.checkpoint.files import DTYPES, DamagedFile, TensorFile, tensor_bytes
 from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest, Piece, piece_key
+from megalite.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, tensor_bytes
 from megalite.errors import UserError
 from megalite.model.decoder import Stage
 from megalite.model.shapes import local_shapes

@@ -34,7 +34,7 @@ class Checkpointable(Protocol):
         """Those of them that another run's checkpoint need not hold; they keep their initial values then."""
         ...
 
-    def settle(self) -> None:
+    def wait_for_all_gather(self) -> None:
         """Wait for parameters that are still being gathered."""
         ...
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from megalite.checkpoint.directory import commit, prepare, remove
-from megalite.checkpoint.files import DTYPE_NAMES, write_durably, write_tensor_file
 from megalite.checkpoint.manifest import WEIGHT, Index, Manifest, Piece, add_piece, piece_key
+from megalite.checkpoint.tensor_file import DTYPE_NAMES, write_durably, write_tensor_file
 from megalite.errors import UserError
 
 

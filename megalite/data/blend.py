@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megalite.data import _index
-from megalite.data.cache import Arrays
+from megalite.data.index_cache import Arrays
 
 SURPLUS = 0.005  # Megatron-LM's mid_level_dataset_surplus
 UNLIMITED = np.iinfo(np.int64).max

@@ -23,7 +23,7 @@ from megalite.config.schema import DataConfig
 from megalite.config.sources import Source, parse_sources
 from megalite.data import _index
 from megalite.data.blend import SURPLUS, build_blend, build_exhaustive_blend, normalized, planned_sizes
-from megalite.data.cache import Arrays, content_key, load_or_build
+from megalite.data.index_cache import Arrays, content_key, load_or_build
 from megalite.data.indexed import IndexedDataset
 from megalite.data.sample_index import Cut, build_indices, parse_split, plan_cut, split_spans
 from megalite.errors import UserError
@@ -303,7 +303,7 @@ def build_datasets(
         raise UserError(
             f"data.split: {data_config.split} cannot be combined with data.valid; leave one of the two empty"
         )
-    sampling = Sampling(seq_length, seed, vocab_size, cache_dir)
+    sampling = SampleOrder(seq_length, seed, vocab_size, cache_dir)
     train = parse_sources(data_config.train, "data.train")
     valid = parse_sources(data_config.valid, "data.valid")
     if not train:
@@ -318,7 +318,7 @@ def build_datasets(
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleOrder:
     """How files become samples; the arguments of `build_datasets` that training and validation share."""
 
     seq_length: int

@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 
 from megalite.data import _index
-from megalite.data.cache import Arrays
+from megalite.data.index_cache import Arrays
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 

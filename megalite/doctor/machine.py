@@ -18,7 +18,7 @@ import torch
 from megalite.affinity import LEAST_CORES, own_cores
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding
 from megalite.kernels import native
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 
 _PACKAGES = ("torch", "triton", "numpy", "megalite")
 _GPU_SIZE, _CPU_SIZE = 8192, 1024

@@ -1,9 +1,9 @@
 """Grouped-query attention, its heads split over the tensor ranks.
 
 S sequence, s its part outside tensor-parallel blocks, B micro-batch, H hidden, D head dim; Q query and K key/value
-heads of the model, q and k those of this rank. A rank holds the key/value heads that its query heads read. Where the
-tensor size does not divide K, neighbouring ranks hold copies of the heads they share, and the copies' gradients are
-summed once a step (`Box.partial`).
+heads of the model, q and k those of this rank. A rank holds the key/value heads that its query heads read. If the
+tensor size does not divide K, neighbouring ranks replicate the heads they share, and the replicas' gradients are summed
+once a step (`Box.partial`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megalite.placement import Box, row_box
 
 @dataclass(frozen=True)
 class Positions:
-    """Places of a micro-batch's tokens: rotation tables [S, D] or [S, B, D], and document numbers [S, B] or None."""
+    """Positions of a micro-batch's tokens: rotary tables [S, D] or [S, B, D], and document numbers [S, B] or None."""
 
     cos: Tensor
     sin: Tensor
@@ -33,13 +33,13 @@ class Positions:
 
     @cached_property
     def documents(self) -> Documents | None:
-        """The same for attention: what masks need is made once for all layers that are given these positions."""
+        """The documents as attention takes them; built once and shared by all layers."""
         return None if self.documents_SB is None else Documents(self.documents_SB)
 
 
 class KeyValueCache(Protocol):
-    """What earlier tokens left behind: `extend` appends a layer's new tensors [S, ...] (keys and values, or whatever it
-    keeps of a token) and returns all of them, [T, ...]."""
+    """The cached tensors of earlier tokens: `extend` appends a layer's new ones [S, ...] (keys and values, or whatever
+    it caches per token) and returns all of them, [T, ...]."""
 
     def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]: ...
 
@@ -109,7 +109,7 @@ class GroupedQueryAttention(nn.Module):
         )
         self.q_norm = self.k_norm = None
         if model.qk_norm:
-            # Each rank normalises its own heads with the shared weight, so the gradients are parts of a sum.
+            # Each rank normalises its own heads with the shared weight, so its gradient is one term of a sum.
             self.q_norm = build.norm(f"{prefix}.q_norm.weight", dim, partial=True)
             self.k_norm = build.norm(f"{prefix}.k_norm.weight", dim, partial=True)
 
@@ -126,7 +126,7 @@ class GroupedQueryAttention(nn.Module):
         return self.out(mixed_SBE)
 
     def core_attention(self, qkv_SBE: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
-        """Everything between the two projections: norm of queries and keys, rotation, attention itself."""
+        """Everything between the two projections: query/key norm, rotary embedding, attention itself."""
         q_SBqD, k_SBkD, v_SBkD = qkv_SBE.unflatten(-1, (-1, self.dim)).split(
             (self.heads.queries, self.heads.kvs, self.heads.kvs), dim=2
         )

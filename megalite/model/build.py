@@ -1,7 +1,7 @@
-"""What layers are made of: one value that every layer's constructor is given, and the factories of what they hold.
+"""The build context passed to every layer's constructor, with factories for linear layers, norms and embeddings.
 
-A layer asks for its parts by their global names; how they are cut over the tensor ranks, in which precision they
-multiply, and whether an adapter is put around them is decided here, once.
+A layer requests its parts by global name; how they are split over the tensor ranks, in which precision they multiply,
+and whether an adapter wraps them is decided here, once.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ STD = 0.02
 
 
 class Adapter(Protocol):
-    """What may be put around linear layers; whatever parameters it makes have the role `adapter`."""
+    """A wrapper around linear layers; the parameters it creates have the role `adapter`."""
 
     def column(self, build: Build, name: str, layer: ColumnParallelLinear, boxes: tuple[Box, ...]) -> nn.Module:
-        """In the place of a column-parallel layer, called as it is; `boxes` as in `Build.column`."""
+        """The replacement for a column-parallel layer, with the same call signature; `boxes` as in `Build.column`."""
         ...
 
     def row(self, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]) -> nn.Module:
-        """In the place of a row-parallel layer, called as it is; `columns` as in `Build.row`."""
+        """The replacement for a row-parallel layer, with the same call signature; `columns` as in `Build.row`."""
         ...
 
 
@@ -44,10 +44,9 @@ class Adapter(Protocol):
 class Build:
     """How the layers of one pipeline stage are built.
 
-    `prefix` is put before every global name (`critic.` for a second model in the same checkpoint). With `shared`,
-    parameters are taken from there instead of being made: a second view of the same weights, say for generation with
-    whole sequences. `parameters` collects what is made, by name;
-    `adapter` is put around every linear layer.
+    `prefix` is prepended to every global name (`critic.` for a second model in the same checkpoint). With `shared`,
+    parameters are taken from there instead of being created: a second view of the same weights, such as for generation
+    without sequence parallelism. `parameters` collects all parameters by name; `adapter` wraps every linear layer.
     """
 
     model: ModelConfig
@@ -63,7 +62,7 @@ class Build:
 
     @property
     def residual_std(self) -> float:
-        """For projections that add to the residual stream: the sum over all layers keeps its scale (GPT-2)."""
+        """For projections into the residual stream, so that its scale does not grow with depth (GPT-2)."""
         return STD / math.sqrt(2 * self.model.layers)
 
     def parameter(
@@ -77,7 +76,7 @@ class Build:
         role: str = "matrix",
         reduce: tuple[str, ...] = DATA_AXES,
     ) -> PlacedParameter:
-        """An uninitialised parameter of `shape` on this rank that holds `boxes`; `key` tells it from all others."""
+        """An uninitialised parameter of local `shape` that holds `boxes`; `key` is unique in the stage."""
         if self.shared is not None:
             self.parameters[key] = self.shared[key]
         else:
@@ -87,8 +86,8 @@ class Build:
         return self.parameters[key]
 
     def column(self, boxes: tuple[Box, ...], bias_boxes: tuple[Box, ...] = ()) -> nn.Module:
-        """A linear layer whose output is split: `boxes` say which rows of which global weights this rank holds, one
-        after the other in its fused weight [o, I]; `bias_boxes` the same for the bias [o]."""
+        """A linear layer whose output is split: `boxes` are the rows of global weights that this rank holds, in the
+        order of its fused weight [o, I]; `bias_boxes` the same for the bias [o]."""
         features = sum(box.size[0] for box in boxes)
         weight = self.parameter(boxes[0].name, (features, boxes[0].shape[1]), boxes)
         bias = None
@@ -121,8 +120,8 @@ class Build:
         return ColumnParallelLinear(weight, None, alone, PLAIN)
 
     def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
-        """A norm whose weight all tensor ranks hold. `partial`: each of them normalises other tokens or heads than the
-        rest, so that gradients are parts of a sum; by default so where activations are cut by sequence."""
+        """A norm whose weight is replicated over the tensor ranks. `partial`: each rank normalises different tokens or
+        heads, so its gradient is one term of a sum; by default so under sequence parallelism."""
         replicas = self.mesh.ranks_along("tp")
         summed = (self.region.sequence if partial is None else partial) and len(replicas) > 1
         box = row_box(name, (size,), 0, size, 0, replicas, partial=summed)

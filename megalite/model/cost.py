@@ -1,7 +1,7 @@
-"""What a model costs: parameters and FLOPs, counted on the built modules, and what a device could do.
+"""What a model costs: parameters and FLOPs, counted on the built modules, and the peak FLOP/s of a device.
 
 The model is built on the meta device, where parameters have shapes and placements but no values. Start-up log, MFU,
-planner, the cut into pipeline stages and the doctor all count here, so a layer that gains a tensor changes all of them.
+planner, pipeline partition and doctor all read these numbers, so a layer that gains a tensor changes all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PEAK_FLOPS = MappingProxyType(
         "RTX 4090": 165e12,
     }
 )
-"""Dense bf16 peak from the data sheets, FLOP/s, by a part of the device's name; the first match counts."""
+"""Dense bf16 peak from the data sheets, FLOP/s, by a substring of the device name; the first match counts."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,25 @@ class ModelSizes:
 
     layer: LayerSizes
     embedding: int
-    """What the first stage holds before its layers."""
+    """The first stage's parameters before its layers."""
     final: int
-    """What the last stage holds after its layers, but for the output matrix."""
+    """The last stage's parameters after its layers, without the output matrix."""
     output: int
     """The output matrix: a tensor of its own unless tied."""
 
     def parameters(self, model: ModelConfig) -> int:
-        """Of all layers and both ends."""
+        """All parameters, of the layers and both ends."""
         output = 0 if model.tie_embeddings else self.output
         return model.layers * self.layer.elements + self.embedding + self.final + output
 
     def matmul_parameters(self, model: ModelConfig) -> int:
-        """Weights that every token is multiplied with: all matrices, with the output layer, without the embedding."""
+        """Weights multiplied with every token: all matrices including the output layer, without the embedding."""
         return model.layers * self.layer.matrix_elements + self.output
 
 
 @functools.lru_cache(maxsize=1024)
 def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSizes:
-    """Sizes on tensor rank `index` of `tensor`, read off the modules of one layer and both ends."""
+    """Sizes on tensor rank `index` of `tensor`, counted on the modules of one layer and both ends."""
     from megalite.model.block import build_block
     from megalite.parallel.linear import RowParallelLinear
 
@@ -110,7 +110,7 @@ def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSiz
 
 
 def _build(model: ModelConfig, tensor: int, index: int) -> Build:
-    """What the layers of one tensor rank are built with, without values."""
+    """The build context of one tensor rank, on the meta device."""
     import torch
 
     from megalite.kernels import select_kernels
@@ -130,13 +130,13 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def output_in_layers(model: ModelConfig) -> float:
-    """What the output layer multiplies, in layers."""
+    """The cost of the output layer, in units of one decoder layer."""
     sizes = model_sizes(model)
     return sizes.output / sizes.layer.matrix_elements
 
 
 def attention_flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Products of queries with keys and of weights with values, forward and backward, the whole square of scores."""
+    """The products QK^T and PV, forward and backward, over the full square of scores."""
     return 12.0 * model.layers * model.heads * model.head_dim * seq_length
 
 
@@ -146,7 +146,7 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the device in FLOP/s, None where it is not known (megalite does not guess)."""
+    """Dense bf16 peak of the device in FLOP/s; None if unknown (megalite does not guess)."""
     if device.type != "cuda":
         return None
     import torch

@@ -1,6 +1,6 @@
-"""The Llama-family decoder, cut into pipeline stages; each stage and tensor rank builds only what it holds.
+"""The Llama-family decoder, split into pipeline stages; each stage and tensor rank builds only what it holds.
 
-S sequence, s its part outside tensor-parallel blocks (S / tp where sequence parallel), B micro-batch, H hidden.
+S sequence, s its part outside tensor-parallel blocks (S / tp under sequence parallelism), B micro-batch, H hidden.
 Activations are sequence first: hidden_sBH. Source: Touvron et al. 2023 (Llama).
 """
 
@@ -32,13 +32,12 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 class Stage(nn.Module):
     """The part of the decoder on one pipeline stage: perhaps the embedding, some layers, perhaps norm and output.
 
-    `stage` counts over pipeline ranks times virtual stages; `owners` says for each stage which pipeline rank holds it.
-    `embedding` is that of the first stage where it is in this process, for a tied output layer. Parameters are
-    allocated but not initialised: fill them with `megalite.placement.initialise` or from a checkpoint. `recompute` is
-    `none`, `selective` (attention between its projections, and SwiGLU, are evaluated again in backward) or `full`
-    (whole layers are); `fp8` is `none`, `tensor` or `row` (see `megalite.parallel.fp8`). `head` is `vocabulary` or
-    `scalar`; `prefix` is put before all global names, `adapter` around linear layers. With
-    `view_of`, the parameters are those of that stage.
+    `stage` counts over pipeline ranks times virtual stages; `owners[stage]` is the pipeline rank that holds a stage.
+    `embedding` is the first stage's, if it is in this process, for a tied output layer. Parameters are allocated but
+    not initialised: fill them with `megalite.model.init.initialise` or from a checkpoint. `recompute` is `none`,
+    `selective` (core attention and SwiGLU are recomputed in backward) or `full` (whole layers are); `fp8` is `none`,
+    `tensor` or `row` (see `megalite.parallel.fp8`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to all
+    global names; `adapter` wraps linear layers. With `view_of`, the parameters are shared with that stage.
     """
 
     def __init__(
@@ -100,8 +99,8 @@ class Stage(nn.Module):
         self.register_buffer("sin", sin.to(mesh.device), persistent=False)
 
     def whole_sequences(self) -> Stage:
-        """A view of this stage over the same parameters, with activations that are not cut by sequence: for inference.
-        The stage itself where it is so already."""
+        """A view of this stage with the same parameters but without sequence parallelism, for inference. Without
+        sequence parallelism, the stage itself."""
         if not self.region.sequence:
             return self
         build = self.build
@@ -119,7 +118,7 @@ class Stage(nn.Module):
     def positions(
         self, length: int, start: int = 0, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
     ) -> Positions:
-        """Rotation tables for `length` positions from `start` on, or for each token its own (restarting documents)."""
+        """Rotary tables for `length` positions from `start` on, or for the given position of each token."""
         if positions_BS is None:
             window = slice(start, start + length)
             return Positions(self.cos[window], self.sin[window])
@@ -138,7 +137,7 @@ class Stage(nn.Module):
         return hidden_sBH
 
     def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: Tensor | float) -> Tensor:
-        """Last stage: `scale` times the sum of the token losses, an fp64 scalar equal on all tensor ranks."""
+        """Last stage: `scale` times the sum of token losses, an fp64 scalar, equal on all tensor ranks."""
         assert self.norm is not None and self.head is not None
         return self.head.loss(self.norm(hidden_sBH), labels_BS, scale)
 
@@ -153,7 +152,7 @@ class Stage(nn.Module):
         return self.head.label_stats(self.norm(hidden_sBH), labels_BS)
 
     def values(self, hidden_sBH: Tensor) -> Tensor:
-        """Last stage with a scalar head: one fp32 number a position, [B, S], differentiable."""
+        """Last stage with a scalar head: one fp32 value per position, [B, S], differentiable."""
         assert self.norm is not None and self.scalar is not None
         return self.scalar(self.norm(hidden_sBH))
 

@@ -1,12 +1,12 @@
-"""The output layer and its loss, split over the vocabulary, without ever holding the logits of a whole micro-batch.
+"""The vocabulary-parallel output layer with a fused loss that never materialises the logits of a whole micro-batch.
 
 N = S * B tokens of the micro-batch, n tokens of one chunk, H hidden, V vocabulary, v this rank's padded share of it.
 
 The loss of a step is a sum over tokens times one scale that is known before the first forward pass (megalite
-normalises once, by the global count of valid tokens). Therefore the gradient of the logits is final as soon as the
-logits are there, and a chunk's logits are turned into the gradient in place, multiplied into the gradients of hidden
-state and weight, and dropped: 2 n v numbers instead of 2 N v. The tensor ranks meet once per chunk: each contributes
-(max, sum of exponentials, target logit) of its columns, and every rank merges what it has gathered.
+normalises once, by the global count of valid tokens). So the gradient of the logits is final as soon as the logits
+exist: a chunk's logits are turned into their gradient in place, multiplied into the gradients of hidden state and
+weight, and dropped. Memory is 2 n v elements instead of 2 N v. The tensor ranks communicate once per chunk: each
+contributes (max, sum of exponentials, target logit) of its columns, and every rank merges the gathered statistics.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megalite.placement import PlacedParameter, row_box
 
 
 def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
-    """(where the weight's gradient is summed, whether that is not its buffer but a sum made for autograd); None for a
-    frozen weight."""
+    """(tensor to accumulate the weight's gradient in, whether it is a temporary to return to autograd instead of the
+    gradient buffer); None for a frozen weight."""
     if not weight.requires_grad:
         return None, False
     total = weight.grad_buffer()
@@ -77,11 +77,11 @@ class _HeadLoss(Function):
 
 
 class _LabelLogprobs(Function):
-    """(hidden_sBH, weight_vH, labels_N) -> log-probabilities of the labels [N], fp32; backward makes the logits again.
+    """(hidden_sBH, weight_vH, labels_N) -> log-probabilities of the labels [N], fp32; backward recomputes the logits.
 
     For objectives that are not a sum of token losses: their gradient is known only after the whole batch has been
-    seen, so each chunk's logits are dropped in forward and multiplied out once more in backward (four products instead
-    of three). What is kept are hidden state, labels and three numbers a token.
+    seen, so each chunk's logits are dropped in forward and recomputed in backward (four GEMMs instead of three). Only
+    hidden state, labels and three numbers per token are saved.
     """
 
     @staticmethod
@@ -122,8 +122,8 @@ class _LabelLogprobs(Function):
 class VocabParallelHead(nn.Module):
     """The output layer: hidden [s, B, H] to logits over the vocabulary, or straight to the loss.
 
-    `tied_to` is the embedding's weight when both live in this process: the storage is shared, the gradients are kept
-    apart and added once a step, as they are when the two live on different pipeline stages.
+    `tied_to` is the embedding's weight if both are in this process: the storage is shared, while the gradients are kept
+    apart and added once a step, as they are when the two are on different pipeline stages.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class VocabParallelHead(nn.Module):
         self.region, self.kernels = build.region, build.kernels
 
     def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
-        """Runs of tokens whose logits are in memory at a time; on GPUs a multiple of what product kernels work on."""
+        """Chunks of tokens whose logits are in memory at a time; on GPUs a multiple of the GEMM tile size."""
         rows = chunk_rows(self.weight.shape[0], hidden_NH.device)
         for start in range(0, hidden_NH.shape[0], rows):
             yield slice(start, start + rows)
@@ -192,7 +192,7 @@ class VocabParallelHead(nn.Module):
         )
 
     def _stats_and_gradient(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor) -> Tensor:
-        """The statistics; the logits become their gradient, in one launch where no other rank has a part in them."""
+        """The statistics; the logits become their gradient, in a single kernel when the vocabulary is not split."""
         if self.region.group.size == 1:
             return self.kernels.cross_entropy_stats_grad_(
                 logits_nv, labels_n, scale_n, valid=self.valid, z_loss=self.z_loss
@@ -208,7 +208,7 @@ class VocabParallelHead(nn.Module):
 
     @torch.no_grad()
     def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
-        """[2, B, S] fp32: log-probability of each label, and 1 where no token is likelier; 0 where `IGNORE_INDEX`."""
+        """[2, B, S] fp32: log-probability of each label, and 1 where the label is the argmax; 0 for `IGNORE_INDEX`."""
         hidden_NH, labels_N = self.region.gather(hidden_sBH).flatten(0, 1), labels_BS.t().flatten()
         parts = []
         for chunk in self.chunks(hidden_NH):
@@ -229,7 +229,8 @@ class VocabParallelHead(nn.Module):
 class _Score(Function):
     """(hidden_sBH, weight_1H) -> values_SB, fp32, equal on all tensor ranks.
 
-    Every rank computes the whole loss from them, so in backward each takes its own part along the sequence: no sum."""
+    Every rank computes the whole loss from them, so in backward each takes its own part along the sequence without a
+    reduction."""
 
     @staticmethod
     def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, region: TensorRegion) -> Tensor:
@@ -251,9 +252,9 @@ class _Score(Function):
 
 
 class ScalarHead(nn.Module):
-    """hidden [s, B, H] -> one number a position, fp32 [B, S]: the head of reward and value models.
+    """hidden [s, B, H] -> one value per position, fp32 [B, S]: the head of reward and value models.
 
-    Its weight [1, H] is held by all tensor ranks, as that of a norm.
+    Its weight [1, H] is replicated over the tensor ranks, like a norm's.
     """
 
     def __init__(self, build: Build, name: str) -> None:

@@ -1,6 +1,6 @@
-"""Initial weights: the same global tensors from the same seed, however they are cut.
+"""Initial weights: the same global tensors from the same seed, in every layout.
 
-A row's values depend on (seed, global name, row) alone, so that every layout begins with the same model.
+A row's values depend on (seed, global name, row) alone, so every layout starts from the same model.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _UINT64 = (1 << 64) - 1
 
 
 def _row_generator(seed: int, name: str, row: int) -> np.random.Generator:
-    """A stream that depends on (seed, name, row) alone: Philox, keyed by a hash of the first two, and the row."""
+    """A random stream that depends on (seed, name, row) alone: Philox, keyed by a hash of the first two and the row."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     key = np.array([int.from_bytes(digest[:8], "little"), row & _UINT64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
 
 
 def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
-    """The initial fp32 values of a box; the same global tensor results from any cut into boxes.
+    """The initial fp32 values of a box; any split into boxes gives the same global tensor.
 
-    A row is drawn whole and then cut, so that column-sharded weights agree as well.
+    Whole rows are drawn and then sliced, so that column-sharded weights agree too.
     """
     if placement.init != "normal":
         return torch.full(box.size, 1.0 if placement.init == "ones" else 0.0)
@@ -41,7 +41,7 @@ def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialise_parameter(parameter: PlacedParameter, seed: int) -> None:
-    """Fill a parameter with the global initial values that its boxes name; padding becomes zero."""
+    """Fill a parameter with the initial values of its boxes; padding becomes zero."""
     parameter.zero_()
     for box in parameter.placement.boxes:
         box.view(parameter).copy_(initial_values(box, parameter.placement, seed))

@@ -19,5 +19,5 @@ class RMSNorm(nn.Module):
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
     def add_and_norm(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + residual, norm of that), in one pass over memory where the kernel can."""
+        """(x + residual, norm of that sum), in one pass over memory if the kernel is fused."""
         return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""Which layers lie on which pipeline stage."""
+"""The partition of layers into pipeline stages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megalite.placement import split_evenly
 
 
 def layers_of_stage(model: ModelConfig, stages: int, stage: int) -> range:
-    """The global numbers of the layers on a stage.
+    """The global layer numbers of a stage.
 
-    The last stage also multiplies by the vocabulary, and holds as many layers fewer as makes the slowest stage fastest,
-    counted in matrix elements; the embedding costs next to nothing. The others are even, the first ones one longer
-    where they must be. Every stage holds a layer.
+    The last stage also computes the output layer, so it gets fewer layers: the number that minimises the cost of the
+    slowest stage, counted in matrix elements (the embedding costs next to nothing). The remaining layers are split
+    evenly, the first stages one longer if uneven. Every stage holds at least one layer.
     """
     if stages == 1:
         return range(model.layers)

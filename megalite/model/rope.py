@@ -1,6 +1,6 @@
 """Rotary position embedding: the table of angles, with the scalings that extend a model's context.
 
-Half-split layout (Hugging Face, GPT-NeoX): channel i turns together with channel i + D / 2. Sources: Su et al. 2021
+Half-split layout (Hugging Face, GPT-NeoX): channel i is rotated with channel i + D / 2. Sources: Su et al. 2021
 (RoPE), the Llama 3.1 release (`llama3` scaling), Peng et al. 2023 (YaRN, section 3.2 and equation 22).
 """
 
@@ -16,19 +16,19 @@ from torch import Tensor
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """The D / 2 angular speeds in radians per position (fp32), and the factor on cosine and sine."""
+    """The D / 2 frequencies in radians per position (fp32), and the factor on cosine and sine."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     speeds = 1.0 / theta**exponents
     return _SCALINGS[scaling["type"]](speeds, theta, scaling) if scaling else (speeds, 1.0)
 
 
 def _linear(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """All channels are slowed by `factor`."""
+    """All frequencies are divided by `factor`."""
     return speeds / scaling["factor"], 1.0
 
 
 def _llama3(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Slow channels are slowed further by `factor`, fast ones stay, those between are blended."""
+    """Low frequencies are divided by `factor`, high ones are kept, those in between are blended."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     original = scaling["original_max_position_embeddings"]
     turns = original * speeds / (2 * math.pi)
@@ -40,7 +40,7 @@ def _llama3(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[T
 
 
 def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Channels that turn often within the original context stay, those that turn seldom are interpolated."""
+    """Channels with many rotations within the original context are kept, those with few are interpolated."""
     factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
     head_dim = 2 * len(speeds)
 
@@ -69,11 +69,11 @@ def _yarn_magnitude(factor: float, mscale: float | None, mscale_all_dim: float |
 _SCALINGS: Mapping[str, Callable[[Tensor, float, Mapping[str, Any]], tuple[Tensor, float]]] = MappingProxyType(
     {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
 )
-"""How each type of `megalite.config.rope_scaling` changes the speeds, and the factor on cosine and sine."""
+"""By type of `megalite.config.rope_scaling`: the scaled frequencies, and the factor on cosine and sine."""
 
 
 def rope_table(head_dim: int, positions: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [positions, D], fp32, each half of the channels a copy of the other."""
+    """Cosines and sines [positions, D], fp32; the two halves of the channels are equal."""
     speeds, magnitude = inverse_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), speeds)
     angles = torch.cat((angles, angles), dim=-1)

@@ -1,4 +1,4 @@
-"""Which global tensors a model has, and of what shape; nothing is allocated."""
+"""Names and shapes of a model's global tensors, without allocating anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalite.placement import placed_parameters
 
 
 def local_shapes(stages: Iterable[nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Names and global shapes of the tensors of which these stages hold boxes."""
+    """Names and global shapes of all tensors that these stages hold boxes of."""
     return {
         box.name: box.shape
         for stage in stages
@@ -30,7 +30,7 @@ def model_shapes(
     model: ModelConfig, *, head: str = "vocabulary", prefix: str = "", adapter: Adapter | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Names and global shapes of all tensors of a model."""
-    short = dataclasses.replace(model, max_positions=1)  # the table of rotations is no parameter
+    short = dataclasses.replace(model, max_positions=1)  # the rotary table is not a parameter
     kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
     mesh = Mesh(device=torch.device("meta"))
     return local_shapes([Stage(short, mesh, kernels, head=head, prefix=prefix, adapter=adapter)])

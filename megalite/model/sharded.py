@@ -1,7 +1,7 @@
-"""One model as this rank holds it: its stages, where they lie, and how micro-batches go through them.
+"""This rank's share of one model: its stages, gradient buckets and pipeline engines.
 
-Trained or frozen, whole or under ZeRO, with a vocabulary or a scalar head: the trainer, evaluation, generation, a
-frozen reference and a reward model all run this.
+Trained or frozen, with or without ZeRO, with a vocabulary or a scalar head: the trainer, evaluation, generation, a
+frozen reference and a reward model all use this class.
 
 S sequence, B micro-batch, H hidden, V vocabulary.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megalite.config import Config
+from megalite.config import AdapterConfig, Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
@@ -36,8 +36,8 @@ MicroBatches = Sequence[Batch | None]
 """The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
 
 Finish = Callable[[Stage, Tensor, Batch, int], Tensor]
-"""(last stage, its hidden [s, B, H] before the norm, micro-batch, its number) -> what the pipeline is to return: in
-training the loss (fp64 scalar)."""
+"""(last stage, its hidden [s, B, H] before the norm, micro-batch, its number) -> the pipeline's output: in training the
+loss (fp64 scalar)."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,9 +45,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class ShardedModel:
     """The stages of one model on this rank. Parameters are uninitialised until `initialise` or a checkpoint.
 
-    `head` is `vocabulary` or `scalar`; `prefix` is put before all global names, to tell two models in one checkpoint
-    apart. A model that is not `trained` has neither gradients nor optimizer state; with an adapter, only the adapter's
-    parameters are trained.
+    `head` is `vocabulary` or `scalar`; `prefix` is prepended to all global names, to distinguish two models in one
+    checkpoint. Unless `trained`, the model has neither gradients nor optimizer state; with an adapter, only the
+    adapter's parameters are trained.
     """
 
     def __init__(
@@ -110,18 +110,18 @@ class ShardedModel:
 
     @property
     def needs_batches(self) -> bool:
-        """Whether this rank reads tokens or labels; the ranks in the middle of the pipeline need neither."""
+        """Whether this rank reads tokens or labels; ranks in the middle of the pipeline need neither."""
         return 0 in self.stages or self.last_stage is not None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, S) of a micro-batch as the configuration has it."""
+        """(B, S) of a micro-batch, from the configuration."""
         return self.config.train.micro_batch_size, self.config.train.seq_length
 
     # Parameters
 
     def fill(self, write: Callable[[PlacedParameter], None]) -> None:
-        """Call `write` for every parameter, which it is to overwrite; under ZeRO-3 one layer at a time is whole."""
+        """Call `write` for every parameter, which it must overwrite; under ZeRO-3 one layer at a time is unsharded."""
         for buckets in self.buckets.values():
             buckets.fill(write)
 
@@ -131,7 +131,7 @@ class ShardedModel:
 
     @torch.no_grad()
     def copy_from(self, other: ShardedModel) -> None:
-        """Take over the weights of a model of the same layout and shapes."""
+        """Copy the weights of a model of the same layout and shapes."""
         for number, buckets in self.buckets.items():
             with other.buckets[number].whole():
                 theirs = dict(other.stages[number].named_parameters())
@@ -149,24 +149,24 @@ class ShardedModel:
         return model_shapes(self.config.model, head=self.head, prefix=self.prefix, adapter=self.adapter)
 
     def fresh_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of them that another run's checkpoint need not hold: what an adapter adds, or another kind of head."""
+        """The subset of `shapes` that another run's checkpoint may lack: an adapter's, or another kind of head."""
         plain = model_shapes(dataclasses.replace(self.config.model, tie_embeddings=False))
         return {name: shape for name, shape in self.shapes().items() if name.removeprefix(self.prefix) not in plain}
 
-    def settle(self) -> None:
-        """Wait for parameters that are still being gathered, before weights or their masters are read or overwritten
-        other than by a step."""
+    def wait_for_all_gather(self) -> None:
+        """Wait for parameters that are still being gathered; needed before weights or master weights are read or
+        written outside a step."""
         for buckets in self.buckets.values():
-            buckets.settle()
+            buckets.wait_for_all_gather()
 
     @torch.no_grad()
     def share(self) -> None:
-        """The segments have new master weights: round them into the parameters and give them to all ranks."""
+        """Round new master weights of the segments into the parameters and all-gather them."""
         for segment in self.segments:
             segment.write_back()
         for buckets in self.buckets.values():
             buckets.gather_parameters()
-        self.settle()
+        self.wait_for_all_gather()
 
     # Computation
 
@@ -194,8 +194,8 @@ class ShardedModel:
         train: bool = False,
         observe: Observer = unobserved,
     ) -> dict[int, Tensor]:
-        """Send micro-batches of `shape` (B, S) through the pipeline; what `finish` returned, by micro-batch, on the
-        rank of the last stage. With `train`, backward passes follow and gradients are reduced."""
+        """Run micro-batches of `shape` (B, S) through the pipeline; returns the results of `finish` by micro-batch, on
+        the rank of the last stage. With `train`, also runs backward and reduces gradients."""
         shape = shape or self.shape
 
         def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
@@ -220,8 +220,8 @@ class ShardedModel:
             return engine.run(forward, observe=observe)
 
     def score(self, batches: MicroBatches, *, shape: tuple[int, int] | None = None) -> list[Tensor]:
-        """Of each micro-batch [2, B, S] (fp32): the labels' log-probabilities and whether they are likeliest, on the
-        rank of the last stage; an empty list on the others."""
+        """For each micro-batch [2, B, S] (fp32): log-probabilities of the labels, and 1 where the label is the argmax.
+        On the rank of the last stage; an empty list on the others."""
         outputs = self.run(
             batches, lambda stage, hidden, batch, _: stage.label_stats(hidden, batch.labels_BS), shape=shape
         )
@@ -234,8 +234,8 @@ class ShardedModel:
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[dict[int, Stage]]:
-        """Within, the stages for inference by number: the live weights, whole under ZeRO-3, and activations that are
-        not cut by sequence. No second copy is made; no step may be taken meanwhile."""
+        """A context with the stages for inference, by number: the live weights (unsharded under ZeRO-3), without
+        sequence parallelism. Makes no second copy; no step may be taken inside."""
         if self._inference_stages is None:
             self._inference_stages = {number: stage.whole_sequences() for number, stage in self.stages.items()}
         with contextlib.ExitStack() as stack, torch.no_grad():

@@ -1,4 +1,4 @@
-"""What a step minimises: a value that the trainer is given, a function of [B, S] tensors that sees no group or rank."""
+"""What a step minimises: an object passed to the trainer, a function of [B, S] tensors that sees no group or rank."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Reads = Literal["loss", "logprobs", "values"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the last stage hands to an objective: that which it `reads`, equal on all tensor ranks."""
+    """The last stage's outputs for an objective: the one that it `reads`, equal on all tensor ranks."""
 
     loss: Tensor | None = None
-    """fp64 scalar: `scale` times the sum of the token losses of the micro-batch, from the one-pass head."""
+    """fp64 scalar: `scale` times the sum of the micro-batch's token losses, from the fused loss."""
     logprobs_BS: Tensor | None = None
     """fp32, differentiable: log-probability of each label, 0 where it is ignored."""
     values_BS: Tensor | None = None
-    """fp32, differentiable: the scalar head's number at each position."""
+    """fp32, differentiable: the scalar head's value at each position."""
 
 
 class Objective(Protocol):
-    """A sum over units, tokens or pairs say, times one scale: 1 / the count of units in the global batch.
+    """A sum over units (such as tokens or pairs) times one scale: 1 / the count of units in the global batch.
 
     The count is known before the first forward pass, so accumulation and layouts cannot disagree about it.
     """
@@ -34,11 +34,11 @@ class Objective(Protocol):
     reads: Reads
 
     def units(self, batch: Batch) -> Tensor:
-        """How many units the micro-batch holds, a scalar; counted over the global batch in float64."""
+        """The number of units in the micro-batch, a scalar; summed over the global batch in float64."""
         ...
 
     def loss(self, outputs: Outputs, batch: Batch, scale: Tensor | float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """(fp64 scalar: `scale` times the sum over the units, named sums of the same kind for the metrics).
+        """(fp64 scalar: `scale` times the sum over the units, further such sums by name for the metrics).
 
         The names must be the same for every micro-batch. A metric is the sum of its values over the global batch.
         """
@@ -46,5 +46,5 @@ class Objective(Protocol):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The names of the sums that `loss` gives, the same on every rank."""
+        """The names of the sums returned by `loss`, the same on every rank."""
         ...

@@ -1,4 +1,4 @@
-"""Pretraining: the mean loss of the next token over all labels that count."""
+"""Pretraining: mean next-token loss over all labels that are not ignored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megalite.objective import Outputs, Reads
 
 
 class NextToken:
-    """Reads the one-pass head, in which the logits become their gradient as soon as they are there."""
+    """Reads the fused loss of the head, which turns logits into their gradient as soon as they are computed."""
 
     reads: Reads = "loss"
     metrics: tuple[str, ...] = ()

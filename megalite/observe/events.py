@@ -62,10 +62,10 @@ class EventLog:
 
     def __init__(self, run_dir: str | Path, rank: int) -> None:
         self._file = LineFile(Path(run_dir) / EVENTS, f"rank {rank}")
-        self.speaks = rank == 0
+        self.is_writer = rank == 0
 
     def write(self, event: str, *, at: float | None = None, **facts: Any) -> None:
-        if self.speaks:
+        if self.is_writer:
             moment = time.time() if at is None else at
             self._file.write({"event": event, "time": round(moment, 3), **facts}, durable=True)
 

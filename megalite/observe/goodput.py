@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from megalite.observe.words import times
+from megalite.observe.formatting import times
 
 PARTS = ("training", "start-up", "checkpoints", "validation", "lost", "down", "other")
 """`lost` are steps that were refused, had nothing to learn, were rolled back, or were made after the last checkpoint

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.files import write_atomically
-from megalite.observe.words import short_path
+from megalite.observe.formatting import short_path
 
 log = logging.getLogger("megalite")
 

@@ -96,7 +96,7 @@ class RollCall:
         self._told = missing
         log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
         # Rank 0, whose word it is, may be the one that is gone: the lowest that answers tells.
-        self.events.speaks = self.mesh.rank == min(found)
+        self.events.is_writer = self.mesh.rank == min(found)
         self.events.write("no_answer", ranks=missing)
 
     def _bounded(self, ask: Callable[[], dict[int, str]], seconds: float) -> dict[int, str]:

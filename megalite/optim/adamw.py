@@ -1,7 +1,7 @@
 """AdamW over this rank's flat shards, with fp32 master weights.
 
-The element-wise update itself is our Triton kernel where `kernels.adamw` takes it, else NVIDIA apex's `FusedAdam` where
-it imports on a GPU, else torch's fused AdamW. Source: Loshchilov and Hutter 2019 (decoupled weight decay).
+The element-wise update is our Triton kernel if `kernels.adamw` selects it, else NVIDIA apex's `FusedAdam` if it can be
+imported on a GPU, else torch's fused AdamW. Source: Loshchilov and Hutter 2019 (decoupled weight decay).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 
 
 def _fused_adam() -> type[torch.optim.Optimizer] | None:
-    """NVIDIA apex's FusedAdam, if that build is what imports (the package index's `apex` is another project)."""
+    """NVIDIA apex's FusedAdam, if installed (`apex` on PyPI is another project)."""
     try:
         from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
-    except Exception:  # a foreign or half-built apex fails in many ways, all of which mean the same here
+    except Exception:  # another or a half-built apex fails in many ways, all of which mean: not installed
         return None
     return FusedAdam
 
 
 class AdamW:
-    """The rule; its state in a segment is `exp_avg` and `exp_avg_sq`, fp32."""
+    """The AdamW rule; its state in a segment is `exp_avg` and `exp_avg_sq`, fp32."""
 
     def __init__(self, config: OptimizerConfig, kernels: Kernels, mesh: Mesh) -> None:
         self.config = config
@@ -47,7 +47,7 @@ class AdamW:
             self.name = "apex FusedAdam"
 
     def _by_decay(self, segments: Iterable[Segment]) -> list[tuple[list[Segment], float]]:
-        """The segments with their weight decay: those of matrices first, then those that do not decay."""
+        """(segments, weight decay): first those with decay (matrices), then those without."""
         return [
             ([segment for segment in segments if segment.bucket.decays == decays], weight_decay)
             for decays, weight_decay in ((True, self.config.weight_decay), (False, 0.0))
@@ -84,7 +84,7 @@ class AdamW:
     def _update_by_kernel(
         self, kernel: Callable[..., Any], segments: Sequence[Segment], lr: float, gradient_scale: float, step: int
     ) -> None:
-        """One launch a segment: scaled gradient, moments, master weights and rounded parameters in one pass."""
+        """One launch per segment: scaled gradient, moments, master weights and rounded parameters in one pass."""
         config = self.config
         for part, weight_decay in self._by_decay(segments):
             for segment in part:
@@ -104,7 +104,7 @@ class AdamW:
                 )
 
     def _update_by_torch(self, segments: Sequence[Segment], lr: float, weight_decay: float, step: int) -> None:
-        """What torch.optim.AdamW(fused=True) calls; called here directly, since importing that class costs a second."""
+        """The kernel behind torch.optim.AdamW(fused=True), called directly as importing the class takes a second."""
         if not segments:
             return
         count = torch.full((), float(step), device=segments[0].master.device)  # no copy: that would stop the host

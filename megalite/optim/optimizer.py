@@ -1,7 +1,7 @@
-"""The optimizer of a rank: which rule updates which of its segments, and the order of a step.
+"""The optimizer of a rank: which rule updates its segments, and the order of a step.
 
-A rule (AdamW, Muon, …) works on segments alone: it knows neither stages nor groups, and keeps its state in them under
-names of its own. Checkpoints, resharding and resume read the names from the segments.
+A rule (AdamW, Muon, …) sees only segments, neither stages nor process groups, and keeps its state in them under names
+of its own. Checkpoints, resharding and resume read the names from the segments.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Rule(Protocol):
     """For the start-up log."""
 
     def prepare(self, segments: Sequence[Segment]) -> None:
-        """Take charge of these segments: allocate their state, zero."""
+        """Allocate the state of these segments, as zeros."""
         ...
 
     def update(self, segments: Sequence[Segment], *, lr: float, gradient_scale: float, step: int) -> None:
@@ -59,14 +59,14 @@ class Optimizer:
         return tuple(sorted({name for segment in self.segments for name in segment.state}))
 
     def set_step_count(self, steps: int) -> None:
-        """The state is now that after `steps` updates."""
+        """Declare that the state is the one after `steps` updates."""
         self.step_count = steps
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
-        """Update this rank's shards with `gradient_scale` times their gradients, then share the new parameters."""
+        """Update this rank's shards with `gradient_scale` times their gradients, then all-gather the parameters."""
         for stage in self.stages:
-            stage.settle()
+            stage.wait_for_all_gather()
         self.step_count += 1
         self.rule.update(self.segments, lr=lr, gradient_scale=gradient_scale, step=self.step_count)
         for stage in self.stages:
@@ -74,7 +74,7 @@ class Optimizer:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin with the parameters as they are: they become the master weights, the state zero."""
+        """Start from the current parameters: copy them to the master weights and zero the state."""
         for segment in self.segments:
             segment.take_parameters()
             for tensor in segment.state.values():

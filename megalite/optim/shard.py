@@ -1,4 +1,4 @@
-"""What one rank updates, saves and loads of a bucket: master weights, gradients and the optimizer's named state."""
+"""The part of a bucket that one rank updates, saves and loads: master weights, gradients and named optimizer state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from megalite.placement import Box, range_boxes
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The run of a bucket's elements that this rank updates; 1-D tensors of one length.
+    """The contiguous elements of a bucket that this rank updates; 1-D tensors of equal length.
 
-    `master` are the weights in fp32: the bucket's parameters themselves where they are fp32, else a copy. `state` is
-    what the optimizer keeps, by name. A frozen bucket has its parameters as `master`, in their own dtype, no gradient
-    and no state.
+    `master` are the fp32 weights: the bucket's parameters themselves if those are fp32, else a copy. `state` is the
+    optimizer's, by name. For a frozen bucket, `master` are its parameters in their own dtype, without gradient or
+    state.
     """
 
     bucket: Bucket
@@ -30,7 +30,7 @@ class Segment:
 
     @property
     def span(self) -> slice:
-        """The segment's elements of the bucket."""
+        """The segment's range of elements in the bucket."""
         return self.bucket.updated
 
     @property
@@ -38,19 +38,19 @@ class Segment:
         return self.master.dtype != self.bucket.dtype
 
     def write_back(self) -> None:
-        """Round the master weights into the parameters, where they are a copy."""
+        """Round the master weights into the parameters, if they are a copy."""
         if self.separate_master:
             self.bucket.owned.copy_(self.master.detach())
 
     def take_parameters(self) -> None:
-        """The parameters as they are become the master weights, where those are a copy."""
+        """Copy the parameters into the master weights, if those are a copy."""
         if self.separate_master:
             self.master.data.copy_(self.bucket.owned)
 
     def pieces(self) -> Iterator[tuple[Box, slice]]:
-        """What this segment holds of the global tensors: (box, where its elements lie in the segment), row-major.
+        """The boxes of global tensors in this segment: (box, range of its elements in the segment), row-major.
 
-        Boxes of which another replica is the owner are included: every holder needs them when loading.
+        Boxes owned by another replica are included: every holder needs them when loading.
         """
         for slot in self.bucket.slots:
             start, stop = max(slot.start, self.span.start), min(slot.stop, self.span.stop)

@@ -1,13 +1,13 @@
-"""Flat storage for parameters and their gradients, whole on every data-parallel rank or sharded over them (ZeRO).
+"""Flat storage for parameters and their gradients, replicated over the data-parallel ranks or sharded (ZeRO).
 
-A bucket is some parameters one after the other in a flat buffer [length], padded so that the data-parallel ranks can
-cut it in equal shards. This rank's optimizer updates the elements `updated` of it; `owned` are their values, and
-`updated_gradients` their reduced fp32 gradients. What else is held, and for how long, is the difference:
+A bucket lays parameters out one after the other in a flat buffer [length], padded so that it divides into equal shards
+over the data-parallel ranks. This rank's optimizer updates the elements `updated`; `owned` are their values and
+`updated_gradients` their reduced fp32 gradients. The kinds differ in what else is kept, and for how long:
 
     Bucket, zero = 0      all parameters and gradients, all-reduced once a step; every rank updates everything
-    Bucket, zero = 1      the same, reduce-scattered; each rank updates its shard, and the parameters are gathered
-    ShardedBucket, 2      gradients: only the shard stays; a whole buffer exists from a backward pass to its reduction
-    ShardedBucket, 3      parameters, too: the whole is gathered when it is needed and dropped soon after
+    Bucket, zero = 1      the same, reduce-scattered; each rank updates its shard, then parameters are all-gathered
+    ShardedBucket, 2      gradients: only the shard persists; the full buffer lives from backward to its reduction
+    ShardedBucket, 3      parameters too: unsharded for use, released soon after
 
 Frozen parameters have buckets of their own, without gradients. Source: Rajbhandari et al. 2020 (ZeRO), stages 1 to 3.
 """
@@ -24,7 +24,8 @@ from megalite.mesh import Group, Work
 from megalite.placement import PlacedParameter
 
 _ALIGNMENT = 64
-"""Elements; keeps every shard's start on a cache line, and what vectorised updates round differently in the padding."""
+"""Elements. Every shard starts on a cache line, so that vectorised updates round alike however the bucket is sharded;
+the remainder that they would process differently is padding."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,17 @@ class Slot:
         return self.start + self.parameter.numel()
 
     def of(self, flat: Tensor) -> Tensor:
-        """The part of a flat buffer that is this parameter's, in its shape."""
+        """This parameter's view of a flat buffer."""
         return flat[self.start : self.stop].view(self.parameter.shape)
 
 
 class Bucket:
-    """Parameters of one kind (all decay or none does, all trained or all frozen) with whole fp32 gradients, reduced
-    once a step.
+    """Parameters of one kind (all with weight decay or all without, all trained or all frozen) with full fp32
+    gradients, reduced once a step.
 
-    `deferred` says that the gradients of some replicas within the model must be summed first (see `StageBuckets`).
-    `on_complete` is called when every parameter has added its gradient of every micro-batch. How often a parameter
-    reports in a micro-batch is counted in the first step, which is therefore reduced at its end: a weight that is used
-    twice reports twice.
+    With `deferred`, gradients of replicas within the model must be summed first (see `StageBuckets`). `on_complete` is
+    called when every parameter has added its gradient of every micro-batch. A weight that is used twice adds a gradient
+    twice, so the first step counts how often each parameter reports per micro-batch, and is reduced at its end.
     """
 
     def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
@@ -89,7 +89,7 @@ class Bucket:
             slot.parameter.store = self
 
     def _hold_gradients(self) -> None:
-        """Allocate the gradients: whole, and where the reduction leaves this rank's shard."""
+        """Allocate the full gradients and the output of the reduction, this rank's shard."""
         self.gradients = torch.zeros(self.length, dtype=torch.float32, device=self.device)
         separate = self.sharded and self.group.size > 1
         self.shard_gradients = torch.zeros_like(self.gradients[self.shard]) if separate else self.gradients[self.shard]
@@ -110,7 +110,7 @@ class Bucket:
         return self.gradients
 
     def begin(self, micro_batches: int) -> None:
-        """Clear the gradients before a step of so many micro-batches."""
+        """Clear the gradients before a step of `micro_batches` micro-batches."""
         assert self.gradients is not None
         self.gradients.zero_()
         if self._micro_batches:
@@ -123,7 +123,7 @@ class Bucket:
     # What layers call
 
     def gather(self, parameter: PlacedParameter) -> None:
-        self.ensure_parameters()
+        self.wait_for_all_gather()
 
     def allocate_gradients(self) -> None:
         return None
@@ -131,8 +131,8 @@ class Bucket:
     def gradient_added(self, parameter: PlacedParameter) -> None:
         if self._launched and not self.deferred:
             raise RuntimeError(
-                f"the gradient of {parameter.name} was added to after its reduction had begun: the weight was used "
-                "more often in this step than in the one before"
+                f"a gradient of {parameter.name} arrived after its reduction had begun: the weight was used more often "
+                "in this step than in the one before"
             )
         index = self._place[id(parameter)]
         self._reports[index] += 1
@@ -156,50 +156,50 @@ class Bucket:
             self._work = self.group.reduce_scatter(self.shard_gradients, self.gradients)
 
     def wait(self) -> None:
-        """Complete a reduction that was launched."""
+        """Wait for a launched reduction."""
         if self._work is not None:
             self._work.wait()
             self._work = None
 
     def gather_parameters(self) -> None:
-        """Start to share the updated shards; `ensure_parameters` completes it."""
+        """Start to all-gather the updated shards; `wait_for_all_gather` completes it."""
         if self.sharded and self.group.size > 1:
             self._gathering = self.group.all_gather(self.parameters, self.parameters[self.shard].clone())
             self.ready = False
 
-    def ensure_parameters(self) -> None:
-        """The parameters can be read from now on."""
+    def wait_for_all_gather(self) -> None:
+        """Return once the parameters can be read."""
         if self._gathering is not None:
             self._gathering.wait()
             self._gathering = None
             self.ready = True
 
-    # Where the parameters come and go; nothing to do where they stay
+    # For parameters that are resharded (ZeRO-3); no-ops otherwise
 
     def open(self) -> None:
-        """Make room for all parameters, to be written by the caller and then handed over by `close`."""
+        """Allocate all parameters, for the caller to write; `close` then shards them."""
 
     def close(self) -> None:
-        """The parameters have been written."""
+        """Keep the shard of the parameters just written, and release the rest."""
 
 
 class ShardedBucket(Bucket):
-    """ZeRO-2: gradients live whole only between a backward pass and its reduction. ZeRO-3: parameters come and go, too.
+    """ZeRO-2: full gradients live only between a backward pass and its reduction. ZeRO-3: so do full parameters.
 
-    The gradients of a micro-batch are reduced as soon as every parameter has added to them, and summed in the shard; a
-    parameter that adds to them again later is reduced again. Under ZeRO-3 the buffer `parameters`, which the parameters
-    are views of, stays the same tensor; its storage is given back by `release` and filled again by `unshard`. Autograd
-    never saves these parameters (all their uses are our own functions, which read them again in backward), so nothing
-    notices. `on_use` decides which buckets are whole when one of this bucket's parameters is read.
+    The gradients of a micro-batch are reduced as soon as every parameter has added its own, and accumulated in the
+    shard; a parameter that adds to them again later is reduced again. Under ZeRO-3 the buffer `parameters`, of which
+    the parameters are views, stays the same tensor: `release` frees its storage and `unshard` fills it again. That is
+    safe because autograd never saves these parameters (they are used only in our own Functions, which read them again
+    in backward). `on_use` is called when a parameter is read, and decides which buckets are unsharded.
     """
 
     def __init__(self, parameters: list[PlacedParameter], group: Group, zero: int, *, deferred: bool) -> None:
-        self.comes_and_goes = zero == 3
+        self.reshards = zero == 3
         self.on_use: Callable[[], None] | None = None
         super().__init__(parameters, group, zero, deferred=deferred)
         self._flying: tuple[Tensor, Tensor] | None = None
         self._arrived: set[int] = set()
-        if self.comes_and_goes:
+        if self.reshards:
             self.updated = self.shard
             self._owned = self.parameters[self.shard].clone()
             self.release()
@@ -214,7 +214,7 @@ class ShardedBucket(Bucket):
 
     @property
     def owned(self) -> Tensor:
-        return self._owned if self.comes_and_goes else super().owned
+        return self._owned if self.reshards else super().owned
 
     def begin(self, micro_batches: int) -> None:
         self.shard_gradients.zero_()
@@ -223,7 +223,7 @@ class ShardedBucket(Bucket):
     def gather(self, parameter: PlacedParameter) -> None:
         if self.on_use is not None:
             self.on_use()
-        self.ensure_parameters()
+        self.wait_for_all_gather()
 
     def gradient_added(self, parameter: PlacedParameter) -> None:
         self._arrived.add(id(parameter))
@@ -231,7 +231,7 @@ class ShardedBucket(Bucket):
             self.on_complete()
 
     def launch(self) -> None:
-        """Start to add what has been accumulated so far to the shard, if anything has."""
+        """Start to reduce what has been accumulated so far, if anything, into the shard."""
         if self.gradients is None:
             return
         self.wait()
@@ -259,30 +259,30 @@ class ShardedBucket(Bucket):
         self.parameters.untyped_storage().resize_(self.length * self.parameters.element_size())
 
     def unshard(self) -> None:
-        """Start to gather the whole parameters; `ensure_parameters` completes it."""
+        """Start to all-gather the full parameters; `wait_for_all_gather` completes it."""
         if self.released:
             self._allocate_parameters()
             self._gathering = self.group.all_gather(self.parameters, self._owned)
 
-    def ensure_parameters(self) -> None:
-        super().ensure_parameters()
-        self.ready = not self.comes_and_goes
+    def wait_for_all_gather(self) -> None:
+        super().wait_for_all_gather()
+        self.ready = not self.reshards
 
     def release(self) -> None:
-        """Give the whole parameters' memory back."""
-        self.ensure_parameters()
+        """Free the memory of the full parameters."""
+        self.wait_for_all_gather()
         self.parameters.untyped_storage().resize_(0)
 
     def gather_parameters(self) -> None:
-        if not self.comes_and_goes:
+        if not self.reshards:
             super().gather_parameters()
 
     def open(self) -> None:
-        if self.comes_and_goes and self.released:
+        if self.reshards and self.released:
             self._allocate_parameters()
             self.parameters.zero_()
 
     def close(self) -> None:
-        if self.comes_and_goes:
+        if self.reshards:
             self._owned.copy_(self.parameters[self.shard])
             self.release()

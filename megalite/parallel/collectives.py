@@ -1,13 +1,13 @@
-"""How tensor-parallel layers talk: what happens at the two borders of a tensor-parallel region.
+"""The collectives at the two boundaries of a tensor-parallel region.
 
-A tensor-parallel block begins where its input is made whole on every rank and ends where the ranks' partial outputs are
-summed. In backward the two change places, and the layers (`megalite.parallel.linear`) call the other one:
+A tensor-parallel block begins where its input is made full on every rank and ends where the ranks' partial outputs are
+summed. In backward the two swap roles, and the layers (`megalite.parallel.linear`) call the other one:
 
     sequence parallel     begin: all-gather along the sequence       end: reduce-scatter along the sequence
     not sequence parallel begin: nothing, gradient all-reduced       end: all-reduce, gradient passed on
 
-Tensors are sequence first (S, ...), so that both run on contiguous memory without a copy. Every function returns a new
-tensor; none writes to its argument, except the partial sums that `sum_start` is handed and documents to consume.
+Tensors are sequence first (S, ...), so both run on contiguous memory without a copy. Every function returns a new
+tensor and leaves its argument unchanged, except that `sum_start` consumes its input.
 Sources: Shoeybi et al. 2019 (Megatron-LM, section 3), Korthikanti et al. 2022 (sequence parallelism, section 4.2).
 """
 
@@ -23,7 +23,7 @@ from megalite.mesh import DONE, Group, Work
 
 @dataclass(frozen=True)
 class TensorRegion:
-    """How tensor-parallel layers talk: the group, and whether activations between blocks are split by sequence."""
+    """The tensor-parallel group, and whether activations outside the region are split along the sequence."""
 
     group: Group
     sequence: bool
@@ -37,7 +37,7 @@ class TensorRegion:
         object.__setattr__(self, "split", self.group.size if self.sequence else 1)
 
     def gather_start(self, tensor: Tensor) -> tuple[Tensor, Work]:
-        """Begin to make `tensor` whole along the sequence; the result is valid after the wait."""
+        """Start to all-gather `tensor` along the sequence; the result is valid after the wait."""
         if self.split == 1:
             return tensor, DONE
         tensor = tensor.contiguous()
@@ -45,7 +45,7 @@ class TensorRegion:
         return whole, self.group.all_gather(whole, tensor)
 
     def sum_start(self, partial: Tensor) -> tuple[Tensor, Work]:
-        """Begin to sum `partial` over the group (consumed); sequence parallel, each rank gets its part of the sum."""
+        """Start to sum `partial` (consumed) over the group; under sequence parallelism each rank gets its part."""
         if self.size == 1:
             return partial, DONE
         partial = partial.contiguous()

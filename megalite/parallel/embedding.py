@@ -18,7 +18,7 @@ from megalite.placement import Box, PlacedParameter, row_box
 
 
 class _Embed(Function):
-    """ids_SB -> hidden_sBH. Each rank looks up the ids that it holds, zeros elsewhere, and the ranks are summed."""
+    """ids_SB -> hidden_sBH. Each rank looks up the ids it holds, with zeros elsewhere; the results are summed."""
 
     @staticmethod
     def forward(ctx: Any, weight: PlacedParameter, ids_SB: Tensor, first: int, region: TensorRegion) -> Tensor:
@@ -40,7 +40,7 @@ class _Embed(Function):
         dtype = weight.dtype if total is None else total.dtype
         grad_NH = grad_NH.to(dtype)
         if region.group.size > 1:
-            # Tokens of other ranks add zeros to row 0: choosing the rows that are held would ask the host for a count.
+            # Tokens of other ranks add zeros to row 0: selecting the rows held here would synchronise with the host.
             present_N = present_SB.flatten()
             grad_NH = grad_NH.where(present_N.unsqueeze(1), 0)
             ids_N = ids_N.where(present_N, 0)
@@ -56,7 +56,7 @@ def vocabulary_box(
 ) -> tuple[int, int, tuple[Box, ...]]:
     """(rows per rank with padding, first row, boxes) of a vocabulary-parallel weight.
 
-    The vocabulary is padded to a multiple of the tensor ranks; the last ranks may hold fewer true rows, or none.
+    The vocabulary is padded to a multiple of the tensor size; the last ranks may hold fewer true rows, or none.
     """
     rows = -(-vocab_size // region.group.size)
     first = region.group.index * rows

@@ -1,7 +1,7 @@
-"""The one engine that runs every pipeline schedule: it walks a rank's list of lowered operations.
+"""The engine that runs every pipeline schedule: it executes a rank's list of lowered operations.
 
-It knows neither the model nor the loss: a stage's forward pass is a function that it is given. The output of the last
-stage is the loss of a micro-batch (fp64 scalar), whose gradient is 1, or in forward passes alone any tensor.
+It knows neither the model nor the loss: a stage's forward pass is a function passed in. The last stage outputs the loss
+of a micro-batch (fp64 scalar, gradient 1); in forward-only runs it may output any tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ StageForward = Callable[[int, int, Tensor | None], Tensor]
 """(stage, micro-batch, input hidden or None on the first stage) -> output hidden, or the loss on the last stage."""
 
 Observer = Callable[[Op], AbstractContextManager[None]]
-"""Wraps the execution of every operation: to time it, or to name it in a profile."""
+"""Wraps the execution of every operation, to time it or to name it in a profile."""
 
 _PENDING_SENDS = 2
 """How many tensors may be on their way to neighbours before the oldest is waited for. Lowered plans would run to their
@@ -37,7 +37,7 @@ def unobserved(op: Op) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Activation:
-    """The shape and dtype of what travels between stages: hidden [s, B, H], the same for every micro-batch."""
+    """Shape and dtype of the activations sent between stages: hidden [s, B, H], the same for every micro-batch."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class Activation:
 class PipelineEngine:
     """Runs this rank's operations of one step; built once for a plan, used every step.
 
-    `owners` says for each stage which pipeline rank holds it. An output is dropped as soon as it has been sent and a
+    `owners[stage]` is the pipeline rank that holds the stage. An output is freed as soon as it has been sent and a
     few others have followed: backward needs only the edge of the graph that it left behind.
     """
 
@@ -149,7 +149,7 @@ class PipelineEngine:
             return
         tensor = self._outputs.pop(key)
         if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
-            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
+            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not match {self.activation}")
         self._sending.append((tensor, self._group.send(tensor, neighbour)))
         self._finish_sends(_PENDING_SENDS)
 

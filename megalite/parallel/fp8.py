@@ -1,10 +1,9 @@
 """Matrix products of linear layers in FP8.
 
-N tokens, I / O input and output features (this rank's share of them). FP8 takes both factors as 8-bit floats with a
-scale each, found anew from the tensor at every product: one for the whole tensor, or one for each row. Activations and
-weights have 3 bits of mantissa (e4m3), gradients 2 and a wider range (e5m2); sums are fp32, results bf16. Weight
-gradients stay in bf16 with fp32 accumulation: they are what training is most sensitive to. Embedding and output layer
-stay as they are.
+N tokens, I / O input and output features (this rank's share). FP8 GEMMs take both operands as 8-bit floats with dynamic
+scales, one per tensor or one per row, computed at every product. Activations and weights are e4m3, gradients e5m2
+(wider range); sums are fp32, results bf16. Weight gradients stay in bf16 with fp32 accumulation, since training is most
+sensitive to them. Embedding and output layer stay in the parameters' precision.
 Source: Micikevicius et al. 2022 (arXiv:2209.05433, sections 2 and 3); scaling at each product as in torch._scaled_mm.
 """
 
@@ -22,7 +21,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Fp8Products:
-    """Both products in FP8; tensors come and go in bf16. `per_row`: a scale for each row of either factor."""
+    """Both GEMMs in FP8; inputs and results are bf16. `per_row`: one scale per row of either operand."""
 
     per_row: bool
 
@@ -48,7 +47,7 @@ class Fp8Products:
         return product_NM.view(*a.shape[:-1], b_MK.shape[0])
 
     def _quantise(self, x_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(x / scale as `dtype`, row-major; scale, fp32): the largest magnitude meets the largest number of `dtype`."""
+        """(x / scale as `dtype`, row-major; scale, fp32); the largest magnitude maps to the maximum of `dtype`."""
         size = x_NK.abs().amax(dim=1, keepdim=True) if self.per_row else x_NK.abs().amax()
         limit = torch.finfo(dtype).max
         scale = size.float().clamp(min=_TINY) / limit

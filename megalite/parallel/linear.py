@@ -1,11 +1,11 @@
 """Tensor-parallel linear layers, written by hand.
 
-Shapes: S sequence (of the micro-batch, whole), s = S / tp where sequence parallel and S where not, B micro-batch,
-I / O input and output features of the whole layer, i / o this rank's share of them.
+Shapes: S full sequence of the micro-batch, s = S / tp under sequence parallelism, else S, B micro-batch, I / O input
+and output features of the whole layer, i / o this rank's share of them.
 
-Sequence parallelism here saves memory: a column-parallel layer keeps its input cut by sequence and gathers it again in
-backward, under the product that gives the input's gradient; the sum of that gradient over the ranks then runs under
-the product that gives the weight's. Weight gradients are added straight into the fp32 `main_grad` of the parameter.
+Sequence parallelism saves memory here: a column-parallel layer saves its input split along the sequence and gathers it
+again in backward, overlapped with the input-gradient GEMM; the reduction of that gradient then overlaps with the
+weight-gradient GEMM. Weight gradients are accumulated straight into the parameter's fp32 `main_grad`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PLAIN: Products = PlainProducts()
 
 
 def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
-    """total_OI += grad_NO^T @ input_NI, in the dtype of `total` (fp32) whatever that of the factors."""
+    """total_OI += grad_NO^T @ input_NI, accumulated in the dtype of `total` (fp32) whatever the operands' dtype."""
     if grad_NO.dtype == total.dtype:
         total.addmm_(grad_NO.t(), input_NI)
     else:
@@ -59,7 +59,7 @@ def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None
 
 
 def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
-    """Add grad_output^T @ inputs to the weight's gradient buffer, or return it for autograd where there is none."""
+    """Add grad_output^T @ inputs to the weight's gradient buffer; without a buffer, return it for autograd."""
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
     total = weight.main_grad
     if total is None:
@@ -110,7 +110,7 @@ class _ColumnLinear(Function):
         grad_x, summed = (None, DONE) if product is None else region.sum_start(product)
         gathered.wait()
         grad_weight = None
-        if trained and delayed:  # what is kept until then stays cut by sequence
+        if trained and delayed:  # the saved input stays split along the sequence until then
             weight.delay(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x)))
         elif trained:
             grad_weight = add_weight_gradient(weight, grad_SBo, x_SBI)
@@ -122,8 +122,8 @@ class _ColumnLinear(Function):
 class _RowLinear(Function):
     """prologue(inputs)_SBi -> y_sBO: multiply by this rank's columns of the weight, sum over the ranks.
 
-    With a `prologue`, only its inputs are kept, and it is evaluated again in backward: this is how cheap element-wise
-    work (SwiGLU) is recomputed instead of stored.
+    With a `prologue`, only its inputs are saved and it is evaluated again in backward: cheap element-wise work (SwiGLU)
+    is recomputed instead of stored.
     """
 
     @staticmethod

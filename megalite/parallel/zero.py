@@ -1,12 +1,12 @@
 """Data parallelism: the buckets of a pipeline stage, reduced while backward still runs, and ZeRO-1 to 3.
 
-The parameters of one pipeline stage lie in flat buckets (`megalite.parallel.buckets`), in about the order in which
-backward finishes them: matrices first, then vectors, then the parameters of which some replica within the model holds
-only a part of the gradient's sum (norms under sequence parallelism, shared key/value heads, tied embeddings on two
-stages). These last are summed and reduced at the end. Vectors and shared parameters stay whole under ZeRO-2 and 3:
-vectors are small, and shared parameters are summed as whole tensors.
+The parameters of one pipeline stage are stored in flat buckets (`megalite.parallel.buckets`), roughly in the order in
+which backward finishes them: matrices, then vectors, then parameters with partial gradients, whose replicas within the
+model must be summed first (norms under sequence parallelism, shared key/value heads, tied embeddings on two stages).
+These last are summed and reduced at the end of the step. Vectors and parameters with partial gradients stay unsharded
+under ZeRO-2 and 3: vectors are small, and the sum over replicas needs full tensors.
 
-Gradients are summed, never averaged: the loss is already divided by the global count of tokens.
+Gradients are summed, never averaged: the loss is already divided by the global token count.
 """
 
 from __future__ import annotations
@@ -31,26 +31,25 @@ Kind = TypeVar("Kind", bound=tuple[Any, ...])
 Pairs = list[tuple[PlacedParameter, Box]]
 
 BUCKET_ELEMENTS = 1 << 23
-"""Gradients that are reduced together; more in a bucket of one larger parameter."""
+"""Gradients reduced together; a single larger parameter has a bucket of its own."""
 
 IN_FLIGHT = 2
-"""ZeRO-2 and 3: how many reductions may be under way, each with a whole gradient buffer, before the oldest is waited
-for."""
+"""ZeRO-2 and 3: maximum number of reductions in flight, each with a full gradient buffer."""
 
 
 def _has_partial_boxes(parameter: PlacedParameter) -> bool:
-    """Whether some replica within the model holds only a part of this parameter's gradient."""
+    """Whether this parameter's gradient must be summed over replicas within the model."""
     return any(box.partial for box in parameter.placement.boxes)
 
 
 class StageBuckets:
-    """All buckets of one pipeline stage, and the order in which their gradients become whole.
+    """All buckets of one pipeline stage, and the order in which their gradients are reduced.
 
-    `begin()` clears the gradients; backward passes then report parameter by parameter, and buckets are reduced under
-    them; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything. Where backward is
-    split in two, `delaying` collects the weights' part and `run_delayed` does it.
+    `begin()` clears the gradients; backward passes then report parameter by parameter, and full buckets are reduced
+    while backward continues; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything.
+    Where backward is split in two, `delaying` collects the weight-gradient part and `run_delayed` runs it.
 
-    `aliases` are parameters of any of this rank's stages that share the storage of another one (tied embeddings).
+    `aliases` are parameters of this rank's stages that share the storage of another parameter (tied embeddings).
     """
 
     def __init__(
@@ -121,7 +120,7 @@ class StageBuckets:
         return within, across
 
     def begin(self, micro_batches: int) -> None:
-        """Clear the gradients before the first forward pass of a step of so many micro-batches."""
+        """Clear the gradients before the first forward pass of a step of `micro_batches` micro-batches."""
         for bucket in self.trained:
             bucket.begin(micro_batches)
         for alias in self.aliases:
@@ -137,13 +136,13 @@ class StageBuckets:
             self._launch(bucket)
             return
         self._full.add(id(bucket))
-        # Launched strictly in order, so that all ranks of the group start the same collectives in the same order.
+        # Launched strictly in order: all ranks of the group must start the same collectives in the same order.
         while self._launched < len(self._in_order) and id(self._in_order[self._launched]) in self._full:
             self._in_order[self._launched].launch()
             self._launched += 1
 
     def _launch(self, bucket: Bucket) -> None:
-        """Reduce what a bucket has so far; an older reduction is completed so that its buffer can be reused."""
+        """Start to reduce a bucket; waits for the oldest reduction if too many are in flight, to bound memory."""
         bucket.launch()
         self._flying.append(bucket)
         while len(self._flying) > IN_FLIGHT:
@@ -151,7 +150,7 @@ class StageBuckets:
 
     @contextlib.contextmanager
     def delaying(self, micro: int) -> Iterator[None]:
-        """Backward passes within leave the products for the matrices' gradients to `run_delayed(micro)`."""
+        """Backward passes in this context leave the matrices' weight gradients to `run_delayed(micro)`."""
         work = self._delayed[micro] = []
         for parameter in self._matrices:
             parameter.delay = work.append
@@ -163,13 +162,13 @@ class StageBuckets:
 
     @torch.no_grad()
     def run_delayed(self, micro: int) -> None:
-        """The weights' part of a micro-batch's backward pass; each product drops what it was kept for."""
+        """Compute the delayed weight gradients of a micro-batch; each frees what it was kept for."""
         delayed = deque(self._delayed.pop(micro))
         while delayed:
             delayed.popleft()()
 
     def sum_tied(self) -> None:
-        """Add the output layer's gradient to the embedding's (and back), whether they live here or on two stages."""
+        """Sum the gradients of embedding and tied output layer, whether both are here or on two stages."""
         for alias in self.aliases:
             if alias.main_grad is not None:
                 assert alias.tied_to is not None and alias.tied_to.main_grad is not None
@@ -178,7 +177,7 @@ class StageBuckets:
             shared.sum_gradients()
 
     def finish(self) -> None:
-        """Sum what replicas within the stage share, reduce the remaining buckets, wait for all."""
+        """Sum partial gradients within the stage, reduce the remaining buckets, wait for all."""
         for shared in self._replicated:
             shared.sum_gradients()
         for bucket in self.trained:
@@ -192,27 +191,26 @@ class StageBuckets:
             bucket.wait()
 
     def gather_parameters(self) -> None:
-        """After the optimizer's step: every rank gets every shard's new parameters.
+        """All-gather the updated parameters after the optimizer step.
 
-        Matrices are waited for where they are next used, so that their messages overlap with the next forward pass.
+        Matrices are waited for at their next use, so that the all-gather overlaps with the next forward pass.
         """
         self._window.clear()
         for bucket in self.buckets:
             bucket.gather_parameters()
         for bucket in self.buckets:
             if bucket.deferred or not bucket.decays:
-                bucket.ensure_parameters()
+                bucket.wait_for_all_gather()
 
-    def settle(self) -> None:
-        """Wait for all parameters: for whoever reads or writes them other than by a forward pass."""
+    def wait_for_all_gather(self) -> None:
+        """Wait for all parameters; needed before they are read or written outside a forward pass."""
         for bucket in self.buckets:
-            bucket.ensure_parameters()
+            bucket.wait_for_all_gather()
 
     @torch.no_grad()
     def fill(self, write: Callable[[PlacedParameter], None]) -> None:
-        """Call `write` for every parameter, which it is to overwrite; of those that ZeRO-3 shards one bucket at a time
-        is whole."""
-        self.settle()
+        """Call `write` for every parameter, which it must overwrite; under ZeRO-3 one bucket at a time is unsharded."""
+        self.wait_for_all_gather()
         self._window.clear()
         for bucket in self.buckets:
             bucket.open()
@@ -222,11 +220,11 @@ class StageBuckets:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Within, every parameter is whole and can be read as it is, also by forward passes."""
-        self.settle()
+        """In this context every parameter is unsharded and can be read, also by forward passes."""
+        self.wait_for_all_gather()
         for bucket in self._window.buckets:
             bucket.unshard()
-        self.settle()
+        self.wait_for_all_gather()
         self._window.pinned = True
         try:
             yield
@@ -236,11 +234,11 @@ class StageBuckets:
 
 
 class _Window:
-    """Which layers of a stage are whole under ZeRO-3: the one in use, and the next on the way.
+    """Which layers of a stage are unsharded under ZeRO-3: the one in use, and the next one (prefetch).
 
-    Layers ask for their weights when they multiply by them, in any order of stages, micro-batches and recomputation.
-    The way goes up through the layers in forward passes and down in backward passes, and turns at both ends. `layers`
-    are the buckets of each layer in the order of a forward pass; while `pinned`, all are whole and stay so.
+    Layers request their weights at each use, in any order of stages, micro-batches and recomputation. Forward passes go
+    up through the layers, backward passes down, turning around at both ends. `layers` are the buckets of each layer in
+    forward order; while `pinned`, all stay unsharded.
     """
 
     def __init__(self, layers: list[list[ShardedBucket]]) -> None:
@@ -259,8 +257,9 @@ class _Window:
     def _use(self, index: int) -> None:
         if index == self._at or self.pinned:
             return
-        # A move to a higher layer is a forward pass, but from the last layer the way leads down, and from the first up.
-        # The layer in use is gathered before the next one: what is waited for must not queue behind what is not.
+        # No one says whether this is forward or backward, so the direction is inferred: a higher layer than the last
+        # one means forward; after the last layer the next is below, and after the first it is above. The layer in use
+        # is gathered before the prefetched one: what is waited for now must not queue behind what is needed later.
         last = len(self.layers) - 1
         up = index == 0 or (index != last and index > self._at)
         wanted = {index, min(index + 1, last) if up else max(index - 1, 0)}
@@ -273,14 +272,14 @@ class _Window:
         self._at, self._whole = index, wanted
 
     def clear(self) -> None:
-        """Nothing is whole any more: the shards have changed, or are about to."""
+        """Release everything: the shards have changed, or are about to."""
         for bucket in self.buckets:
             bucket.release()
         self._at, self._whole = -1, set()
 
 
 def _move_gradient(parameter: Tensor) -> None:
-    """Add a gradient that autograd computed (norms) to `main_grad`."""
+    """Move a gradient computed by autograd (norms) to `main_grad`."""
     assert isinstance(parameter, PlacedParameter)
     if parameter.grad is None:
         return
@@ -292,7 +291,7 @@ def _move_gradient(parameter: Tensor) -> None:
 
 
 def _cut(parameters: list[PlacedParameter], limit: int) -> Iterator[list[PlacedParameter]]:
-    """Runs of at most `limit` elements (a larger parameter alone): small enough to fill while backward goes on."""
+    """Runs of at most `limit` elements (a larger parameter alone): small enough to overlap with backward."""
     part: list[PlacedParameter] = []
     for parameter in parameters:
         if part and sum(other.numel() for other in part) + parameter.numel() > limit:
@@ -314,7 +313,7 @@ def _grouped(
 
 
 def _homes(stage: nn.Module) -> dict[int, str]:
-    """For each parameter its layer (`layers.3`), or its own name where it belongs to none."""
+    """By parameter id, the layer it belongs to (`layers.3`), or its own name if none."""
     homes = {}
     for name, parameter in stage.named_parameters():
         module, _, rest = name.partition(".")
@@ -323,38 +322,38 @@ def _homes(stage: nn.Module) -> dict[int, str]:
 
 
 def _by_layer(stage: nn.Module, parameters: list[PlacedParameter]) -> Iterator[list[PlacedParameter]]:
-    """The parameters of a layer together, what belongs to no layer alone: what a forward pass needs at once."""
+    """Group parameters by layer; one outside all layers is a group of its own. A forward pass uses a group at once."""
     homes = _homes(stage)
     for _, layer in itertools.groupby(parameters, lambda parameter: homes[id(parameter)]):
         yield list(layer)
 
 
 def _layers_in_order(stage: nn.Module, buckets: Iterable[Bucket]) -> list[list[ShardedBucket]]:
-    """The buckets whose parameters come and go, by layer, in the order of a forward pass."""
+    """The resharded buckets of each layer, in forward order."""
     homes = _homes(stage)
     layers: dict[str, list[ShardedBucket]] = {home: [] for home in homes.values()}
     for bucket in buckets:
-        if isinstance(bucket, ShardedBucket) and bucket.comes_and_goes:
+        if isinstance(bucket, ShardedBucket) and bucket.reshards:
             layers[homes[id(bucket.slots[0].parameter)]].append(bucket)
     return [layer for layer in layers.values() if layer]
 
 
 @dataclass(frozen=True)
 class SharedBoxes:
-    """Boxes that the same ranks share (`members` of `group`), in an order on which those ranks agree."""
+    """Boxes shared by the same ranks (`members` of `group`), in an order those ranks agree on."""
 
     group: Group
     members: tuple[int, ...]
     boxes: tuple[tuple[PlacedParameter, Box], ...]
 
     def sum_gradients(self) -> None:
-        """Every member gets the sum of the members' gradients: one message."""
+        """Give every member the sum of the members' gradients, in one message."""
         views = []
         for parameter, box in self.boxes:
             assert parameter.main_grad is not None
             views.append(box.view(parameter.main_grad))
         packed = torch.cat([view.reshape(-1) for view in views])
-        self.group.sum_among(packed, self.members)
+        self.group.sum_over_members(packed, self.members)
         for view, total in zip(views, packed.split([view.numel() for view in views])):
             view.copy_(total.view(view.shape))
 

@@ -34,7 +34,7 @@ SCORE_BYTES = (13.0, 22.0)
 """Bytes moved for each attention score, forward and backward, where scores are written out (with dropout)."""
 
 
-class Work(NamedTuple):
+class TimeParts(NamedTuple):
     """Seconds of one rank by kind; `launch` is what waiting for the host adds."""
 
     products: float = 0.0
@@ -44,11 +44,11 @@ class Work(NamedTuple):
     data: float = 0.0
     launch: float = 0.0
 
-    def plus(self, other: Work) -> Work:
-        return Work(*map(operator.add, self, other))
+    def plus(self, other: TimeParts) -> TimeParts:
+        return TimeParts(*map(operator.add, self, other))
 
-    def times(self, count: float) -> Work:
-        return Work(*(count * value for value in self))
+    def times(self, count: float) -> TimeParts:
+        return TimeParts(*(count * value for value in self))
 
     @property
     def seconds(self) -> float:
@@ -59,12 +59,12 @@ class Work(NamedTuple):
 class StageWork:
     """One stage and micro-batch: forward, backward for the input and for the weights."""
 
-    forward: Work
-    input_gradient: Work
-    weight_gradient: Work
+    forward: TimeParts
+    input_gradient: TimeParts
+    weight_gradient: TimeParts
 
     @property
-    def backward(self) -> Work:
+    def backward(self) -> TimeParts:
         return self.input_gradient.plus(self.weight_gradient)
 
 
@@ -171,13 +171,13 @@ def layer_work(job: Job) -> StageWork:
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
     weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
-    forward = Work(total, attention[0], elementwise[0], talk_forward)
-    input_gradient = Work(total, attention[1], elementwise[1], talk_input)
-    weight_gradient = Work(total, 0.0, weight_sum, talk_weight)
+    forward = TimeParts(total, attention[0], elementwise[0], talk_forward)
+    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input)
+    weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
         input_gradient = input_gradient.plus(forward)
     elif job.recompute == "selective":
-        input_gradient = input_gradient.plus(Work(0.0, attention[0], 0.4 * elementwise[0]))
+        input_gradient = input_gradient.plus(TimeParts(0.0, attention[0], 0.4 * elementwise[0]))
     return StageWork(forward, input_gradient, weight_gradient)
 
 
@@ -188,14 +188,14 @@ def _loss_work(job: Job) -> StageWork:
     weight_sum = rows * hidden * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = job.tokens * rows * job.practice.logit_bytes / job.device.memory_bandwidth
     exchange = _exchange(job)
-    forward, gradient = Work(product, 0.0, moved, exchange), Work(product, 0.0, 0.0, exchange)
-    weights = Work(product, 0.0, weight_sum)
+    forward, gradient = TimeParts(product, 0.0, moved, exchange), TimeParts(product, 0.0, 0.0, exchange)
+    weights = TimeParts(product, 0.0, weight_sum)
     if job.practice.loss_in_forward:
-        return StageWork(forward.plus(gradient).plus(weights), Work(), Work())
+        return StageWork(forward.plus(gradient).plus(weights), TimeParts(), TimeParts())
     return StageWork(forward, gradient, weights)
 
 
-def _with_launch(work: Work, floor: float) -> Work:
+def _with_launch(work: TimeParts, floor: float) -> TimeParts:
     return work._replace(launch=max(0.0, floor - work.seconds))
 
 
@@ -214,16 +214,16 @@ def stage_work(job: Job, stage: int) -> StageWork:
         forward, inputs = forward.plus(loss.forward), inputs.plus(loss.input_gradient)
         weights = weights.plus(loss.weight_gradient)
     if stage == 0:
-        forward = forward.plus(Work(tensor=_exchange(job)))
-        weights = weights.plus(Work(tensor=_exchange(job) if job.split > 1 else 0.0))
+        forward = forward.plus(TimeParts(tensor=_exchange(job)))
+        weights = weights.plus(TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0))
     if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch, and weights gathered
         talk = _reduce_gradients(job, stage)
         if job.zero == 3:
             gather = _gather_parameters(job, stage)
             first = gather / max(1, layers)  # nothing to hide the first layer's under
-            forward = forward.plus(Work(data=max(first, _exposed(gather, forward.seconds))))
+            forward = forward.plus(TimeParts(data=max(first, _exposed(gather, forward.seconds))))
             talk += gather
-        inputs = inputs.plus(Work(data=_exposed(talk, inputs.seconds + weights.seconds)))
+        inputs = inputs.plus(TimeParts(data=_exposed(talk, inputs.seconds + weights.seconds)))
     return StageWork(forward, inputs, weights)
 
 
@@ -302,10 +302,12 @@ def _makespan(job: Job, costs: Mapping[str, list[float]], transfer: float) -> fl
     return first + (second - first) * (whole + more / job.pipeline)
 
 
-def _rank_works(job: Job, works: list[StageWork]) -> list[Work]:
+def _rank_works(job: Job, works: list[StageWork]) -> list[TimeParts]:
     """The work of each pipeline rank for one micro-batch."""
     return [
-        functools.reduce(Work.plus, (works[stage].forward.plus(works[stage].backward) for stage in job.stages_of(rank)))
+        functools.reduce(
+            TimeParts.plus, (works[stage].forward.plus(works[stage].backward) for stage in job.stages_of(rank))
+        )
         for rank in range(job.pipeline)
     ]
 
@@ -321,7 +323,7 @@ def step_time(job: Job) -> StepTime:
     """Predict one step of the full global batch."""
     works = stage_works(job)
     makespan = _makespan(job, *pipeline_costs(job, works))
-    work = functools.reduce(Work.plus, _rank_works(job, works)).times(job.micro_batches / job.pipeline)
+    work = functools.reduce(TimeParts.plus, _rank_works(job, works)).times(job.micro_batches / job.pipeline)
     exposed, optimizer = _after_backward(job, works)
     idle = max(0.0, makespan - work.seconds)
     parts = {

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from megalite.observe.picture import SMOOTH_FROM, smooth
-from megalite.report.run import Run
+from megalite.report.run_directory import Run
 from megalite.report.style import FAINT, HALF, RUNS, WIDE, new_figure, plain, token_axis
 
 _WIDE_SPREAD = 30.0

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from megalite.errors import ENDINGS, UserError
+from megalite.observe.formatting import counted
 from megalite.observe.metrics import whole
-from megalite.observe.words import counted
 from megalite.report import curves, timing
-from megalite.report.findings import history, remarks
-from megalite.report.run import Run
+from megalite.report.remarks import history, remarks
+from megalite.report.run_directory import Run
 from megalite.report.style import styled, to_png, write_file
 
 _SUMMARY = (

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from megalite.observe.goodput import Goodput
-from megalite.report.findings import slow_ranks
-from megalite.report.run import RankTimes, Run
+from megalite.report.remarks import slow_ranks
+from megalite.report.run_directory import RankTimes, Run
 from megalite.report.style import ALARM, FAINT, INK, PARTS, PHASES, WIDE, legend_below, new_figure, plain
 from megalite.schedule.draw import COLOURS, IDLE, NAMES, shade
 from megalite.schedule.ops import COMPUTE, Op, ScheduleError, parse_op

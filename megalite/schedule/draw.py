@@ -1,4 +1,4 @@
-"""Pictures of a simulated plan, as an image or as text: one row a rank, one box an operation, time to the right."""
+"""Drawings of a simulated plan, as an image or text: one row per rank, one box per operation, time to the right."""
 
 import math
 import os
@@ -19,7 +19,7 @@ _INCHES_A_DIGIT = 0.085
 
 
 def headline(name: str, simulation: Simulation, micro_batches: int) -> str:
-    """One line for titles: the schedule, its size, and the share of time in which the ranks are idle."""
+    """One line for titles: the schedule, its size, and its bubble."""
     ranks = len(simulation.timeline)
     stages = 1 + max(event.op.stage for events in simulation.timeline for event in events)
     chunks = f" × {stages // ranks} stages" if stages > ranks else ""
@@ -29,8 +29,8 @@ def headline(name: str, simulation: Simulation, micro_batches: int) -> str:
 def draw(simulation: Simulation, path: Path, title: str) -> None:
     """Write the timeline as an image; the format is the path's suffix (png, svg, pdf).
 
-    Boxes bear the micro-batch where it fits; a rank's later stages (virtual stages) have darker colours. To the right
-    of each row stands the most micro-batches whose activations the rank holds at once.
+    Boxes are labelled with the micro-batch if it fits; a rank's later (virtual) stages have darker colours. To the
+    right of each row is the peak number of micro-batches whose activations the rank holds.
     """
     ranks = len(simulation.timeline)
     width = min(max(0.3 * simulation.makespan / _shortest(simulation), 9.0), 48.0)
@@ -70,7 +70,7 @@ def draw(simulation: Simulation, path: Path, title: str) -> None:
 
 
 def as_text(simulation: Simulation) -> str:
-    """The timeline in characters: a column is the shortest operation, `-` goes on with it, `.` is idle."""
+    """The timeline in characters: a column is the shortest operation, `-` continues an operation, `.` is idle."""
     unit = _shortest(simulation)
     column = 1 + max(len(str(event.op)) for events in simulation.timeline for event in events)
 
@@ -92,14 +92,14 @@ def _shortest(simulation: Simulation) -> float:
 
 
 def shade(colour: str, chunk: int, chunks: int) -> str:
-    """Darker for later chunks, still light enough for black digits."""
+    """Darker for later chunks, but light enough for black digits."""
     light = 1.0 - 0.28 * chunk / max(chunks - 1, 1)
     red, green, blue = to_rgb(colour)
     return to_hex((red * light, green * light, blue * light))
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Under its final name only when whole."""
+    """Write the file atomically."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Lowering: from a schedule's compute operations to everything that a rank does, communication included."""
+"""Lowering: from a schedule's compute operations to a rank's full list of operations, including communication."""
 
 from collections import Counter
 
@@ -11,24 +11,24 @@ _SEND_AFTER = {"F": "SF", "B": "SB", "I": "SB"}
 def lower(plan: Plan, *, tied: bool = False) -> Plan:
     """Add the transfers between ranks, and the collectives T and R, to a plan of compute operations.
 
-    The plan is played through in time, and each event is entered in the lists of all ranks that take part in it at
-    once: a send with its receive, T on both its ranks. All lists are thus cuts through one common order, which is why
-    the result cannot deadlock, even where each transfer blocks both ends: the earliest event not yet done is always
-    next on every rank that it needs. A receive stands before the operation that the receiver is busy with when the
-    data are ready, so an engine that posts receives without waiting overlaps the transfer with that operation, and
-    never keeps a buffer for data that are still several operations away.
+    The plan is simulated in time, and each event is appended at once to the lists of all ranks involved: a send with
+    its receive, T on both its ranks. All lists are therefore projections of one total order, which is why the result
+    cannot deadlock even if every transfer blocks both ends: the earliest pending event is always next on every rank it
+    needs. A receive is placed before the operation that the receiver is running when the data become ready, so an
+    engine that posts receives without waiting overlaps the transfer with that operation, and allocates no buffer
+    several operations early.
 
     Args:
         plan: compute operations; every stage on one rank. A forward-only plan gets no collectives.
         tied: the first and the last stage share the embedding. Adds T after the last backward of both: on each of the
-            two ranks, or once as 0T where one rank holds both stages and the sum is local.
+            two ranks, or once as 0T if one rank holds both stages and the sum is local.
 
     Returns:
         The plan with SF/RF after each F and SB/RB after each B or I whose neighbour is on another rank, and R of each
         stage after its last backward (after T for the first and last stage of a tied model).
 
     Raises:
-        ScheduleError: the plan cannot be completed, or is no schedule.
+        ScheduleError: the plan cannot complete, or is not a schedule.
     """
     owner = stage_owners(plan)
     last_stage = len(owner) - 1

@@ -45,11 +45,11 @@ class Op(NamedTuple):
 
 
 Plan = tuple[tuple[Op, ...], ...]
-"""The operations of every pipeline rank, in the order in which the rank runs them. Order only, no time slots."""
+"""The operations of every pipeline rank, in execution order, without time slots."""
 
 
 class Value(NamedTuple):
-    """What a compute operation makes for others: the activation (`"F"`) or input gradient (`"G"`) of a stage."""
+    """A compute operation's output for other stages: the activation (`"F"`) or input gradient (`"G"`) of a stage."""
 
     kind: str
     stage: int
@@ -66,12 +66,13 @@ def parse_op(text: str) -> Op:
 
 
 def parse_plan(text: str) -> Plan:
-    """Read a plan from text: one line a rank, operations separated by commas; empty fields are PyTorch's idle slots."""
+    """Read a plan from text: one line per rank, operations separated by commas; empty fields (PyTorch's idle slots) are
+    skipped."""
     return tuple(tuple(parse_op(field) for field in line.split(",") if field.strip()) for line in text.splitlines())
 
 
 def format_plan(plan: Plan) -> str:
-    """Write a plan as `parse_plan` reads it. A plan of compute operations alone is also PyTorch's CSV."""
+    """Write a plan as `parse_plan` reads it. A plan with only compute operations is also valid PyTorch CSV."""
     return "".join(",".join(map(str, ops)) + "\n" for ops in plan)
 
 
@@ -81,7 +82,7 @@ def compute_ops(plan: Plan) -> Plan:
 
 
 def stage_owners(plan: Plan) -> tuple[int, ...]:
-    """The rank that holds each stage, read off the plan. Raises ScheduleError unless each stage is on one rank."""
+    """The rank that holds each stage. Raises ScheduleError unless each stage is on exactly one rank."""
     owner: dict[int, int] = {}
     for rank, ops in enumerate(plan):
         for stage in {op.stage for op in ops if op.kind in COMPUTE}:
@@ -93,14 +94,14 @@ def stage_owners(plan: Plan) -> tuple[int, ...]:
 
 
 def output_of(op: Op) -> Value | None:
-    """What a compute operation hands to others; None for W, whose result stays in the gradient buckets."""
+    """A compute operation's output; None for W, whose result stays in the gradient buckets."""
     if op.kind == "W":
         return None
     return Value("F" if op.kind == "F" else "G", op.stage, op.micro)
 
 
 def inputs_of(op: Op, last_stage: int) -> Iterable[Value]:
-    """What must exist before a compute operation can run. The last stage's gradient comes from its own loss."""
+    """The values a compute operation depends on. The last stage's gradient comes from its own loss."""
     kind, stage, micro = op
     if kind == "F":
         return (Value("F", stage - 1, micro),) if stage else ()
@@ -111,7 +112,7 @@ def inputs_of(op: Op, last_stage: int) -> Iterable[Value]:
 
 
 def counterpart(op: Op, last_stage: int) -> Op:
-    """The operation that a transfer or a T meets on the other rank: 2SF0 meets 3RF0, 0T meets 7T."""
+    """The matching operation of a transfer or a T on the other rank: 3RF0 for 2SF0, 7T for 0T."""
     kind, stage, micro = op
     if kind == "T":
         return Op("T", last_stage - stage, micro)

@@ -1,9 +1,8 @@
 """Pipeline schedules: pure functions `(ranks, micro_batches, chunks) -> Plan`, compute operations only, order only.
 
-With `chunks` > 1 a rank holds that many stages (virtual stages). Stage s lives on rank s % ranks, or, where a schedule
-is placed `v`, on the ranks downwards and then upwards again. Every schedule runs the backward of each stage in
-micro-batch order, so the gradients it accumulates are bitwise those of one process. docs/schedules.md tells how to add
-a schedule.
+With `chunks` > 1 a rank holds that many stages (virtual stages). Stage s is on rank s % ranks, or, for a V-shaped
+schedule (`v`), down the ranks and up again. Every schedule runs the backward of each stage in micro-batch order, so
+accumulated gradients are bitwise those of one process. docs/schedules.md explains how to add a schedule.
 """
 
 from collections import Counter
@@ -20,7 +19,7 @@ from megalite.schedule.ops import Op, Plan, Value, inputs_of, output_of
 def gpipe(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
     """All forwards, then all backwards (Huang et al., GPipe, arXiv:1811.06965).
 
-    Simple; idle share (p-1)/(m+p-1), and every rank keeps the activations of all m micro-batches.
+    The bubble is (p-1)/(m+p-1), and every rank holds the activations of all m micro-batches.
     """
     _expect_chunks("gpipe", chunks, chunks == 1)
     return tuple(
@@ -31,7 +30,7 @@ def gpipe(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
 def one_f_one_b(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
     """One forward, one backward in turn once the pipeline is full (Narayanan et al., arXiv:2006.09503, section 3).
 
-    The idle share is GPipe's; rank r keeps the activations of min(p - r, m) micro-batches only.
+    The bubble is GPipe's, but rank r holds the activations of only min(p - r, m) micro-batches.
     """
     _expect_chunks("1f1b", chunks, chunks == 1)
     return tuple(
@@ -47,8 +46,8 @@ def one_f_one_b(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
 def interleaved(ranks: int, micro_batches: int, chunks: int) -> Plan:
     """1F1B with v stages on each rank (Narayanan et al., arXiv:2104.04473, section 2.2).
 
-    Micro-batches travel in groups of p through one chunk of layers after the other. The idle share falls to
-    (p-1)/(v*m+p-1) at the price of v times the transfers. Needs micro_batches % ranks == 0.
+    Micro-batches go in groups of p through one chunk of layers after the other. The bubble falls to (p-1)/(v*m+p-1) at
+    the price of v times the transfers. Needs micro_batches % ranks == 0.
     """
     _expect_chunks("interleaved", chunks, chunks >= 2)
     if micro_batches % ranks:
@@ -66,10 +65,10 @@ def interleaved(ranks: int, micro_batches: int, chunks: int) -> Plan:
 
 
 def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
-    """1F1B with the backward split: weight gradients fill what was idle (Qi et al., arXiv:2401.10241, section 2.1).
+    """1F1B with split backward: weight gradients fill the bubble (Qi et al., arXiv:2401.10241, section 2.1).
 
-    Rank r puts the weight gradients off by r micro-batches, so that every rank keeps at most p activations. With equal
-    F, I and W the idle share is (p-1)/(3m+p-1), a third of 1F1B's.
+    Rank r delays weight gradients by r micro-batches, so every rank holds at most p activations. With equal F, I and W
+    the bubble is (p-1)/(3m+p-1), a third of 1F1B's.
     """
     _expect_chunks("zb_h1", chunks, chunks == 1)
 
@@ -88,16 +87,16 @@ def zb_h1(ranks: int, micro_batches: int, chunks: int = 1) -> Plan:
 
 
 _V_PREFERENCE = (("F", 1), ("F", 0), ("I", 0), ("I", 1), ("W", 1), ("W", 0))
-"""What a rank of `zb_v` does first if it can: (kind, chunk). Of all orders this one leaves the fewest idle."""
+"""The operations a rank of `zb_v` prefers: (kind, chunk). Of all orders this one has the smallest bubble."""
 
 
 def zb_v(ranks: int, micro_batches: int, chunks: int = 2) -> Plan:
-    """Two stages on each rank, down the ranks and up again, backward split (Qi et al., arXiv:2405.15362, V-schedules).
+    """Two stages per rank in a V, down the ranks and up again, split backward (Qi et al., arXiv:2405.15362).
 
-    The loss is on rank 0, where the first gradient is needed soonest. The plan is dealt out in unit steps: at each,
-    every rank takes the first of `_V_PREFERENCE` whose inputs are there, and holds at most 2p activations of half-size
-    stages, as much as 1F1B. With equal F, I and W the idle share is (p-1)/(6m+p-1) for m = p and from m = 1.5 p on,
-    and up to 1.8 times that between.
+    The loss is on rank 0, where the first gradient is needed soonest. Built greedily in unit time steps: at each, every
+    rank takes the first of `_V_PREFERENCE` whose inputs exist. A rank holds at most 2p activations of half-size stages,
+    as much as 1F1B. With equal F, I and W the bubble is (p-1)/(6m+p-1) for m = p and from m = 1.5 p on, and up to 1.8
+    times that in between.
     """
     _expect_chunks("zb_v", chunks, chunks == 2)
     last = 2 * ranks - 1
@@ -115,6 +114,9 @@ def zb_v(ranks: int, micro_batches: int, chunks: int = 2) -> Plan:
                 return op
         return None
 
+    # All ranks choose before any result of this step is entered, so an output can be used from the next step on. The
+    # limit in `choose` bounds memory: F takes an activation, W frees one, so a full rank fills its idle steps with I
+    # and W instead of running further ahead. The greedy order gives the paper's V-schedule without its case analysis.
     while sum(map(len, plan)) < 6 * ranks * micro_batches:
         for rank, op in enumerate([choose(rank) for rank in range(ranks)]):
             if op is not None:
@@ -126,10 +128,10 @@ def zb_v(ranks: int, micro_batches: int, chunks: int = 2) -> Plan:
 
 
 def forward_only(owners: Sequence[int], micro_batches: int) -> Plan:
-    """Forwards alone, for validation and scoring: any number of micro-batches, any place of the stages.
+    """Forwards only, for validation and scoring: any number of micro-batches, any placement of the stages.
 
     Args:
-        owners: for each stage the rank that holds it, as many stages on each (see `place_stages`).
+        owners: the rank that holds each stage, equally many on each (see `place_stages`).
         micro_batches: at least 1.
     """
     ranks = max(owners) + 1
@@ -139,9 +141,9 @@ def forward_only(owners: Sequence[int], micro_batches: int) -> Plan:
 
 
 def _grouped(ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
-    """(chunk, micro-batch) in the order in which a rank meets them: `ranks` micro-batches at a time through all chunks.
+    """(chunk, micro-batch) in a rank's order: groups of `ranks` micro-batches go through all chunks.
 
-    When a group's last micro-batch has left the rank, its first comes back from the other ranks for the next chunk.
+    When a group's last micro-batch leaves the rank, its first one returns from the other ranks for the next chunk.
     """
     return [
         (chunk, micro)
@@ -152,7 +154,7 @@ def _grouped(ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int
 
 
 def _warm_steady_cool(warm: int, forwards: list[Op], backwards: list[Op]) -> tuple[Op, ...]:
-    """`warm` forwards, then a forward and a backward in turn until the forwards are out, then the other backwards."""
+    """`warm` forwards, then alternating forwards and backwards, then the remaining backwards."""
     steady = [op for pair in zip(forwards[warm:], backwards, strict=False) for op in pair]
     return tuple(forwards[:warm] + steady + backwards[len(forwards) - warm :])
 
@@ -172,27 +174,27 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule and what it asks of the configuration."""
+    """A schedule and its constraints on the configuration."""
 
     build: Callable[[int, int, int], Plan]
     summary: str
     interleaves: bool = False
-    """At least 2 stages on each rank, micro-batches a multiple of the ranks. Else `chunks` stages on each."""
+    """Needs at least 2 stages per rank and a multiple of `ranks` micro-batches. Otherwise exactly `chunks` per rank."""
     chunks: int = 1
     v: bool = False
-    """The second half of the stages goes back up the ranks."""
+    """V-shaped placement: the second half of the stages goes back up the ranks."""
 
     @property
     def least_chunks(self) -> int:
-        """The fewest stages on a rank."""
+        """The minimum number of stages per rank."""
         return 2 if self.interleaves else self.chunks
 
     def micro_batches_multiple(self, ranks: int) -> int:
-        """What the number of micro-batches must be a multiple of."""
+        """The number that must divide the number of micro-batches."""
         return ranks if self.interleaves else 1
 
     def refusal(self, ranks: int, micro_batches: int, chunks: int) -> Refusal | None:
-        """Why these arguments of `build_schedule` are impossible; None where they are not."""
+        """Why `build_schedule` refuses these arguments; None if it does not."""
         if ranks < 1:
             return Refusal("parallel.pipeline", "is too small for", "it must be at least 1")
         if chunks < self.least_chunks or (chunks > self.chunks and not self.interleaves):
@@ -222,7 +224,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "zb_v": Schedule(zb_v, "two stages on each rank, down and up again; a sixth of its bubble", chunks=2, v=True),
     }
 )
-"""Every schedule by the name that `parallel.schedule` calls it."""
+"""Every schedule by its name in `parallel.schedule`."""
 
 
 def find_schedule(name: str) -> Schedule:
@@ -231,7 +233,7 @@ def find_schedule(name: str) -> Schedule:
 
 
 def place_stages(name: str, ranks: int, chunks: int = 1) -> tuple[int, ...]:
-    """For each stage of the schedule `name` the pipeline rank that holds it; arguments as in `build_schedule`."""
+    """The pipeline rank that holds each stage of the schedule `name`; arguments as in `build_schedule`."""
     stages = range(ranks * chunks)
     if find_schedule(name).v:
         return tuple(min(stage, len(stages) - 1 - stage) for stage in stages)

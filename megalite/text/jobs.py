@@ -42,7 +42,7 @@ Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePart:
     """The lines of a file that begin in its bytes [start, end); the whole file where `whole`."""
 
     path: str
@@ -63,7 +63,7 @@ class Unit:
     """What one task reads, in order, and writes to one shard."""
 
     number: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePart, ...]
 
     @property
     def bytes(self) -> int:
@@ -78,9 +78,9 @@ class Unit:
 def plan_units(paths: Sequence[Path], unit_bytes: int = UNIT_BYTES, pack_bytes: int = PACK_BYTES) -> list[Unit]:
     """Cut the input into units, in input order: large files into ranges where they allow it, small ones packed."""
     units: list[Unit] = []
-    pack: list[Piece] = []
+    pack: list[FilePart] = []
 
-    def close(pieces: Sequence[Piece]) -> None:
+    def close(pieces: Sequence[FilePart]) -> None:
         if pieces:
             units.append(Unit(len(units), tuple(pieces)))
 
@@ -90,12 +90,12 @@ def plan_units(paths: Sequence[Path], unit_bytes: int = UNIT_BYTES, pack_bytes: 
             close(pack)
             pack = []
             for start in range(0, size, unit_bytes):
-                close([Piece(str(path), start, min(size, start + unit_bytes), whole=False)])
+                close([FilePart(str(path), start, min(size, start + unit_bytes), whole=False)])
             continue
         if pack and sum(piece.end for piece in pack) + size > pack_bytes:
             close(pack)
             pack = []
-        pack.append(Piece(str(path), 0, size, whole=True))
+        pack.append(FilePart(str(path), 0, size, whole=True))
     close(pack)
     return units
 

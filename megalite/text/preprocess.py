@@ -18,7 +18,7 @@ import megalite
 from megalite.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from megalite.errors import UserError
 from megalite.files import locked, write_errors_named
-from megalite.text.inputs import expand_inputs
+from megalite.text.input_files import expand_inputs
 from megalite.text.jobs import ProgressBar, Unit, begin_notes, fingerprint, known_fingerprint, note_path, run_tasks
 from megalite.text.preprocess_shard import STAGE, EncodeOptions, EncodeTask, encode_unit, plan_shards
 from megalite.text.quarantine import Quarantine, read_quarantine

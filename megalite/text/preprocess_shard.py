@@ -9,7 +9,7 @@ import numpy as np
 
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.errors import UserError
-from megalite.text.jobs import Piece, Report, Unit, noted, plan_units
+from megalite.text.jobs import FilePart, Report, Unit, noted, plan_units
 from megalite.text.quarantine import Quarantine, quarantine_row
 from megalite.text.readers import read_documents
 from megalite.text.records import EMPTY, BadRecord, ReadCounter
@@ -110,7 +110,7 @@ class _Encoder:
         counts = {"records": self._records, "empty": self._empty, "text_bytes": self._text_bytes}
         return counts | {"special": self._special, "lines": lines}
 
-    def _read(self, number: int, piece: Piece) -> int:
+    def _read(self, number: int, piece: FilePart) -> int:
         """Encode one piece; returns how many lines (rows, files) it has."""
         counter = ReadCounter()
         reported = 0

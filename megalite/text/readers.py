@@ -18,7 +18,7 @@ import orjson
 
 from megalite.errors import UserError
 from megalite.text.formats import UTF8_BOM, blocks, can_split, file_format, lines, lines_in_range
-from megalite.text.inputs import expand_inputs
+from megalite.text.input_files import expand_inputs
 from megalite.text.records import (
     BINARY,
     BROKEN_JSON,

@@ -13,7 +13,7 @@ from megalite.errors import UserError
 from megalite.files import write_atomically, write_errors_named
 from megalite.text.foreign import shorten
 from megalite.text.formats import can_split
-from megalite.text.inputs import expand_inputs
+from megalite.text.input_files import expand_inputs
 from megalite.text.readers import read_documents
 from megalite.text.records import EMPTY, BadRecord
 from megalite.text.sentencepiece import SPACE_MARK, SentencePieceTokenizer

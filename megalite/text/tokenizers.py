@@ -71,7 +71,7 @@ def load_tokenizer(path_or_kind: str | Path, kind: str | None = None, allow_spec
     if kind not in KINDS:
         raise UserError(f"tokenizer type {kind!r} is unknown; use one of {', '.join(KINDS)}")
     if kind == "huggingface":
-        from megalite.text.huggingface import HuggingFaceTokenizer
+        from megalite.text.huggingface_tokenizer import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(path, allow_special=allow_special)
     from megalite.text.sentencepiece import SentencePieceTokenizer

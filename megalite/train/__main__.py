@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
             follow_launcher(world)
             return start(argv, world, stop)
         except UserError as error:
-            if first_to_speak(world, stop):
+            if first_to_report(world, stop):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             return UNUSABLE
         except StoppedEarly:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
             return FAULT
 
 
-def first_to_speak(world: World, stop: StopRequest) -> bool:
+def first_to_report(world: World, stop: StopRequest) -> bool:
     """Whether this rank shall tell a user's mistake, which most often several have found.
 
     Rank 0 speaks at once, and the launcher then ends the others. Before the ranks have met, some may be seconds behind;

@@ -13,8 +13,8 @@ from megalite.config.sources import parse_sources
 from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.errors import UserError
 from megalite.model.cost import parameter_count
+from megalite.observe.formatting import counted
 from megalite.observe.trackers import require_credentials
-from megalite.observe.words import counted
 from megalite.text.tokenizers import load_tokenizer
 
 _ORDER_BYTES = 12

@@ -19,13 +19,13 @@ from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
+from megalite.observe.formatting import counted
 from megalite.observe.metrics import SpeedMeter, StepMetrics
 from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
-from megalite.observe.words import counted
-from megalite.optim.schedule import learning_rate
+from megalite.optim.lr_schedule import learning_rate
 from megalite.runtime import StopRequest
-from megalite.train.attention import attention_calls
+from megalite.train.attention_calls import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
 from megalite.train.reader import Reader
@@ -75,7 +75,7 @@ class Outcome:
     samples: int
     lr: float
     loss: float
-    trouble: str = ""
+    failure: str = ""
 
 
 class TrainingRun:
@@ -171,7 +171,7 @@ class TrainingRun:
                 started = time.perf_counter()
                 outcome = self._step(step)
                 seconds = time.perf_counter() - started
-            if outcome.trouble:
+            if outcome.failure:
                 self._roll_back(outcome, started)
                 continue
             stopping = outcome.result.flags > 0
@@ -243,7 +243,7 @@ class TrainingRun:
             return outcome
         state.tokens += samples * self.config.train.seq_length
         if lasted := self.detector.spike_steps(result.loss, lr):
-            outcome.trouble = f"loss {result.loss:.4f} stands out of the recent {len(self.detector.losses)}"
+            outcome.failure = f"loss {result.loss:.4f} stands out of the recent {len(self.detector.losses)}"
             outcome.first = list(self._recent)[-lasted:][0]
         state.losses, state.lr = self.detector.losses, self.detector.lr
         return outcome
@@ -256,7 +256,7 @@ class TrainingRun:
         log.warning("step %d refused: loss %s, gradient norm %s", step, result.loss, result.grad_norm)
         self.observers.event("refused", step=step, loss=str(result.loss), grad_norm=str(result.grad_norm))
         if self._refused >= MAX_REFUSED_STEPS:
-            outcome.trouble = f"loss or gradient was not finite in {self._refused} steps in a row"
+            outcome.failure = f"loss or gradient was not finite in {self._refused} steps in a row"
 
     def _roll_back(self, outcome: Outcome, started: float) -> None:
         """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around here.
@@ -269,7 +269,7 @@ class TrainingRun:
         if len(counting) > recovery.max_rollbacks:
             tried = counted(len(counting) - 1, "rollback")
             tried = f" after {tried} not earned back (recovery.max_rollbacks)" if len(counting) > 1 else ""
-            raise Diverged(f"step {step}: {outcome.trouble}{tried}")
+            raise Diverged(f"step {step}: {outcome.failure}{tried}")
         saved = self.checkpoints.steps()
         early_enough = [other for other in saved if other <= step - recovery.rollback_steps]
         target = max(early_enough, default=min(saved, default=0))
@@ -285,14 +285,14 @@ class TrainingRun:
         log.warning(
             "step %d: %s; back to step %d, leaving out samples %d to %d (rollback %d of %d)",
             step,
-            outcome.trouble,
+            outcome.failure,
             self.state.step,
             first,
             stop - 1,
             len(counting),
             recovery.max_rollbacks,
         )
-        facts = {"step": step, "to_step": self.state.step, "why": outcome.trouble, "samples": [first, stop]}
+        facts = {"step": step, "to_step": self.state.step, "why": outcome.failure, "samples": [first, stop]}
         self.observers.event("rollback", **facts, seconds=round(time.perf_counter() - started, 3))
         self.observers.rewind(self.state.step)
 

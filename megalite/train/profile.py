@@ -17,7 +17,7 @@ import torch
 from megalite.config import Config
 from megalite.mesh import Mesh
 from megalite.observe.timeline import Recorder
-from megalite.train.memory import explain_memory, is_out_of_memory, record_allocations
+from megalite.train.oom import explain_memory, is_out_of_memory, record_allocations
 from megalite.train.trainer import Trainer
 
 FOLDER = "profile"

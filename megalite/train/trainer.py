@@ -21,7 +21,7 @@ from megalite.model.decoder import Stage
 from megalite.model.sharded import DTYPES, MicroBatches, ShardedModel
 from megalite.objective import Objective, Outputs
 from megalite.objective.next_token import NEXT_TOKEN
-from megalite.optim.norm import GradientNorm
+from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
 from megalite.registry import look_up

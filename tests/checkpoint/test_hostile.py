@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.checkpoint.files import TensorFile, write_tensor_file
 from megalite.checkpoint.manifest import MANIFEST, Piece, tiling_fault
 from megalite.checkpoint.source import CheckpointReader
+from megalite.checkpoint.tensor_file import TensorFile, write_tensor_file
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.errors import UserError
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.huggingface.export import export_huggingface, row_blocks
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manifest import Entry, Piece
 from megalite.checkpoint.source import CheckpointReader, load_weights

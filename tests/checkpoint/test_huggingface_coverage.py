@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.huggingface.export import export_huggingface
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.source import CheckpointReader
 from megalite.checkpoint.writer import CheckpointWriter

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.kernels import select_kernels

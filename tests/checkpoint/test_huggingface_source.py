@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalite.checkpoint.huggingface.load import import_huggingface
+from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.source import compare_shapes, load_weights
 from megalite.errors import UserError

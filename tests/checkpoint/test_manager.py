@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.checkpoint import files
 from megalite.checkpoint import lock as lock_module
+from megalite.checkpoint import tensor_file
 from megalite.checkpoint.lock import LOCK, RunLock
 from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.source import CheckpointReader, load_weights
@@ -366,13 +366,13 @@ def test_training_goes_on_while_the_checkpoint_is_written(
     trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer is held up until training has changed everything; saved is the state at the time of the save."""
-    trained, writer = threading.Event(), files._write_all
+    trained, writer = threading.Event(), tensor_file._write_all
 
     def slow(descriptor: int, data: memoryview) -> None:
         assert trained.wait(60)
         writer(descriptor, data)
 
-    monkeypatch.setattr(files, "_write_all", slow)
+    monkeypatch.setattr(tensor_file, "_write_all", slow)
     with manager_of(trainer, tmp_path, async_save=True) as manager:
         for step in (1, 2):  # the second save uses the same host memory again
             trained.clear()
@@ -392,13 +392,13 @@ def test_training_goes_on_while_the_checkpoint_is_written(
 
 
 def test_a_save_waits_for_the_one_under_way(trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = files._write_all
+    writer = tensor_file._write_all
 
     def slow(descriptor: int, data: memoryview) -> None:
         time.sleep(0.002)
         writer(descriptor, data)
 
-    monkeypatch.setattr(files, "_write_all", slow)
+    monkeypatch.setattr(tensor_file, "_write_all", slow)
     with manager_of(trainer, tmp_path, async_save=True) as manager:
         first = manager.save(trainer, {"step": 1})
         second = manager.save(trainer, {"step": 2})

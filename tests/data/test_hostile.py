@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalite.data import cache
-from megalite.data.cache import load_or_build
+from megalite.data import index_cache
 from megalite.data.dataset import build_datasets
+from megalite.data.index_cache import load_or_build
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.data.inspect import statistics
+from megalite.data.inspection import statistics
 from megalite.data.merge import merge
 from megalite.data.verify import verify
 from megalite.errors import UserError
@@ -191,6 +191,6 @@ def test_a_file_system_without_locks_builds_each_its_own(tmp_path: Path, monkeyp
     def refuse(path: Path) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(cache, "locked", refuse)
+    monkeypatch.setattr(index_cache, "locked", refuse)
     assert load_or_build(tmp_path, "key", lambda: {"x": np.arange(3)})["x"].tolist() == [0, 1, 2]
     assert "building the data index unlocked" in caplog.text

@@ -14,10 +14,10 @@ import pytest
 
 from megalite.config import load_config
 from megalite.config.sources import Source, parse_sources
-from megalite.data import cache, dataset
+from megalite.data import dataset, index_cache
 from megalite.data._index import build_sample_index
-from megalite.data.cache import content_key, load_or_build
 from megalite.data.dataset import build_datasets
+from megalite.data.index_cache import content_key, load_or_build
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sample_index import plan_cut, split_spans
 from megalite.errors import UserError
@@ -238,8 +238,8 @@ def test_one_of_many_processes_builds(tmp_path):
 
 
 def test_waiting_for_a_builder_that_hangs_ends_and_tells(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(cache, "TELL_SECONDS", 0.05)
-    with cache._locked(tmp_path / "key.lock", 1.0), pytest.raises(UserError) as caught:
+    monkeypatch.setattr(index_cache, "TELL_SECONDS", 0.05)
+    with index_cache._locked(tmp_path / "key.lock", 1.0), pytest.raises(UserError) as caught:
         load_or_build(tmp_path, "key", dict, wait_seconds=0.3)
     assert re.search(rf"key\.lock: waited \d+ s for process {os.getpid()} on \S+ to build", str(caught.value))
     assert "waiting for process" in caplog.text

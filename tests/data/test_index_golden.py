@@ -15,7 +15,7 @@ import pytest
 
 from megalite.config.sources import parse_sources
 from megalite.data.blend import build_blend
-from megalite.data.dataset import SampledFile, Sampling, TokenDataset, build_datasets
+from megalite.data.dataset import SampledFile, SampleOrder, TokenDataset, build_datasets
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.sample_index import plan_cut
 
@@ -235,7 +235,7 @@ def test_blend_without_weights(files):
 
 
 def test_blend_of_everything_once(files):
-    everything = Sampling(16, 11).dataset(parse_sources([files[name] for name in "abc"], "files"), None)
+    everything = SampleOrder(16, 11).dataset(parse_sources([files[name] for name in "abc"], "files"), None)
     check(everything, "blend_exhaustive")
 
 

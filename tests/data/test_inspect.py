@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.data.inspect import histogram_lines, statistics
+from megalite.data.inspection import histogram_lines, statistics
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 pytestmark = pytest.mark.fast

@@ -15,8 +15,8 @@ import pytest
 
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding, rows
 from megalite.doctor.gpus import look_at_gpus
-from megalite.doctor.job import compare, compare_rates
 from megalite.doctor.machine import look_at_disk
+from megalite.doctor.preflight import compare, compare_rates
 from tests.support.tiny import write_recipe
 from tools.doctor import main
 

@@ -24,7 +24,7 @@ from megalite.kernels.attention.cpu import attention_cpu
 from megalite.kernels.attention.sdpa import attention_sdpa
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
-from megalite.train.attention import attention_calls
+from megalite.train.attention_calls import attention_calls
 from megalite.train.trainer import Trainer
 from tests.support.parity import Case, Layout, build_trainer, micro_batches
 from tests.support.tiny import write_recipe

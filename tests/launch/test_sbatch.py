@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launch import sbatch, slurm
-from launch.sbatch import ROOT, Job, directive, render, shell
+from launch.sbatch import ROOT, BatchJob, directive, render, shell
 from megalite.errors import UserError
 
 pytestmark = pytest.mark.fast
@@ -40,7 +40,7 @@ name = value.map(lambda text: "n" + text.replace("/", "").replace("\\", ""))
 
 def job(folder, name="run", overrides=(), *arguments):
     options = slurm.parser().parse_args(["--recipe", "r.toml", "--nodes", "2", "--no-preflight", *arguments])
-    return Job(options, "name", folder / name, tuple(overrides), 8)
+    return BatchJob(options, "name", folder / name, tuple(overrides), 8)
 
 
 @pytest.fixture(scope="module")

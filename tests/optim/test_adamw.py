@@ -10,7 +10,7 @@ from megalite.config import OptimizerConfig
 from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.optim.adamw import AdamW
-from megalite.optim.norm import GradientNorm
+from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer
 from megalite.optim.shard import segments_of
 from megalite.parallel.zero import StageBuckets

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from megalite.config import Config, OptimizerConfig, TrainConfig
-from megalite.optim.schedule import learning_rate
+from megalite.optim.lr_schedule import learning_rate
 
 pytestmark = pytest.mark.fast
 

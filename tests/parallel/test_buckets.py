@@ -109,7 +109,7 @@ def share(rank, world, dtype):
         bucket.parameters.fill_(-1)
         bucket.parameters[bucket.shard] = torch.arange(bucket.shard.start, bucket.shard.stop).to(dtype) + number
     stage.gather_parameters()
-    stage.settle()
+    stage.wait_for_all_gather()
     groups.verify()
     return {name: value.detach().float() for name, value in module.named_parameters()}, [
         [(slot.start, slot.parameter.shape) for slot in bucket.slots] for bucket in stage.buckets
@@ -209,7 +209,7 @@ def held(rank, world, zero):
             weight.gradient_added()
         stage.finish()
         stage.gather_parameters()
-        stage.settle()
+        stage.wait_for_all_gather()
     assert all((bucket.updated_gradients == world).all() for bucket in stage.buckets)
     groups.verify()
     return size(), tuple(peak)

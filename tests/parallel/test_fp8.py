@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.optim.schedule import learning_rate
+from megalite.optim.lr_schedule import learning_rate
 from megalite.parallel.fp8 import Fp8Products, products_of
 from tests.support.parity import Case, build_trainer, micro_batches
 

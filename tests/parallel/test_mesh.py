@@ -174,7 +174,7 @@ def sum_some(rank, members, values):
     group = Mesh(tp=4, rank=rank, make_group=chaotic).group("tp")
     mine = values[rank].clone()
     if rank in members:
-        group.sum_among(mine, members)
+        group.sum_over_members(mine, members)
     chaotic.verify()
     return mine
 
@@ -204,7 +204,7 @@ def test_a_group_of_one_needs_no_backend():
     kept = x.clone()
     group.all_reduce(kept).wait()
     group.broadcast(kept, 0).wait()
-    group.sum_among(kept, (0,))
+    group.sum_over_members(kept, (0,))
     assert torch.equal(kept, x)
 
 

@@ -18,7 +18,7 @@ from megalite.model.build import Build
 from megalite.model.feed_forward import SwiGLU
 from megalite.objective import Outputs
 from megalite.objective.next_token import NextToken
-from megalite.train.memory import held_bytes
+from megalite.train.oom import held_bytes
 from tests.support.parity import (
     Case,
     Layout,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megalite.observe.timeline import PHASES
 from megalite.report import page, style
 from megalite.report.page import write_report
-from megalite.report.run import read_runs
+from megalite.report.run_directory import read_runs
 
 ODD = st.one_of(
     st.none(),

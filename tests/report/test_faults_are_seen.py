@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from megalite.report.findings import remarks
 from megalite.report.page import write_report
-from megalite.report.run import read_runs
+from megalite.report.remarks import remarks
+from megalite.report.run_directory import read_runs
 from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from megalite.errors import FAULT, FINISHED
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
-from megalite.train.memory import held_bytes, is_out_of_memory, planned_bytes
+from megalite.train.oom import held_bytes, is_out_of_memory, planned_bytes
 from megalite.train.trainer import Trainer
 from tests.support.tiny import MODEL, write_recipe
 
@@ -77,7 +77,7 @@ def test_what_counts_as_running_out():
 
 @pytest.mark.gpu
 def test_a_snapshot_is_left_on_a_gpu(tmp_path):
-    from megalite.train.memory import explain_memory, record_allocations
+    from megalite.train.oom import explain_memory, record_allocations
 
     config = build_config({"model": MODEL, "train": {"seq_length": 16, "global_batch_size": 2}})
     mesh = Mesh(device=torch.device("cuda", 0))

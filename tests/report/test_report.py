@@ -14,9 +14,9 @@ from megalite.errors import UserError
 from megalite.observe.picture import smooth
 from megalite.observe.timeline import PHASES
 from megalite.report import style
-from megalite.report.findings import remarks, slow_ranks
 from megalite.report.page import differences, state_of, write_report
-from megalite.report.run import read_run, read_runs
+from megalite.report.remarks import remarks, slow_ranks
+from megalite.report.run_directory import read_run, read_runs
 from megalite.report.timing import draw_pipeline, find_sample
 from tools.report import main
 

@@ -26,7 +26,7 @@ from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.objective import Objective
-from megalite.optim.schedule import learning_rate
+from megalite.optim.lr_schedule import learning_rate
 from megalite.placement import Box, placed_parameters
 from megalite.schedule.schedules import SCHEDULES, find_schedule
 from megalite.train.trainer import Trainer

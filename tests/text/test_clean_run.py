@@ -16,8 +16,8 @@ import pytest
 import zstandard
 
 from megalite.errors import UserError
+from megalite.text.clean.cleaner import clean_corpus
 from megalite.text.clean.rules import load_rules
-from megalite.text.clean.run import clean_corpus
 from megalite.text.jobs import plan_units
 from megalite.text.shards import Unusable, read_unit
 

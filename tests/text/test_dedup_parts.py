@@ -14,7 +14,7 @@ from megalite.text.dedup.clusters import UnionFind, drop_near_copies
 from megalite.text.dedup.contamination import read_benchmarks
 from megalite.text.dedup.minhash import Banding, Sketcher, choose_banding, jaccard
 from megalite.text.dedup.near import CandidateTask, verify_candidates
-from megalite.text.dedup.store import Run, Store, equal_key_groups, key_ranges, run_path, save_array
+from megalite.text.dedup.store import SortedRun, Store, equal_key_groups, key_ranges, run_path, save_array
 from megalite.text.jobs import DONE_DIRECTORY
 from megalite.text.words import WordNumbers, comparable_words, ngram_hashes
 
@@ -122,7 +122,7 @@ def make_store(directory: Path, sets: list[np.ndarray], keys: np.ndarray, run_si
     (directory / DONE_DIRECTORY).mkdir(parents=True)
     runs, start = [], 0
     for number, size in enumerate(run_sizes):
-        runs.append(Run(0, number, start, size))
+        runs.append(SortedRun(0, number, start, size))
         part, table = sets[start : start + size], keys[start : start + size]
         order = np.argsort(table.T, axis=1, kind="stable")
         arrays = {

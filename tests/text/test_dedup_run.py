@@ -17,8 +17,8 @@ import pytest
 import zstandard
 
 from megalite.errors import UserError
+from megalite.text.dedup.deduplication import Deduplication, DedupSummary, Settings
 from megalite.text.dedup.minhash import choose_banding
-from megalite.text.dedup.run import Deduplication, Settings, Summary
 from megalite.text.words import comparable_words
 
 TOOL = Path(__file__).parents[2] / "tools" / "dedup_data.py"
@@ -60,7 +60,7 @@ def read_shards(directory: Path) -> list[dict[str, Any]]:
 
 def deduplicate(
     paths: list[Path], output: Path, workers: int = 1, memory: int = 1 << 28, threshold: float = 0.8, **changes: Any
-) -> Summary:
+) -> DedupSummary:
     settings = Settings(threshold=threshold, banding=choose_banding(threshold), **changes)
     return Deduplication(paths, output, settings, workers, memory).run()
 

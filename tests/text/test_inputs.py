@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import UserError
-from megalite.text.inputs import expand_inputs
+from megalite.text.input_files import expand_inputs
 
 pytestmark = pytest.mark.fast
 

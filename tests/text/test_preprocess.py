@@ -362,7 +362,7 @@ def test_full_disk_is_told_and_the_job_goes_on_with_more_room(slow_job, model_pa
 
 
 def test_tools_start_without_torch() -> None:
-    modules = "megalite.text.preprocess, megalite.text.tokenizer_training, megalite.text.huggingface"
+    modules = "megalite.text.preprocess, megalite.text.tokenizer_training, megalite.text.huggingface_tokenizer"
     code = f"import sys, tyro, {modules}; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from megalite.errors import UserError
 from megalite.text import pretokenize, word_cache
 from megalite.text.byte_pairs import make_encoder
-from megalite.text.huggingface import HuggingFaceTokenizer
+from megalite.text.huggingface_tokenizer import HuggingFaceTokenizer
 from megalite.text.sentencepiece import SentencePieceTokenizer
 from megalite.text.tokenizers import IncrementalDecoder, load_tokenizer, tokenizer_hash
 

@@ -72,7 +72,7 @@ def refuse(rank, case, layout, guilty, how):
     result = trainer.step(bad, 1e-2, flag=float(rank))
     unchanged = same(before, state_of(trainer)) and trainer.optimizer.step_count == 1
     after = [one.step(batches_of(one, config, 24), 1e-2) for one in (trainer, pristine)]
-    trainer.settle()
+    trainer.wait_for_all_gather()
     groups.verify()
     equal = same(state_of(trainer), state_of(pristine)) and after[0] == after[1]
     return result.accepted, result.flags, unchanged, equal

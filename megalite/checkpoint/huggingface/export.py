@@ -22,13 +22,6 @@ import sentencepiece
 import torch
 
 from megalite.checkpoint.directory import CHECKPOINTS
-from megalite.checkpoint.files import (
-    DTYPES,
-    parse_json,
-    read_regular,
-    safetensors_header,
-    tensor_bytes,
-)
 from megalite.checkpoint.huggingface.config import (
     DTYPE_FIELDS,
     NAMES,
@@ -46,6 +39,13 @@ from megalite.checkpoint.huggingface.names import (
 )
 from megalite.checkpoint.manifest import WEIGHT
 from megalite.checkpoint.source import CheckpointReader, compare_shapes
+from megalite.checkpoint.tensor_file import (
+    DTYPES,
+    parse_json,
+    read_regular,
+    safetensors_header,
+    tensor_bytes,
+)
 from megalite.config import ModelConfig, build_config
 from megalite.errors import UserError
 from megalite.files import TEMPORARY_SUFFIX, atomic_file, sync_directory, write_atomically, write_errors_named

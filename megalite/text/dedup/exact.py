@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megalite.text.dedup.store import RUN_DOCUMENTS, Run, Store, run_path, save_array, slice_of_range
+from megalite.text.dedup.store import RUN_DOCUMENTS, SortedRun, Store, run_path, save_array, slice_of_range
 from megalite.text.jobs import Unit, noted
 from megalite.text.records import MAX_RECORD_BYTES
 from megalite.text.shards import Unusable, read_unit
@@ -66,7 +66,7 @@ class ExactTask:
     """One range of digests, over all runs."""
 
     output: Path
-    runs: list[Run]
+    runs: list[SortedRun]
     key_range: tuple[int, int]
 
 

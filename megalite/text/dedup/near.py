@@ -14,7 +14,7 @@ from megalite.errors import UserError
 from megalite.files import atomic_file, write_errors_named
 from megalite.text.dedup.contamination import load_arrays
 from megalite.text.dedup.minhash import Banding, Sketcher, jaccard
-from megalite.text.dedup.store import Run, Store, equal_key_groups, run_path, save_array
+from megalite.text.dedup.store import SortedRun, Store, equal_key_groups, run_path, save_array
 from megalite.text.jobs import DONE_DIRECTORY, Unit, noted
 from megalite.text.records import MAX_RECORD_BYTES
 from megalite.text.shards import Unusable, read_unit
@@ -31,7 +31,7 @@ class SketchTask:
     unit: Unit
     output: Path
     key: str
-    runs: list[Run]
+    runs: list[SortedRun]
     banding: Banding
     ngram: int
     decontaminate_ngram: int | None
@@ -94,7 +94,7 @@ class _RunBuilder:
         self._ends[self.documents + 1] = self._ends[self.documents] + shingles_S.size
         self.documents += 1
 
-    def save(self, output: Path, run: Run) -> None:
+    def save(self, output: Path, run: SortedRun) -> None:
         present = np.flatnonzero(np.diff(self._ends))
         keys_Bn = self._table_nB[present].T
         order_Bn = np.argsort(keys_Bn, axis=1, kind="stable")
@@ -113,7 +113,7 @@ class CandidateTask:
     """One range of keys of one band, over all runs."""
 
     output: Path
-    runs: list[Run]
+    runs: list[SortedRun]
     band: int
     key_range: tuple[int, int]
     threshold: float

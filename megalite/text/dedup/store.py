@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.cache import write_array
+from megalite.data.index_cache import write_array
 from megalite.files import atomic_file, write_errors_named
 from megalite.text.jobs import DONE_DIRECTORY
 
@@ -23,7 +23,7 @@ SORT_BYTES_PER_KEY = 96  # what gathering and sorting one key takes, measured
 
 
 @dataclass(frozen=True)
-class Run:
+class SortedRun:
     """A run's place: its unit, its number there, and its documents' numbers [start, start + size)."""
 
     unit: int
@@ -43,13 +43,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
         write_array(file, array)
 
 
-def layout_runs(sizes: Iterable[Sequence[int]]) -> list[Run]:
+def layout_runs(sizes: Iterable[Sequence[int]]) -> list[SortedRun]:
     """All runs in input order, from the sizes of each unit's runs."""
-    runs: list[Run] = []
+    runs: list[SortedRun] = []
     start = 0
     for unit, unit_sizes in enumerate(sizes):
         for number, size in enumerate(unit_sizes):
-            runs.append(Run(unit, number, start, size))
+            runs.append(SortedRun(unit, number, start, size))
             start += size
     return runs
 
@@ -57,7 +57,7 @@ def layout_runs(sizes: Iterable[Sequence[int]]) -> list[Run]:
 class Store:
     """Read access to the arrays of all runs, mapped into memory when first used."""
 
-    def __init__(self, output: Path, runs: Sequence[Run]) -> None:
+    def __init__(self, output: Path, runs: Sequence[SortedRun]) -> None:
         self.output = output
         self.runs = runs
         self._starts = np.array([run.start for run in runs], np.int64)

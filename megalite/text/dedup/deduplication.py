@@ -21,7 +21,7 @@ from megalite.text.dedup.contamination import Benchmarks, read_benchmarks
 from megalite.text.dedup.exact import DigestTask, ExactTask, digest_unit, exact_copies
 from megalite.text.dedup.minhash import Banding
 from megalite.text.dedup.near import SIMILARITY_BINS, CandidateTask, SketchTask, sketch_unit, verify_candidates
-from megalite.text.dedup.store import Run, Store, key_ranges, layout_runs
+from megalite.text.dedup.store import SortedRun, Store, key_ranges, layout_runs
 from megalite.text.jobs import DONE_DIRECTORY, Unit, fingerprint, map_tasks, noted, plan_units
 from megalite.text.records import MAX_RECORD_BYTES
 from megalite.text.shards import Unusable, open_output, open_shards, read_unit
@@ -48,7 +48,7 @@ class Settings:
 
 
 @dataclass
-class Summary:
+class DedupSummary:
     """What deduplication did; the content of report.json."""
 
     documents: int = 0
@@ -82,13 +82,13 @@ class Deduplication:
         if settings.decontaminate:
             files = [Path(path) for path in settings.decontaminate]
             self.benchmarks = read_benchmarks(files, settings.decontaminate_key, settings.decontaminate_ngram)
-        self.summary = Summary(
+        self.summary = DedupSummary(
             bands=settings.banding.bands,
             rows=settings.banding.rows,
             threshold=settings.threshold,
             expected_recall_at_threshold=settings.banding.recall(settings.threshold),
         )
-        self.runs: list[Run] = []
+        self.runs: list[SortedRun] = []
         benchmarks = hashlib.sha256(self.benchmarks.hashes.tobytes()).hexdigest() if self.benchmarks else ""
         self._fingerprint = fingerprint(self.units, [asdict(settings), benchmarks])
 
@@ -97,7 +97,7 @@ class Deduplication:
         open_output(self.output, self._fingerprint)
         return (self.output / "report.json").is_file()
 
-    def run(self) -> Summary:
+    def run(self) -> DedupSummary:
         """Do all stages that are still to be done.
 
         Raises:
@@ -199,7 +199,7 @@ class Deduplication:
                 path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
-def _between(rising: np.ndarray, runs: list[Run]) -> slice:
+def _between(rising: np.ndarray, runs: list[SortedRun]) -> slice:
     """The part of rising document numbers that lies in a unit's runs."""
     first, last = runs[0].start, runs[-1].start + runs[-1].size
     return slice(*np.searchsorted(rising, [first, last]).tolist())
@@ -229,7 +229,7 @@ class WriteTask:
     units: list[Unit]
     output: Path
     settings: Settings
-    runs: list[Run]
+    runs: list[SortedRun]
     removals: np.ndarray
     benchmark_items: list[str]
 

@@ -10,7 +10,7 @@ from megalite.config import Config
 def learning_rate(step: int, config: Config) -> float:
     """The rate of update number `step` (from 1): linear warm-up to `lr`, then `optimizer.schedule` down to `min_lr`.
 
-    `wsd` (warm-up, stable, decay; Hu et al. 2024) holds `lr` and comes down linearly over the last `decay_steps`.
+    `wsd` (warm-up, stable, decay; Hu et al. 2024) holds `lr` and decays linearly over the last `decay_steps`.
     """
     optimizer, steps = config.optimizer, config.train.steps
     if step <= optimizer.warmup_steps:

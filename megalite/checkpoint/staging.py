@@ -94,7 +94,7 @@ class Staging:
 
     def snapshot(self, *, copy: bool) -> list[dict[str, Tensor]]:
         """For each part the tensors by kind, on the host. Without `copy`, CPU tensors are the trainer's own."""
-        self.trainer.settle()
+        self.trainer.wait_for_all_gather()
         if not copy and not self._cuda:
             return [{kind: part.tensor(kind).float() for kind in part.kinds} for part in self.parts]
         if not self._buffers:

@@ -8,13 +8,13 @@ import numpy as np
 import orjson
 
 from megalite.files import atomic_file, write_atomically, write_errors_named
+from megalite.text.dedup.deduplication import DedupSummary
 from megalite.text.dedup.near import SIMILARITY_BINS
-from megalite.text.dedup.run import Summary
 
 _SIMILAR, _OTHER = "#d1495b", "#8d99ae"
 
 
-def write_report(output: Path, summary: Summary) -> None:
+def write_report(output: Path, summary: DedupSummary) -> None:
     """Write `report.png` and then `report.json`, whose presence marks a finished run, and print the table."""
     with write_errors_named(output / "report.png"), atomic_file(output / "report.png") as file:
         draw(file, summary)
@@ -25,7 +25,7 @@ def write_report(output: Path, summary: Summary) -> None:
     print(f"shards and report: {output}")
 
 
-def _print_table(summary: Summary) -> None:
+def _print_table(summary: DedupSummary) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -62,7 +62,7 @@ def _print_table(summary: Summary) -> None:
     )
 
 
-def draw(file: BinaryIO, summary: Summary) -> None:
+def draw(file: BinaryIO, summary: DedupSummary) -> None:
     """Similarities of the compared pairs and sizes of the clusters, as a PNG."""
     from matplotlib.figure import Figure
 

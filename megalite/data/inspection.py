@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megalite.config.sources import parse_sources
-from megalite.data.dataset import Sampling
+from megalite.data.dataset import SampleOrder
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
@@ -90,7 +90,7 @@ def order(
             raise UserError(f"{name} {value}: must be at least 1")
     if not 0 <= seed < 1 << 32:
         raise UserError(f"--seed {seed}: must be from 0 to {(1 << 32) - 1}")
-    dataset = Sampling(seq_length, seed).dataset(sources, samples)
+    dataset = SampleOrder(seq_length, seed).dataset(sources, samples)
     result: dict[str, Any] = {
         name: _sha256(*[source.indices[name] for source in dataset.sources]) for name in INDEX_NAMES
     }

@@ -26,7 +26,6 @@ from megalite.affinity import own_cores
 from megalite.config import Config, check, parse_command_line
 from megalite.config.sources import parse_sources
 from megalite.data.indexed import IndexedDataset
-from megalite.doctor.collectives import look_at_collectives
 from megalite.doctor.findings import FAULT, OK, WARNING, Finding, TimeLimit, healthy, rows
 from megalite.doctor.gpus import look_at_gpus
 from megalite.doctor.machine import (
@@ -38,9 +37,10 @@ from megalite.doctor.machine import (
     look_at_software,
     versions,
 )
+from megalite.doctor.network import look_at_collectives
 from megalite.errors import UNUSABLE, UserError
 from megalite.model.cost import parameter_count
-from megalite.observe.words import counted
+from megalite.observe.formatting import counted
 from megalite.rendezvous import open_store
 from megalite.runtime import World
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from megalite.observe.formatting import counted, times
 from megalite.observe.slow import compare_ranks
-from megalite.observe.words import counted, times
-from megalite.report.run import RankTimes, Run
+from megalite.report.run_directory import RankTimes, Run
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 
 from megalite.files import atomic_file, write_atomically, write_errors_named
-from megalite.text.clean.run import BINS_PER_CHARACTER, BINS_PER_OCTAVE, Counts
+from megalite.text.clean.cleaner import BINS_PER_CHARACTER, BINS_PER_OCTAVE, Counts
 from megalite.text.shards import Unusable
 
 _KEPT, _REJECTED = "#2a6f97", "#d1495b"

@@ -1,7 +1,7 @@
-"""The global gradient norm: every element of the model counted once, whatever the layout.
+"""The global gradient norm: every element of the model counted once, in every layout.
 
-Sums of squares are taken in float64 and rounded once at the end, so that layouts which have the same gradients clip by
-the same coefficient.
+Squares are summed in float64 and rounded once at the end, so that layouts with the same gradients clip by the same
+coefficient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megalite.placement import flat_ranges
 
 
 class GradientNorm:
-    """This rank's part of the squared norm, over the shards it reduces and the boxes it owns."""
+    """This rank's part of the squared norm: the boxes it owns, within its gradient shards."""
 
     def __init__(self, stages: list[StageBuckets], rank: int, kernels: Kernels) -> None:
         self._square_sum = kernels.square_sum
@@ -32,7 +32,7 @@ class GradientNorm:
 
 
 def _owned_gradients(bucket: Bucket, rank: int) -> list[Tensor]:
-    """Views of this rank's shard of the reduced gradients, without the boxes that another replica counts."""
+    """Views of this rank's shard of the reduced gradients, without boxes that are counted by another replica."""
     ranges: list[tuple[int, int]] = []
     for slot in bucket.slots:
         for box in slot.parameter.placement.boxes:
