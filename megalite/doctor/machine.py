@@ -57,7 +57,8 @@ def look_at_software(host: str) -> Iterator[Finding]:
             WARNING, "compiler", host, "no C++ compiler on the path", f"{remedy}; Triton and installing need it"
         )
     try:
-        importlib.import_module("megalite.data._index")
+        for extension in ("megalite.data._index", "megalite.text._bpe"):
+            importlib.import_module(extension)
         yield Finding(OK, "C++ extension", host, "built")
     except ImportError as error:
         yield Finding(FAULT, "C++ extension", host, str(error).splitlines()[0], "run: pip install -e .")
