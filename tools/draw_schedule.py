@@ -11,7 +11,7 @@ from megalite.errors import UserError, exit_on_user_error
 from megalite.schedule.draw import as_text, draw, headline
 from megalite.schedule.lowering import lower
 from megalite.schedule.ops import format_plan
-from megalite.schedule.schedules import SCHEDULES, build_schedule
+from megalite.schedule.schedules import SCHEDULES, build_schedule, find_schedule
 from megalite.schedule.simulate import UNIT_COST, check_deadlock, simulate
 
 
@@ -41,8 +41,8 @@ def main() -> None:
     arguments = parse_arguments()
     if not (arguments.output or arguments.text or arguments.operations):
         raise UserError("nothing to do: give --output IMAGE, --text or --operations")
-    schedule, backward = SCHEDULES.get(arguments.schedule), arguments.backward_cost
-    chunks = arguments.virtual_stages or (schedule.least_chunks if schedule else 1)
+    backward = arguments.backward_cost
+    chunks = arguments.virtual_stages or find_schedule(arguments.schedule).least_chunks
     plan = build_schedule(arguments.schedule, arguments.ranks, arguments.micro_batches, chunks)
     lowered = lower(plan, tied=arguments.tied)
     check_deadlock(lowered)

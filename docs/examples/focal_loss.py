@@ -1,7 +1,7 @@
 """Focal loss (Lin et al. 2017, arXiv:1708.02002): tokens that the model is sure of count less.
 
-    [objective]
-    kind = "focal_loss:FocalLoss"
+[objective]
+kind = "focal_loss:FocalLoss"
 """
 
 from __future__ import annotations

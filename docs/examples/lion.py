@@ -1,8 +1,8 @@
 """Lion (Chen et al. 2023, arXiv:2302.06675): the sign of an interpolated momentum; one state tensor instead of two.
 
-    [optimizer]
-    kind = "lion:Lion"
-    beta2 = 0.99
+[optimizer]
+kind = "lion:Lion"
+beta2 = 0.99
 """
 
 from __future__ import annotations

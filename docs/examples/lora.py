@@ -101,9 +101,7 @@ class LoRARow(nn.Module):
     """Around a row-parallel layer: x [S, M, i] -> [s, M, O]. A is cut by columns, as the weight; its small result is
     summed over the ranks, all of which hold B."""
 
-    def __init__(
-        self, lora: LoRA, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]
-    ) -> None:
+    def __init__(self, lora: LoRA, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]) -> None:
         super().__init__()
         self.layer, self.scale = layer, lora.scale
         (outputs, inputs), (start, length), (down, up) = layer.weight.placement.boxes[0].shape, columns, _names(name)
