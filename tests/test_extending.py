@@ -186,9 +186,9 @@ def test_resumed_in_the_same_layout_and_in_another(pool: Any, tmp_path: Path, ex
 @pytest.mark.parametrize(
     "example, reason",
     {
-        "gated_attention": "no model.attention = 'docs.examples.gated_attention:GatedAttention'",
-        "relu2": "no model.feed_forward = 'docs.examples.relu2:SquaredReLU'",
-        "parallel_block": "no model.block = 'docs.examples.parallel_block:ParallelBlock'",
+        "gated_attention": "LlamaForCausalLM has no model.attention = 'docs.ex",
+        "relu2": "LlamaForCausalLM has no model.feed_forward = 'docs",
+        "parallel_block": "LlamaForCausalLM has no model.block = 'docs.ex",
         "lora": "lora_A.weight is not part of LlamaForCausalLM",
     }.items(),
 )
