@@ -76,7 +76,7 @@ prepare_environment() {
     PYTHON=$ROOT/.venv/bin/python
     local state=$ROOT/.venv/megalite-${extra:-run}.stamp
     stamp=$(printf '%s\n' "$ROOT" "$lent" && cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/constraints-cpu.txt" \
-        "$ROOT"/megalite/data/*.cpp "$ROOT"/kernels/cpu/*)
+        "$ROOT"/megalite/*/*.cpp "$ROOT"/kernels/cpu/*)
     if [ -x "$PYTHON" ] && [ -f "$state" ] && [ "$(cat "$state")" = "$stamp" ]; then
         return
     fi

@@ -31,6 +31,7 @@ from megalite.model import families
 from megalite.model.cost import parameter_count
 from megalite.model.decoder import Stage
 from megalite.registry import BUILT_IN, look_up
+from megalite.schedule.schedules import find_schedule
 from tests.checkpoint import support
 from tests.support import tiny
 from tests.support.parity import (
@@ -112,7 +113,8 @@ def test_in_every_kind_of_layout(pool: Any, example: str, layout: Layout) -> Non
 @each_example
 def test_in_all_layouts(pool: Any, example: str) -> None:
     for layout in layouts(4):
-        if layout.pipeline < 4 or layout.schedule not in ("interleaved", "zb_v"):  # these need 8 layers
+        stages = layout.pipeline * find_schedule(layout.schedule).least_chunks
+        if stages <= 4 and 3 not in (layout.tensor, layout.pipeline, layout.data):  # 4 layers, 8 samples
             agree(pool, case_of(example), layout, chaos=False)
 
 
@@ -186,9 +188,9 @@ def test_resumed_in_the_same_layout_and_in_another(pool: Any, tmp_path: Path, ex
 @pytest.mark.parametrize(
     "example, reason",
     {
-        "gated_attention": "no model.attention = 'docs.examples.gated_attention:GatedAttention'",
-        "relu2": "no model.feed_forward = 'docs.examples.relu2:SquaredReLU'",
-        "parallel_block": "no model.block = 'docs.examples.parallel_block:ParallelBlock'",
+        "gated_attention": "LlamaForCausalLM has no model.attention = 'docs.ex",
+        "relu2": "LlamaForCausalLM has no model.feed_forward = 'docs",
+        "parallel_block": "LlamaForCausalLM has no model.block = 'docs.ex",
         "lora": "lora_A.weight is not part of LlamaForCausalLM",
     }.items(),
 )
@@ -289,12 +291,10 @@ def test_phi3_there_and_back_and_its_logits(tmp_path: Path, monkeypatch: pytest.
     shutil.copy(FOLDER / "phi3.py", tmp_path / "found")
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "found")])
     monkeypatch.setattr(families, "FAMILIES", families.families_in(families.__path__))
-    monkeypatch.setitem(sys.modules, "megalite.model.families.phi3", sys.modules["megalite.model.families.phi3"])
     config = transformers.Phi3Config(
         hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=101, max_position_embeddings=128, sliding_window=9, pad_token_id=0, eos_token_id=2, dtype="float32",
     )  # fmt: skip
-    torch.manual_seed(torch.initial_seed() % 1000)
     model = transformers.Phi3ForCausalLM._from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "phi3")
     with HuggingFaceSource(tmp_path / "phi3") as source:
@@ -317,10 +317,8 @@ def test_phi3_there_and_back_and_its_logits(tmp_path: Path, monkeypatch: pytest.
 
 
 def program(*arguments: object, path: Path | None = None) -> str:
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
+    places = os.pathsep.join(str(place) for place in (ROOT, path) if place)
+    environment = os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from megalite.errors import UserError
 from megalite.schedule.draw import as_text, draw, headline
 from megalite.schedule.lowering import lower
 from megalite.schedule.ops import format_plan
-from megalite.schedule.schedules import SCHEDULES, build_schedule
+from megalite.schedule.schedules import SCHEDULES, build_schedule, find_schedule
 from megalite.schedule.simulate import UNIT_COST, check_deadlock, simulate
 
 
@@ -19,7 +19,7 @@ def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     summaries = "; ".join(f"{name}: {schedule.summary}" for name, schedule in SCHEDULES.items())
-    add("--schedule", default="1f1b", choices=tuple(SCHEDULES), help=summaries)
+    add("--schedule", default="1f1b", help=summaries)
     add("--ranks", type=whole(1, 4096), default=4, metavar="N", help="pipeline ranks (4)")
     add("--micro-batches", type=whole(1, 65536), default=8, metavar="M", help="micro-batches in a step (8)")
     add("--virtual-stages", type=whole(1, 1024), metavar="V", help="stages on each rank (what the schedule needs)")
@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     backward = arguments.backward_cost
-    chunks = arguments.virtual_stages or SCHEDULES[arguments.schedule].least_chunks
+    chunks = arguments.virtual_stages or find_schedule(arguments.schedule).least_chunks
     plan = build_schedule(arguments.schedule, arguments.ranks, arguments.micro_batches, chunks)
     lowered = lower(plan, tied=arguments.tied)
     check_deadlock(lowered)

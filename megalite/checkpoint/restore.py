@@ -87,8 +87,11 @@ def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
         if values is None:
             continue
         pieces = list(segment.pieces())
-        if sum(where.stop - where.start for _, where in pieces) < len(values):
-            values.zero_()  # padding
+        end = 0
+        for start, stop in sorted((where.start, where.stop) for _, where in pieces):
+            values[end:start].zero_()  # padding, and it alone: not every tensor need come from the source
+            end = stop
+        values[end:].zero_()
         for box, where in pieces:
             yield Target(box.name, Region(box.offset, box.size), values[where].view(box.size))
 
