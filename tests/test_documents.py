@@ -1,6 +1,8 @@
-"""What the documents name exists: targets of links, headings, files, modules and classes."""
+"""What the documents say about the tree is true: links, named files, modules and classes, and who imports what."""
 
+import ast
 import functools
+import graphlib
 import re
 import subprocess
 from fnmatch import fnmatch
@@ -38,9 +40,8 @@ def documents() -> list[str]:
 
 def anchors(name: str) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
-    titles = re.findall(
-        r"^#+ (.*)$", re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL), re.MULTILINE
-    )
+    prose = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
@@ -101,3 +102,34 @@ def test_named_classes_exist(name):
         for owner, member in CLASS.findall(span):
             for word in filter(None, (owner, member)):
                 assert re.search(rf"\b{word}\b", code()), f"{name}: nothing is called {word}"
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_the_architecture_lists_who_calls_torch_distributed():
+    text = (ROOT / "docs/architecture.md").read_text()
+    section = text.split("## Who calls torch.distributed")[1].split("\n## ")[0]
+    callers = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "megalite").rglob("*.py")
+        if "torch.distributed" in imports(path) or '"torch.distributed"' in path.read_text()
+    }
+    assert set(re.findall(r"`(megalite/[\w/]+\.py)`", section)) == callers
+
+
+def test_packages_import_in_no_circle():
+    needs: dict[str, set[str]] = {}
+    for path in (ROOT / "megalite").rglob("*.py"):
+        package = path.relative_to(ROOT / "megalite").with_suffix("").parts[0]
+        inside = {name.split(".")[1] for name in imports(path) if name.startswith("megalite.")}
+        needs.setdefault(package, set()).update(inside - {package})
+    graphlib.TopologicalSorter(needs).prepare()  # raises a CycleError that names the packages
