@@ -305,7 +305,9 @@ def _makespan(job: Job, costs: Mapping[str, list[float]], transfer: float) -> fl
 def _rank_works(job: Job, works: list[StageWork]) -> list[TimeParts]:
     """The work of each pipeline rank for one micro-batch."""
     return [
-        functools.reduce(TimeParts.plus, (works[stage].forward.plus(works[stage].backward) for stage in job.stages_of(rank)))
+        functools.reduce(
+            TimeParts.plus, (works[stage].forward.plus(works[stage].backward) for stage in job.stages_of(rank))
+        )
         for rank in range(job.pipeline)
     ]
 
