@@ -1,7 +1,7 @@
-"""The process around a run: who this rank is, how ranks find each other, what signals mean, how a process ends.
+"""The process around a run: its rank, connecting to the others, signals, logging, and exit.
 
-Importing this module imports no torch: a request to stop must be heard from the first moment of a process, and torch
-alone takes seconds.
+Importing this module does not import torch: signal handlers must be installed from the first moment of a process, and
+torch alone takes seconds.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
     from megalite.mesh import Mesh
 
 STARTUP_TIMEOUT_SECONDS = 1800.0
-"""Limit of a communication until the run is warm: data indices are built and kernels compiled, on some ranks first.
-`train.timeout_seconds` holds from then on."""
+"""Timeout of communications in the first steps, when some ranks still build data indices or compile kernels;
+`train.timeout_seconds` applies afterwards."""
 
 SILENCE_SECONDS = 15.0
-"""Before the ranks have met, those other than 0 keep a mistake to themselves for so long: rank 0 will say it."""
+"""How long ranks other than 0 delay a user error before the process group exists: rank 0 will report it."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _PATIENCE_SECONDS = 5.0
-"""A rank that lost a peer waits this long before it complains: the launcher may be about to end it, and the peer's own
-message is the one that helps."""
+"""How long a rank that lost a peer waits before it reports that: the launcher may be about to end it, and the peer's
+own message is the useful one."""
 
 _INTERRUPT_SECONDS = 1.0
-"""How long Ctrl-C may take to reach a main thread that sits in a library, before the process ends without it."""
+"""How long Ctrl-C may take to reach a main thread that is blocked in a library before the process exits anyway."""
 
 _PARENT_DEATH_SIGNAL = 1
 """`PR_SET_PDEATHSIG` of Linux's prctl."""
@@ -56,12 +56,12 @@ _PARENT_DEATH_SIGNAL = 1
 log = logging.getLogger("megalite")
 
 
-# Who this rank is
+# This rank
 
 
 @dataclass(frozen=True)
 class World:
-    """Place of this process among those of the job, from torchrun's or SLURM's environment; alone without either."""
+    """This process's rank and the job's size, from torchrun's or SLURM's environment; alone without either."""
 
     rank: int = 0
     size: int = 1
@@ -69,7 +69,7 @@ class World:
 
     @staticmethod
     def from_environment(environment: Mapping[str, str] = os.environ) -> World:
-        """Raises UserError where the variables are no numbers or contradict each other."""
+        """Raises UserError if the variables are not numbers or contradict each other."""
         for rank, size, local in (
             ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
             ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -102,9 +102,9 @@ def _number_in(environment: Mapping[str, str], name: str, default: str) -> int:
 
 
 def follow_launcher(world: World) -> None:
-    """On Linux: be asked to stop (SIGTERM) when the launcher dies, so that killing it leaves no orphans behind.
+    """On Linux: receive SIGTERM when the launcher dies, so that killing it leaves no orphans behind.
 
-    A launcher that died before the request was made sends nothing: this process then ends at once.
+    If the launcher died before this call, no signal comes: this process then exits at once.
     """
     if world.size == 1 or sys.platform != "linux":
         return
@@ -116,7 +116,7 @@ def follow_launcher(world: World) -> None:
 def _orphaned(environment: Mapping[str, str], parent: int) -> bool:
     """Whether torchrun is gone and the system's init has adopted this process.
 
-    torchrun runs its workers with its own interpreter: it may itself be process 1, of a container.
+    torchrun runs its workers with its own interpreter, and may itself be process 1 of a container.
     """
     if parent != 1 or "TORCHELASTIC_RUN_ID" not in environment:
         return False
@@ -129,7 +129,7 @@ def _orphaned(environment: Mapping[str, str], parent: int) -> bool:
 
 
 class StoppedEarly(Exception):
-    """A request to stop came before there was anything to save."""
+    """A stop request came before there was anything to save."""
 
 
 class StopRequest:
@@ -148,7 +148,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Hear signals within; also those that a launcher has blocked until someone listens."""
+        """A context with signal handlers installed; also unblocks signals that the launcher has blocked."""
 
         def remember(number: int, frame: FrameType | None) -> None:
             self.signal = signal.Signals(number).name
@@ -168,7 +168,7 @@ class StopRequest:
             os.close(writing)
 
     def _heed(self, reading: int) -> None:
-        """The thread: woken by every signal, whatever the main thread does."""
+        """The thread: woken by every signal, even while the main thread is blocked."""
         while byte := os.read(reading, 1):
             if byte[0] in STOP_SIGNALS:
                 self.signal = signal.Signals(byte[0]).name
@@ -185,7 +185,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self, world: World, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Within, a request ends the process with 75 after `clean_up`; raises `StoppedEarly` if one came before."""
+        """A context in which a request exits the process with 75 after `clean_up`; raises `StoppedEarly` if one came
+        before."""
 
         def go(code: int) -> None:
             clean_up()
@@ -204,14 +205,14 @@ class StopRequest:
                 self._leave = None
 
     def wait(self, seconds: float) -> bool:
-        """Sleep for so long, or until there is a request; whether there is one."""
+        """Sleep for `seconds` or until there is a request; returns whether there is one."""
         deadline = time.monotonic() + seconds
         while self.signal is None and time.monotonic() < deadline:
             time.sleep(0.1)
         return self.signal is not None
 
     def agreed(self, mesh: Mesh) -> bool:
-        """Whether any rank has been asked to stop; asked by all together."""
+        """Whether any rank has been asked to stop. Collective."""
         import torch
 
         asked = torch.tensor([float(self.signal is not None)], device=mesh.device)
@@ -219,11 +220,11 @@ class StopRequest:
         return bool(asked.item())
 
 
-# How ranks find each other
+# Connecting the ranks
 
 
 def choose_device(config: Config, world: World) -> torch.device:
-    """The GPU of this local rank, or the CPU: `run.device`. Where each task sees one GPU only, that one."""
+    """The GPU of this local rank, or the CPU: `run.device`. If each task sees only one GPU, that one."""
     import torch
 
     if config.run.device == "cpu" or (config.run.device == "auto" and not torch.cuda.is_available()):
@@ -242,7 +243,7 @@ def choose_device(config: Config, world: World) -> torch.device:
 
 
 def connect(config: Config, world: World, device: torch.device) -> Mesh:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and build the mesh; with start-up's patience for now."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and build the mesh, with the start-up timeout."""
     import torch.distributed as dist
 
     from megalite.mesh import DATA_AXES, Mesh, create_group
@@ -275,7 +276,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
 
 
 class RunLog:
-    """What this rank says: on the terminal at once, and from `keep` on in run.dir/log, with all that was said before.
+    """This rank's log: on the terminal at once, and from `keep` on also in run.dir/log, including earlier lines.
 
     Rank 0's notices and all warnings go to the terminal. A start that is refused leaves no file.
     """
@@ -293,7 +294,7 @@ class RunLog:
         log.propagate = False
 
     def keep(self) -> None:
-        """The run was accepted: open the file."""
+        """Open the file: the run has been accepted."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             file = logging.FileHandler(self._path, encoding="utf-8")
@@ -307,7 +308,7 @@ class RunLog:
 
 
 def leave(code: int, world: World) -> None:
-    """End this process at once with `code`, leaving it where the launcher looks for it. Does not return."""
+    """Exit at once with `code`, after writing it where the launcher looks for it. Does not return."""
     folder = os.environ.get(EXIT_CODES_ENVIRONMENT)
     if folder:
         with contextlib.suppress(OSError):
@@ -322,8 +323,8 @@ def leave(code: int, world: World) -> None:
 
 
 def explain_fault(error: BaseException, world: World, stop: StopRequest) -> None:
-    """One line on the terminal, the trace in the rank's log, or before it where there is no log yet. A lost peer's own
-    complaint goes first."""
+    """Log an error: one line on the terminal, and the traceback in the rank's log (on the terminal too if there is no
+    log yet). A lost peer's own message goes first."""
     trace = "".join(traceback.format_exception(error))
     files = [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
     for handler in files:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megalite.data.batches import Batch
+from megalite.data.batch import Batch
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.objective import Outputs, Reads
 

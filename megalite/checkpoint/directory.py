@@ -1,10 +1,10 @@
-"""Names of checkpoints on disk, and the moves that make them appear and vanish as a whole.
+"""Names of checkpoints on disk, and the renames that make them appear and disappear atomically.
 
 A checkpoint has its final name, `step_00000100`, if and only if it is complete: it is written under another name,
-synced and renamed; it is deleted by renaming it first. Order is by step number, never by a clock.
+synced and renamed; it is deleted by renaming it first. Checkpoints are ordered by step number, never by time.
 
-What is deleted here are directories under names that this module gives, and nothing else. A link to a checkpoint
-elsewhere is deleted as a link; files, and directories under other names, are left alone.
+Only directories under names that this module assigns are ever deleted. A symbolic link to a checkpoint elsewhere is
+deleted as a link; files, and directories under other names, are left alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def step_name(step: int) -> str:
 
 
 def partial_path(final: Path, owner: str = "") -> Path:
-    """Where a checkpoint lies while it is written; `owner` keeps two writers of the same one apart."""
+    """The directory of a checkpoint while it is written; `owner` distinguishes two writers of the same step."""
     return final.with_name(final.name + (f".{owner}" if owner else "") + _PARTIAL)
 
 
@@ -49,7 +49,7 @@ def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` names: one itself, or the newest of a run directory. Raises UserError."""
+    """The checkpoint at `path`: `path` itself, or the newest one of a run directory. Raises UserError."""
     if (path / MANIFEST).exists() or (_STEP.fullmatch(path.name) and path.is_dir()):
         return path
     for folder in (path / CHECKPOINTS, path):
@@ -62,7 +62,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a directory of ours, or the link that stands for one; raises OSError, for plain files too."""
+    """Delete a directory of ours, or a symbolic link to one; raises OSError, also for plain files."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -70,7 +70,7 @@ def remove(path: Path) -> None:
 
 
 def remove_calmly(path: Path) -> None:
-    """`remove`; what cannot be deleted is told, and stays for the next sweep."""
+    """`remove`, but what cannot be deleted is logged and left for the next sweep."""
     try:
         remove(path)
     except OSError as error:
@@ -78,7 +78,7 @@ def remove_calmly(path: Path) -> None:
 
 
 def _free_name(path: Path, suffix: str) -> Path:
-    """`path` with a suffix, and a number where something has that name."""
+    """`path` with a suffix, and a number if that name is taken."""
     number = 0
     while os.path.lexists(name := path.with_name(f"{path.name}{suffix}{number or ''}")):
         number += 1
@@ -86,7 +86,7 @@ def _free_name(path: Path, suffix: str) -> Path:
 
 
 def prepare(final: Path, owner: str = "") -> Path:
-    """An empty directory to write the checkpoint into; the remains of an interrupted attempt are removed."""
+    """Create an empty directory to write the checkpoint into; removes the remains of an interrupted attempt."""
     partial = partial_path(final, owner)
     if partial.is_dir() or partial.is_symlink():
         remove(partial)
@@ -100,8 +100,7 @@ def prepare(final: Path, owner: str = "") -> Path:
 def commit(partial: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, make everything durable and give the checkpoint its final name.
 
-    An older checkpoint of the same step (from before a rollback) is replaced; something else under that name is set
-    aside.
+    An older checkpoint of the same step (from before a rollback) is replaced; anything else under that name is renamed.
     """
     write_durably(partial / MANIFEST, manifest.to_bytes())
     sync_directory(partial)
@@ -122,14 +121,14 @@ def retire(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Take a damaged checkpoint out of the order, its content kept for whoever wants to look; its new path."""
+    """Rename a damaged checkpoint so that it no longer counts, keeping its content; returns its new path."""
     aside = path.rename(_free_name(path, _DAMAGED))
     sync_directory(path.parent)
     return aside
 
 
 def restore(folder: Path) -> None:
-    """Give a checkpoint that was to be replaced, and whose successor did not arrive, its name back."""
+    """Rename back a checkpoint that was being replaced when its replacement failed to appear."""
     for path in _left(folder):
         final, replaced, _ = path.name.rpartition(_REPLACED)
         if replaced and not os.path.lexists(path.with_name(final)):
@@ -137,9 +136,9 @@ def restore(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what interrupted saves and deletions left behind; only for the holder of the run directory's lock.
+    """Remove the remains of interrupted saves and deletions; only for the holder of the run directory's lock.
 
-    Returns what was found. Whatever looks similar and is not ours is named and left alone; nothing here stops a start.
+    Returns what was found. Similar names that are not ours are logged and left alone; nothing here stops a start.
     """
     restore(folder)
     left = list(_left(folder))
@@ -152,7 +151,7 @@ def sweep(folder: Path) -> list[Path]:
 
 
 def _left(folder: Path) -> Iterator[Path]:
-    """Directories under temporary names of ours, and links (that stand for checkpoints elsewhere)."""
+    """Directories under our temporary names, and symbolic links (to checkpoints elsewhere)."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.iterdir()):
             if _LEFT.fullmatch(path.name) and (path.is_dir() or path.is_symlink()):

@@ -1,8 +1,8 @@
-"""Whose checkpoint is it: every run has an id, made at its first start, kept in run.dir and in every checkpoint.
+"""Run ids: every run gets one at its first start; it is stored in run.dir and in every checkpoint.
 
-`run.id` holds the run's own id and, a line each, those of other runs whose checkpoints it was told to go on from. Names
-and steps prove nothing: a complete checkpoint of another run that someone has put in place is refused. Imported weights
-and checkpoints of older versions carry no id, and are taken.
+`run.id` holds the run's own id and, one per line, those of other runs whose checkpoints it was allowed to continue
+from. File names and steps prove nothing: a complete checkpoint of another run, copied into place, is refused. Imported
+weights and checkpoints of older versions carry no id, and are accepted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_BYTES = 1 << 16
 
 
 class RunIdentity:
-    """The id of the run in whose directory `checkpoints` lies; on rank 0. Nothing is written before `keep`."""
+    """The id of the run whose directory contains `checkpoints`; on rank 0. Nothing is written before `keep`."""
 
     def __init__(self, checkpoints: Path, allow_others: bool) -> None:
         self._path, self._allow_others = checkpoints.parent / IDENTITY, allow_others
@@ -45,7 +45,7 @@ class RunIdentity:
         return known
 
     def _from_checkpoints(self, folder: Path) -> list[str]:
-        """Where `run.id` is missing: the id on which the checkpoints agree, or a new one where they have none."""
+        """If `run.id` is missing: the id that the checkpoints agree on, or a new one if they have none."""
         found: dict[str, Path] = {}
         for _, path in complete_checkpoints(folder):
             try:
@@ -63,7 +63,7 @@ class RunIdentity:
         return list(found)[::-1] or [uuid.uuid4().hex]
 
     def compare(self, run: str, checkpoint: Path) -> None:
-        """Raise `UserError` where `checkpoint` is of another run."""
+        """Raise `UserError` if `checkpoint` belongs to another run."""
         if not run or run in self._accepted:
             return
         if not self._allow_others:
@@ -76,7 +76,7 @@ class RunIdentity:
             self.keep()
 
     def keep(self) -> None:
-        """Write `run.id`. A full disk is no reason to end: the checkpoints carry the id, too."""
+        """Write `run.id`. A full disk does not end the run: the checkpoints carry the id too."""
         content = "".join(f"{run}\n" for run in (self.own, *sorted(self._accepted - {self.own})))
         try:
             if not self._path.exists() or self._path.read_text() != content:

@@ -1,17 +1,19 @@
-"""One run directory, one job: the lock file `run.lock` names host, process and job of the run that writes there.
+"""One job per run directory: the lock file `run.lock` names host, process and job of the run that writes there.
 
-The file appears with its whole content at once (a hard link of a finished temporary file). A lock is taken over only
-when its holder is known to be gone:
+The file is created atomically with its full content (a hard link to a finished temporary file). A lock is taken over
+only when its holder is known to be gone:
 
-- an earlier start or step of the same SLURM job held it, or a job that SLURM calls over (`MEGALITE_ENDED_JOB`);
-- its process is dead, asked under the same kernel (boot id) and in the same pid namespace, where numbers mean the same;
-- another pid namespace of the same kernel held it, and the kernel's own lock (flock) on the file is free again;
-- this host has been started anew since, and neither the holder nor this process runs in a container.
+- the holder was an earlier start or step of the same SLURM job, or a job that SLURM reports as ended
+  (`MEGALITE_ENDED_JOB`);
+- its process is dead, checked under the same kernel (boot id) and in the same pid namespace, where pids are comparable;
+- it ran in another pid namespace of the same kernel, and the kernel's lock (flock) on the file is free again;
+- this host has been rebooted since, and neither the holder nor this process runs in a container.
 
-In every other case the run is refused: host names, clocks and file times of two machines prove nothing.
+In every other case the start is refused: host names, clocks and file times of two machines prove nothing.
 
-What SLURM calls over may live on behind a cut network. So the lock is a fence too: its holder looks at it again before
-it changes checkpoints, and ends if it has been taken over; and `token` keeps the unfinished files of two holders apart.
+A job that SLURM reports as ended may still be running behind a network partition. So the lock is also a fence: its
+holder checks it again before it changes checkpoints, and ends if it was taken over; `token` keeps the unfinished files
+of two holders apart.
 """
 
 from __future__ import annotations
@@ -30,23 +32,23 @@ from megalite.files import locked, read_bounded
 
 LOCK = "run.lock"
 ENDED_JOB_ENVIRONMENT = "MEGALITE_ENDED_JOB"
-"""Names the SLURM job that holds the lock where SLURM knows that it is over."""
+"""Environment variable: the SLURM job that holds the lock, if SLURM reports it as ended."""
 
 _MAX_BYTES = 1 << 16
 _MAX_PID = 1 << 31
 _INITIAL_PID_NAMESPACE = "pid:[4026531836]"
-"""That of a system without containers; the number is fixed in the kernel (PROC_PID_INIT_INO)."""
+"""The pid namespace outside of containers; the number is fixed in the kernel (PROC_PID_INIT_INO)."""
 _FIELDS = {"host": str, "pid": int, "started": str, "job_id": str, "restart_count": str, "step_id": str}
 _LATER_FIELDS = {"boot": str, "machine": str, "pid_namespace": str, "flock": bool}
-"""Absent from locks of older versions."""
+"""Fields that locks of older versions lack."""
 
 
 class TakenOver(RuntimeError):
-    """A later start has taken the run directory over: this process must not write there any more."""
+    """A later start has taken over the run directory: this process must no longer write there."""
 
 
 def _system(path: str) -> str:
-    """What the system says of itself; empty where it does not."""
+    """The content of a small system file; empty if it cannot be read."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -61,9 +63,9 @@ def _pid_namespace() -> str:
 
 
 def _process_start(pid: int) -> str:
-    """When a process was started, in the kernel's ticks since boot; empty where it does not run or cannot be asked."""
+    """A process's start time in kernel ticks since boot; empty if it is not running or cannot be read."""
     fields = _system(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    # A zombie holds no files and writes nothing any more.
+    # A zombie holds no files and no longer writes.
     return "" if not fields or fields[0] in "ZX" else fields[19]
 
 
@@ -83,7 +85,7 @@ def _identity() -> dict[str, Any]:
 
 
 def _alive(pid: int, started: str) -> bool:
-    """Whether the process that wrote the lock still runs here; another process of the same number does not count."""
+    """Whether the process that wrote the lock still runs here; another process with the same pid does not count."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -117,7 +119,7 @@ def _gone(holder: dict[str, Any], own: dict[str, Any], path: Path) -> bool:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether no process holds the kernel's lock on the file; False where it cannot be asked."""
+    """Whether no process holds the kernel's lock on the file; False if unknown."""
     try:
         with locked(path) as held:
             return held
@@ -131,7 +133,7 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _read(path: Path, own: dict[str, Any]) -> dict[str, Any]:
-    """The holder that a lock names; what older versions did not write is taken to be as it is here."""
+    """The holder named by a lock; fields that older versions did not write are assumed equal to ours."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         holder = json.loads(read_bounded(path, _MAX_BYTES))
         if isinstance(holder, dict):
@@ -143,13 +145,13 @@ def _read(path: Path, own: dict[str, Any]) -> dict[str, Any]:
 
 
 class RunLock:
-    """Held from construction until `release`; raises `UserError` where another run holds the directory."""
+    """Held from construction until `release`; raises `UserError` if another run holds the directory."""
 
     def __init__(self, run_dir: Path | str) -> None:
         self.path = Path(run_dir) / LOCK
         self._own = _identity()
         self.token = f"{self._own['host']}-{self._own['pid']}-{secrets.token_hex(4)}"
-        """A word for file names that no other holder has; two containers may have one host name and process number."""
+        """A unique word for file names; two containers can share host name and pid."""
         self._file: BinaryIO | None = None
         try:
             self._made = not self.path.parent.is_dir()
@@ -162,9 +164,9 @@ class RunLock:
         temporary = self.path.with_name(f"{LOCK}.{self.token}")
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # file systems without flock: the link below still decides
-                # Two runs that start at once on one host look at a stale lock one after the other.
+                # Serialises two runs that start at once on one host and find a stale lock.
                 stack.enter_context(locked(self.path.parent, wait=True))
-            # Held open: the kernel's lock on it tells other namespaces that we live.
+            # Kept open: the kernel's lock on it shows other namespaces that we are alive.
             file = open(temporary, "xb")  # noqa: SIM115
             try:
                 with contextlib.suppress(OSError):
@@ -180,7 +182,7 @@ class RunLock:
                     file.close()
 
     def verify(self) -> None:
-        """Raise `TakenOver` if another holds the directory now; a lock that was deleted is made again."""
+        """Raise `TakenOver` if another run now holds the directory; recreates a lock that was deleted."""
         if not self.path.exists():
             self._acquire()
         holder = _read(self.path, self._own)
@@ -202,9 +204,9 @@ class RunLock:
         os.replace(temporary, self.path)
 
     def release(self) -> None:
-        """Give the directory free, unless someone has removed or replaced the lock meanwhile. May be called again.
+        """Release the directory, unless the lock was removed or replaced meanwhile. Idempotent.
 
-        A directory that was made for the lock alone goes with it.
+        A directory created only for the lock is removed too.
         """
         with contextlib.suppress(OSError, UserError):
             if _read(self.path, self._own) == self._own:

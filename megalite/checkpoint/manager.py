@@ -1,11 +1,11 @@
-"""Checkpoints of a run: saved by all ranks together, in the foreground or behind the training, found again and pruned.
+"""Checkpoints of a run: saved by all ranks together, synchronously or in the background, loaded and pruned.
 
-The protocol of a save, in which every arrow is an agreement of all ranks:
+The protocol of a save, in which all ranks synchronise at every arrow:
 
-    rank 0 makes step_N.partial  ->  every rank writes and syncs its file  ->  rank 0 checks that the pieces tile every
-    tensor, writes the manifest, syncs, renames to step_N, prunes  ->  all know the outcome
+    rank 0 creates step_N.partial  ->  every rank writes and syncs its file  ->  rank 0 checks that the pieces tile
+    every tensor, writes the manifest, syncs, renames to step_N, prunes  ->  all ranks know the outcome
 
-so that a checkpoint under its final name is complete, and a fault anywhere leaves the older ones as they were.
+So a checkpoint under its final name is complete, and a failure anywhere leaves older ones untouched.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _LOOK_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """All that a save needs, independent of the trainer's next steps."""
+    """Everything a save needs, independent of the trainer's next steps."""
 
     final: Path
     tensors: list[dict[str, Tensor]]
@@ -63,7 +63,7 @@ class _Snapshot:
 
 
 def _attempt(action: Callable[[], Any]) -> str | None:
-    """Run `action`; what the file system or the data refused, as one line, or None."""
+    """Run `action`; returns its error (file system or data) as one line, or None."""
     try:
         action()
     except (OSError, UserError, ValueError) as error:
@@ -72,11 +72,12 @@ def _attempt(action: Callable[[], Any]) -> str | None:
 
 
 class CheckpointManager:
-    """The checkpoints under `run_dir`; made, used and closed by all ranks together.
+    """The checkpoints under `run_dir`; created, used and closed by all ranks together.
 
-    Holds the lock of the run directory until `close`: `lock`, which rank 0 may hold already, or one of its own; then
-    construction raises `UserError` where another run holds it. Nothing but the lock is written before `accept`.
-    `failures` counts saves that failed, `last_failure` tells why: each is reported and cleaned up, and the run goes on.
+    Holds the lock of the run directory until `close`: `lock` if rank 0 already holds it, else a new one, in which case
+    construction raises `UserError` if another run holds the directory. Nothing but the lock is written before `accept`.
+    `failures` counts failed saves, `last_failure` is the reason of the last: each is logged and cleaned up, and the run
+    continues.
     """
 
     def __init__(self, run_dir: Path | str, config: Config, mesh: Mesh, lock: RunLock | None = None) -> None:
@@ -101,7 +102,7 @@ class CheckpointManager:
         self._identity = RunIdentity(self.folder, self.config.checkpoint.allow_other_run)
 
     def accept(self) -> None:
-        """The run is to go on in this directory: clear away what interrupted ones left, and keep the run's id."""
+        """Start writing to the directory: remove the remains of interrupted saves, and write the run's id."""
         if self._identity is not None and not self._identity.kept:
             for path in directory.sweep(self.folder):
                 log.warning("removed %s, left by an interrupted run", path)
@@ -112,10 +113,11 @@ class CheckpointManager:
             self._lock.verify()
 
     def guard(self) -> None:
-        """Once a step: raises `TakenOver` on rank 0, every ten seconds at most, if a later start has the directory."""
+        """Call once a step: checks at most every ten seconds, on rank 0, and raises `TakenOver` if a later start holds
+        the directory."""
         if self._lock is not None and time.monotonic() > self._looked + _LOOK_SECONDS:
             self._looked = time.monotonic()
-            with contextlib.suppress(OSError, UserError):  # a file system that does not answer for a moment
+            with contextlib.suppress(OSError, UserError):  # the file system may be unavailable for a moment
                 self._verify()
 
     # Saving
@@ -123,8 +125,8 @@ class CheckpointManager:
     def save(self, trainer: Checkpointable, state: Mapping[str, Any]) -> float:
         """Save the trainer and the loop's `state` (JSON values; `step` among them) as `step_<step>`.
 
-        Returns the seconds for which training stood still: until the state is copied to host memory if
-        `checkpoint.async_save`, else until the checkpoint is on the disk. A save still under way is waited for first.
+        Returns the seconds that training was stalled: until the state is copied to host memory if
+        `checkpoint.async_save`, else until the checkpoint is on disk. Waits for a save in progress first.
         """
         began = time.perf_counter()
         self.wait()
@@ -144,7 +146,7 @@ class CheckpointManager:
         return time.perf_counter() - began
 
     def wait(self) -> bool:
-        """Wait for a save under way; whether the last save succeeded. Raises what killed it where a peer has died."""
+        """Wait for a save in progress; returns whether the last save succeeded. Raises its error if a peer has died."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -160,7 +162,7 @@ class CheckpointManager:
             self._succeeded, self._crash = False, crash
 
     def _write(self, snapshot: _Snapshot) -> bool:
-        """The protocol above; True on every rank if the checkpoint is complete."""
+        """Run the protocol above; returns True on every rank if the checkpoint is complete."""
         partial, first = directory.partial_path(snapshot.final, self._owner), self._peers.rank == 0
         fault = _attempt(lambda: self._prepare(snapshot.final)) if first else None
         if fault := self._peers.first(fault):
@@ -197,7 +199,7 @@ class CheckpointManager:
         return False
 
     def _write_own(self, partial: Path, snapshot: _Snapshot) -> dict[str, Any]:
-        """Write this rank's file; its name, its size and its pieces as JSON values."""
+        """Write this rank's file; returns its name, size and pieces as JSON values."""
         assert self._staging is not None
         pieces = list(self._staging.tensors(snapshot.tensors))
         if not pieces:
@@ -247,7 +249,7 @@ class CheckpointManager:
         return extras
 
     def _prune(self) -> None:
-        """Delete all but the newest `keep`, those of `keep_every`, and an imported `step_00000000`."""
+        """Delete all but the newest `keep`, those due by `keep_every`, and an imported `step_00000000`."""
         keep, every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         passing = [
             path
@@ -268,11 +270,11 @@ class CheckpointManager:
     def load_latest(
         self, trainer: Checkpointable, *, fingerprint: Any = None, at_most: int | None = None
     ) -> dict[str, Any] | None:
-        """Load the newest intact checkpoint (of a step of `at_most`) into the trainer; its state, or None without any.
+        """Load the newest intact checkpoint (of step `at_most` or earlier); returns its state, or None.
 
-        A damaged checkpoint is reported and set aside, and the one before it is used. `fingerprint` identifies the
+        A damaged checkpoint is logged and set aside, and the previous one is used. `fingerprint` identifies the
         training data; it is compared with `state["fingerprint"]` unless `checkpoint.allow_data_change`. Raises
-        `UserError` where all checkpoints are damaged, or where the newest is of another run, model or data.
+        `UserError` if all checkpoints are damaged, or if the newest belongs to another run, model or data.
         """
         self.wait()
         steps = [step for step in self.steps() if at_most is None or step <= at_most]
@@ -299,9 +301,10 @@ class CheckpointManager:
         )
 
     def load(self, trainer: Checkpointable, path: Path | str, *, optimizer: bool = True) -> dict[str, Any]:
-        """Start from another run's checkpoint, run directory, or Hugging Face directory; the state it carries.
+        """Load another run's checkpoint, run directory, or Hugging Face directory; returns its state.
 
-        The state is empty for weights alone: a Hugging Face directory, or `optimizer` False. Raises `UserError`.
+        The state is empty if only weights are loaded: a Hugging Face directory, or `optimizer` False. Raises
+        `UserError`.
         """
         self.wait()
         if not self._peers.first(is_huggingface(Path(path))):
@@ -344,7 +347,7 @@ class CheckpointManager:
         return manifests[0].state if optimizer else {}
 
     def _together(self, read: Callable[[], None]) -> None:
-        """Run `read` on every rank; if it fails on any, raise that error on all. Refusals go before damage."""
+        """Run `read` on every rank; if it fails on any, raise that error on all. Refusals come before damage."""
         outcome: dict[str, Any] = {}
         try:
             read()
@@ -357,7 +360,7 @@ class CheckpointManager:
                     raise kind(entry["fault"])
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: after a rollback they belong to a course that was given up."""
+        """Delete the checkpoints of later steps, which a rollback has invalidated."""
         self.wait()
         if self._peers.rank == 0:
             self._verify()
@@ -369,7 +372,7 @@ class CheckpointManager:
     # The end
 
     def close(self) -> None:
-        """Wait for a save under way and give the run directory free."""
+        """Wait for a save in progress and release the run directory."""
         try:
             self.wait()
         finally:

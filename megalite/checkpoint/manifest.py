@@ -1,11 +1,11 @@
-"""The manifest of a checkpoint: everything that is not a tensor, and where every piece of every tensor lies.
+"""The manifest of a checkpoint: everything that is not a tensor, and the location of every piece of every tensor.
 
 A checkpoint directory holds safetensors files of *pieces*, boxes of global tensors under keys such as
 `weight/model.norm.weight/0`, and one `manifest.json`, written last: step, run, model, the loop's state, the files with
 their sizes, and for each kind of tensor (`weight`, the fp32 master weights; and what the optimizer keeps, under its own
 names) the global shape and the pieces with their CRC-32. The manifest carries a checksum of itself.
 
-`Manifest.from_file` believes nothing: names stay inside the directory, and the pieces of every tensor must tile it.
+`Manifest.from_file` trusts nothing: file names must stay inside the directory, and pieces must tile every tensor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_BYTES = 1 << 31
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a global tensor: `file` is the name of the file inside the checkpoint that holds it."""
+    """A box of a global tensor; `file` is the name of the checkpoint's file that holds it."""
 
     file: str
     offset: tuple[int, ...]
@@ -65,7 +65,7 @@ def piece_key(kind: str, name: str, offset: Sequence[int]) -> str:
 
 
 def add_piece(index: Index, kind: str, name: str, shape: Sequence[int], dtype: str, piece: Piece) -> None:
-    """Enter a piece; raises ValueError where the same tensor was entered with another shape or dtype."""
+    """Add a piece to the index; raises ValueError if the tensor has another shape or dtype there."""
     entry = index.setdefault(kind, {}).setdefault(name, Entry(tuple(shape), dtype))
     if entry.shape != tuple(shape) or entry.dtype != dtype:
         raise ValueError(f"{kind} {name}: pieces of {entry.shape} {entry.dtype} and of {tuple(shape)} {dtype}")
@@ -73,7 +73,7 @@ def add_piece(index: Index, kind: str, name: str, shape: Sequence[int], dtype: s
 
 
 def tiling_fault(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
-    """None where the pieces cover every element of the tensor exactly once, else what is wrong."""
+    """None if the pieces cover every element of the tensor exactly once, else what is wrong."""
     for piece in pieces:
         if len(piece.offset) != len(shape) or len(piece.size) != len(shape):
             return f"a piece has {len(piece.offset)} dimensions, the tensor {len(shape)}"
@@ -94,12 +94,12 @@ def tiling_fault(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
 
 @dataclass
 class Manifest:
-    """What a checkpoint says of itself.
+    """The description of a checkpoint.
 
-    `updates` counts the optimizer's updates, which the moments have seen; `model` are the fields of `ModelConfig`;
-    `state` is the loop's own. `files` are those of the tensors, with (bytes, CRC-32 of the header), `extras` further
-    files (config.toml, a tokenizer) with (bytes, CRC-32). `run` is the id of the run that wrote it; empty for imported
-    weights and for checkpoints of older versions.
+    `updates` counts optimizer updates so far; `model` holds the fields of `ModelConfig`; `state` is the training
+    loop's. `files` are the tensor files, with (bytes, CRC-32 of the header), `extras` further files (config.toml, a
+    tokenizer) with (bytes, CRC-32). `run` is the id of the run that wrote it; empty for imported weights and for
+    checkpoints of older versions.
     """
 
     step: int
@@ -115,7 +115,7 @@ class Manifest:
         return {name: entry.shape for name, entry in self.index.get(kind, {}).items()}
 
     def check_tiling(self, path: Path) -> None:
-        """Raise `DamagedFile` where a tensor has holes or overlaps, or optimizer state has no weight of its shape."""
+        """Raise `DamagedFile` if a tensor has holes or overlaps, or optimizer state does not match the weights."""
         for kind, entries in self.index.items():
             for name, entry in entries.items():
                 fault = tiling_fault(entry.shape, entry.pieces)
@@ -128,7 +128,7 @@ class Manifest:
                 raise DamagedFile(f"{path}: {kind} and {WEIGHT} describe different tensors, {odd[0]} among them")
 
     def to_bytes(self) -> bytes:
-        """The file's content. Raises ValueError where the state holds something that JSON cannot (NaN, infinities)."""
+        """The file's content. Raises ValueError if the state is not valid JSON (NaN, infinities)."""
         body = {
             "format": _FORMAT,
             "version": _VERSION,

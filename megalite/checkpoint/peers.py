@@ -1,7 +1,7 @@
-"""Agreement among all ranks about files, on a process group of its own.
+"""An all-gather of short JSON values among all ranks, on a process group of its own.
 
-Saving runs in a thread while the main thread trains; collectives of the two may only meet in different groups. The
-group is gloo's, whatever the training uses: what is exchanged are short JSON values in host memory.
+Saving runs in a thread while the main thread trains, and collectives of two threads must not share a group. The group
+uses gloo whatever the training uses, since the values are in host memory.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from megalite.mesh import Mesh
 
 
 class Peers:
-    """All ranks of a mesh. Every rank makes it and calls `exchange` in the same order; one call at a time."""
+    """All ranks of a mesh. Every rank must create it and call `exchange` in the same order, one call at a time."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.rank, self.size = mesh.rank, mesh.size
         self._group = mesh.background_group()
 
     def exchange(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, in rank order; raises RuntimeError where a peer has died or hangs."""
+        """Every rank's JSON value, in rank order; raises RuntimeError if a peer is dead or hangs."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

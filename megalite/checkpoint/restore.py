@@ -1,7 +1,7 @@
-"""Filling a trainer from a checkpoint, whatever layout wrote it.
+"""Loading a checkpoint into a trainer, whatever layout wrote it.
 
-Each rank reads the boxes that its optimizer shard holds, rounds them into the parameters and shares those as after a
-step of training; so the loaded state is bitwise the saved one in every layout.
+Each rank reads the boxes in its optimizer shard, rounds them into the parameters and all-gathers those as after a
+training step; so the loaded state is bitwise the saved one in every layout.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from megalite.model.decoder import OUTPUT
 from megalite.placement import Region
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
-"""Model fields that may differ from those of a checkpoint that a new run starts from: no weight depends on them."""
+"""Model fields that may differ from the checkpoint a new run starts from: no weight depends on them."""
 
 
 def model_fields(model: ModelConfig) -> dict[str, Any]:
-    """The model's configuration as a manifest keeps it."""
+    """The model's configuration as JSON values, as in a manifest."""
     return json.loads(json.dumps(dataclasses.asdict(model)))
 
 
@@ -67,9 +67,9 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
 
 
 def planned_samples(run_dir: Path | str, mesh: Mesh) -> int | None:
-    """How many samples a run was first planned for, as its newest checkpoint says; None without one that does.
+    """The number of samples a run was first planned for, from its newest readable checkpoint; None if unknown.
 
-    Asked by all ranks together, before the data is opened: a run that is made longer keeps the order of its plan.
+    Collective; called before the data is opened, so that a run that is extended keeps its original data order.
     """
     planned = None
     if mesh.rank == 0:
@@ -97,10 +97,10 @@ def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
 
 
 def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool, resume: bool = True) -> None:
-    """Read weights, and the optimizer's state if `optimizer`, into this rank's shard; no communication.
+    """Read weights, and optimizer state if `optimizer`, into this rank's shard, without communication.
 
-    Without `resume` the source may be another run's, that lacks what is fresh here (adapters, another head) and holds
-    an output layer that is not wanted. `finish_load` must follow on all ranks. Raises `DamagedFile` or another
+    Without `resume` the source may be another run's: it may lack tensors that are new here (adapters, another head) and
+    hold an output layer that is not needed. `finish_load` must follow on all ranks. Raises `DamagedFile` or another
     `UserError`; the trainer's state is then partly overwritten.
     """
     expected, found = trainer.shapes(), source.shapes()
@@ -136,7 +136,7 @@ def _require_state(source: CheckpointReader, kind: str, targets: Sequence[Target
 
 
 def _has_state(source: TensorSource, kind: str) -> bool:
-    """Whether there is such state to load; before the first update it is zero and need not be stored."""
+    """Whether the source stores this optimizer state; before the first update it is zero and may be absent."""
     if not isinstance(source, CheckpointReader):
         return False
     kinds = source.manifest.index.keys()
@@ -152,13 +152,13 @@ def _has_state(source: TensorSource, kind: str) -> bool:
 
 
 def finish_load(trainer: Checkpointable, updates: int) -> None:
-    """Share the weights that were read; the optimizer's state is that after `updates` updates."""
+    """All-gather the weights that were read, and set the optimizer's update count."""
     trainer.share()
     trainer.optimizer.set_step_count(updates)
 
 
 def position(state: Mapping[str, Any]) -> int:
-    """The step of a loop's state."""
+    """The step in a training loop's state."""
     step = state["step"]
     if type(step) is not int or step < 0:
         raise ValueError(f"state['step'] = {step!r} is not a count of steps")

@@ -1,7 +1,7 @@
-"""Where weights come from: any box of any global tensor, whatever pieces a file cuts it in.
+"""Sources of weights: any box of any global tensor, however it is stored.
 
-`TensorSource` is what loading needs to know of a checkpoint; `CheckpointReader` is megalite's own kind. A source is
-global: it knows nothing of layouts. `load_weights` fills the boxes that a model's placements name from it.
+`TensorSource` is the interface that loading needs; `CheckpointReader` reads megalite's own checkpoints. A source is
+global: it knows nothing about layouts. `load_weights` fills the boxes of a model's placements from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megalite.model.sharded import ShardedModel
 from megalite.placement import PlacedParameter, Region, placed_parameters
 
 _READERS = 4
-"""Threads of a load: while one waits for the disk, others compute checksums and copy."""
+"""Reader threads: while one waits for the disk, others compute checksums and copy."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -46,7 +46,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A region of a global tensor and the tensor of the same size, on any device and of any dtype, to hold it."""
+    """A region of a global tensor and the tensor of the same size (any device, any dtype) to read it into."""
 
     name: str
     region: Region
@@ -54,9 +54,9 @@ class Target:
 
 
 class CheckpointReader:
-    """One complete megalite checkpoint, opened by its own directory or by its run directory (the newest is taken).
+    """One complete megalite checkpoint, given its own directory or a run directory (whose newest is opened).
 
-    Every piece is compared with its checksum before any of it is used. `manifest` holds what is not a tensor.
+    Every piece is verified against its checksum before any of it is used. `manifest` holds everything but the tensors.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -66,7 +66,7 @@ class CheckpointReader:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The tokenizer file that the checkpoint carries, if it does."""
+        """The checkpoint's tokenizer file, if it has one."""
         for name in ("tokenizer.model", "tokenizer.json"):
             if name in self.manifest.extras:
                 return self.directory / name
@@ -88,7 +88,7 @@ class CheckpointReader:
         return box
 
     def read_into(self, kind: str, targets: Iterable[Target]) -> None:
-        """Fill many boxes; every piece is read and verified once, about in the order in which it lies in its file.
+        """Fill many boxes; every piece is read and verified once, roughly in file order.
 
         After an error the boxes are partly filled.
         """
@@ -113,15 +113,15 @@ class CheckpointReader:
                 pass
 
     def _deliver(self, kind: str, name: str, piece: Piece, touched: list[Target]) -> None:
-        """Read and verify one piece and copy it to where it is wanted."""
-        # Most often a piece goes where it came from, as a whole, and needs no memory of its own.
+        """Read and verify one piece and copy it to its targets."""
+        # In the common case a whole piece goes into one target and can be read in place.
         direct = _room_for(piece, touched[0], DTYPES[self.manifest.index[kind][name].dtype])
         content = self._verified(kind, name, piece, direct)
         for target in touched[0 if direct is None else 1 :]:
             _copy_overlap(content, piece, target)
 
     def verify(self) -> list[str]:
-        """Read everything; what is wrong with it, one line each."""
+        """Read everything; returns the faults found, one line each."""
         faults: list[str] = []
         for kind, entries in self.manifest.index.items():
             for name, entry in entries.items():
@@ -155,7 +155,7 @@ class CheckpointReader:
         return self._files[name]
 
     def _verified(self, kind: str, name: str, piece: Piece, room: Tensor | None = None) -> Tensor:
-        """The content of a piece, read into `room` where given, and equal to its checksum."""
+        """The content of a piece, verified against its checksum; read into `room` if given."""
         file, key = self._file(piece.file), piece_key(kind, name, piece.offset)
         stored, dtype = file.entry(key), DTYPES[self.manifest.index[kind][name].dtype]
         if stored.shape != piece.size or stored.dtype != dtype:
@@ -189,7 +189,7 @@ def _collect(faults: list[str], check: Callable[[], object]) -> None:
 
 
 def check_inside(region: Region, name: str, shape: tuple[int, ...], where: Path) -> None:
-    """Raise a `UserError` unless the tensor in `where` has this region."""
+    """Raise a `UserError` unless the region is inside the tensor `name` of `where`."""
     if not region.inside(shape):
         raise UserError(
             f"{where}: {name} has shape {list(shape)}, which has no box of size {list(region.size)} at "
@@ -202,7 +202,7 @@ def _region(piece: Piece) -> Region:
 
 
 def _room_for(piece: Piece, target: Target, dtype: torch.dtype) -> Tensor | None:
-    """The part of the target that a piece fills, if the piece can be read into it as it is."""
+    """The part of the target that a piece fills, if the piece can be read into it directly."""
     room, region = target.destination, _region(piece)
     if room.dtype != dtype or room.device.type != "cpu" or room.dim() == 0 or target.region.overlap(region) != region:
         return None
@@ -230,7 +230,7 @@ def compare_shapes(expected: Shapes, found: Shapes, where: str, what: str = "the
 
 
 def _plain(name: str) -> str:
-    """A name from a file as it may stand in a message of one line."""
+    """A name from a file, made safe for a one-line message."""
     return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
 
 
@@ -238,9 +238,9 @@ def _plain(name: str) -> str:
 def load_weights(stages: Iterable[Stage], source: TensorSource, whole_model: Shapes | None = None) -> None:
     """Fill every parameter of the stages from a source; padding becomes zero.
 
-    `whole_model` are the shapes of the whole model (`model_shapes`); without it, tensors of the source that these
-    stages do not hold are taken to belong to other ranks, unless the stages are the whole model. Raises `UserError`
-    for missing and foreign tensors and for other shapes.
+    `whole_model` are the shapes of the whole model (`model_shapes`); without it, tensors that these stages do not hold
+    are assumed to belong to other ranks, unless the stages are the whole model. Raises `UserError` for missing or
+    unexpected tensors and for different shapes.
     """
     stages = list(stages)
     _require_fit(stages, source, whole_model)
@@ -252,7 +252,7 @@ def load_weights(stages: Iterable[Stage], source: TensorSource, whole_model: Sha
 
 @torch.no_grad()
 def fill_model(model: ShardedModel, source: TensorSource) -> None:
-    """The same for a model whose parameters may come and go (ZeRO-3)."""
+    """`load_weights` for a model whose parameters may be sharded (ZeRO-3)."""
     _require_fit(list(model.stages.values()), source, None)
     model.fill(lambda parameter: _load_parameter(parameter, source))
 

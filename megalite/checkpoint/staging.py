@@ -1,7 +1,8 @@
-"""What one rank writes: its part of the master weights and moments as pieces of global tensors, staged in host memory.
+"""One rank's share of a checkpoint: pieces of the master weights and optimizer state, staged in host memory.
 
-Every element of every global tensor is written by exactly one rank: the owner of its box among the replicas within the
-model, and among the data-parallel ranks the one whose ZeRO shard it lies in (also without ZeRO, so that all write).
+Every element of every global tensor is written by exactly one rank: among the replicas within the model, the owner of
+its box; among the data-parallel ranks, the one whose shard of the bucket contains it (even without ZeRO, so that all
+ranks write).
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from megalite.optim.shard import Segment
 from megalite.placement import Box, range_boxes
 
 _PIECE_BYTES = 64 << 20
-"""Larger pieces are cut by rows: whoever loads a part of one verifies, and so reads, all of it."""
+"""Larger pieces are split by rows: loading any part of a piece reads and verifies all of it."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of a segment's elements that this rank writes: `window` in the segment, and `pieces` of the global tensors
-    with where their elements lie in the window."""
+    """A range of a segment's elements that this rank writes: `window` in the segment, and `pieces` of global tensors
+    with the range of their elements in the window."""
 
     segment: Segment
     window: slice
@@ -38,13 +39,13 @@ class Part:
         return (WEIGHT, *self.segment.state)
 
     def tensor(self, kind: str) -> Tensor:
-        """The elements [window] of one of them, on the training device; fp32 but for frozen weights."""
+        """The elements [window] of one kind, on the training device; fp32 except for frozen weights."""
         whole = self.segment.master.detach() if kind == WEIGHT else self.segment.state[kind]
         return whole[self.window]
 
 
 def _cut(piece: Box, position: int, start: int, stop: int) -> Iterator[tuple[Box, slice]]:
-    """Elements [start, stop) of a contiguous piece that lies at `position`, as boxes with their places."""
+    """Elements [start, stop) of a contiguous piece at `position`, as (box, range)."""
     alone = dataclasses.replace(piece, local_offset=(0,) * len(piece.size))
     for part, begin in range_boxes(alone, piece.size, start, stop):
         yield part, slice(position + begin, position + begin + math.prod(part.size))
@@ -60,7 +61,7 @@ def _cut_rows(piece: Box, where: slice) -> Iterator[tuple[Box, slice]]:
 
 
 def rank_parts(trainer: Checkpointable) -> list[Part]:
-    """What this rank writes of the trainer's state."""
+    """The parts of the trainer's state that this rank writes."""
     parts = []
     for segment in trainer.segments:
         shard, span = segment.bucket.shard, segment.span
@@ -77,7 +78,7 @@ def rank_parts(trainer: Checkpointable) -> list[Part]:
 
 
 def _within(box: Box, where: slice, window: slice) -> Iterator[tuple[Box, slice]]:
-    """What of a piece lies in the window, at its place in the window."""
+    """The part of a piece inside the window, as (box, range in the window)."""
     start, stop = max(where.start, window.start), min(where.stop, window.stop)
     if start < stop:
         for part, place in _cut(box, where.start - window.start, start - where.start, stop - where.start):
@@ -93,7 +94,7 @@ class Staging:
         self._buffers: list[dict[str, Tensor]] = []
 
     def snapshot(self, *, copy: bool) -> list[dict[str, Tensor]]:
-        """For each part the tensors by kind, on the host. Without `copy`, CPU tensors are the trainer's own."""
+        """The tensors of each part, by kind, on the host. Without `copy`, CPU tensors alias the trainer's."""
         self.trainer.wait_for_all_gather()
         if not copy and not self._cuda:
             return [{kind: part.tensor(kind).float() for kind in part.kinds} for part in self.parts]
@@ -110,7 +111,7 @@ class Staging:
         return self._buffers
 
     def tensors(self, snapshot: list[dict[str, Tensor]]) -> Iterator[tuple[str, Box, str, Tensor]]:
-        """(kind, box, key, values) of every piece, in the order in which they lie in memory."""
+        """(kind, box, key, values) of every piece, in memory order."""
         for part, by_kind in zip(self.parts, snapshot):
             for kind, values in by_kind.items():
                 for box, where in part.pieces:

@@ -1,4 +1,4 @@
-"""What checkpoints need of whatever trains: its place among the ranks, its shards, and quiet."""
+"""The interface that checkpoints need from a trainer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megalite.optim.shard import Segment
 
 
 class Checkpointable(Protocol):
-    """One or more models in training, of which this rank holds some boxes; the trainer is one.
+    """One or more models of which this rank holds some boxes, such as the trainer.
 
-    `segments` are those of all parameters, trained or frozen. What is saved is their master weights, and under its own
-    name every tensor of their `state`.
+    `segments` cover all parameters, trained or frozen. Saved are their master weights and, under its own name, every
+    tensor of their `state`.
     """
 
     @property
@@ -31,7 +31,7 @@ class Checkpointable(Protocol):
         ...
 
     def fresh_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of them that another run's checkpoint need not hold; they keep their initial values then."""
+        """The subset that another run's checkpoint may lack; those keep their initial values."""
         ...
 
     def wait_for_all_gather(self) -> None:
@@ -39,5 +39,5 @@ class Checkpointable(Protocol):
         ...
 
     def share(self) -> None:
-        """The segments have new weights: round them into the parameters and give them to all ranks."""
+        """Round new master weights of the segments into the parameters and all-gather them."""
         ...

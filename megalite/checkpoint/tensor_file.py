@@ -1,8 +1,8 @@
-"""Safetensors files, read without trust and written durably, and the few operations that make directories atomic.
+"""Safetensors files: reading untrusted ones, and writing durably.
 
 A safetensors file is 8 bytes of header length (little-endian), a JSON header `{name: {dtype, shape, data_offsets}}` and
-the tensors' bytes, row-major, without gaps. Nothing in a header is believed before it has been compared with the size
-of the file: a hostile or truncated file ends in one `DamagedFile` that names it, never in a huge allocation.
+the tensors' bytes, row-major, without gaps. Headers are not trusted until checked against the size of the file: a
+hostile or truncated file raises one `DamagedFile` that names it, and never causes a huge allocation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHUNK = 1 << 30
 
 
 class DamagedFile(UserError):
-    """A file that is incomplete, altered or not what its neighbours say; the message names it."""
+    """A file that is incomplete, altered or inconsistent with the other files; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StoredTensor:
 
 
 def is_extents(value: Any) -> bool:
-    """Whether a JSON value is a list of plausible, non-negative extents."""
+    """Whether a JSON value is a list of plausible, non-negative dimensions."""
     return (
         isinstance(value, list)
         and len(value) <= 8
@@ -55,8 +55,7 @@ def is_extents(value: Any) -> bool:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file, for reading; anything else (pipes and devices, which never end) is refused at
-    once as a `DamagedFile`."""
+    """Open a regular file for reading; anything else (pipes and devices, which never end) raises `DamagedFile`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # opening a pipe would wait for a writer
     except OSError as error:
@@ -70,7 +69,7 @@ def open_regular(path: Path) -> int:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; anything else is a `DamagedFile`."""
+    """The content of a regular file of at most `limit` bytes; anything else raises `DamagedFile`."""
     with os.fdopen(open_regular(path), "rb") as file:
         try:
             data = file.read(limit + 1)
@@ -82,7 +81,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def parse_json(data: bytes, path: Path) -> Any:
-    """The JSON value in `data`; anything unusable is a `DamagedFile` that names `path`."""
+    """The JSON value in `data`; invalid JSON raises a `DamagedFile` that names `path`."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -219,7 +218,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: dict[str, str]) -> bytes:
-    """Length and JSON header of a file that holds these tensors one after the other; padded to 8 bytes."""
+    """Length and JSON header of a file that holds these tensors back to back; padded to 8 bytes."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     position = 0
     for name, dtype, shape in tensors:
@@ -241,9 +240,9 @@ class WrittenFile:
 
 
 def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> WrittenFile:
-    """Write contiguous CPU tensors as a new safetensors file, on the disk when this returns.
+    """Write contiguous CPU tensors as a new safetensors file, synced when this returns.
 
-    Checksums are taken from memory, beside the writing. Raises OSError (disk full, no permission).
+    Checksums are computed from memory while writing. Raises OSError (disk full, no permission).
     """
     header = safetensors_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors], metadata)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -261,7 +260,7 @@ def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadat
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file, on the disk when this returns."""
+    """Write a new file, synced when this returns."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         _write_all(descriptor, memoryview(data))

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from one process, tensor by tensor: what conversion needs, in little memory."""
+"""Writing a checkpoint from one process, tensor by tensor in bounded memory, for conversion."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from megalite.errors import UserError
 class CheckpointWriter:
     """Streams tensors into a new checkpoint directory; a context manager.
 
-    The directory gets its final name when the block ends without an exception, and only if the pieces tile every
-    tensor; after an exception nothing is left. At most about `shard_bytes` of tensors are held in memory.
+    The directory gets its final name when the block ends without an exception and the pieces tile every tensor; after
+    an exception nothing is left behind. About `shard_bytes` of tensors are held in memory at most.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class CheckpointWriter:
         offset: Sequence[int] | None = None,
         kind: str = WEIGHT,
     ) -> None:
-        """Add a tensor (fp32, bf16 or fp16), or the box of it at `offset`, of the global `shape`. Not to be changed
-        until the block has ended."""
+        """Add a tensor (fp32, bf16 or fp16), or a box of it at `offset`, of the global `shape`. The caller must not
+        change it before the block ends."""
         whole = tuple(tensor.shape) if shape is None else tuple(shape)
         start = (0,) * tensor.dim() if offset is None else tuple(offset)
         self._waiting.append((kind, name, whole, start, tensor.detach().cpu().contiguous()))

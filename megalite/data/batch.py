@@ -1,4 +1,4 @@
-"""A micro-batch: what the model and an objective read.
+"""A micro-batch: the input of the model and of an objective.
 
 B samples of a micro-batch, S tokens of a sequence.
 """
@@ -17,11 +17,11 @@ class Batch:
     """One micro-batch, int64 [B, S].
 
     Attributes:
-        tokens_BS: input ids; 0 where there is none.
-        labels_BS: the next token of each; `IGNORE_INDEX` (-100) where the loss leaves it out.
-        positions_BS: place of each token in its document, with document masks only.
-        documents_BS: number of its document within the sequence, from 0, with document masks only.
-        columns: further numbers for each token that an objective reads, fp32 [B, S], by name.
+        tokens_BS: input ids; 0 for padding.
+        labels_BS: the next token of each; `IGNORE_INDEX` (-100) where it does not count in the loss.
+        positions_BS: position of each token in its document; with document masks only.
+        documents_BS: number of its document within the sequence, from 0; with document masks only.
+        columns: further per-token numbers for an objective, fp32 [B, S], by name.
     """
 
     tokens_BS: Tensor
@@ -31,7 +31,7 @@ class Batch:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; from pinned memory the copy runs beside the computation."""
+        """The batch on `device`; from pinned memory the copy is asynchronous."""
         parts = (self.tokens_BS, self.labels_BS, self.positions_BS, self.documents_BS)
         tokens, labels, *places = [None if part is None else part.to(device, non_blocking=True) for part in parts]
         assert tokens is not None and labels is not None

@@ -1,8 +1,9 @@
-"""Micro-batches by global sample number, read ahead in the background.
+"""Micro-batches by global sample number, prefetched in the background.
 
-The global batch that begins at sample n is the samples n, n + 1, ... whatever the layout: of micro-batch m, which is
-`micro_batch_size * dp_size` consecutive samples, data-parallel rank r takes the r-th slice (Megatron-LM's sampler, so
-that its data order carries over). So the position in the data is one integer, and a run can go on with other ranks.
+The global batch that begins at sample n is the samples n, n + 1, ... in every layout. Micro-batch m is
+`micro_batch_size * dp_size` consecutive samples, of which data-parallel rank r takes the r-th slice (as Megatron-LM's
+sampler does, so the data order is the same). The position in the data is one integer, and a run can resume with a
+different number of ranks.
 
 Shapes: B samples of a micro-batch, S tokens of a sequence.
 """
@@ -21,18 +22,18 @@ from megalite.kernels.cross_entropy import IGNORE_INDEX
 
 
 class Batches:
-    """Reads this rank's micro-batches of any global batch, and the following ones ahead of time.
+    """Reads this rank's micro-batches of any global batch, and prefetches the following ones.
 
     Args:
         dataset: the samples.
         micro_batch_size: samples of one micro-batch on one rank.
-        dp_rank, dp_size: this rank's place among those that share the global batch.
+        dp_rank, dp_size: this rank's index among those that share the global batch.
         device: where the batches go; for CUDA they are read into pinned memory first.
         document_mask: fill `positions_BS` and `documents_BS`.
         end_of_document: leave the label that follows this token (the next document's first) out of the loss.
-        ahead: steps that are read ahead.
+        ahead: number of steps to prefetch.
 
-    One thread reads. What goes wrong there is raised by the `next_batch` that asks for that batch. Close it, or use it
+    Reads in one background thread; its errors are raised by the `next_batch` call for that batch. Close it, or use it
     as a context manager.
     """
 
@@ -61,9 +62,9 @@ class Batches:
     ) -> list[Batch]:
         """This rank's micro-batches of the global batch of `samples` samples from number `first_sample` on.
 
-        Where `samples` is no multiple of a global micro-batch, the last one is filled up with rows without labels.
-        `upcoming` names the (first sample, samples) that will be asked for next; by default as many samples as now, up
-        to the end of the plan. A wrong guess costs time only.
+        If `samples` is not a multiple of a global micro-batch, the last one is padded with rows without labels.
+        `upcoming` are the (first sample, samples) of the next calls; by default the same number of samples, up to the
+        end of the plan. A wrong guess only costs time.
         """
         key = (first_sample, samples)
         wanted = [key, *(self._guess(*key) if upcoming is None else upcoming)]
@@ -90,7 +91,7 @@ class Batches:
 
     def _guess(self, first: int, samples: int) -> list[tuple[int, int]]:
         guesses = [(first + step * samples, samples) for step in range(1, self._ahead + 1)]
-        # what lies beyond the plan needs an index of its own: it is not built for a guess
+        # samples beyond the plan need another index, which is not built for a guess
         return [guess for guess in guesses if sum(guess) <= len(self.dataset) or first >= len(self.dataset)]
 
     def _read(self, first_sample: int, samples: int) -> list[Batch]:

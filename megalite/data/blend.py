@@ -1,10 +1,10 @@
-"""Mixing token files by weight, equal to Megatron-LM's `BlendedDataset`.
+"""Mixing token files by weight, identical to Megatron-LM's `BlendedDataset`.
 
-Sample k of a blend comes from the file that is furthest behind its share, weight * k - samples given so far, the
-first of equals (`megatron/core/datasets/blended_dataset.py`, `helpers.cpp`). The rule looks only at what came before,
-so a longer blend begins with the shorter one: samples skipped beyond the plan continue it and change nothing.
+Sample k of a blend comes from the file that is furthest behind its share, weight * k - samples taken so far; the first
+one in a tie (`megatron/core/datasets/blended_dataset.py`, `helpers.cpp`). The rule depends only on earlier samples, so
+a longer blend begins with the shorter one: samples beyond the plan extend it without changing it.
 
-Nothing here imports torch.
+Does not import torch.
 """
 
 import math
@@ -26,7 +26,7 @@ def normalized(weights: Sequence[float]) -> list[float]:
 
 
 def planned_sizes(weights: Sequence[float], samples: int, surplus: float = 0.0) -> list[int]:
-    """Samples of each dataset for a blend of about `samples`; with `SURPLUS`, what is built to draw from."""
+    """Samples of each dataset for a blend of about `samples`; with `SURPLUS`, the number to build indices for."""
     return [math.ceil(math.ceil(samples * weight) * (1 + surplus)) for weight in weights]
 
 
@@ -36,8 +36,8 @@ def build_blend(weights: Sequence[float], samples: int, counts: np.ndarray | Non
     Args:
         weights: shares that add up to 1; they enter the comparison as they are, bit for bit.
         samples: number of samples.
-        counts: int64 [datasets], samples already taken from each by the part of the blend before this one; brought
-            up to date in place. Default: none.
+        counts: int64 [datasets], samples already taken from each by the preceding part of the blend; updated in
+            place. Default: zeros.
 
     Returns:
         `dataset_index` int16 [samples]: which dataset; `dataset_sample_index` int64 [samples]: which sample of it.
@@ -48,7 +48,7 @@ def build_blend(weights: Sequence[float], samples: int, counts: np.ndarray | Non
 
 
 def build_exhaustive_blend(sizes: Sequence[int]) -> Arrays:
-    """Build the blend that takes every sample of every dataset once, in proportion to their sizes throughout."""
+    """Build the blend that takes every sample of every dataset once, always in proportion to their sizes."""
     limits = np.array(sizes, np.int64)
     return _run(limits / limits.sum(), limits, np.zeros_like(limits), 0, int(limits.sum()))
 

@@ -1,11 +1,11 @@
-"""Samples by global number: token files, their splits, several epochs and blends behind one endless sequence.
+"""Samples by global number: token files, splits, epochs and blends as one infinite sequence.
 
-`TokenDataset` answers "what are the tokens of sample k of this run": a pure function of the files' contents, seed,
-sequence length and the planned number of samples, equal to what Megatron-LM feeds for the same (`sample_index.py`,
-`blend.py`). What lies beyond the plan (samples skipped by a recovery) comes from continuation indices: one more epoch
-after the other, each shuffled with its own seed, so that the planned order never changes.
+`TokenDataset` maps sample number k to its tokens: a pure function of the files' contents, seed, sequence length and the
+planned number of samples, identical to Megatron-LM's for the same arguments (`sample_index.py`, `blend.py`). Samples
+beyond the plan (needed when a recovery has skipped some) come from continuation indices: further epochs, each shuffled
+with its own seed, so the planned order never changes.
 
-Nothing here imports torch.
+Does not import torch.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.sample_index import Cut, build_indices, parse_split, plan_cut, split_spans
 from megalite.errors import UserError
 
-PADDING = -1  # where a last, partial sample has no token
+PADDING = -1  # fills a last, partial sample
 NO_ROW = np.empty(0, np.int64)
 NO_LIMIT = 1 << 63  # the unsigned form of the smallest negative id
 INDEX_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
@@ -39,11 +39,11 @@ class SampledFile:
 
     Args:
         file: the open token file.
-        span: the sequences of it that are used.
+        span: the sequences to use.
         seq_length: tokens of a sample; one more is read, for the labels.
         seed: seed of the shuffles.
         samples: planned number of samples; None is one epoch.
-        cache_dir: where the index is kept; None builds it in memory.
+        cache_dir: folder for the index; None builds it in memory.
         drop_last: False keeps a last sample of fewer tokens, padded with `PADDING`.
     """
 
@@ -75,13 +75,13 @@ class SampledFile:
         self.indices = self._load(self.seed, self.cut)
 
     def __len__(self) -> int:
-        """Samples of the planned epochs; at least as many as were asked for."""
+        """Number of samples in the planned epochs; at least the requested number."""
         return self.cut.samples
 
     def read(self, number: int, tokens: np.ndarray, positions: np.ndarray, documents: np.ndarray) -> tuple[int, int]:
         """Read sample `number` into int64 [seq_length + 1] rows (the last two may be `NO_ROW`).
 
-        Returns how many tokens there were and the largest id, negative ids counting as larger than any.
+        Returns the number of tokens and the largest id, where negative ids count as larger than any other.
         """
         order, position, offset = self._locate(number)
         try:
@@ -103,7 +103,7 @@ class SampledFile:
             position, offset = position + 1, 0
 
     def identity(self) -> dict[str, Any]:
-        """What determines the order of the samples, as JSON values without any path."""
+        """Everything that determines the order of the samples, as JSON values without paths."""
         return {
             "file": self.file.fingerprint(),
             "span": [self.span.start, self.span.stop],
@@ -115,7 +115,7 @@ class SampledFile:
         }
 
     def _locate(self, number: int) -> tuple[np.ndarray, int, int]:
-        """The document order, and where in it sample `number` begins."""
+        """The document order, and the (position, offset) in it where sample `number` begins."""
         arrays, row = self.indices, number
         if number >= self.cut.samples:
             generation, row = divmod(number - self.cut.samples, self._continued_cut.samples)
@@ -155,7 +155,7 @@ class TokenDataset:
     Attributes:
         sources: the files drawn from.
         weights: normalised share of each, or None for one unblended file.
-        vocab_size: ids from here on are refused when read, negative ones always.
+        vocab_size: ids >= this are refused when read; negative ones always.
 
     Any number from 0 on can be read; `len(dataset)` is the planned number of samples.
     """
@@ -187,7 +187,7 @@ class TokenDataset:
         return self._samples
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """Token ids of sample `number`, int64 [seq_length + 1]; `PADDING` where a last, partial sample has none."""
+        """Token ids of sample `number`, int64 [seq_length + 1]; a last, partial sample ends in `PADDING`."""
         if number < 0:
             raise IndexError(f"sample numbers begin at 0, not {number}")
         tokens = np.empty(self.seq_length + 1, np.int64)
@@ -197,7 +197,7 @@ class TokenDataset:
     def read(
         self, number: int, tokens: np.ndarray, positions: np.ndarray = NO_ROW, documents: np.ndarray = NO_ROW
     ) -> None:
-        """Read sample `number` into int64 [seq_length + 1] rows: ids, place in the document, number of the document.
+        """Read sample `number` into int64 [seq_length + 1] rows: ids, positions in the document, document numbers.
 
         Raises `UserError` naming file, document and id for an id outside the vocabulary.
         """
@@ -213,10 +213,10 @@ class TokenDataset:
         tokens[filled:] = PADDING
         if positions.size:
             positions[filled:] = 0
-            documents[filled:] = documents[filled - 1] + 1  # padding attends to padding alone
+            documents[filled:] = documents[filled - 1] + 1  # padding attends only to padding
 
     def source_of(self, number: int) -> tuple[SampledFile, int]:
-        """The file that sample `number` comes from, and the number of the sample there."""
+        """The file that sample `number` comes from, and its sample number within the file."""
         if self.weights is None:
             return self.sources[0], number
         segment, row = divmod(number, self._samples)
@@ -226,17 +226,17 @@ class TokenDataset:
         return self.sources[int(blend["dataset_index"][row])], int(blend["dataset_sample_index"][row])
 
     def identity(self) -> dict[str, Any]:
-        """What determines the order of the samples: equal on two machines if and only if the order is equal."""
+        """Everything that determines the order of the samples: equal if and only if the order is equal."""
         return {"sources": [source.identity() for source in self.sources], "weights": self.weights}
 
     def fingerprint(self) -> str:
-        """Short name of `identity()`; neither paths nor the layout have a part in it."""
+        """Hash of `identity()`, independent of paths and layout."""
         return content_key(**self.identity())
 
     def fields(self) -> dict[str, Any]:
-        """What the order follows from, under the names of the recipe, for checkpoints: so that a difference has a name.
+        """What determines the order, by recipe field, for checkpoints: so that a difference can be reported by name.
 
-        JSON values. `order` is the fingerprint of all of it and of the planned number of samples.
+        JSON values. `order` is the fingerprint of all of it, including the planned number of samples.
         """
         shares = self.weights or [1.0]
         return {
@@ -254,7 +254,7 @@ class TokenDataset:
         }
 
     def blend(self) -> Arrays:
-        """The planned blend's arrays; empty where there is only one file."""
+        """The planned blend's arrays; empty for a single file."""
         return self._blends[0] if self._blends else {}
 
     def _load_blend(self, sizes: list[int] | None, cache_dir: str | Path | None) -> Arrays:
@@ -288,16 +288,16 @@ def build_datasets(
     """Open the files of a recipe's `data` section as training and validation samples.
 
     Args:
-        data_config: `train`, `valid`: prefixes or (weight, prefix) pairs; `split`: shares like [99, 1, 0] by which the
-            files of `train` are divided. `valid` and `split` exclude each other.
+        data_config: `train`, `valid`: prefixes or (weight, prefix) pairs; `split`: shares such as [99, 1, 0] that
+            divide the files of `train`. `valid` and `split` are mutually exclusive.
         seq_length, seed: of the samples and their shuffles.
-        train_samples: planned number: what the steps take that the run was first planned for. More can be read.
-        valid_samples: planned number of validation samples; 0 wants none, None all of them once.
-        vocab_size: refuse token ids from here on.
-        cache_dir: where indices are kept and shared by the processes of a node; None keeps them in memory.
+        train_samples: number of samples the run was first planned for. More can be read.
+        valid_samples: planned number of validation samples; 0 for none, None for all of them once.
+        vocab_size: refuse token ids >= this.
+        cache_dir: folder for indices, shared by the processes of a node; None keeps them in memory.
 
     Returns:
-        The training samples, and those for validation where there are any.
+        The training samples, and the validation samples if any.
     """
     if data_config.valid and data_config.split:
         raise UserError(
@@ -319,7 +319,7 @@ def build_datasets(
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """How files become samples; the arguments of `build_datasets` that training and validation share."""
+    """How token files are turned into samples: the arguments that training and validation share."""
 
     seq_length: int
     seed: int
@@ -331,8 +331,8 @@ class SampleOrder:
     ) -> TokenDataset:
         """Open token files, or one part of their split, by Megatron-LM's rules.
 
-        A single file is not blended, unless it has a weight and is split. With weights each file gets its share of the
-        samples and 0.5 % more to draw from; without, one epoch of each is mixed in proportion to their sizes. `samples`
+        A single file is not blended unless it has a weight and is split. With weights, each file's index covers its
+        share of the samples plus 0.5 %; without, one epoch of each is mixed in proportion to their sizes. `samples`
         None takes every sample of one epoch once, whatever the weights.
         """
         files = [IndexedDataset(source.prefix) for source in given]

@@ -1,4 +1,4 @@
-"""Arrays built once per node and memory-mapped by every process: content-keyed, atomic, with a wait that tells."""
+"""A cache of arrays, built once per node and memory-mapped by every process; content-keyed and atomic."""
 
 import contextlib
 import hashlib
@@ -28,17 +28,17 @@ NPY_PREFIX = 10  # bytes: magic, version, and the length of the header
 
 
 def content_key(**content: Any) -> str:
-    """A name for what `content` (JSON values) determines; the path of the data has no part in it."""
+    """A cache key for arrays determined by `content` (JSON values), independent of paths."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_or_build(
     cache_dir: str | Path | None, key: str, build: Callable[[], Arrays], wait_seconds: float = WAIT_SECONDS
 ) -> Arrays:
-    """The arrays of this key, memory-mapped from `cache_dir`; the first process to ask builds them, others wait.
+    """The arrays of this key, memory-mapped from `cache_dir`; the first process to ask builds them, the others wait.
 
-    Without a `cache_dir` they are built in memory. Raises `UserError` naming the process waited for when it has not
-    finished after `wait_seconds`, or when the folder cannot be written.
+    Without a `cache_dir` they are built in memory. Raises `UserError` if the process that builds them has not finished
+    after `wait_seconds` (naming it), or if the folder cannot be written.
     """
     if cache_dir is None:
         return build()
@@ -57,14 +57,14 @@ def load_or_build(
 
 
 def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """`np.save`, whose own errors of writing do not tell what the system refused."""
+    """Like `np.save`, but errors carry the system's reason."""
     array = np.ascontiguousarray(array)
     np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
     file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _load(folder: Path) -> Arrays | None:
-    """The arrays of a complete folder, or None where there is none or a file of it is damaged (it is then rebuilt)."""
+    """The arrays of a complete folder, or None if it is missing or damaged (it is then rebuilt)."""
     try:
         expected = json.loads(read_bounded(folder / "arrays.json", 1 << 16))
         return {
@@ -77,8 +77,8 @@ def _load(folder: Path) -> Arrays | None:
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """Map a `.npy` file of this dtype and shape.
 
-    Not by `np.load`: it parses the header as Python source, which is not safe in several threads at once (CPython 3.11
-    ended in a SystemError). What the header says is in `arrays.json`, too; here only its length is read.
+    Not with `np.load`: it parses the header as Python source, which is not thread-safe (CPython 3.11 raised
+    SystemError). The header's content is in `arrays.json` too; only its length is read here.
     """
     with open(path, "rb") as file:
         prefix = file.read(NPY_PREFIX)
@@ -87,7 +87,7 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     if prefix[:8] != b"\x93NUMPY\x01\x00" or path.stat().st_size != offset + size:
         raise ValueError(f"{path} is damaged")
     if size == 0:
-        return np.empty(shape, dtype)  # nothing cannot be mapped
+        return np.empty(shape, dtype)  # an empty array cannot be mapped
     return np.asarray(np.memmap(path, dtype, "r", offset, shape))
 
 
@@ -107,7 +107,7 @@ def _store(folder: Path, arrays: Arrays) -> None:
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if _load(folder) is None:  # another node, whose lock is not seen here, may have been first
+                if _load(folder) is None:  # another node, whose lock is invisible here, may have been first
                     raise
             sync_directory(folder.parent)
     finally:
@@ -116,9 +116,9 @@ def _store(folder: Path, arrays: Arrays) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
-    """Hold the lock file `path`, which the system releases even when its holder is killed.
+    """Hold the lock file `path`, which the system releases even if its holder is killed.
 
-    Where the file system knows no locks every process builds its own: the arrays are the same, and one of them stays.
+    On file systems without locks every process builds the arrays; they are identical, and one set is kept.
     """
     start, told = time.monotonic(), 0.0
     while True:

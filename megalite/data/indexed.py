@@ -13,9 +13,9 @@
     34 + 12 N   8 D    int64 document boundaries: document i is the sequences [boundary[i], boundary[i + 1])
 
 (the format of `megatron/core/datasets/indexed_dataset.py`). `PREFIX.json`, which Megatron-LM ignores, holds counts,
-checksums and where the data came from. An empty document is a document without a sequence.
+checksums and provenance. An empty document is a document without sequences.
 
-This module must not import torch: the offline tools start in a fraction of a second without it.
+This module must not import torch, so that the offline tools start in a fraction of a second.
 """
 
 import contextlib
@@ -50,9 +50,9 @@ DTYPE_CODES: dict[int, np.dtype] = {
 }
 TOKEN_DTYPES = {code: dtype for code, dtype in DTYPE_CODES.items() if dtype.kind in "iu"}
 INT32, INT64 = np.dtype("<i4"), np.dtype("<i8")
-CHUNK = 1 << 20  # entries that are in memory at once wherever a whole file is walked
+CHUNK = 1 << 20  # entries in memory at once when a whole file is scanned
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 256, 4096
-DESCRIPTION_BYTES = 1 << 30  # at most, of PREFIX.json: it names every input file
+DESCRIPTION_BYTES = 1 << 30  # maximum size of PREFIX.json, which lists every input file
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -66,14 +66,14 @@ def file_paths(prefix: str | Path) -> tuple[Path, Path, Path]:
 
 
 class IndexedWriter:
-    """Writes one token file in bounded memory; nothing has its final name before everything is on the disk.
+    """Writes one token file in bounded memory; files get their final names only when everything is on disk.
 
     Args:
         prefix: output path without `.bin`.
         dtype: integer dtype the tokens are stored in (see `token_dtype`).
 
-    Used as a context manager it finishes on a clean exit and removes its temporary files after an exception.
-    Raises `UserError` for a token id that the dtype cannot hold, and where the disk refuses.
+    As a context manager it finishes on a clean exit and removes its temporary files after an exception. Raises
+    `UserError` for a token id that the dtype cannot hold, and when writing fails.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type) -> None:
@@ -96,12 +96,12 @@ class IndexedWriter:
         self._write("documents", np.zeros(1, INT64))
 
     def add_document(self, tokens: Any) -> None:
-        """Append one document: token ids [tokens] of any integer dtype, or a list. Empty ones take no sequence."""
+        """Append one document: token ids [tokens] of any integer dtype, or a list. An empty one has no sequence."""
         array = np.asarray(tokens)
         self.add_documents(array, np.array([array.size], INT32))
 
     def add_documents(self, tokens: Any, lengths: Any) -> None:
-        """Append many documents, one sequence each: all ids one after another, and the tokens of each document."""
+        """Append many documents, one sequence each: their concatenated ids, and the length of each document."""
         token_array, length_array = np.asarray(tokens), np.asarray(lengths)
         if int(length_array.sum(dtype=np.int64)) != token_array.size:
             raise ValueError(f"lengths add up to {length_array.sum()}, but there are {token_array.size} tokens")
@@ -109,7 +109,7 @@ class IndexedWriter:
         self._append(self._checked(token_array, length_array), length_array[kept], np.cumsum(kept, dtype=np.int64))
 
     def add_dataset(self, dataset: "IndexedDataset") -> None:
-        """Append a whole token file of the same dtype, a piece at a time."""
+        """Append a whole token file of the same dtype, in pieces."""
         if dataset.dtype != self.dtype:
             raise UserError(
                 f"{dataset.prefix}.idx: token dtype {dataset.dtype} differs from {self.dtype} of {self.prefix};"
@@ -142,10 +142,10 @@ class IndexedWriter:
         return description
 
     def abort(self) -> None:
-        """Close and remove every temporary file; what is finished stays."""
+        """Close and remove every temporary file; finished files stay."""
         self._pending.abort()
         for file in self._parts.values():
-            with contextlib.suppress(OSError):  # a full disk refuses the last flush, too
+            with contextlib.suppress(OSError):  # the last flush fails on a full disk
                 file.close()
 
     def __enter__(self) -> Self:
@@ -222,7 +222,7 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """Token file opened read-only and memory-mapped; its arrays are views that keep the mapping alive.
+    """A token file opened read-only and memory-mapped; its arrays are views that keep the mapping alive.
 
     Attributes:
         tokens: all token ids, [tokens], dtype `dtype`.
@@ -230,9 +230,8 @@ class IndexedDataset:
         offsets: byte offset of each sequence in `.bin`, int64 [sequences] (unaligned view).
         boundaries: first sequence of each document and, last, the number of sequences, int64 [documents + 1].
 
-    Raises `UserError` naming the file where it is missing, no such file, of an unknown version or dtype, or where
-    the sizes of `.idx` and `.bin` do not agree. The contents are checked by
-    `megalite.data.verify`.
+    Raises `UserError` naming the file if it is missing, not a token file, of an unknown version or dtype, or if the
+    sizes of `.idx` and `.bin` do not match. The contents are checked by `megalite.data.verify`.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -298,9 +297,9 @@ class IndexedDataset:
         return np.concatenate([self[sequence] for sequence in sequences] or [self.tokens[:0]])
 
     def require_lengths(self) -> None:
-        """Refuse lengths that do not add up to the file's tokens: they decide how many samples there are.
+        """Raise `UserError` if the lengths do not add up to the file's tokens, since they determine the samples.
 
-        One walk over the lengths, once for each open file. Raises `UserError`.
+        Scans the lengths once per open file.
         """
         if self._lengths_checked:
             return
@@ -324,7 +323,7 @@ class IndexedDataset:
     def pieces(self, name: str) -> Iterator[np.ndarray]:
         """The array `tokens`, `lengths`, `offsets` or `boundaries` in pieces of at most 2^20 entries.
 
-        Read with plain file reads: walking a whole mapping would count as memory of this process.
+        Uses plain file reads: scanning the whole mapping would count as memory of this process.
         """
         bin_path, idx_path, _ = file_paths(self.prefix)
         count = len(self)
@@ -337,10 +336,10 @@ class IndexedDataset:
         return read_pieces(path, dtype, start, entries)
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over dtype, counts, every length, and 256 blocks spread over the tokens; no path enters it.
+        """sha256 (hex) of dtype, counts, every length, and 256 blocks spread over the tokens; independent of paths.
 
-        Two files of equal fingerprint have equal sample indices; equality of all tokens is what `verify` checks
-        against the full checksums in `PREFIX.json`.
+        Files with equal fingerprints have equal sample indices; `verify` checks all tokens against the full checksums
+        in `PREFIX.json`.
         """
         if self._fingerprint:
             return self._fingerprint
@@ -356,7 +355,7 @@ class IndexedDataset:
         return self._fingerprint
 
     def description(self) -> dict[str, Any]:
-        """What `PREFIX.json` holds; empty where there is none (files from Megatron-LM)."""
+        """The content of `PREFIX.json`; empty if there is none (files from Megatron-LM)."""
         path = file_paths(self.prefix)[2]
         try:
             description = json.loads(read_bounded(path, DESCRIPTION_BYTES))
@@ -380,7 +379,7 @@ _SOURCE_NOTES = {"name": str, "tokens": int}
 
 
 def _is_description(value: Any) -> bool:
-    """Whether `value` is what `PREFIX.json` may hold, as far as it is used; everything in it may be absent."""
+    """Whether the fields of `PREFIX.json` that are used have the right types; every field is optional."""
 
     def fits(entry: Any, kinds: Mapping[str, Any]) -> bool:
         return isinstance(entry, dict) and all(

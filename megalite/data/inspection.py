@@ -1,4 +1,4 @@
-"""What a user wants to know about a token file: statistics, a histogram of lengths, and the order of its samples."""
+"""Inspection of a token file: statistics, a histogram of lengths, and checksums of its sample order."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from megalite.data.dataset import SampleOrder
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
-SAMPLED_LENGTHS = 1 << 24  # lengths from which percentiles are taken; more are thinned out evenly
+SAMPLED_LENGTHS = 1 << 24  # maximum number of lengths for percentiles; more are subsampled evenly
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 
@@ -23,7 +23,7 @@ class Statistics:
 
     Attributes:
         documents, empty_documents, sequences, tokens: counts.
-        percentiles: tokens of a sequence at each of `PERCENTILES` (from an even selection above 2^24 sequences).
+        percentiles: tokens of a sequence at each of `PERCENTILES` (from an even subsample above 2^24 sequences).
         histogram: number of sequences of 2^i to 2^(i+1) - 1 tokens, [bins].
     """
 
@@ -36,12 +36,12 @@ class Statistics:
 
 
 def statistics(dataset: IndexedDataset) -> Statistics:
-    """Walk the index (not the tokens) in bounded memory."""
+    """Scan the index (not the tokens) in bounded memory."""
     bins = np.zeros(33, np.int64)
     step = -(-len(dataset) // SAMPLED_LENGTHS) or 1
     selection = []
     for lengths in dataset.pieces("lengths"):
-        # frexp gives the number of binary digits exactly, where a logarithm would round
+        # frexp gives the number of binary digits exactly; a logarithm would round
         digits = np.frexp(lengths.astype(np.float64))[1]
         bins += np.bincount(np.maximum(digits - 1, 0), minlength=bins.size)
         selection.append(lengths[::step].copy())
@@ -60,7 +60,7 @@ def statistics(dataset: IndexedDataset) -> Statistics:
 
 
 def histogram_lines(histogram: Sequence[int], width: int = 50) -> list[str]:
-    """The histogram as text: one line a bin, bars in proportion to the fullest."""
+    """The histogram as text: one line per bin, bars relative to the fullest."""
     if not histogram:
         return []
     top = max(histogram)
@@ -77,8 +77,8 @@ def order(
     """The order in which `samples` training samples are read from whole token files, as checksums.
 
     Returns:
-        `document_index`, `sample_index`, `shuffle_index`: sha256 (hex) of the arrays as Megatron-LM's `GPTDataset` has
-        them; of several files, of their arrays one after another. `blend`, for several files: sha256 of
+        `document_index`, `sample_index`, `shuffle_index`: sha256 (hex) of Megatron-LM's `GPTDataset` arrays; for
+        several files, of their concatenated arrays. `blend`, for several files: sha256 of
         `BlendedDataset`'s dataset_index (int16) followed by its dataset_sample_index (int64). `files`: the first three
         of each file. `tokens` and `labels`: the ids of the first sample, seq_length each.
     """

@@ -1,4 +1,4 @@
-"""Joining token files without loading them, and what is noted beside the result."""
+"""Merging token files without loading them, and the provenance of the result."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +12,10 @@ from megalite.errors import UserError
 def merge(
     prefixes: Sequence[str | Path], output: str | Path, provenance: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Write the documents of several token files, in the order given, as one; returns its description.
+    """Write the documents of several token files, in the given order, as one; returns its description.
 
-    Memory stays bounded whatever the sizes. Raises `UserError` where an input is unusable, dtypes differ, or the
-    output is one of the inputs.
+    Memory is bounded whatever the sizes. Raises `UserError` if an input is unusable, dtypes differ, or the output is
+    one of the inputs.
     """
     inputs = [IndexedDataset(prefix) for prefix in prefixes]
     if not inputs:
@@ -23,7 +23,7 @@ def merge(
     if Path(f"{output}.bin").resolve() in {Path(f"{prefix}.bin").resolve() for prefix in prefixes}:
         raise UserError(f"{output}: the output is one of the inputs; choose another output prefix")
     for dataset in inputs:
-        if problem := index_problem(dataset):  # the joined index is made from lengths: they must mean what it says
+        if problem := index_problem(dataset):  # the merged index is built from the lengths, which must be right
             raise UserError(f"{problem}; the file is damaged: write it again")
         if dataset.dtype != inputs[0].dtype:
             raise UserError(

@@ -1,8 +1,8 @@
-"""What happened to a run, in events.jsonl: starts, stops, restarts, rollbacks, failed checkpoints, lost and slow ranks.
+"""The events of a run, in events.jsonl: starts, stops, restarts, rollbacks, failed checkpoints, lost and slow ranks.
 
-One JSON object a line: `event`, `time` (seconds since 1970) and what belongs to it. Rank 0 writes; only who answers no
-more is written by the lowest rank that still runs. The file outlives restarts, and a process that is killed leaves all
-that it has written: an end without a `stop` is found at the next start.
+One JSON object per line: `event`, `time` (seconds since 1970) and its details. Rank 0 writes them; only lost ranks are
+recorded by the lowest rank still running. The file persists across restarts, and a killed process leaves everything it
+wrote: an end without a `stop` is recognised at the next start.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LISTS = ("samples",)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The events of a run in order of time. What is not an event, or not the value that a field holds, is left out."""
+    """The events of a run in chronological order. Invalid events and fields are dropped."""
     rows = [row for row in map(_clean, iterate_lines(run_dir / EVENTS)) if row is not None]
     return sorted(rows, key=lambda row: row["time"])
 
@@ -47,7 +47,7 @@ def _is_usable(event: str, key: str, value: Any) -> bool:
 
 
 def process_start() -> float:
-    """When this process was started, in seconds since 1970; now, where the system does not tell."""
+    """When this process was started, in seconds since 1970; the current time if unknown."""
     now = time.time()
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -58,7 +58,7 @@ def process_start() -> float:
 
 
 class EventLog:
-    """Appends events to a run's file, each on the disk when `write` returns. Ranks other than 0 keep silent."""
+    """Appends events to a run's file, each synced when `write` returns. Ranks other than 0 write nothing."""
 
     def __init__(self, run_dir: str | Path, rank: int) -> None:
         self._file = LineFile(Path(run_dir) / EVENTS, f"rank {rank}")
@@ -70,7 +70,7 @@ class EventLog:
             self._file.write({"event": event, "time": round(moment, 3), **facts}, durable=True)
 
     def write_start(self, ranks: int) -> None:
-        """This process is a start of the run, or a restart."""
+        """Record the start, or restart, of the run by this process."""
         job = {key: os.environ[name] for key, name in _JOB if os.environ.get(name)}
         self.write("start", at=process_start(), ranks=ranks, host=socket.gethostname(), pid=os.getpid(), **job)
 

@@ -1,4 +1,4 @@
-"""How numbers and paths are put into messages."""
+"""Formatting of numbers and paths in messages."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def times(number: int) -> str:
 
 
 def short_path(path: Path | str) -> str:
-    """The last two parts of a path: enough to find it, and it fits a terminal."""
+    """The last two parts of a path: enough to find it, short enough for a terminal."""
     parts = Path(path).parts
     return str(path) if len(parts) <= 2 else "/".join(("…", *parts[-2:]))

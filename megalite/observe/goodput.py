@@ -1,8 +1,7 @@
-"""Effective training time: what share of the time since a run's first start went into steps that were kept.
+"""Goodput (effective training time): the share of the time since a run's first start spent in steps that were kept.
 
-All of it is read from events.jsonl and metrics.jsonl, so it spans restarts, and processes that were killed. A start
-without a `stop` ended, as far as can be known, with its last sign of life; what is between that and the next start is
-downtime.
+Computed from events.jsonl and metrics.jsonl, so it covers restarts and killed processes. A start without a `stop` is
+taken to end at its last sign of life; the time from there to the next start is downtime.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from typing import Any
 from megalite.observe.formatting import times
 
 PARTS = ("training", "start-up", "checkpoints", "validation", "lost", "down", "other")
-"""`lost` are steps that were refused, had nothing to learn, were rolled back, or were made after the last checkpoint
-before an end; `other` is logging and whatever else a process does between steps."""
+"""`lost` are steps that were refused, had nothing to learn, were rolled back, or were not checkpointed before the end;
+`other` is logging and everything else between steps."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """`wall` seconds since the first start, and how they divide into PARTS; `starts` counts restarts too."""
+    """`wall` seconds since the first start, and their breakdown by PARTS; `starts` includes restarts."""
 
     wall: float
     seconds: Mapping[str, float]
@@ -38,7 +37,7 @@ class Goodput:
 
 @dataclass
 class _Session:
-    """What is known of one start, up to the next: `end` is its last sign of life, or its `stop`."""
+    """One start, up to the next: `end` is its `stop`, or its last sign of life."""
 
     start: float
     end: float
@@ -85,17 +84,17 @@ class _Session:
 
 
 def account(events: Sequence[Row], metrics: Iterable[Row], now: float | None = None) -> Goodput | None:
-    """Divide the time from the first start to the last sign of life (or `now`, while the run goes on).
+    """Break down the time from the first start to the last sign of life (or `now`, while the run is going on).
 
-    One pass over the lines, none of which is kept: a run of any length costs no memory here.
+    One streaming pass over the lines, in constant memory.
 
     Args:
-        events: those of `read_events`, in order of time.
+        events: from `read_events`, in chronological order.
         metrics: the lines of metrics.jsonl.
-        now: seconds since 1970; the time of a caller that is the run itself.
+        now: seconds since 1970; passed when the caller is the run itself.
 
     Returns:
-        None where there is no start among the events.
+        None if there is no start among the events.
     """
     sessions = [_Session(event["time"], event["time"]) for event in events if event["event"] == "start"]
     if not sessions:
@@ -109,7 +108,7 @@ def account(events: Sequence[Row], metrics: Iterable[Row], now: float | None = N
     for event in events:
         if session := session_at(event["time"]):
             session.take_event(event)
-        # Whose steps were lost is told by when they were made: the event may be written by the next start.
+        # Lost steps belong to the start that made them, found by time: the next start may have written the event.
         if event["event"] in ("lost", "rollback") and (session := session_at(event.get("until") or event["time"])):
             session.lost += event.get("seconds") or 0.0
             session.seen(event.get("until") or event["time"])

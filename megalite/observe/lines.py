@@ -1,4 +1,4 @@
-"""Files of JSON lines that grow while a run goes on, and that a full disk must not end."""
+"""JSON lines files that grow during a run; a full disk must not end the run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megalite.observe.formatting import short_path
 log = logging.getLogger("megalite")
 
 _PENDING_BYTES = 1 << 24
-"""Lines that a full disk does not take are kept up to this size; the oldest of them are lost then."""
+"""Lines that cannot be written (full disk) are buffered up to this size; beyond it the oldest are lost."""
 _BLOCK_BYTES = 1 << 16
 _LONGEST_LINE = 1 << 24
-"""A longer line is none of ours and is passed over."""
+"""Longer lines are not ours and are skipped."""
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None where there is none (cut short, damaged, nested too deep, endless digits)."""
+    """The object on a line; None if invalid (truncated, damaged, nested too deep, endless digits)."""
     try:
         row = json.loads(line.decode("utf-8", errors="replace"))
     except (ValueError, RecursionError):
@@ -33,7 +33,7 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def iterate_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete objects of a file of JSON lines, one at a time; none where there is no file to read."""
+    """The complete objects of a JSON lines file, one at a time; nothing if the file cannot be read."""
     try:
         if not path.is_file():
             return
@@ -50,12 +50,12 @@ def iterate_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete objects of a file of JSON lines; a line cut short is left out."""
+    """The complete objects of a JSON lines file; a truncated line is dropped."""
     return list(iterate_lines(path))
 
 
 def lines_from_end(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of every line of an open file, last first; a file of any size costs only what is taken."""
+    """(offset, line) of every line of an open file, last first, read lazily."""
     end = file.seek(0, os.SEEK_END)
     tail = b""  # begins in the middle of a line
     while end > 0:
@@ -78,7 +78,7 @@ def lines_from_end(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    """One line of JSON; numbers that are not finite become null, what JSON does not know its text."""
+    """One line of JSON; non-finite numbers become null, and other types their text."""
     try:
         text = json.dumps(row, allow_nan=False, separators=(", ", ": "), default=str)
     except ValueError:
@@ -95,9 +95,9 @@ def _finite(value: Any) -> Any:
 
 
 class LineFile:
-    """Appends rows to `path`. What cannot be written is kept and tried again with the next row.
+    """Appends rows to `path`. Rows that cannot be written are buffered and retried with the next row.
 
-    `who` names the writer in the one warning that is given when writing fails, and the one when it works again.
+    `who` names the writer in the warning logged once when writing fails and once when it works again.
     """
 
     def __init__(self, path: Path, who: str) -> None:
@@ -107,7 +107,7 @@ class LineFile:
         self._descriptor: int | None = None
 
     def write(self, row: Mapping[str, Any], durable: bool = False) -> None:
-        """Append a row; `durable` rows survive the machine's end, the others that of the process."""
+        """Append a row; `durable` rows survive a machine crash, the others a process crash."""
         self._pending += to_line(row)
         try:
             descriptor = self._opened()
@@ -123,7 +123,7 @@ class LineFile:
             self._failing = False
 
     def _opened(self) -> int:
-        """The open file, at its end; made anew, folder and all, where somebody has deleted it."""
+        """The open file, at its end; recreated, with its folder, if someone has deleted it."""
         if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0:
             self.close()
         if self._descriptor is None:
@@ -144,7 +144,7 @@ class LineFile:
             log.warning("%s: %s cannot be written (%s); training goes on", self.who, name, why)
 
     def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Put `rows` in the place of the whole file, at once; a full disk leaves it as it is."""
+        """Atomically replace the whole file by `rows`; on a full disk the file stays as it is."""
         self.close()
         try:
             write_atomically(self.path, b"".join(map(to_line, rows)), durable=False)
@@ -152,9 +152,9 @@ class LineFile:
             self._complain(error)
 
     def cut(self, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """Take rows off the end until one is kept; those taken off, in their order.
+        """Remove rows from the end until `keep` holds for one; returns the removed ones, in order.
 
-        Reads no more of the file than that. What the disk cannot give up is left, and told.
+        Reads no more of the file than that. If truncating fails, the file stays as it is and a warning is logged.
         """
         dropped, at = [], None
         waiting = [row for row in map(parse_line, self._pending.splitlines()) if row is not None]

@@ -1,4 +1,4 @@
-"""What a run tells of each step: one JSON object a line in metrics.jsonl."""
+"""The metrics of each step: one JSON object per line in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megalite.observe.timeline import memory_gib
 METRICS = "metrics.jsonl"
 _NOT_DRAWN = ("step", "time", "extra")
 _LAST_SHARE, _LAST_STEPS = 0.02, 100
-"""A final training loss is a mean over this share of the steps, and over at most so many."""
+"""The final training loss is the mean over this share of the steps, and at most this number of steps."""
 _LARGEST = 1e18
 
 
@@ -30,8 +30,8 @@ class StepMetrics:
 
     `loss` is null for a step that was refused, or whose batch held nothing to learn. `memory_gib` is the peak of rank
     0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the device's dense bf16 peak by the
-    formula in `megalite.model.cost`. `time` is when the step was over, checkpoint and all, in seconds since 1970.
-    `extra` are further numbers (an objective's accuracy, say), each written under its own name.
+    formula in `megalite.model.cost`. `time` is the end of the step, including its checkpoint, in seconds since 1970.
+    `extra` are further numbers (such as an objective's accuracy), each written under its own name.
     """
 
     step: int
@@ -57,7 +57,7 @@ class StepMetrics:
             raise ValueError(f"further metrics may not take the names {', '.join(sorted(taken))}")
 
     def row(self) -> dict[str, Any]:
-        """As JSON can hold it: what is not finite becomes null."""
+        """The metrics as JSON values; non-finite numbers become null."""
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "extra"}
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -65,7 +65,7 @@ class StepMetrics:
         }
 
     def numbers(self) -> dict[str, float]:
-        """What trackers draw over the steps: every finite number by its name."""
+        """Every finite number by name, for trackers."""
         return {key: value for key, value in self.row().items() if value is not None and key not in _NOT_DRAWN}
 
 
@@ -90,31 +90,31 @@ class SpeedMeter:
 
 
 def number(value: Any) -> float | None:
-    """A finite number of ordinary size, as JSON may hold it; None for anything else."""
+    """`value` as a finite number of reasonable size; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def whole(value: Any) -> int | None:
-    """A whole number that is no smaller than 0 and fits 53 bits; None for anything else."""
+    """`value` if it is a non-negative integer below 2^53; None for anything else."""
     return value if type(value) is int and 0 <= value < 1 << 53 else None
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file that belong to a step, one at a time; values that are no numbers become None."""
+    """The lines of a metrics file that belong to a step, one at a time; non-numeric values become None."""
     for row in iterate_lines(path):
         if whole(row.get("step")) is not None:
             yield {key: value if key == "step" else number(value) for key, value in row.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All of `iterate_metrics`; a last line cut short by a crash is left out."""
+    """All of `iterate_metrics`; a last line truncated by a crash is dropped."""
     return list(iterate_metrics(path))
 
 
 def final_losses(losses: Sequence[float | None], validation: Iterable[float | None]) -> tuple[float, float]:
-    """(training, validation) loss at the end of a run; nan where there is none.
+    """(training, validation) loss at the end of a run; nan if there is none.
 
     One batch is noise, so the training loss is the mean over the last 2 % of the steps, at most 100.
     """
@@ -125,7 +125,7 @@ def final_losses(losses: Sequence[float | None], validation: Iterable[float | No
 
 
 def describe_losses(training: float, validation: float) -> str:
-    """The two of `final_losses` in words, validation first."""
+    """`final_losses` as text, validation first."""
     parts = [f"validation loss {validation:.3f}"] if math.isfinite(validation) else []
     parts += [f"training loss {training:.3f}"] if math.isfinite(training) else []
     return ", ".join(parts)
@@ -138,14 +138,14 @@ class MetricsFile:
         self._file = LineFile(Path(run_dir) / METRICS, "rank 0")
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines after `step`, those steps are about to be made again; what was dropped."""
+        """Drop the lines after `step`, as those steps will be repeated; returns the dropped rows."""
         return self._file.cut(lambda row: (whole(row.get("step")) or 0) <= step)
 
     def write(self, metrics: StepMetrics) -> None:
         self._file.write(metrics.row())
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All lines, of earlier starts too, one at a time."""
+        """All lines, including those of earlier starts, one at a time."""
         return iterate_metrics(self._file.path)
 
     def close(self) -> None:

@@ -1,9 +1,8 @@
-"""All that stands beside the training, called through one place: metrics, trackers, timelines, profiles, progress,
-events, pictures.
+"""All observers of a run, called through one place: metrics, trackers, timelines, profiles, progress, events, plots.
 
-An observer may fail in any way: a full disk, a folder that vanished, a network, a bug in somebody's library. What it
-raises is told once, as a warning, and goes no further: an observer never changes what a run does, how it ends, or which
-error is seen. Every one of them is closed, whatever the others do.
+An observer may fail in any way: a full disk, a deleted folder, a network, a bug in a library. Its exceptions are logged
+once as a warning and go no further: an observer never changes what a run does, how it ends, or which error is seen.
+Each one is closed even if others fail.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ Result = TypeVar("Result")
 
 
 class Guard:
-    """Calls what may fail. The first failure of each name is logged."""
+    """Calls functions that may fail. The first failure of each name is logged."""
 
     def __init__(self, who: str) -> None:
         self.who = who
         self._failed: set[str] = set()
 
     def call(self, name: str, action: Callable[..., Result], *arguments: Any, **named: Any) -> Result | None:
-        """What `action` returns; None where it raises."""
+        """The result of `action`; None if it raises."""
         try:
             return action(*arguments, **named)
         except Exception as error:
@@ -51,21 +50,21 @@ class Guard:
 
     @contextlib.contextmanager
     def around(self, name: str, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        """`with make():`, where only what stands inside can raise."""
+        """`with make():`, where only the body can raise."""
         with contextlib.ExitStack() as stack:
             self.call(name, lambda: stack.enter_context(make()))
             leave = stack.pop_all()
         try:
             yield
         except BaseException as error:
-            # The observer sees the error, and may say something about it, but neither swallow nor replace it.
+            # The observer sees the error and may log it, but can neither swallow nor replace it.
             self.call(name, leave.__exit__, type(error), error, error.__traceback__)
             raise
         self.call(name, leave.close)
 
 
 class Observers:
-    """One rank's observers. Until `begin` nothing is written but events."""
+    """One rank's observers. Until `begin`, only events are written."""
 
     def __init__(self, config: Config, mesh: Mesh, events: EventLog) -> None:
         self.config, self.mesh, self.events = config, mesh, events
@@ -78,12 +77,12 @@ class Observers:
         self._display: ProgressDisplay | None = None
 
     def wrap_steps(self, name: str, make: Callable[[], Callable[[int], AbstractContextManager[None]]]) -> None:
-        """Put the context manager that `make()` gives for a step's number around that step, outside of the others."""
+        """Wrap each step in the context manager `make()(step number)`, outside of the existing ones."""
         if (step := self.guard.call(name, make)) is not None:
             self._around = {name: step} | self._around
 
     def begin(self, step: int, last: int) -> None:
-        """The run stands at `step` and will go to `last`. Rank 0 opens its files and its display."""
+        """Start observing a run that is at `step` and ends at `last`. Rank 0 opens its files and its display."""
         if self.mesh.rank > 0:
             return
         self._metrics = MetricsFile(self.run_dir)
@@ -100,7 +99,7 @@ class Observers:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around a step of the training."""
+        """A context around each training step."""
         with contextlib.ExitStack() as stack:
             for name, observe in self._around.items():
                 stack.enter_context(self.guard.around(name, lambda observe=observe: observe(number)))  # type: ignore[misc]
@@ -110,7 +109,7 @@ class Observers:
         self.guard.call("events", self.events.write, kind, **facts)
 
     def rewind(self, step: int) -> None:
-        """Take back the lines of steps that will be made again; how much time they took remains known."""
+        """Remove the rows of steps that will be repeated; their duration is recorded as an event."""
         if self._metrics is None:
             return
         dropped = self.guard.call("metrics", self._metrics.rewind, step)
@@ -121,7 +120,7 @@ class Observers:
             self.event("lost", to_step=step, steps=len(dropped), seconds=round(seconds, 3), until=until)
 
     def report(self, metrics: StepMetrics) -> None:
-        """A step is over. Rank 0 writes it everywhere."""
+        """Report a finished step. Rank 0 writes it everywhere."""
         if self._metrics is None:
             return
         self.guard.call("metrics", self._metrics.write, metrics)
@@ -143,13 +142,13 @@ class Observers:
             log.info("%s", describe_goodput(goodput))
 
     def close_display(self) -> None:
-        """What is logged from here on stands below the last line of the progress display."""
+        """Close the progress display, so that later log lines appear below it."""
         if self._display is not None:
             self.guard.call("progress display", self._display.close)
             self._display = None
 
     def close(self) -> None:
-        """Close every one of them, and draw the loss curve. A second call does nothing more."""
+        """Close all observers and draw the loss curve. Idempotent."""
         self.close_display()
         self.guard.call("timeline", self.recorder.close)
         if self._metrics is not None:

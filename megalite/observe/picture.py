@@ -11,12 +11,12 @@ from megalite.files import atomic_file
 from megalite.observe.metrics import METRICS, describe_losses, final_losses, iterate_metrics
 
 SMOOTH_FROM = 60
-"""Curves of more steps than this are smoothed, over a fiftieth of them; the raw values stand behind, pale."""
+"""Curves of more steps than this are smoothed over a fiftieth of them; the raw values are drawn pale behind them."""
 _MOST_POINTS = 4000
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """A running median, which one outlier does not move; nan where there is nothing. Long curves in steps."""
+    """A running median, robust to outliers; nan where there is no value. Long curves are binned."""
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
         return numbers
@@ -38,7 +38,7 @@ def _medians(rows: np.ndarray) -> np.ndarray:
 
 
 def draw_loss(run_dir: Path) -> None:
-    """Draw run_dir/loss.png, with validation losses where there are any; nothing where no step had a loss."""
+    """Draw run_dir/loss.png, with validation losses if there are any; does nothing if no step had a loss."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

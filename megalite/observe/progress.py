@@ -1,4 +1,4 @@
-"""What rank 0 shows while it trains: one live line on a terminal, plain lines elsewhere."""
+"""Rank 0's progress display: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("megalite")
 
 _RATE_STEPS = 200
-"""Time left follows from the latest steps of this start: earlier ones may have compiled kernels or read cold files."""
+"""Steps used to estimate the time left: the first of a start may have compiled kernels or read cold files."""
 _LONGEST_LEFT = 9999 * 86400.0
 _BAR = 16
 
 
 def describe(metrics: StepMetrics) -> list[str]:
-    """A step in short words, the most important first: a narrow terminal drops them off the end."""
+    """A step's metrics as short strings, most important first: a narrow terminal drops the last ones."""
     parts = [f"loss {metrics.loss:.4f}" if math.isfinite(metrics.loss) else "no loss"]
     if metrics.validation_loss is not None and math.isfinite(metrics.validation_loss):
         parts.append(f"validation {metrics.validation_loss:.4f}")
@@ -33,7 +33,7 @@ def describe(metrics: StepMetrics) -> list[str]:
         f"{metrics.tokens_per_second:,.0f} tokens/s",
         f"grad {metrics.grad_norm:.3f}",
         f"lr {metrics.lr:.2e}",
-        f"{metrics.tflops_per_device:.3g} TFLOP/s a device",
+        f"{metrics.tflops_per_device:.3g} TFLOP/s per device",
     ]
     if metrics.mfu is not None:
         parts.append(f"MFU {metrics.mfu:.1%}")
@@ -41,7 +41,7 @@ def describe(metrics: StepMetrics) -> list[str]:
 
 
 def fit(parts: Sequence[str], width: int) -> str:
-    """As many of the parts, from the first on, as fit on a line; the first is cut if it must be."""
+    """The leading parts that fit on a line; the first is truncated if necessary."""
     line = parts[0][:width]
     for part in parts[1:]:
         if len(line) + 2 + len(part) > width:
@@ -51,7 +51,7 @@ def fit(parts: Sequence[str], width: int) -> str:
 
 
 class ProgressDisplay:
-    """A live line where standard error is a terminal, otherwise one line every `interval` steps."""
+    """A live line if standard error is a terminal, otherwise one line every `interval` steps."""
 
     def __init__(self, last: int, interval: int) -> None:
         self.last, self.interval = last, interval
@@ -88,7 +88,7 @@ class ProgressDisplay:
             print("  ".join([step, left, *describe(metrics)]), file=sys.stderr, flush=True)
 
     def _seconds_left(self, step: int) -> float:
-        """By the steps of this start, those made again after a rollback included."""
+        """Estimated from the steps of this start, including those repeated after a rollback."""
         a_step = (self._moments[-1] - self._moments[0]) / (len(self._moments) - 1)
         return min(a_step * max(0, self.last - step), _LONGEST_LEFT)
 

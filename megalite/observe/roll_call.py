@@ -1,9 +1,9 @@
-"""Calling the roll: which ranks of a job still answer, in the job's store.
+"""Roll call: which ranks of a job still respond, through the job's store.
 
-There are two callers. A rank whose communication has failed asks at once. But with NCCL no wait fails: the host sits in
-a copy from the device until NCCL's watchdog ends the process without a word. Therefore a thread of every rank calls the
-roll as well, once a step has lasted 0.9 of the timeout, which is before the watchdog's time. A rank whose process lives
-answers there even if it hangs, and says where it stands.
+There are two triggers. A rank whose communication has failed asks at once. But with NCCL no wait fails: the host blocks
+in a copy from the device until NCCL's watchdog kills the process silently. So a thread on every rank also calls the
+roll once a step has lasted 0.9 of the timeout, before the watchdog acts. A process that is alive answers even if its
+main thread hangs, and reports where that thread is.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger("megalite")
 _ANSWER_SECONDS = 5.0
 """How long a roll call waits: peers notice a loss at about the same time, within a collective's timeout granularity."""
 _STORE_SECONDS = 3.0
-"""What a store that answers needs beyond that."""
+"""Extra time for a responsive store to answer."""
 _CALL_SHARE, _ANSWER_SHARE = 0.9, 0.08
-"""Of the timeout: when the thread calls, and how long it waits for answers at most."""
+"""Fractions of the timeout: when the thread calls the roll, and how long it waits for answers."""
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +45,7 @@ class RollCall:
         self._told: list[int] = []
 
     def beat(self) -> None:
-        """A step has begun, on all ranks the same."""
+        """Record the beginning of a step, the same on all ranks."""
         self._step, self._since = self._step + 1, time.monotonic()
         if self._store is not None and self._thread is None:
             self._thread = threading.Thread(target=self._listen, name="roll call", daemon=True)
@@ -55,9 +55,9 @@ class RollCall:
         self._over.set()
 
     def after_failure(self, ended: Callable[[], bool]) -> list[int]:
-        """After a communication has failed: tell which ranks do not answer, because they are dead or hang.
+        """After a failed communication: report the ranks that do not answer because they are dead or hang.
 
-        Broken off with no answer once `ended()`: a launcher that ends this rank knows already who died.
+        Gives up without a result once `ended()`: a launcher that ends this rank already knows which one died.
         """
         self.close()
         if self._store is None:
@@ -68,7 +68,7 @@ class RollCall:
         return missing
 
     def _listen(self) -> None:
-        """The thread: watches the age of the step, whatever the main thread sits in."""
+        """The thread: watches the age of the step, whatever the main thread is blocked in."""
         called = 0
         while not self._over.wait(min(1.0, self.timeout / 50)):
             step, since = self._step, self._since
@@ -95,12 +95,12 @@ class RollCall:
             return
         self._told = missing
         log.error("no answer from rank %s: dead or hung", ", ".join(map(str, missing)))
-        # Rank 0, whose word it is, may be the one that is gone: the lowest that answers tells.
+        # Rank 0, which normally writes events, may be the lost one: the lowest rank that answers writes.
         self.events.is_writer = self.mesh.rank == min(found)
         self.events.write("no_answer", ranks=missing)
 
     def _bounded(self, ask: Callable[[], dict[int, str]], seconds: float) -> dict[int, str]:
-        """`ask` in a thread: the store may live in rank 0 and hang with it, and then the call never comes back."""
+        """`ask` in a thread: the store may be in rank 0's process and hang with it, so that the call never returns."""
         found: list[dict[int, str]] = []
         caller = threading.Thread(target=lambda: found.append(ask()), name="roll call, asking", daemon=True)
         caller.start()
@@ -111,7 +111,7 @@ class RollCall:
         return dict.fromkeys(range(1, self.mesh.size), "")
 
     def _ask(self, call: str, answer: str, seconds: float, ended: Callable[[], bool]) -> dict[int, str]:
-        """The answers of the ranks that come within the time."""
+        """The answers of the ranks that arrive in time."""
         store, everyone = self._store, range(self.mesh.size)
         assert store is not None
         found: dict[int, str] = {}
@@ -123,14 +123,14 @@ class RollCall:
                     if rank not in found and store.check([f"megalite/{call}/{rank}"]):
                         found[rank] = store.get(f"megalite/{call}/{rank}").decode(errors="replace")
                 time.sleep(0.1)
-        except (RuntimeError, OSError):  # the store has gone with the process that served it
+        except (RuntimeError, OSError):  # the store died with the process that served it
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             return dict.fromkeys(everyone, "") if agent else self._all_but_the_first()
         return found
 
 
 def _where_main_stands() -> str:
-    """The innermost place of megalite's code in which the main thread is."""
+    """The innermost frame of megalite's code on the main thread's stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Which rank is slow: the one rule, for the warning of a run under way and for the report on one that is over."""
+"""The rule for slow ranks, shared by the warning during a run and the report afterwards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SLOW = 1.25
-"""A rank whose own work takes this many times the median of its peers is slow."""
+"""A rank is slow if its own work takes more than this multiple of its peers' median."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Comparison:
 
 
 def compare_ranks(seconds: Mapping[int, float], stages: Mapping[int, int]) -> list[Comparison]:
-    """Every rank that did any work beside its peers.
+    """Compare every rank that did any work with its peers.
 
     Args:
         seconds: own work by rank.

@@ -1,13 +1,13 @@
-"""Where the time of a step goes on this rank: computing, waiting for whom, reducing, updating.
+"""The breakdown of a step's time on this rank: compute, waits by mesh axis, reduction, optimizer.
 
 The recorder wraps every operation of the pipeline engine (`Trainer.observe`) and every wait of the mesh's groups
-(`Mesh.observe_waits`), and sets two marks round each. On CPUs a mark is the clock; on GPUs it is a CUDA event on the
-current stream, which is read a step later, when it is long past: nothing is synchronised for the sake of measuring.
-Waits inside an operation are taken off it, so `forward` and `backward` are this rank's own computing.
+(`Mesh.observe_waits`) in two marks. On CPUs a mark is the host clock; on GPUs it is a CUDA event on the current stream,
+read a step later, so measuring never synchronises. Waits inside an operation are subtracted from it, so `forward` and
+`backward` are this rank's own compute.
 
-Each rank keeps `timeline/rank_N.jsonl`: rows of mean seconds over some steps, and the operations of a few steps,
-in seconds relative to the moment in which all ranks agreed on the step's norm: that moment is the same on all of them,
-whatever their clocks say. The file stays small: when it is full, neighbouring rows are merged.
+Each rank writes `timeline/rank_N.jsonl`: rows of mean seconds over some steps, and all operations of a few sampled
+steps, in seconds relative to the all-reduce of the step's norm, which ends at the same moment on all ranks whatever
+their clocks say. The file stays small: when it is full, neighbouring rows are merged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megalite.schedule.ops import COLLECTIVES, COMPUTE, Op
 log = logging.getLogger("megalite")
 
 TIMELINE = "timeline"
-"""The folder in the run directory."""
+"""Folder in the run directory."""
 PHASES = (
     "data", "forward", "backward", "wait_pipeline", "wait_tensor", "wait_context", "reduce", "wait_others",
     "optimizer", "gather", "other",
@@ -47,20 +47,20 @@ _WAIT_PHASES: dict[tuple[str, ...], str] = {("pp",): "wait_pipeline", ("tp",): "
 _OP_PHASES = {"F": "forward", "B": "backward", "I": "backward", "W": "backward", "R": "reduce", "T": "reduce"}
 
 _SAMPLE_STEPS = 25
-"""Every so many steps, and at the third of a start, all operations are kept."""
+"""Interval of sampled steps, whose operations are all kept; the third step of a start is sampled too."""
 _FIRST_SAMPLE = 3
 _KEPT_SAMPLES = 3
 _WINDOW_SECONDS = (1.0, 60.0)
-"""Shortest and longest time that one row averages over; in between, a fiftieth of the time since the start."""
+"""Minimum and maximum time that one row averages over; in between, a fiftieth of the time since the start."""
 _WINDOW_SHARE = 0.02
 _LIMIT_BYTES = 1 << 20
 
 
 class Clock(Protocol):
-    """Sets marks and tells the seconds between two of them."""
+    """Records marks and measures the seconds between two of them."""
 
     delay: int
-    """Steps after which marks can be read without waiting."""
+    """Number of steps after which marks can be read without waiting."""
 
     def mark(self) -> Any: ...
 
@@ -70,7 +70,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For CPUs, where operations are done when they return."""
+    """For CPUs, where operations are complete when they return."""
 
     delay = 0
 
@@ -85,8 +85,8 @@ class HostClock:
 
 
 class StreamClock:
-    """For GPUs: events on the current stream. The end of every step waits for its agreement, so those of the step
-    before are past."""
+    """For GPUs: events on the current stream. Every step ends with a host sync (the norm), so the events of the
+    previous step have completed."""
 
     delay = 1
 
@@ -111,7 +111,7 @@ def clock_for(device: torch.device) -> Clock:
 
 @dataclass
 class _Span:
-    """A timed part of a step, with the waits inside it; `op` None for a part that is no pipeline operation."""
+    """A timed part of a step, with the waits inside it; `op` is None for parts that are not pipeline operations."""
 
     phase: str
     op: Op | None
@@ -122,7 +122,7 @@ class _Span:
 
 @dataclass
 class _Step:
-    """The marks of one step; `loose` holds the spans' kind of waits outside any span."""
+    """The marks of one step; `loose` are waits outside any span."""
 
     number: int
     start: Any
@@ -148,7 +148,7 @@ class Recorder:
         self.naming = False
         """Name every operation for torch's profiler and for NVTX."""
         self.work_seconds: deque[float] = deque(maxlen=256)
-        """Own work, waits taken off, of the latest steps in which every wait was seen."""
+        """Own work, without waits, of the latest steps in which every wait was timed."""
         self._step: _Step | None = None
         self._span: _Span | None = None
         self._steps = 0
@@ -172,7 +172,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def phase(self, name: str, op: Op | None = None) -> Iterator[None]:
-        """Time a part of the step under way."""
+        """Time a part of the current step."""
         with self._named(str(op or name)) if self.naming else nullcontext():
             if self._step is None:
                 yield
@@ -184,8 +184,8 @@ class Recorder:
             self._span = None
 
     def observe(self, op: Op) -> AbstractContextManager[None]:
-        """The engine's observer. On GPUs sends and receives only post what moves in the background: there, and not on
-        CPUs, only the waits in them count."""
+        """The engine's observer. On GPUs, sends and receives return at once and transfer in the background, so only
+        their waits are timed; on CPUs the whole call is."""
         if op.kind in _OP_PHASES:
             return self.phase(_OP_PHASES[op.kind], op)
         if self.clock.delay == 0:
@@ -195,7 +195,7 @@ class Recorder:
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(RuntimeError):  # a build without NVTX, a profiler that is being stopped
+            with contextlib.suppress(RuntimeError):  # a build without NVTX, or a profiler that is stopping
                 stack.enter_context(torch.profiler.record_function(name))
                 if self.mesh.device.type == "cuda":
                     stack.enter_context(torch.cuda.nvtx.range(name))
@@ -216,7 +216,7 @@ class Recorder:
         waits.append((axes, start, self.clock.mark()))
 
     def _resolve(self, step: _Step) -> None:
-        """Read the marks of a step that is past."""
+        """Read the marks of a completed step."""
         seconds = _break_down(step, self.clock)
         if step.full or not self.clock.delay:
             self.work_seconds.append(own_work(seconds))
@@ -226,13 +226,13 @@ class Recorder:
         self.clock.free(list(step.marks()))
 
     def close(self) -> None:
-        """Write what is still held back; steps whose marks may still lie ahead are left out."""
+        """Write buffered rows; steps whose marks may not have completed are dropped."""
         self._pending.clear()
         self._file.close()
 
 
 def _agreement(step: _Step) -> tuple[Any, Any]:
-    """The marks round the wait in which all ranks agreed; twice the last operation's end where there is one rank."""
+    """The marks around the wait for the step's global all-reduce; with one rank, the end of the last operation."""
     for axes, start, end in reversed(step.loose):
         if axes == AXES:
             return start, end
@@ -243,6 +243,9 @@ def _agreement(step: _Step) -> tuple[Any, Any]:
 
 def _break_down(step: _Step, clock: Clock) -> dict[str, float]:
     """Seconds of each of PHASES."""
+    # The phases must add up to the step, so every wait is subtracted from the span around it. A wait in forward is for
+    # ZeRO-3 weights, one in backward for a gradient reduction, unless its axis says otherwise. After the agreement the
+    # only waits are all-gathers of updated parameters; before it, waits outside any span are for other ranks.
     seconds = dict.fromkeys(PHASES, 0.0)
     for span in step.spans:
         whole = clock.seconds(span.start, span.end)
@@ -267,7 +270,7 @@ def _break_down(step: _Step, clock: Clock) -> dict[str, float]:
 
 
 def _operations(step: _Step, clock: Clock) -> tuple[list[Any], list[Any]]:
-    """[operation, start, end] and [axes, start, end] of a step, in seconds relative to its agreement."""
+    """[operation, start, end] and [axes, start, end] of a step, in seconds relative to the end of its all-reduce."""
     _, agreed = _agreement(step)
 
     def moments(start: Any, end: Any) -> tuple[float, float]:
@@ -313,7 +316,7 @@ class TimelineFile:
             self._row = None
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._size is None:  # the first row of this start: who writes comes before it
+        if self._size is None:  # the first row of this start is preceded by a header that names the rank
             with contextlib.suppress(OSError):
                 self._file.path.parent.mkdir(parents=True, exist_ok=True)
             self._size = self._file.path.stat().st_size if self._file.path.exists() else 0
@@ -336,7 +339,7 @@ class TimelineFile:
 
 
 def own_work(seconds: Mapping[str, float]) -> float:
-    """Of the seconds by phase: this rank's own work, neither waits nor the communication of data parallelism."""
+    """This rank's own work in seconds: all phases except waits and data-parallel communication."""
     others = ("reduce", "gather")
     return sum(value for name, value in seconds.items() if not name.startswith("wait") and name not in others)
 
@@ -354,7 +357,7 @@ def merge(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
 
 
 def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of seconds that count: those of steps that were made again, after a restart, are left out."""
+    """The rows of seconds, without those of steps that were repeated after a restart."""
     kept: list[dict[str, Any]] = []
     for row in rows:
         if "seconds" in row:
@@ -365,7 +368,7 @@ def current(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Half as many rows of seconds, neighbours merged; the newest head and the newest operations."""
+    """Merge neighbouring rows of seconds into half as many; keep the newest header and the newest operations."""
     means = current(rows)
     couples = (means[at : at + 2] for at in range(0, len(means), 2))
     pairs = [merge(*couple) if len(couple) == 2 else couple[0] for couple in couples]

@@ -1,7 +1,6 @@
-"""Where metrics go beside the run's own file: TensorBoard, Weights & Biases.
+"""Trackers for metrics besides the run's own file: TensorBoard, Weights & Biases.
 
-Both are other people's programs with a disk, a network and threads of their own. They raise freely: `Observers` calls
-them, and keeps what they raise away from the run.
+Both use files, a network and threads of their own, and may raise anything: `Observers` calls them and catches it.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from megalite.errors import UserError
 from megalite.files import write_atomically
 
 _RETRY_SECONDS = 60.0
-"""A writer that failed is made anew after this long."""
+"""A failed writer is recreated after this long."""
 _WANDB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Tracker(Protocol):
-    """Draws the numbers of the steps; `step` may fall back after a rollback."""
+    """Records the numbers of each step; `step` may go back after a rollback."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
 
@@ -36,7 +35,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `folder`; `first` is the first step that this start makes, later ones of an earlier are hidden."""
+    """Event files in `folder`; `first` is the first step of this start, which hides later steps of earlier starts."""
 
     def __init__(self, folder: Path, first: int) -> None:
         self._folder, self._purge = folder, first
@@ -46,7 +45,7 @@ class TensorBoard:
         threading.excepthook = self._thread_failed
 
     def _thread_failed(self, failure: Any) -> None:
-        # The writer's thread hands its error to the next call, which tells it; a traceback would tell it twice.
+        # The writer's thread passes its error to the next call, which reports it; a traceback would repeat it.
         if type(failure.thread).__name__ != "_AsyncWriterThread":
             self._reported(failure)
 
@@ -74,7 +73,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run for each run directory, whatever number of starts it takes: the id is kept in `run.dir`."""
+    """One W&B run per run directory, across restarts: the id is stored in `run.dir`."""
 
     def __init__(self, config: Config) -> None:
         import wandb  # type: ignore[import-not-found]
@@ -87,7 +86,7 @@ class WeightsAndBiases:
         self._furthest = -1
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        # W&B takes back nothing: steps made again after a rollback are passed over until they are new.
+        # W&B cannot go back: steps repeated after a rollback are skipped until they are new.
         if step > self._furthest:
             self._furthest = step
             self._run.log(dict(numbers), step=step)
@@ -97,7 +96,7 @@ class WeightsAndBiases:
 
 
 def kept_id(path: Path) -> str:
-    """The id in the file, or a new one that is put there."""
+    """The id in the file, or a new one, which is written there."""
     try:
         if _WANDB_ID.fullmatch(known := path.read_text(encoding="utf-8").strip()):
             return known
@@ -110,7 +109,7 @@ def kept_id(path: Path) -> str:
 
 
 def require_credentials(config: Config, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise `UserError` where `log.wandb` is on and W&B would ask who is there: before a run starts, not after."""
+    """Raise `UserError` if `log.wandb` is on and W&B would prompt for a login."""
     if not config.log.wandb or environment.get("WANDB_MODE", "online") != "online":
         return
     host = urlparse(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
@@ -125,7 +124,7 @@ def require_credentials(config: Config, environment: Mapping[str, str] = os.envi
 
 
 def _in_netrc(host: str, environment: Mapping[str, str]) -> bool:
-    """Whether `wandb login` has left a key for the host."""
+    """Whether `wandb login` has stored a key for the host."""
     home = Path(environment.get("HOME") or Path.home())
     named = environment.get("NETRC")
     for path in [Path(named)] if named else [home / ".netrc", home / "_netrc"]:

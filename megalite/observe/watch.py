@@ -1,7 +1,7 @@
-"""Watching over the other ranks: who hangs, who is gone, who is slow.
+"""Watching the ranks: which are hung, lost or slow.
 
-Whoever does not answer a roll call is the suspect (`megalite.observe.roll_call`). A watchdog in C writes the stack of
-a rank that stays in one step for too long into that rank's log, hung or not.
+A rank that does not answer a roll call is the suspect (`megalite.observe.roll_call`). A watchdog in C (`faulthandler`)
+writes the stack of a rank that stays in one step for too long to a file beside that rank's log, hung or not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megalite.observe.slow import Comparison, compare_ranks
 log = logging.getLogger("megalite")
 
 _WARM_STEPS = 3
-"""After so many steps of a start, `timeout_seconds` takes the place of start-up's patience."""
+"""Steps of a start after which `timeout_seconds` replaces the longer start-up timeout."""
 _REPORT_STEPS = 50
-"""Steps over which a rank's median work is taken before ranks are compared."""
+"""Steps over which the median of a rank's work is taken to compare ranks."""
 
 
 class Watch:
@@ -54,7 +54,7 @@ class Watch:
                         self._path.unlink()
 
     def beat(self) -> None:
-        """A step has begun: wind the watchdogs up again."""
+        """Record the beginning of a step and reset the watchdogs."""
         self._steps += 1
         if self.mesh.size == 1 or self._steps < _WARM_STEPS:
             return
@@ -63,7 +63,7 @@ class Watch:
             self._open()
         self.roll_call.beat()
         if self._file is not None:
-            # Earlier than the collectives' own timeout, so that the hung rank's stack shows where it hangs.
+            # Before the collectives' own timeout, so that the stack shows where the rank hangs.
             faulthandler.dump_traceback_later(0.8 * self.timeout, file=self._file)
 
     def _open(self) -> None:
@@ -74,9 +74,9 @@ class Watch:
             log.warning("rank %d: %s cannot be written (%s)", self.mesh.rank, self._path, error.strerror)
 
     def compare(self, step: int, work_seconds: Collection[float]) -> None:
-        """Every 50 steps, all ranks together: name the rank whose own work, without its waits, takes longest.
+        """Collective, every 50 steps: log the rank whose own work, without waits, takes longest.
 
-        `work_seconds` are those of this rank's latest steps; the median counts, so that one long step does not.
+        `work_seconds` are those of this rank's latest steps; their median is compared, so one long step has no effect.
         """
         if self.mesh.size == 1 or step % _REPORT_STEPS:
             return

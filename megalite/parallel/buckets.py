@@ -131,8 +131,8 @@ class Bucket:
     def gradient_added(self, parameter: PlacedParameter) -> None:
         if self._launched and not self.deferred:
             raise RuntimeError(
-                f"a gradient of {parameter.name} arrived after its reduction had begun: the weight was used more often "
-                "in this step than in the one before"
+                f"the gradient of {parameter.name} was added to after its reduction had begun: the weight was used "
+                "more often in this step than in the one before"
             )
         index = self._place[id(parameter)]
         self._reports[index] += 1

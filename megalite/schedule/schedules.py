@@ -116,7 +116,7 @@ def zb_v(ranks: int, micro_batches: int, chunks: int = 2) -> Plan:
 
     # All ranks choose before any result of this step is entered, so an output can be used from the next step on. The
     # limit in `choose` bounds memory: F takes an activation, W frees one, so a full rank fills its idle steps with I
-    # and W instead of running further ahead. The greedy order gives the paper's V-schedule without its case analysis.
+    # and W instead of running further ahead.
     while sum(map(len, plan)) < 6 * ranks * micro_batches:
         for rank, op in enumerate([choose(rank) for rank in range(ranks)]):
             if op is not None:

@@ -1,4 +1,4 @@
-"""Run a plan without a model: how long it takes, how idle the ranks are, what they hold, and that it cannot deadlock.
+"""Simulate a plan without a model: its duration, its bubble, its peak activations, and that it cannot deadlock.
 
 Both walks advance each rank only when what it waits for has happened (ready queues, no rescans), so they take time
 proportional to the number of operations: plans for thousands of GPUs are checked in a second.
@@ -25,10 +25,10 @@ from megalite.schedule.ops import (
 )
 
 Cost = Mapping[str, float | Sequence[float]]
-"""Duration of each compute kind: one number, or one for each stage (uneven stages). Any unit."""
+"""Duration of each compute kind: one number, or one per stage (uneven stages). Any unit."""
 
 UNIT_COST: Cost = MappingProxyType({"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0})
-"""A backward does two matrix products for each one of the forward."""
+"""Backward has two GEMMs for each one in forward."""
 
 
 class Event(NamedTuple):
@@ -46,7 +46,7 @@ class Simulation:
 
     Attributes:
         makespan: time from the first start to the last end.
-        bubble: share of the ranks' time in which they compute nothing, 0 to 1.
+        bubble: fraction of the ranks' time spent idle, 0 to 1.
         peak_live: for each rank, the most (stage, micro-batch) activations that it holds at once.
         timeline: for each rank, its compute operations in order of time.
     """
@@ -58,7 +58,7 @@ class Simulation:
 
 
 class DeadlockError(ScheduleError):
-    """A lowered plan stops; `stopped` maps every rank that is stuck to the operation at which it waits."""
+    """A lowered plan deadlocks; `stopped` maps every stuck rank to the operation it waits at."""
 
     def __init__(self, message: str, stopped: Mapping[int, Op]) -> None:
         super().__init__(message)
@@ -66,10 +66,10 @@ class DeadlockError(ScheduleError):
 
 
 def simulate(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> Simulation:
-    """Time a plan: each rank runs its list in order, every operation as soon as its inputs are there.
+    """Time a plan: each rank runs its list in order, every operation as soon as its inputs exist.
 
     Args:
-        plan: of compute operations; communication in it is passed over.
+        plan: compute operations; communication operations are ignored.
         cost: duration of each kind, a number or one for each stage.
         transfer: time that an activation or gradient takes to the next rank; transfers overlap with compute.
     """
@@ -96,9 +96,9 @@ def _peak_live(ops: Sequence[Op]) -> int:
 
 
 def completions(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> Iterator[Event]:
-    """The compute operations of a plan in the order in which they end (lower rank first where two end together).
+    """The compute operations of a plan in order of completion (lower rank first in a tie).
 
-    Raises ScheduleError where the plan cannot go on because an input is never made, or only later on the same rank.
+    Raises ScheduleError if the plan gets stuck because an input is never produced, or only later on the same rank.
     """
     plan = compute_ops(plan)
     owner = stage_owners(plan)
@@ -146,11 +146,11 @@ def completions(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> It
 
 
 def check_deadlock(lowered: Plan) -> None:
-    """Prove that a lowered plan runs to its end under the strictest reading of its communication.
+    """Prove that a lowered plan completes even with fully blocking communication.
 
-    Every send blocks until the other rank has arrived at the matching receive as its very next operation, and T until
-    both ranks are at it. What passes here cannot hang with any buffering or overlap. R is among data-parallel replicas,
-    which run the same list, so each meets its peers in the same order and it never stops a plan.
+    Every send blocks until the matching receive is the other rank's very next operation, and T until both ranks reach
+    it. A plan that passes cannot hang with any amount of buffering or overlap. R is among data-parallel replicas, which
+    run the same list and so meet in the same order: it never blocks a plan.
 
     Raises DeadlockError where ranks stop, and ScheduleError where a rank uses what it has not yet made or received.
     """
@@ -179,7 +179,7 @@ def check_deadlock(lowered: Plan) -> None:
 
 
 def _step(rank: int, op: Op, last_stage: int, held: list[set[Value]]) -> None:
-    """Let `rank` run `op`: what it needs must be held by this rank, what it makes or receives is held from now on."""
+    """Run `op` on `rank`: check that the rank holds its inputs, and add its outputs to what the rank holds."""
     if op.kind in COMPUTE:
         needs, makes = tuple(inputs_of(op, last_stage)), output_of(op)
     elif op.kind in ("SF", "SB"):
@@ -199,7 +199,7 @@ def _step(rank: int, op: Op, last_stage: int, held: list[set[Value]]) -> None:
 
 
 def _meeting(op: Op, owner: tuple[int, ...]) -> tuple[int, Op]:
-    """The rank and the operation there that a blocking operation waits for."""
+    """The rank, and its operation, that a blocking operation waits for."""
     match = counterpart(op, len(owner) - 1)
     if not 0 <= match.stage < len(owner):
         raise ScheduleError(f"{op} has no other end: the stages are 0 to {len(owner) - 1}")
@@ -207,7 +207,7 @@ def _meeting(op: Op, owner: tuple[int, ...]) -> tuple[int, Op]:
 
 
 def _describe_stop(stopped: Mapping[int, Op], owner: tuple[int, ...]) -> str:
-    """Follow who waits for whom until the circle closes or ends at a rank that has finished; name that part only."""
+    """Follow the wait-for chain until it cycles or ends at a finished rank; describe only that part."""
     chain: list[int] = []
     rank = min(stopped)
     while rank in stopped and rank not in chain:

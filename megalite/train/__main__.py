@@ -1,7 +1,7 @@
 """`python -m megalite.train RECIPE.toml [--check] [--section.field value ...]`: one rank of a training run.
 
-Signals are heard before anything else is imported. Then, in this order: check, lock the run directory, accept the run,
-write. A start that is refused leaves everything as it was.
+Signal handlers are installed before anything else is imported. Then, in this order: check, lock the run directory, load
+or initialise, write. A start that is refused changes nothing on disk.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start(argv: list[str], world: World, stop: StopRequest) -> int:
     lock = RunLock(config.run.dir) if world.rank == 0 else None
     try:
         with stop.at_once(world, lambda: lock.release() if lock else None):
-            # Only now: torch takes seconds, and a directory that is in use is refused at once.
+            # Imported late: torch takes seconds, and a directory in use is refused without that delay.
             from megalite.train.start import Start
 
         return Start(config, command.recipe, world, stop, lock).run(eod)
@@ -68,10 +68,10 @@ def main(argv: list[str]) -> int:
 
 
 def first_to_report(world: World, stop: StopRequest) -> bool:
-    """Whether this rank shall tell a user's mistake, which most often several have found.
+    """Whether this rank should report a user error, which usually several ranks find.
 
-    Rank 0 speaks at once, and the launcher then ends the others. Before the ranks have met, some may be seconds behind;
-    once they have, the job's store knows whether someone has spoken.
+    Rank 0 reports at once, and the launcher then ends the others. Before the process group exists, other ranks wait,
+    since rank 0 may be seconds behind; afterwards the job's store records whether a rank has reported.
     """
     if world.size == 1:
         return True
@@ -82,12 +82,12 @@ def first_to_report(world: World, stop: StopRequest) -> bool:
         return False
     try:
         return bool(dist.distributed_c10d._get_default_store().add("megalite/refusal", 1) == 1)
-    except (RuntimeError, OSError):  # the store has gone with the rank that has spoken
+    except (RuntimeError, OSError):  # the store died with the rank that has reported
         return world.rank == 0
 
 
 if __name__ == "__main__":
     code, place = main(sys.argv[1:]), World()
-    with contextlib.suppress(UserError):  # told by `main`
+    with contextlib.suppress(UserError):  # reported by `main`
         place = World.from_environment()
     leave(code, place)

@@ -1,4 +1,4 @@
-"""Which kinds of attention call a run will make, so that the form for each is chosen before its first step."""
+"""The kinds of attention call a run will make, so that a form for each is chosen before the first step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from megalite.train.trainer import DTYPES
 
 
 def attention_calls(config: Config) -> list[Call]:
-    """Those of training and validation, on whichever rank; the same list on every rank."""
+    """All kinds in training and validation on any rank; the same list on every rank."""
     model, train, tensor = config.model, config.train, config.parallel.tensor
     splits = [split_heads(model.heads, model.kv_heads, tensor, index) for index in range(tensor)]
-    # Where heads do not fall into even groups, every query head is given its own copy of its keys and values.
+    # Without even groups, keys and values are expanded to one head per query head.
     heads = sorted({(split.queries, split.kvs if split.grouped else split.queries) for split in splits})
     passes = (True, False) if train.eval_interval else (True,)
     return [

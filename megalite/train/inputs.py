@@ -1,4 +1,5 @@
-"""What a run reads: its tokenizer and samples, and whether they fit. Imports no torch: mistakes are told at once."""
+"""A run's inputs: its tokenizer and samples, checked against the configuration. Does not import torch, so that errors
+are reported at once."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ from megalite.observe.trackers import require_credentials
 from megalite.text.tokenizers import load_tokenizer
 
 _ORDER_BYTES = 12
-"""Memory that the index needs for a sample, at least: its place in the documents, and in the shuffle."""
+"""Minimum index memory per sample: its entries in the sample index and the shuffle."""
 
 
 def check_inputs(config: Config, ranks: int) -> str:
-    """What `ranks` ranks would train, in one line.
+    """Describe in one line what `ranks` ranks would train.
 
     Raises:
-        UserError: the configuration does not fit itself, that many ranks or the data.
+        UserError: the configuration is inconsistent, or does not fit this number of ranks or the data.
     """
     check(config, ranks)
     require_credentials(config)
@@ -36,7 +37,7 @@ def check_inputs(config: Config, ranks: int) -> str:
 
 
 def _repetition(samples: TokenDataset) -> str:
-    """How often a run goes through its most repeated token file; empty where no file is read twice."""
+    """The number of epochs over the most repeated token file; empty if none is repeated."""
     weights = samples.weights or [1.0]
     drawn = [weight * len(samples) * samples.seq_length for weight in weights]
     tokens = [source.cut.tokens_per_epoch for source in samples.sources]
@@ -56,7 +57,7 @@ def _short(number: int) -> str:
 
 
 def resolve_tokenizer(config: Config) -> tuple[Config, int | None]:
-    """The configuration with `model.vocab_size` known, and the tokenizer's end-of-document id where there is one."""
+    """The configuration with `model.vocab_size` filled in, and the tokenizer's end-of-document id if it has one."""
     if not config.data.tokenizer:
         return config, None
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -78,13 +79,13 @@ def index_folder(config: Config) -> Path:
     beside = Path(parse_sources(config.data.train, "data.train")[0].prefix).parent / "megalite_cache"
     with contextlib.suppress(OSError):
         beside.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=beside):  # has no name that other ranks could remove
+        with tempfile.TemporaryFile(dir=beside):  # nameless, so that other ranks cannot remove it
             return beside
     return Path(config.run.dir) / "cache"
 
 
 def open_data(config: Config, planned: int | None = None) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training and validation samples of a run; `planned` for so many samples, by default those of its steps."""
+    """The training and validation samples of a run, planned for `planned` samples (default: those of its steps)."""
     samples = planned or config.samples_after(config.train.steps)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if samples * _ORDER_BYTES > memory:

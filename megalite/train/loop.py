@@ -1,4 +1,4 @@
-"""The training loop: data in order, steps, validation, checkpoints, metrics, and the ways a run ends."""
+"""The training loop: data, steps, validation, checkpoints, metrics, rollbacks, and the ways a run ends."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from megalite.train.recovery import SpikeDetector, next_sample, skip_range, unea
 from megalite.train.trainer import StepResult, Trainer
 
 MAX_REFUSED_STEPS = 5
-"""So many steps in a row with a loss or gradient that is not finite end the run."""
+"""Consecutive steps with a non-finite loss or gradient before the run rolls back or ends."""
 
 log = logging.getLogger("megalite")
 
 
 @dataclass
 class RunState:
-    """Where a run stands; saved with every checkpoint. All of it is the same on every rank.
+    """The loop's state, saved with every checkpoint; identical on every rank.
 
-    `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` those trained on.
-    `planned_samples` is what the run was first planned for: the data order of a longer plan begins with it.
-    `skips` are the sample ranges [first, stop) to leave out, `losses` and `lr` the spike detector's memory. `rollbacks`
-    counts all of them, `rolled_back_at` are the steps of those that have not been earned back. `attention` is the form
-    that was chosen for each kind of attention call (empty where the configuration names one).
+    `step` counts finished steps of the plan, `samples` is the next global sample number, `tokens` counts tokens trained
+    on. `planned_samples` is the number the run was first planned for: the data order of a longer plan begins with it.
+    `skips` are the sample ranges [first, stop) to leave out, `losses` and `lr` the spike detector's state. `rollbacks`
+    counts all rollbacks, `rolled_back_at` holds the steps of those not yet earned back. `attention` is the form chosen
+    for each kind of attention call (empty if the configuration names one).
     """
 
     step: int = 0
@@ -65,9 +65,9 @@ class RunState:
 
 @dataclass
 class Outcome:
-    """A step that was tried: its result, the global batch it took, and what is wrong with it, if anything.
+    """A step that was tried: its result, its global batch, and in `failure` the reason to roll back, if any.
 
-    `loss` is nan where there is none: nothing of the batch was to be learned.
+    `loss` is nan if the batch held nothing to learn.
     """
 
     result: StepResult
@@ -79,7 +79,7 @@ class Outcome:
 
 
 class TrainingRun:
-    """One call of `python -m megalite.train`, on one rank: from where the run directory stands to a reason to end."""
+    """One call of `python -m megalite.train`, on one rank: resume or begin, then train to a reason to end."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class TrainingRun:
         trainer.observe = observers.recorder.observe
         self._refused = 0
         self._recent: deque[int] = deque(maxlen=MAX_REFUSED_STEPS)
-        """First samples of the latest steps: where a spike began that shows some steps later."""
+        """First samples of the latest steps: a spike is detected some steps after it began."""
 
     def run(self) -> int:
         """Train until the plan's end, `stop_after`, or a signal; returns the exit code."""
@@ -127,7 +127,7 @@ class TrainingRun:
             self._close()
 
     def _start(self) -> None:
-        """Take up the newest checkpoint, or begin."""
+        """Resume from the newest checkpoint, or begin."""
         state = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint)
         if state is not None:
             self._take_up(state)
@@ -155,7 +155,7 @@ class TrainingRun:
         log.info("started from %s at step %d", source, self.state.step)
 
     def _take_up(self, state: dict[str, Any]) -> None:
-        """Stand where `state` was saved; its data were compared with this run's when it was loaded."""
+        """Continue from a saved `state`; its data fingerprint was compared when it was loaded."""
         chosen = self.state.attention
         self.state = RunState(**state | {"fingerprint": self.fingerprint, "planned_samples": self.planned})
         self.state.attention = chosen or self.state.attention
@@ -191,11 +191,11 @@ class TrainingRun:
         return self._saved(FINISHED, f"finished at step {self.last_step}")
 
     def _asked_to_stop(self) -> bool:
-        """Whether any rank has been asked to stop; asked by all together, after what takes long and is not a step."""
+        """Whether any rank has been asked to stop. Collective; called after long work outside of steps."""
         return self.stop.agreed(self.mesh)
 
     def _save(self) -> float:
-        """Make a checkpoint; the seconds for which training stood still."""
+        """Save a checkpoint; returns the seconds that training was stalled."""
         failures = self.checkpoints.failures
         stall = self.checkpoints.save(self.trainer, asdict(self.state))
         self._tell_failures(failures)
@@ -206,7 +206,7 @@ class TrainingRun:
             self.observers.event("save_failed", step=self.state.step, why=self.checkpoints.last_failure)
 
     def _saved(self, code: int, message: str) -> int:
-        """End with `code` once the last checkpoint is safe; a fault if it could not be written."""
+        """Return `code` once the last checkpoint is on disk; raises if it could not be written."""
         failures = self.checkpoints.failures
         saved = self.checkpoints.wait()
         self._tell_failures(failures)
@@ -220,7 +220,7 @@ class TrainingRun:
         return code
 
     def _step(self, step: int) -> Outcome:
-        """One step of the plan, and whether something is wrong with it."""
+        """One step of the plan."""
         state = self.state
         first = next_sample(state.samples, state.skips)
         state.skipped_samples += first - state.samples
@@ -243,13 +243,13 @@ class TrainingRun:
             return outcome
         state.tokens += samples * self.config.train.seq_length
         if lasted := self.detector.spike_steps(result.loss, lr):
-            outcome.failure = f"loss {result.loss:.4f} stands out of the recent {len(self.detector.losses)}"
+            outcome.failure = f"loss {result.loss:.4f} is far above the recent {len(self.detector.losses)}"
             outcome.first = list(self._recent)[-lasted:][0]
         state.losses, state.lr = self.detector.losses, self.detector.lr
         return outcome
 
     def _refuse(self, outcome: Outcome) -> None:
-        """A loss or a gradient was not finite: nothing was updated, the data count as skipped."""
+        """Handle a non-finite loss or gradient: nothing was updated, and the data count as skipped."""
         result, step = outcome.result, self.state.step
         self._refused += 1
         self.state.skipped_samples += outcome.samples
@@ -259,9 +259,9 @@ class TrainingRun:
             outcome.failure = f"loss or gradient was not finite in {self._refused} steps in a row"
 
     def _roll_back(self, outcome: Outcome, started: float) -> None:
-        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); leave out the data around here.
+        """Return to a checkpoint `recovery.rollback_steps` back (or the oldest); skip the data around the failure.
 
-        `started` is the clock when the step began that is given up.
+        `started` is the time (`perf_counter`) at which the failed step began.
         """
         recovery, state = self.config.recovery, self.state
         step, read, skips, rollbacks = state.step, state.samples, state.skips, state.rollbacks + 1
@@ -297,7 +297,7 @@ class TrainingRun:
         self.observers.rewind(self.state.step)
 
     def _validate(self) -> float:
-        """Mean loss over the first `train.eval_samples` validation samples; nan where they hold nothing to predict."""
+        """Mean loss over the first `train.eval_samples` validation samples; nan if none of their labels count."""
         loss, tokens = self.trainer.evaluate(self.valid_data.read(0, self.config.train.eval_samples))
         if not tokens:
             log.warning("step %d: no token of the validation samples counts, so there is no loss", self.state.step)
@@ -326,7 +326,7 @@ class TrainingRun:
         )
 
     def _close(self) -> None:
-        """Close everything, whatever happens to one of them; the first error is the one that is seen."""
+        """Close everything even if one of them fails; the first error is the one raised."""
         with contextlib.ExitStack() as stack:
             for close in (self.checkpoints.close, self.valid_data.close, self.train_data.close):
                 stack.callback(close)

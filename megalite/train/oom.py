@@ -1,4 +1,4 @@
-"""When memory runs out: what this rank holds, beside what the plan expected, and a snapshot to open."""
+"""Out of memory: a report of what this rank holds and what the planner expected, and a memory snapshot."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ log = logging.getLogger("megalite")
 _CPU_MESSAGES = ("can't allocate memory", "not enough memory")
 _HISTORY = 50_000
 _DEPTH = 6
-"""How deep tensors are looked for in the trainer's objects."""
+"""Maximum depth of the search for tensors in the trainer's attributes."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on the host."""
+    """Whether an error means out of memory, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
 
 
 def record_allocations(device: torch.device, on: bool) -> None:
-    """Let CUDA's allocator keep (or no longer keep) who allocated what, for the snapshot."""
+    """Turn CUDA's allocation history, which the snapshot needs, on or off."""
     if device.type == "cuda":
         torch.cuda.memory._record_memory_history(enabled="all" if on else None, stacks="python", max_entries=_HISTORY)
 
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes of this rank's tensors by part, every storage counted once: exact, read off the tensors themselves."""
+    """Exact bytes of this rank's tensors by part, every storage counted once. Reads tensors, allocates nothing."""
     parameters = [parameter for stage in trainer.stages.values() for parameter in placed_parameters(stage)]
     parts: Mapping[str, Any] = {
         "parameters": [parameter.data for parameter in parameters],
@@ -94,7 +94,7 @@ def explain_memory(error: BaseException, config: Config, mesh: Mesh, trainer: Tr
 
 
 def planned_bytes(config: Config, mesh: Mesh) -> Mapping[str, float]:
-    """What the planner expects this rank's pipeline rank to need, by part; empty where it cannot tell."""
+    """The planner's estimate for this rank's pipeline rank, by part; empty if it has none."""
     name = torch.cuda.get_device_name(mesh.device).lower() if mesh.device.type == "cuda" else "cpu"
     kind = next((kind for kind in DEVICES if kind in name), None)
     if kind is None:
@@ -102,7 +102,7 @@ def planned_bytes(config: Config, mesh: Mesh) -> Mapping[str, float]:
     try:
         return rank_memory(Job.of(config, mesh.size, DEVICES[kind]), mesh.index("pp")).parts
     except (UserError, ValueError, KeyError) as error:
-        log.info("the planner cannot tell what was to be expected: %s", error)
+        log.info("no estimate from the planner: %s", error)
         return {}
 
 

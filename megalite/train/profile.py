@@ -1,4 +1,4 @@
-"""Looking closely: torch's profiler over some steps, NVTX ranges for Nsight, and what to read after memory ran out.
+"""Profiling: torch's profiler over some steps, NVTX ranges for Nsight, and a report when memory runs out.
 
 `train.profile = [first, last]` writes one Chrome trace for each of these steps and ranks, with the pipeline's
 operations named in it (`2F0`). Under `nsys profile` the same steps get NVTX ranges and start and stop its capture
@@ -24,7 +24,7 @@ FOLDER = "profile"
 _NSIGHT = "NSYS_PROFILING_SESSION_ID"
 """Set by `nsys profile` in the processes that it watches."""
 _RECORDED_STEPS = 2
-"""The first steps of a start: when memory runs out, it mostly is in them."""
+"""Steps of a start for which allocations are recorded: memory usually runs out in the first ones."""
 
 
 class Profiler:

@@ -1,4 +1,4 @@
-"""Which ranks read the samples of a run, and what they get of them."""
+"""The data loader of a rank: which ranks read samples, and their share of each batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalite.train.trainer import Trainer
 
 
 class Reader:
-    """This rank's micro-batches; ranks in the middle of the pipeline read nothing and get None for each."""
+    """This rank's micro-batches; ranks in the middle of the pipeline read nothing and get None for each one."""
 
     def __init__(
         self, config: Config, mesh: Mesh, trainer: Trainer, dataset: TokenDataset | None, eod: int | None

@@ -1,8 +1,8 @@
-"""Loss spikes: seeing them, and which data to leave out after going back.
+"""Loss spikes: how they are detected, and which data to skip after a rollback.
 
-The recipe is PaLM's (Chowdhery et al. 2022, section 5.1), hands-free: return to a checkpoint some way before the spike
-and leave out the batches around it. Data is left out by moving the global sample number forward; the learning rate
-follows the step and does not notice.
+This automates PaLM's recipe (Chowdhery et al. 2022, section 5.1): return to a checkpoint some way before the spike and
+skip the batches around it. Data is skipped by advancing the global sample number; the learning rate depends on the step
+alone and is unaffected.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from collections.abc import Iterable
 import numpy as np
 
 WINDOW = 256
-"""Losses that are looked back on."""
+"""Number of past losses considered."""
 MINIMUM = 48
-"""Fewer losses than this say nothing about what is usual."""
+"""With fewer losses than this, nothing counts as a spike."""
 _LEVEL = 15
-"""Latest losses whose median is the level: it follows a loss that falls, or that rises after a warm restart."""
+"""Latest losses whose median is the level: short enough to follow a falling loss, or a rise after a warm restart."""
 _RECENT = 128
-"""Losses that tell the usual deviation: noise changes with the batch and the learning rate."""
+"""Losses used to estimate the usual deviation: noise changes with the batch and the learning rate."""
 _NORMAL_MAD = 1.4826
-"""Median absolute deviation of a normal distribution, as a fraction of its standard deviation, inverted."""
+"""Standard deviation of a normal distribution, as a multiple of its median absolute deviation."""
 _LEAST_DEVIATION = 0.005
-"""Of the level, or of one nat where the level is lower: very even losses must not make a ripple a spike."""
+"""Least deviation, relative to the level (at least one nat): with very smooth losses, a ripple is not a spike."""
 _TAILS = ((2, 0.0, 1.5), (3, 1 / 64, 1.25))
-"""(losses in a row, share of the window's largest excesses to pass over, factor): each of the losses in a row must
-exceed so many times the largest excess that is left."""
+"""(consecutive losses, share of the window's largest excesses to ignore, factor): each of the consecutive losses must
+exceed `factor` times the largest remaining excess."""
 _RISE = 1.05
-"""A learning rate that rises faster than this from one step to the next makes the earlier losses no measure."""
+"""If the learning rate rises faster than this from one step to the next, the window is cleared."""
 
 
 class SpikeDetector:
-    """Finds a loss that has gone up and stays up.
+    """Detects a loss that has gone up and stays up.
 
-    A loss is measured by its excess over the level: the median of the latest ones, and how far losses lately were from
-    it, so that a steady fall or rise is expected. The excess must be `threshold` robust standard deviations (by the
-    median absolute deviation), and stand out of the largest excesses in the window, three times in a row; or further
-    out, twice. The second condition needs no assumption on the distribution: with tiny batches or a mixture of sources,
-    losses far from the median are ordinary, but not three in a row beyond all but the largest 1.6 % (probability 4e-6
-    where they are independent). A single high loss cannot be told from a rare hard sample, and is gone with the next
-    step if it did no harm.
+    A loss is measured by its excess over the level, the median of the latest losses; the median of recent excesses is
+    subtracted, so that a steady fall or rise is not a spike. The excess must be `threshold` robust standard deviations
+    (from the median absolute deviation) and exceed the largest excesses in the window, three times in a row; or, by a
+    larger factor, twice. The second condition assumes nothing about the distribution: with tiny batches or mixed
+    sources, losses far from the median are ordinary, but not three in a row beyond all but the largest 1.6 %
+    (probability 4e-6 if independent). A single high loss cannot be distinguished from a rare hard sample, and is gone
+    at the next step if it did no harm.
 
-    `losses` (newest last) and `lr` are its whole state and travel with checkpoints.
+    `losses` (newest last) and `lr` are its whole state and are saved with checkpoints.
     """
 
     def __init__(self, threshold: float, losses: Iterable[float] = (), lr: float = 0.0) -> None:
@@ -50,9 +50,9 @@ class SpikeDetector:
         self.losses = list(losses)[-WINDOW:]
 
     def spike_steps(self, loss: float, lr: float) -> int:
-        """How many steps a spike has lasted that shows with `loss`, the newest, made at learning rate `lr`; 0: none.
+        """The number of steps, up to this one with `loss` at learning rate `lr`, that form a spike; 0 for none.
 
-        A loss that is no spike is taken into the window.
+        A loss that is not a spike enters the window.
         """
         if not math.isfinite(loss):
             return 0
@@ -66,7 +66,7 @@ class SpikeDetector:
         return 0
 
     def _stands_out(self, losses: list[float], steps: int, passed_over: float, factor: float) -> bool:
-        """Whether the last `steps` losses are a spike by the losses before them."""
+        """Whether the last `steps` losses are a spike relative to those before them."""
         before, lowest = np.asarray(losses[:-steps]), min(losses[-steps:])
         if len(before) < MINIMUM:
             return False
@@ -86,17 +86,17 @@ class SpikeDetector:
 def skip_range(
     spike_sample: int, batch: int, skip_steps: int, not_before: int, stop: int | None = None
 ) -> tuple[int, int]:
-    """Samples [first, stop) to leave out: `skip_steps` batches around the one that begins at `spike_sample`.
+    """Samples [first, stop) to skip: `skip_steps` batches around the one that begins at `spike_sample`.
 
-    The range begins no earlier than `not_before` (where the checkpoint stands) and always covers the spike: its first
-    batch, and what was read up to `stop`.
+    The range begins no earlier than `not_before` (the checkpoint's position) and always covers the spike: its first
+    batch, and everything read up to `stop`.
     """
     first = max(not_before, spike_sample - skip_steps // 2 * batch)
     return first, max(first + skip_steps * batch, spike_sample + batch, stop or 0)
 
 
 def next_sample(sample: int, skips: Iterable[tuple[int, int]]) -> int:
-    """Where to read on when the data position has come to `sample`: past every range to leave out that it lies in."""
+    """The next sample to read from position `sample` on: past any skipped range that contains it."""
     for first, stop in sorted(skips):
         if first <= sample < stop:
             sample = stop
@@ -104,8 +104,8 @@ def next_sample(sample: int, skips: Iterable[tuple[int, int]]) -> int:
 
 
 def unearned(rolled_back_at: Iterable[int], step: int, rollback_steps: int) -> list[int]:
-    """Of the steps at which the run went back, those that still count against `recovery.max_rollbacks` at `step`.
+    """The rollbacks, by step, that still count against `recovery.max_rollbacks` at `step`.
 
-    A rollback is earned back when the run has come ten times as far beyond it as it went back, at least 100 steps.
+    A rollback is earned back once the run has gone ten times `rollback_steps`, and at least 100 steps, beyond it.
     """
     return [other for other in rolled_back_at if step <= other + max(100, 10 * rollback_steps)]

@@ -1,7 +1,7 @@
-"""A start of a run, on one rank: from an accepted configuration to the way it ends.
+"""One start of a run, on one rank: process group, model, training loop, shutdown.
 
-The run directory is locked already. Nothing is written into it before `accept`, which the loop calls when it stands
-where the run is to go on: the checkpoint has been loaded, or the initial weights have been made.
+The run directory is already locked. Nothing is written into it before `accept`, which the loop calls once the
+checkpoint has been loaded or the weights have been initialised.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger("megalite")
 
 
 def write_config(config: Config, recipe: str | None) -> None:
-    """Write run.dir/config.toml, unless it is itself the recipe of this start: its author's file is not overwritten."""
+    """Write run.dir/config.toml, unless it is the recipe of this start: the author's file is not overwritten."""
     path = Path(config.run.dir) / "config.toml"
     if recipe and path.exists() and path.samefile(recipe):
         log.info("%s is the recipe of this start and stays as it is; checkpoints keep the configuration in use", path)
@@ -66,7 +66,7 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
 
 
 def what_is_kept(config: Config) -> str:
-    """After Ctrl-C: where the run can go on, and how to stop it without losing steps."""
+    """The message after Ctrl-C: where the run can resume, and how to stop it without losing steps."""
     saved = complete_checkpoints(Path(config.run.dir) / CHECKPOINTS)
     kept = f"the newest checkpoint is {saved[-1][1]}" if saved else f"{config.run.dir} holds no checkpoint yet"
     go_on = "go on from it" if saved else "begin anew"
@@ -85,7 +85,7 @@ class Start:
         self.events = EventLog(config.run.dir, world.rank)
 
     def accept(self) -> None:
-        """From here on the run directory is this start's to write."""
+        """Allow writes to the run directory from here on."""
         self.accepted = True
         self.log.keep()
         if self.world.rank == 0:
@@ -93,13 +93,13 @@ class Start:
         self.events.write_start(self.world.size)
 
     def run(self, eod: int | None) -> int:
-        """Everything from here to the end; returns the exit code."""
+        """Run to the end; returns the exit code."""
         try:
             code = self._run(eod)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(what_is_kept(self.config)) from None
         except RuntimeError:
-            # Peers that were asked to stop before all had met have left already.
+            # Peers that were asked to stop before all ranks had connected have already left.
             if self.stop.signal is None or self.accepted:
                 raise
             return STOPPED
@@ -108,7 +108,7 @@ class Start:
         return code
 
     def _run(self, eod: int | None) -> int:
-        """Meet the other ranks, build the model and train."""
+        """Connect to the other ranks, build the model and train."""
         with self.stop.at_once(self.world, self.lock.release if self.lock else lambda: None):
             device = choose_device(self.config, self.world)
             if self.config.train.deterministic:
@@ -135,7 +135,8 @@ class Start:
             code = TrainingRun(
                 self.config, mesh, trainer, self.stop, watch, observers, eod, self.lock, self.accept
             ).run()
-            mesh.world.all_reduce(torch.zeros(1, device=mesh.device)).wait()  # nobody leaves while another still talks
+            # No rank leaves while another still communicates.
+            mesh.world.all_reduce(torch.zeros(1, device=mesh.device)).wait()
             return code
         except KeyboardInterrupt:
             code = INTERRUPTED

@@ -1,7 +1,7 @@
-"""One rank's share of the training step: its model, its optimizer shard, and what all ranks agree on.
+"""One rank's share of a training step: its model, its optimizer shard, and the sums that all ranks agree on.
 
-`Trainer` owns everything that a step changes and nothing else: data come in as micro-batches, numbers go out as a
-`StepResult`; files, signals, logs and the order of the data are the loop's affair.
+`Trainer` owns exactly what a step changes: micro-batches go in, a `StepResult` comes out. Files, signals, logs and data
+order belong to the loop.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ __all__ = ["DTYPES", "MicroBatches", "StepResult", "Trainer"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all ranks know after a step. `accepted` is False when loss or gradient norm was not finite: no update then.
+    """The result of a step, identical on all ranks. `accepted` is False if loss or gradient norm was not finite; then
+    nothing was updated.
 
-    `loss` is the objective's mean over the step's `units` (tokens that count, pairs); without any it means nothing, and
-    nothing was updated. `grad_norm` is the global norm before clipping, `flags` the sum over the ranks of what each put
-    in (a request to stop, say), `metrics` the objective's own sums over the global batch.
+    `loss` is the objective's mean over the step's `units` (counted tokens, or pairs); with no units it is meaningless,
+    and nothing was updated. `grad_norm` is the global norm before clipping, `flags` the sum of the ranks' `flag`
+    arguments (such as a request to stop), `metrics` the objective's own sums over the global batch.
     """
 
     loss: float
@@ -49,8 +50,8 @@ class StepResult:
 class Trainer(ShardedModel):
     """A model with its optimizer.
 
-    `objective` is what a step minimises where it is told no other, by default the configuration's; one that reads
-    values gets a scalar head.
+    `objective` is what a step minimises unless it is passed another; the default is the configuration's. An objective
+    that reads values gets a scalar head.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Trainer(ShardedModel):
         self.optimizer.restart()
 
     def _count_units(self, batches: MicroBatches, objective: Objective) -> Tensor:
-        """Units of the global batch: fp64 scalar, never fetched to the host. 0 but on the last stage."""
+        """Units of the global batch: fp64 scalar, never copied to the host; 0 except on the last stage."""
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.last_stage is not None:
             for batch in batches:
@@ -100,9 +101,9 @@ class Trainer(ShardedModel):
         return packed.tolist()
 
     def _share(self, losses: dict[int, Tensor]) -> Tensor | float:
-        """This rank's part of a global sum: tensor ranks of the last stage hold the same, so one of them counts.
+        """This rank's term of a global sum: tensor ranks of the last stage hold the same value, so one of them counts.
 
-        The others add 0 times theirs: if it is not finite, on one of them alone, all ranks hear of it.
+        The others add 0 times theirs, so that a non-finite value on any one of them reaches all ranks.
         """
         if not losses:
             return 0.0
@@ -110,7 +111,7 @@ class Trainer(ShardedModel):
         return share if self.mesh.index("tp") == 0 else 0.0 * share
 
     def _share_of_units(self, units: Tensor) -> Tensor | float:
-        """The count is known to every rank of the last stage; one of them puts it into the common message."""
+        """The unit count as a term of a global sum: every rank of the last stage knows it, and one contributes it."""
         first = self.mesh.rank == self.mesh.rank_at(dp=0, ep=0, cp=0, tp=0)
         return units if first and self.last_stage is not None else 0.0
 
@@ -135,10 +136,9 @@ class Trainer(ShardedModel):
     def step(
         self, batches: MicroBatches, lr: float, flag: float = 0.0, objective: Objective | None = None
     ) -> StepResult:
-        """One optimizer step over this rank's micro-batches; every rank calls it with as many.
+        """One optimizer step over this rank's micro-batches; every rank must pass the same number.
 
-        All ranks agree on loss, norm and `flag` before anything is updated, so that either all of them take the step
-        or none does.
+        All ranks agree on loss, norm and `flag` before anything is updated, so either all of them update or none does.
         """
         share = self.accumulate(batches, objective)
         names = sorted(self._sums)
@@ -164,7 +164,7 @@ class Trainer(ShardedModel):
 
 
 def read_outputs(objective: Objective, stage: Stage, hidden: Tensor, batch: Batch, scale: Tensor | float) -> Outputs:
-    """What the objective reads of the last stage."""
+    """The outputs of the last stage that the objective reads."""
     if objective.reads == "loss":
         return Outputs(loss=stage.loss(hidden, batch.labels_BS, scale))
     if objective.reads == "logprobs":

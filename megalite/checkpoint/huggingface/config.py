@@ -1,8 +1,8 @@
-"""`config.json` of Hugging Face and megalite's `ModelConfig`, both ways.
+"""Conversion between Hugging Face's `config.json` and megalite's `ModelConfig`.
 
-Two layouts are read: that of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
-(`rope_parameters`, `dtype`, `layer_types`). What is written is the former, which both versions read. What the fields
-mean is the families' business (`megalite.model.families`).
+Reads the layouts of transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`,
+`layer_types`); writes the former, which both versions read. The families (`megalite.model.families`) interpret the
+fields.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def model_config_from_huggingface(config: Mapping[str, Any], where: str = "confi
 
 
 def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
-    """The dtype that a `config.json` gives the weights, if it does; its two names must agree. Raises UserError."""
+    """The weights' dtype in a `config.json`, if given; its two fields must agree. Raises UserError."""
     words = {field: config[field] for field in DTYPE_FIELDS if config.get(field) is not None}
     known = {name: dtype for dtype, name in NAMES.items()}
     for field, word in words.items():
@@ -40,7 +40,7 @@ def declared_dtype(config: Mapping[str, Any], where: str) -> torch.dtype | None:
 
 
 def eos_ids(config: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
-    """The ids that end a text, as a `config.json` or `generation_config.json` names them; None where it does not.
+    """The end-of-text ids in a `config.json` or `generation_config.json`; None if not given.
 
     Raises UserError for anything but an id or a list of ids.
     """
@@ -58,8 +58,8 @@ def huggingface_config(
 ) -> dict[str, Any]:
     """`config.json` of a model; `dtype` is `float32`, `bfloat16` or `float16`.
 
-    `preferred` is the `model_type` to take where it computes this model; of the fields in `kept`, those that change no
-    result are carried along. Raises UserError for a combination of features that no family has.
+    `preferred` is the `model_type` to use if that family can express this model; fields of `kept` that do not affect
+    results are copied. Raises UserError for a combination of features that no family has.
     """
     family = family_of_model(model, preferred)
     carried = {name: value for name, value in (kept or {}).items() if name in family.without_effect}

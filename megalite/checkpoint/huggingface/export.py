@@ -1,7 +1,7 @@
-"""From a megalite checkpoint to a Hugging Face directory, a few hundred MiB at a time.
+"""Export of a megalite checkpoint to a Hugging Face directory, a few hundred MiB at a time.
 
-The files are laid out as the safetensors library writes them (larger dtypes first, then by name), so that a model that
-came from Hugging Face and goes back is the same bytes. Everything appears at once, under the final name, or not at all.
+The files are laid out as the safetensors library writes them (larger dtypes first, then by name), so that a round trip
+from and to Hugging Face is byte-identical. The directory appears atomically under its final name, or not at all.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from megalite.model.families import FileTensor, Rows, family_of_model
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
 KEPT = "huggingface"
-"""Folder of a run directory that keeps the small files of the model it was imported from."""
+"""Folder in a run directory with the small files of the model it was imported from."""
 
 BLOCK_BYTES = 1 << 28
 
 _FILE_ORDER = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Progress = Callable[[str, int, int], None]
-"""(what was just written, bytes so far, bytes in all)."""
+"""(what was just written, bytes so far, total bytes)."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Export:
 
 @contextmanager
 def appearing(final: Path) -> Iterator[Path]:
-    """A directory to fill, beside `final`, whose name it takes when the block ends without an exception."""
+    """A temporary directory beside `final`, renamed to it when the block ends without an exception."""
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists already; give a new directory, or remove it first")
     with write_errors_named(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        # A name that nothing else has, so that nothing of anybody else's is in the way or removed.
+        # A unique name, so that nothing of anyone else's is in the way or removed.
         partial = final.with_name(f".{final.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
         partial.mkdir()
         try:
@@ -100,8 +100,8 @@ def export_huggingface(
 ) -> Export:
     """Write `directory` (new, or empty) from a checkpoint. Raises UserError.
 
-    `dtype`: `float32`, `bfloat16`, `float16`, or `auto`: what the run computes in, and of weights that were imported
-    and never trained, what they came in. More than `shard_bytes` of weights make several files and an index.
+    `dtype`: `float32`, `bfloat16`, `float16`, or `auto`: the run's precision, or, for imported weights that were never
+    trained, their original dtype. More than `shard_bytes` of weights are split into several files with an index.
     """
     model = build_config({"model": reader.manifest.model}).model
     kept = _kept_files(reader)
@@ -148,14 +148,14 @@ def _dtypes(reader: CheckpointReader, tensors: Sequence[FileTensor], wanted: str
 
 
 def recipe_of(reader: CheckpointReader) -> dict[str, Any]:
-    """The recipe that the checkpoint carries, or nothing."""
+    """The checkpoint's recipe; empty if it has none."""
     if "config.toml" not in reader.manifest.extras:
         return {}
     return tomllib.loads(reader.extra("config.toml").decode("utf-8"))
 
 
 def _assign(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensors, filled one file after the other in the order of the model."""
+    """File name -> tensors, filling one file after the other in the order of the model."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -171,7 +171,7 @@ def _assign(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
 
 @dataclass
 class _WeightWriter:
-    """Writes safetensors files from a checkpoint, block by block; `progress` is told of `done` bytes out of `total`."""
+    """Writes safetensors files from a checkpoint, block by block; `progress` gets `done` and `total` bytes."""
 
     reader: CheckpointReader
     tensors: Mapping[str, FileTensor]
@@ -203,7 +203,7 @@ class _WeightWriter:
 
 
 def row_blocks(reader: CheckpointReader, name: str, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) that cut no stored piece, so that none is read twice; at most about `block_bytes` each."""
+    """Rows [start, stop) that split no stored piece, so that none is read twice; about `block_bytes` each at most."""
     entry = reader.manifest.index[WEIGHT][name]
     row_bytes = math.prod(entry.shape[1:]) * DTYPES[entry.dtype].itemsize
     edges, reach = [], 0
@@ -223,9 +223,9 @@ def row_blocks(reader: CheckpointReader, name: str, block_bytes: int = BLOCK_BYT
 def _config_file(
     reader: CheckpointReader, model: ModelConfig, kept: bytes | None, dtype: str, *, as_imported: bool
 ) -> bytes:
-    """`config.json`: the imported one where it still describes the model, else a new one with what it says beside.
+    """`config.json`: the imported one if it still describes the model, else a new one with its other fields.
 
-    `dtype` is what the weights are written in; where they are `as_imported`, the imported file keeps what it says.
+    `dtype` is the dtype the weights are written in; `as_imported`, the imported file's own value is kept.
     """
     original = {} if kept is None else parse_json(kept, Path(KEPT) / CONFIG)
     beside = _special_ids(reader) | original
@@ -240,7 +240,7 @@ def _config_file(
 
 
 def _small_files(reader: CheckpointReader, kept: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The tokenizer, and what else lay beside the model that was imported."""
+    """The tokenizer and the other small files of the imported model."""
     files = {name: content for name, content in kept.items() if name != CONFIG}
     return files if any(name in files for name in TOKENIZER_FILES[:2]) else files | _tokenizer_files(reader)
 
@@ -256,7 +256,7 @@ def _tokenizer(reader: CheckpointReader) -> Tokenizer | None:
 
 
 def _tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
-    """The tokenizer that the checkpoint carries, under the names that transformers looks for."""
+    """The checkpoint's tokenizer, under the file names that transformers expects."""
     tokenizer = _tokenizer(reader)
     if tokenizer is None or not tokenizer.files:
         return {}
@@ -276,7 +276,7 @@ def _tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
 
 
 def _puts_space_first(path: Path) -> bool:
-    """Whether this sentencepiece model begins every text with a space of its own."""
+    """Whether this sentencepiece model prepends a space to every text."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode("x", out_type=str)
     return pieces[0].startswith("▁")
 
@@ -290,7 +290,7 @@ def _special_ids(reader: CheckpointReader) -> dict[str, int]:
 
 
 def kept_files(directory: Path) -> dict[str, bytes]:
-    """The small files of a Hugging Face directory that are worth keeping, checked to be what they should be."""
+    """The small files of a Hugging Face directory that are worth keeping, validated."""
     files = {}
     for name in (CONFIG, GENERATION, *TOKENIZER_FILES):
         path = directory / name

@@ -1,7 +1,7 @@
-"""From a Hugging Face directory to a run directory of megalite, a few hundred MiB at a time.
+"""Import of a Hugging Face directory into a new run directory, a few hundred MiB at a time.
 
-The run directory holds `checkpoints/step_00000000` (the weights in the dtype they came in, no optimizer state),
-`config.toml` with the model, and `huggingface/` with the small files (config, tokenizer) that an export gives back.
+The run directory holds `checkpoints/step_00000000` (the weights in their original dtype, no optimizer state),
+`config.toml` with the model, and `huggingface/` with the small files (config, tokenizer) that an export restores.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from megalite.files import sync_directory, write_atomically
 from megalite.model.shapes import model_shapes
 
 _LONGEST = 4096
-"""Sequence length that the recipe suggests, where the model allows as much."""
+"""Upper limit of the sequence length in the generated recipe."""
 
 
 def import_huggingface(directory: Path, run: Path, progress: Progress | None = None) -> Config:
-    """Make the run directory `run` (new, or empty) from a Hugging Face directory; its recipe. Raises UserError."""
+    """Create the run directory `run` (new, or empty) from a Hugging Face directory; returns its recipe. Raises
+    UserError."""
     with HuggingFaceSource(directory) as source:
         shapes = model_shapes(source.model)
         compare_shapes(shapes, source.shapes(), str(directory))

@@ -1,7 +1,7 @@
 """Hugging Face directories as a source of weights: any box of any tensor, from one safetensors file or many shards.
 
-Which tensors there must be, and which rows of them are which of megalite's global tensors, says the family. A directory
-is read as it lies, in any layout, and only the rows that a rank needs. Nothing in it is trusted; no pickle is loaded.
+The family defines which tensors must exist, and which rows of them are which of megalite's global tensors. A directory
+is read directly, in any layout, and only the rows that a rank needs. Nothing in it is trusted; no pickle is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 )
 
 MAX_SMALL_FILE = 1 << 28
-"""Bytes that no file beside the weights needs."""
+"""Upper limit in bytes for files other than weights."""
 
 _CHUNK_BYTES = 1 << 26
 _PREFIX = "model."
@@ -60,9 +60,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class HuggingFaceSource:
     """The weights of a Hugging Face directory, with the interface of `megalite.checkpoint.source.TensorSource`.
 
-    `family` and `model` are what `config.json` describes. Tensors are stored in fp32, bf16 or fp16. Raises UserError,
-    naming the file, for a missing shard, a truncated or oversized header, an index that points outside, another dtype,
-    and naming the tensor for one that is missing, has another shape, or belongs to nothing.
+    `family` and `model` come from `config.json`. Tensors are stored in fp32, bf16 or fp16. Raises UserError: naming the
+    file, for a missing shard, a truncated or oversized header, an index that points outside, or another dtype; naming
+    the tensor, if one is missing, has another shape, or is unknown.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -86,7 +86,7 @@ class HuggingFaceSource:
                 self._parts.setdefault(rows.name, []).append((tensor, start, rows))
         self._shapes = {name: parts[0][2].shape for name, parts in self._parts.items()}
 
-    # Which tensor lies where
+    # Locating tensors
 
     def _locate(self, expected: dict[str, FileTensor]) -> dict[str, tuple[TensorFile, str]]:
         """File and name there of every tensor, by its name in the family.
@@ -105,9 +105,9 @@ class HuggingFaceSource:
         return {known.get(name, name): place for name, place in places.items()}
 
     def _places(self) -> dict[str, str]:
-        """The file of every tensor, as the index says it, or those of the only file."""
+        """The file of every tensor: from the index, or the only file."""
         index, single = self.directory / INDEX, self.directory / SINGLE
-        if not os.path.lexists(index):  # a link that leads nowhere is a fault, not an absent file
+        if not os.path.lexists(index):  # a dangling link is a fault, not an absent file
             if os.path.lexists(single):
                 return dict.fromkeys(self._open(SINGLE).tensors, SINGLE)
             remedy = f"needed is {SINGLE}, or {INDEX} and its shards"
@@ -145,7 +145,7 @@ class HuggingFaceSource:
         return self._files[file]
 
     def _check_coverage(self, tensors: dict[str, FileTensor]) -> None:
-        """Every tensor of the architecture is there, and nothing else but what says the same again."""
+        """Check that every tensor of the architecture exists, and nothing else except redundant copies."""
         found = {name: file.entry(stored).shape for name, (file, stored) in self._where.items()}
         found = {name: shape for name, shape in found.items() if not self.family.ignored.fullmatch(name)}
         for name, original in self.family.copies(self.model).items():
