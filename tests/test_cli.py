@@ -168,7 +168,7 @@ def test_what_a_command_line_means() -> None:
         ("--needed 1 --weight nan", "'nan' is not a number"),
         ("--needed 1 --kind longst", "'longst' is not one of first, longest; did you mean longest?"),
         ("--needed 1 stray", "unrecognized arguments: stray"),
-        ("--needed 1 --odd", "'--odd' is not understood; overrides are written --section.field value"),
+        ("--needed 1 --odd", "--odd is unknown; did you mean --needed"),
     ],
 )
 def test_mistakes_on_a_command_line(line: str, message: str) -> None:

@@ -187,7 +187,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizer(run: Program, talker: Path) ->
         (("--max-samples", -3), "--max-samples: '-3' is not a whole number from 1 up"),
         (("--micro-batch-size", 0), "--micro-batch-size: '0' is not"),
         (("--seq-length", 0), "--seq-length: '0' is not"),
-        (("--seq-length", "9" * 30), "max_positions = 128"),
+        (("--seq-length", "9" * 30), "train.seq_length = 999999999999999999999999999999 is too large"),
         (("--data", TOOLS / "evaluate.py"), "evaluate.py"),
     ],
 )

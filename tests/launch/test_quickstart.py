@@ -69,11 +69,11 @@ def test_foreign_files_are_not_cleared(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "x"], "argument --steps: 'x' is not a number; give 1 or more"),
-        (["--processes", "0"], "argument --processes: '0' is not a number"),
-        (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--steps", "x"], "--steps: 'x' is not a whole number from 1 to"),
+        (["--processes", "0"], "--processes: '0' is not a whole number from 1 to"),
+        (["--device", "tpu"], "--device: 'tpu' is not one of auto, cpu, cuda"),
         (["--model.layrs", "2"], "did you mean"),
-        (["--stepz", "2"], "'--stepz' is not understood"),
+        (["--stepz", "2"], "--stepz is unknown; did you mean --steps"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(arguments, message):

@@ -123,7 +123,7 @@ def wrong_shape(rank, dtype, shape):
     plan = lower(build_schedule("1f1b", 2, 1))
     engine = PipelineEngine(plan[rank], range(2), mesh, Activation(SHAPE, torch.float32, mesh.device))
     if rank == 0:
-        with pytest.raises(ValueError, match=r"0SF0: .* does not travel as"):
+        with pytest.raises(ValueError, match=r"0SF0: .* does not match"):
             engine.run(lambda stage, micro, hidden: torch.zeros(shape, dtype=dtype))
 
 

@@ -36,7 +36,7 @@ SMALL = {
 }
 
 
-def build(layout, rank=0, fields=None, objective=NEXT_TOKEN, head="vocabulary"):
+def build(layout, rank=0, fields=None, objective=NEXT_TOKEN):
     """One rank's trainer and what writes it down."""
     config = Case.of(SMALL | {"train.global_batch_size": 8 * layout.data} | layout.fields | dict(fields or {})).config(
         layout.world
@@ -44,7 +44,7 @@ def build(layout, rank=0, fields=None, objective=NEXT_TOKEN, head="vocabulary"):
     recorder = Recorder()
     mesh = Mesh(pp=layout.pipeline, dp=layout.data, tp=layout.tensor, rank=rank, device=META, make_group=recorder)
     kernels = select_kernels({"default": "reference", "attention": "sdpa"}, META)
-    trainer = Trainer(config, mesh, kernels, objective=objective, head=head)
+    trainer = Trainer(config, mesh, kernels, objective=objective)
     trainer.observe = recorder.observe
     return trainer, recorder
 
@@ -95,7 +95,7 @@ KINDS = {
         {"model.tie_embeddings": True, "model.qk_norm": True, "train.recompute": "selective"},
     ),
 }
-OBJECTIVES = {"log-probabilities": (FOCAL, "vocabulary"), "values": (REGRESSION, "scalar")}
+OBJECTIVES = {"log-probabilities": FOCAL, "values": REGRESSION}
 
 
 def check(trainer, recorder, documents=False):
@@ -125,8 +125,7 @@ def test_the_same_of_documents(name):
 @pytest.mark.parametrize("name", ["alone", "tensor, sequence", "zero 3", "1f1b last"])
 def test_the_same_of_other_objectives(name, reads):
     layout, rank, fields = KINDS[name]
-    objective, head = OBJECTIVES[reads]
-    check(*build(layout, rank, fields, objective, head))
+    check(*build(layout, rank, fields, OBJECTIVES[reads]))
 
 
 @pytest.mark.fast

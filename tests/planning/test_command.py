@@ -109,7 +109,7 @@ def test_the_searchs_toml_is_a_recipe(plan):
         (["--devices", "0", "--device-type", "h100"], "1b", "--devices = 0 is too small"),
         (["--devices", "9" * 400, "--device-type", "h100", "--search"], "1b", "is too large; it must be at least 1"),
         (["--devices", "8", "--device-type", "h100"], "124m", "model.vocab_size"),
-        (["--devices", "8", "--device-type", "h100", "--tokens", "-1"], "1b", "--tokens -1"),
+        (["--devices", "8", "--device-type", "h100", "--tokens", "-1"], "1b", "--tokens: '-1' is not a number above 0"),
         (["--devices", "8", "--device-type", "h100", "--parallel.tensro", "2"], "1b", "did you mean parallel.tensor"),
         (["--devices", "1", "--device-type", "a100", "--search"], "llama3-70b-256gpu", "no layout fits"),
     ],

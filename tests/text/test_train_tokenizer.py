@@ -32,7 +32,7 @@ def test_program_writes_model_and_list_and_reports(tmp_path, source_texts) -> No
         check=True,
     )
     assert "bytes per token on" in done.stdout and "held-out text" in done.stdout
-    assert "1 records, not text" in done.stdout and "a.jsonl:61" in done.stdout
+    assert "1 record, not text" in done.stdout and "a.jsonl:61" in done.stdout
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
     assert model.vocab_size() == 800
     listed = (tmp_path / "t.vocab").read_text().split("\n")
