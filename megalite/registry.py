@@ -1,4 +1,4 @@
-"""Names in a configuration that stand for code: built-in ones, or a user's own as `module:name`."""
+"""Names in a configuration that refer to code: built-in ones, or a user's own as `module:name`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Thing = TypeVar("Thing")
 
 
 def search_beside(recipe: Path | str) -> None:
-    """Let modules that lie in the recipe's folder be found, after everything else that can be imported."""
+    """Make modules in the recipe's folder importable, after everything else on the path."""
     folder = str(Path(recipe).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
 
 
 def look_up(name: str, known: Mapping[str, Thing], field: str) -> Thing:
-    """What `name` stands for in `known`, or the attribute of a module where it is written `module:name`.
+    """The object called `name` in `known`, or a module's attribute if written as `module:name`.
 
     `field` is the configuration field that holds the name, for the message of the `UserError`.
     """

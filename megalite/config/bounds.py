@@ -1,4 +1,4 @@
-"""What a field's value must be beyond its type: bounds stand beside the field, as `Annotated[int, AtLeast(1)]`.
+"""Bounds on a field's value, declared with the field as `Annotated[int, AtLeast(1)]`.
 
 A bound refuses a value in one sentence (`refusal`) and is, as a string, what would be right, for `--help`.
 """
@@ -24,7 +24,7 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, each of which may be excluded."""
+    """Numbers in an interval with inclusive or exclusive ends."""
 
     low: float
     high: float
@@ -80,7 +80,7 @@ def Above(low: float, high: float = math.inf) -> Range:
 
 
 def split_annotation(annotation: Any) -> tuple[Any, tuple[Bound, ...]]:
-    """The plain type of a schema's annotation, and the bounds beside it."""
+    """The plain type and the bounds of a schema annotation."""
     if get_origin(annotation) is Annotated:
         plain, *bounds = get_args(annotation)
         return plain, tuple(bounds)

@@ -176,7 +176,7 @@ def _field_type(section: str, name: str, what: str) -> Any:
 
 
 def _from_text(text: str, expected: Any) -> Any:
-    """The plain value of a command-line word: strings as they stand, everything else in TOML's notation."""
+    """The value of a command-line word: bare strings as they are, everything else in TOML."""
     expected, _ = split_annotation(expected)
     quotes = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
     if (expected is str or get_origin(expected) is Literal) and not quotes:
@@ -187,7 +187,7 @@ def _from_text(text: str, expected: Any) -> Any:
         tables = parse_toml(f"value = {text}")
     except ValueError:
         return text  # a bare word: fits where one prefix may stand for a list, and is refused by name elsewhere
-    return tables["value"] if len(tables) == 1 else text  # a second line is no value
+    return tables["value"] if len(tables) == 1 else text  # a value has only one line
 
 
 def _fit(value: Any, annotation: Any, path: str) -> Any:

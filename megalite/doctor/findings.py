@@ -1,4 +1,4 @@
-"""A finding is one line: how bad, what was looked at, where, what was found, what to do."""
+"""A finding is one line: severity, what was checked, where, the result, the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nvidia-smi tells about a node's GPUs: clocks and why they are low, memory errors, links, strangers."""
+"""GPU checks through nvidia-smi: clocks and throttling, memory errors, links, foreign processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The collectives that a run will use, along every axis of its mesh: are they correct, and how fast."""
+"""Correctness and bandwidth of the collectives along every axis of a run's mesh."""
 
 from __future__ import annotations
 

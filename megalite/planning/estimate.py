@@ -1,4 +1,4 @@
-"""One plan: everything that `tools/plan.py` tells about a configuration on a number of devices of one kind."""
+"""One plan: everything that `tools/plan.py` reports about a configuration on a number of devices of one kind."""
 
 from __future__ import annotations
 

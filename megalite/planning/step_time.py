@@ -25,17 +25,17 @@ SMALL = 160.0
 """A product reaches half its rate where one of its dimensions is this small: tiles are cut, pipelines fill."""
 
 HIDDEN_SHARE = 0.8
-"""Share of a computation's time in which communication beside it makes progress: the two compete for the device."""
+"""Fraction of compute time in which overlapped communication makes progress: the two compete for the device."""
 
 STEP_OVERHEAD = 3e-3
-"""Once a step: the ranks agree on norm and loss, the host waits for the answer, data are fetched. Seconds."""
+"""Seconds per step for the all-reduce of norm and loss, the host's wait for it, and fetching data."""
 
 SCORE_BYTES = (13.0, 22.0)
-"""Bytes moved for each attention score, forward and backward, where scores are written out (with dropout)."""
+"""Bytes moved per attention score, forward and backward, if scores are materialised (with dropout)."""
 
 
 class TimeParts(NamedTuple):
-    """Seconds of one rank by kind; `launch` is what waiting for the host adds."""
+    """Seconds of one rank by kind; `launch` is time spent waiting for the host."""
 
     products: float = 0.0
     attention: float = 0.0

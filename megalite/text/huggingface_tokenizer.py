@@ -26,7 +26,7 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; the end of a document is `eos_token` of the `tokenizer_config.json` beside it.
+    """A `tokenizer.json`; the end of a document is `eos_token` in the `tokenizer_config.json` beside it.
 
     Without that file it is the first of `EOD_NAMES` in the vocabulary. See `Tokenizer` for the interface. Where the
     words the library cuts a text into are known (see `megalite.text.pretokenize`) and merged plainly (see

@@ -21,7 +21,7 @@ class Quarantine:
     Attributes:
         reasons: how many rows of each reason.
         examples: the first few rows.
-        damaged: the first row that tells of a damaged file, or None.
+        damaged: the first row about a damaged file, or None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Quarantine:
             self._pending.file.write(orjson.dumps(row) + b"\n")
 
     def finish(self) -> None:
-        """Give the file its name, or remove one of an earlier run where there is nothing to tell now."""
+        """Give the file its final name, or, without rows, remove that of an earlier run."""
         with write_errors_named(self.path):
             if self._pending is None:
                 self.path.unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def quarantine_row(record: BadRecord) -> dict[str, Any]:
 
 
 def read_quarantine(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, none where there is no file."""
+    """The rows of a file; none if the file does not exist."""
     if path.is_file():
         with open(path, "rb") as file:
             yield from map(orjson.loads, file)

@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of these ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD.
+        """The text of these ids; invalid UTF-8 (a truncated character) becomes U+FFFD.
 
         Ids that the tokenizer does not have, such as those that pad a model's vocabulary, are left out.
         """
@@ -57,7 +57,7 @@ def load_tokenizer(path_or_kind: str | Path, kind: str | None = None, allow_spec
 
     Args:
         path_or_kind: the file, the folder, or `byte`.
-        kind: one of `KINDS`; overrides what the name says.
+        kind: one of `KINDS`; overrides the file name.
         allow_special: whether special tokens that stand in a text become these tokens where the library does so
             (Hugging Face); sentencepiece and bytes never make them of text.
 

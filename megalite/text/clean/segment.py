@@ -29,7 +29,7 @@ class Segmenter(Protocol):
 
 
 class WhiteSpace:
-    """Tokens lie between white space; words are tokens without the punctuation around them."""
+    """Tokens are separated by white space; words are tokens without surrounding punctuation."""
 
     def tokens(self, text: str) -> list[str]:
         return text.split()
