@@ -99,7 +99,8 @@ class Call:
 class MeasuredAttention:
     """An attention that uses the fastest of `candidates` for every kind of call.
 
-    A candidate that fails for a kind (unsupported, out of memory, a failed compilation) is logged and excluded for it. If all fail, torch's own choice is used.
+    A candidate that fails for a kind (unsupported, out of memory, a failed compilation) is logged and excluded for it.
+    If all fail, torch's own choice is used.
     """
 
     def __init__(self, candidates: Mapping[str, Attention], measure: Callable[..., float] | None = None) -> None:

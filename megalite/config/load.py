@@ -240,7 +240,7 @@ def _fit_list(value: Any, item: Any, path: str) -> tuple[Any, ...]:
 
 
 def describe(annotation: Any) -> str:
-    """What a value of this type looks like, for a message."""
+    """A description of the values of this type, for a message."""
     expected, _ = split_annotation(annotation)
     if get_origin(expected) is Literal:
         return f"one of {', '.join(get_args(expected))}"

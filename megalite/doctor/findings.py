@@ -16,7 +16,7 @@ _ORDER = {FAULT: 0, WARNING: 1, OK: 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """`where` names the node, GPU or rank; `remedy` is empty where nothing is to be done."""
+    """`where` names the node, GPU or rank; `remedy` is empty if nothing is to be done."""
 
     level: str
     check: str

@@ -20,7 +20,7 @@ CHINCHILLA_TOKENS = 20.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Bytes, seconds, FLOPs, dollars; None where the device's numbers are not known."""
+    """What a run needs. Bytes, seconds, FLOPs, dollars; None if the device's numbers are not known."""
 
     job: Job
     tokens: float

@@ -22,7 +22,7 @@ from megalite.planning.memory import stage_elements
 from megalite.schedule.simulate import simulate
 
 SMALL = 160.0
-"""A product reaches half its rate where one of its dimensions is this small: tiles are cut, pipelines fill."""
+"""A GEMM reaches half its peak rate when a dimension is this small: partial tiles, pipelines not filled."""
 
 HIDDEN_SHARE = 0.8
 """Fraction of compute time in which overlapped communication makes progress: the two compete for the device."""
@@ -70,7 +70,7 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, and where they go: means over the pipeline ranks.
+    """Seconds of a step and their breakdown: means over the pipeline ranks.
 
     `bubble` is the share of the pipeline's time in which its ranks compute nothing, as the simulator and the report
     count it.
@@ -133,7 +133,7 @@ def _exposed(communication: float, beside: float) -> float:
 
 
 def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
-    """What the tensor ranks' exchanges in a layer add to forward, input gradients and weight gradients; seconds.
+    """Exposed seconds of tensor-parallel communication in a layer: forward, input gradient, weight gradient.
 
     As `megalite.parallel.linear` does it: a column-parallel layer's input is gathered again under the product of its
     input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a

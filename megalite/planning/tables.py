@@ -105,7 +105,7 @@ def _run(plan: Plan) -> Table:
 
 
 def verdict(plan: Plan) -> str:
-    """One sentence: does it fit, and what to do where it does not."""
+    """One sentence: whether it fits, and if not, what to do."""
     total, device = plan.memory.total / GIB, plan.job.device
     if plan.fits is None:
         return f"{total:.2f} GiB a process beyond what Python and torch take."

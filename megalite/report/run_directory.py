@@ -70,7 +70,7 @@ class Run:
     complaints: list[tuple[str, str]] = field(default_factory=list)
 
     def column(self, name: str) -> list[float]:
-        """One value a step; nan where there is none."""
+        """One value a step; nan if there is none."""
         return [math.nan if row.get(name) is None else row[name] for row in self.rows]
 
     @property
@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def final_losses(self) -> tuple[float, float]:
-        """(training, validation), each nan where there is none."""
+        """(training, validation), each nan if there is none."""
         return final_losses(self.column("loss"), self.column("validation_loss"))
 
     @cached_property

@@ -11,7 +11,7 @@ from megalite.text._bpe import BytePairs
 def make_word_encoder(model: dict[str, Any]) -> Callable[[str], bytes] | None:
     """The function from a word to its int32 ids as bytes, for the `model` of a `tokenizer.json`.
 
-    None where it is anything but plain byte pairs: dropout, marks at the ends of words, or a vocabulary without some
+    None if it is anything but plain byte pairs: dropout, marks at the ends of words, or a vocabulary without some
     byte (a word with that one would need the library's rules for unknown characters).
     """
     plain = model.get("type") == "BPE" and not any(

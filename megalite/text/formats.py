@@ -1,4 +1,4 @@
-"""What a file holds, by its first bytes and its name, and its content as blocks and lines in bounded memory."""
+"""File format detection by content and name, and reading as blocks and lines in bounded memory."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Records that could not be used, kept in a `.jsonl` file with where they stood and why."""
+"""Unusable records, kept in a `.jsonl` file with their location and the reason."""
 
 import base64
 from collections import Counter
@@ -16,7 +16,7 @@ EXAMPLES = 3
 
 
 class Quarantine:
-    """Writes rows to `path` under a temporary name; without any row there is no file in the end.
+    """Writes rows to `path` atomically; without any rows no file is created.
 
     Attributes:
         reasons: how many rows of each reason.
@@ -61,7 +61,7 @@ class Quarantine:
 
 
 def quarantine_row(record: BadRecord) -> dict[str, Any]:
-    """A record as JSON values: its bytes as text (`raw`) where they are that, else as `raw_base64`."""
+    """A record as JSON values: its bytes as text (`raw`) if valid UTF-8, else as `raw_base64`."""
     row: dict[str, Any] = {
         "file": str(record.path),
         "line": record.line,

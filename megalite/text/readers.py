@@ -175,7 +175,7 @@ def _json_value(
 
 
 def _whole(path: Path, compression: str, counter: ReadCounter, limit: int) -> bytes | int:
-    """The content of a file, or its size where that exceeds `limit`."""
+    """The content of a file, or its size if that exceeds `limit`."""
     gathered: list[bytes] = []
     size = 0
     for block in blocks(path, compression, counter):
@@ -187,7 +187,7 @@ def _whole(path: Path, compression: str, counter: ReadCounter, limit: int) -> by
 
 
 def _second_opinion(path: Path, line: int, raw: bytes, error: str, on_bad: OnBad) -> Any:
-    """Why orjson refused the line; the record itself where that was only a NaN, which Python's own parser takes."""
+    """Why orjson refused the line; the record itself if only for a NaN, which Python's own parser accepts."""
     try:
         record = json.loads(raw.decode(), parse_int=_as_orjson)
         orjson.dumps(record)  # refuses what cannot be UTF-8

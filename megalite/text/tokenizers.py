@@ -14,14 +14,14 @@ KINDS = ("sentencepiece", "huggingface", "byte")
 
 
 class Tokenizer(Protocol):
-    """What the tools and the trainer need of a tokenizer. Ids are int32 arrays; no special id is added by encoding.
+    """The tokenizer interface of the tools and the trainer. Ids are int32 arrays; no special id is added by encoding.
 
     Half a surrogate pair in a text (what Python makes of bytes that are not UTF-8) is encoded as U+FFFD.
 
     Attributes:
         kind: one of `KINDS`.
         vocab_size: every id is below it.
-        eod: id put after each document, or None where the tokenizer has none.
+        eod: id put after each document, or None if the tokenizer has none.
         bos: id of the beginning of a text, or None.
         files: the files it was loaded from, in a fixed order (empty for `byte`).
     """
