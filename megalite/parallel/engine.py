@@ -149,7 +149,7 @@ class PipelineEngine:
             return
         tensor = self._outputs.pop(key)
         if tensor.shape != self.activation.shape or tensor.dtype != self.activation.dtype:
-            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not match {self.activation}")
+            raise ValueError(f"{op}: {tensor.dtype} {tuple(tensor.shape)} does not travel as {self.activation}")
         work = self._group.send(tensor, neighbour)
         if op.kind == "SF" and torch.is_grad_enabled():
             self._forward_sends[key] = (tensor, work)  # kept until its gradient comes back
