@@ -18,7 +18,7 @@ PIECE = 1 << 16  # elements: the five fp32 pieces of an update fill 1.3 MB
 
 
 def check(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, param_out: Tensor | None) -> None:
-    """Raise ValueError where a buffer is not flat or not as long as `master`; both forms begin with it."""
+    """Raise ValueError if a buffer is not flat or not as long as `master`; both forms call it first."""
     buffers = {"master": master, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "param_out": param_out}
     for name, x in buffers.items():
         if x is not None:

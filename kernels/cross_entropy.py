@@ -20,15 +20,15 @@ Shapes: N tokens, V columns of this shard (the last V - valid are padding), H hi
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # the label of a position that takes no part in the loss
-PIECE_BYTES = 1 << 20  # rows are worked on in pieces whose fp32 form stays in the processor's cache
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits that an output layer holds at a time
-TILE_ROWS = 256  # of a matrix product on a GPU: a chunk that ends within a tile wastes the rest of it
-PRODUCT_BYTES = 1 << 27  # of a weight's gradient, in the factors' dtype, on its way into an fp32 sum
+IGNORE_INDEX = -100  # label of a position that does not count in the loss
+PIECE_BYTES = 1 << 20  # rows are processed in pieces whose fp32 form fits in the CPU cache
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits that the output layer materialises at a time
+TILE_ROWS = 256  # GEMM tile on a GPU: a chunk that ends within a tile wastes the rest of it
+PRODUCT_BYTES = 1 << 27  # block of a weight gradient in the operands' dtype, before it is added to the fp32 sum
 
 
 def check(logits_NV: Tensor, targets_N: Tensor, valid: int | None) -> int:
-    """The number of true columns; ValueError where shapes or strides do not fit. All forms begin with it."""
+    """The number of true columns; ValueError if shapes or strides do not fit. Every form calls it first."""
     if logits_NV.dim() != 2 or targets_N.shape != logits_NV.shape[:1]:
         raise ValueError(f"logits must be [N, V], targets [N], not {tuple(logits_NV.shape)}, {tuple(targets_N.shape)}")
     if logits_NV.shape[1] > 1 and logits_NV.stride(1) != 1:
@@ -123,7 +123,7 @@ def cross_entropy_grad_(
 def cross_entropy_stats_grad_(
     logits_NV: Tensor, targets_N: Tensor, grad_N: Tensor, *, valid: int | None = None, z_loss: float = 0.0
 ) -> Tensor:
-    """Both of the above where one rank holds the whole vocabulary: returns the statistics, writes the gradient.
+    """Both of the above if one rank holds the whole vocabulary: returns the statistics, writes the gradient.
 
     The exponentials of the statistics become the gradient, in place where the logits are wide enough.
     """
@@ -132,7 +132,7 @@ def cross_entropy_stats_grad_(
     stats_N3 = torch.empty(logits_NV.shape[0], 3, dtype=wide, device=logits_NV.device)
     grad_N = grad_N.to(wide)
     dead_N = grad_N == 0
-    some_dead = logits_NV.device.type != "cpu" or bool(dead_N.any())  # elsewhere looking would stop the device
+    some_dead = logits_NV.device.type != "cpu" or bool(dead_N.any())  # on other devices the check would synchronise
     inside_N = (targets_N >= 0) & (targets_N < valid)
     hit_N = (-grad_N).where(inside_N, 0)
     local_N = targets_N.clamp(0, valid - 1)
@@ -159,7 +159,7 @@ def _pieces(logits_NV: Tensor) -> list[slice]:
 
 
 def add_product_(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
-    """total_VH += grad_NV^T @ hidden_NH, in the dtype of `total_VH` (fp32) whatever that of the factors.
+    """total_VH += grad_NV^T @ hidden_NH, in the dtype of `total_VH` (fp32) whatever the operands' dtype.
 
     Narrow factors give a narrow product before it is added; it is made for some rows at a time (`PRODUCT_BYTES`).
     """
@@ -173,6 +173,6 @@ def add_product_(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
 
 
 def chunk_rows(columns: int, device: torch.device) -> int:
-    """Tokens of which an output layer with so many columns makes the logits at a time; on a GPU in whole tiles."""
+    """Number of tokens whose logits an output layer with `columns` columns computes at a time; whole tiles on a GPU."""
     rows = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]) // max(columns, 1))
     return rows // TILE_ROWS * TILE_ROWS or rows if device.type == "cuda" else rows

@@ -1,4 +1,4 @@
-"""Which implementation of each operation a run uses: chosen once from the configuration, named in the start-up log.
+"""The implementation of each operation: chosen once from the configuration, and listed in the start-up log.
 
 Triton is imported only when one of its kernels is chosen, so a machine without it runs the PyTorch forms.
 """
@@ -85,7 +85,7 @@ def select_kernels(choices: Mapping[str, str], device: torch.device, *, determin
 
 
 def _take(operation: str, wanted: str, device: torch.device) -> tuple[str, str]:
-    """The implementation to use and, in brackets, why it was not simply named."""
+    """The implementation to use and, in brackets, the reason if it was not configured by name."""
     if wanted != "auto":
         return wanted, ""
     obstacle = _triton_obstacle(device)
@@ -161,7 +161,7 @@ def _with_fallback(
     unsupported: Callable[..., str | None],
     plain: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """`kernel`, but `plain` for arguments that it does not take; every reason is logged once."""
+    """`kernel`, but `plain` for arguments it does not support; every reason is logged once."""
     told: set[str] = set()
 
     @functools.wraps(kernel)

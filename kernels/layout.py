@@ -1,4 +1,4 @@
-"""How the Triton kernels see tensors and devices: strided rows without copies, tile sizes, program counts."""
+"""Tensor layout and launch sizes for the Triton kernels: strided rows without copies, tile sizes, program counts."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,7 +43,7 @@ def as_rows(x: Tensor) -> Rows:
 
 
 def obstacle(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot take this tensor, or None: its dtype, or a device that launches do not go to."""
+    """Why the Triton kernels cannot take this tensor (its dtype, or not the current device), or None."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return f"a tensor on {x.device}, where torch.cuda.set_device chose cuda:{torch.cuda.current_device()}"
     return None if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else f"dtype {x.dtype}"
@@ -54,13 +54,13 @@ def next_power_of_two(n: int) -> int:
 
 
 def warps_for(elements: int) -> int:
-    """Warps for a tile of so many elements: 16 elements a thread are two 16-byte accesses of bf16 in flight."""
+    """Warps for a tile of this many elements: 16 elements per thread, or two 16-byte accesses of bf16 in flight."""
     return min(max(elements // 512, 1), 16)
 
 
 @lru_cache
 def program_count(device: torch.device) -> int:
-    """How many programs a kernel that loops over its work should start: two for each multiprocessor of the device."""
+    """How many programs a kernel that loops over its work should start: two per multiprocessor."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count

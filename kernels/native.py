@@ -26,7 +26,7 @@ NOWHERE = (0, 0, 0, 0)
 
 
 def extension() -> Any:
-    """The module of all sets of instructions; `usable` names those of this processor, the best first."""
+    """The extension module with all instruction sets; `usable` lists those of this processor, best first."""
     return import_module(f"{__package__}._cpu")
 
 
@@ -42,12 +42,12 @@ def obstacle() -> str | None:
 
 @cache
 def variant() -> Any:
-    """The kernels for the best instructions of this processor."""
+    """The kernels for this processor's best instruction set."""
     return getattr(extension(), extension().usable[0])
 
 
 def unsupported(*tensors: Any, **options: Any) -> str | None:
-    """Why the arguments of one of these operations are left to its plain form, or None."""
+    """Why these arguments need the plain form of an operation, or None."""
     first = tensors[0]
     if first.device.type != "cpu":
         return f"a tensor on {first.device.type}"
@@ -65,7 +65,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _place(tensor: Tensor) -> tuple[int, ...]:
-    """Where a tensor of four dimensions lies, the last contiguous: address, the other strides."""
+    """Address and strides of a four-dimensional tensor whose last dimension is contiguous."""
     return (tensor.data_ptr(), *tensor.stride()[:3])
 
 
@@ -120,7 +120,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         _, out, rstd_N = _norm(x, None, weight, eps)
-        ctx.save_for_backward(x, weight, rstd_N)  # x as it came: a view of a projection keeps no second copy
+        ctx.save_for_backward(x, weight, rstd_N)  # x as passed in: a view of a projection needs no second copy
         return out
 
     @staticmethod
@@ -158,7 +158,7 @@ def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back, so nothing of q and k is kept."""
+    """The gradient of a rotation is the inverse rotation, so q and k are not saved."""
 
     @staticmethod
     def forward(ctx: Any, q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def _turned(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """As `swiglu.swiglu`; nothing but the fused input is kept for the backward."""
+    """As `swiglu.swiglu`; only the fused input is saved for backward."""
     swiglu_plain.check(gate_up)
     result: Tensor = _SwiGLU.apply(gate_up)
     return result
@@ -268,7 +268,7 @@ def _cross_entropy(
 
 
 def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, first_BS: Tensor | None, scale: float) -> Tensor:
-    """Causal attention out_SBHD of S queries and S keys, any strides, with a backward that makes the scores again.
+    """Causal attention out_SBHD of S queries and S keys, any strides, with a backward that recomputes the scores.
 
     first_BS, int64 [1 or B, S]: the first key that a query sees, by window and document (without it the very first);
     all up to its own follow.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE = 1 << 16  # elements; on a CPU rows are worked on in pieces whose fp32 forms stay in the processor's cache
+PIECE = 1 << 16  # elements; on a CPU, rows are processed in pieces whose fp32 form fits in the cache
 
 
 def check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
-    """Raise ValueError where the shapes do not fit together; both forms of both operations begin with it."""
+    """Raise ValueError if the shapes do not match; both forms of both operations call it first."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be [hidden], not {tuple(weight.shape)} for x {tuple(x.shape)}")
     if residual is not None and residual.shape != x.shape:
@@ -49,7 +49,7 @@ def _pieces(x_NH: Tensor) -> list[slice]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The backward by hand: it keeps x and one number a row, where autograd would keep four wide copies of x.
+    """A hand-written backward: it saves x and one number per row, where autograd would save four fp32 copies of x.
 
     With n = x rstd and h = grad * weight:  dx = rstd (h - n mean(h n)),  dweight = sum over rows of grad n.
     """

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PIECE = 1 << 16  # elements; on a CPU positions are worked on in pieces whose fp32 forms stay in the processor's cache
+PIECE = 1 << 16  # elements; on a CPU, positions are processed in pieces whose fp32 form fits in the cache
 
 
 def check(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raise ValueError where the shapes do not fit together; both forms begin with it."""
+    """Raise ValueError if the shapes do not match; both forms call it first."""
     (sequence, batch, _, width), rotated = q_SBHD.shape, cos.shape[-1]
     if k_SBKD.shape[:2] != (sequence, batch) or k_SBKD.shape[3:] != (width,):
         raise ValueError(f"k must be [S, B, K, D], not {tuple(k_SBKD.shape)} for q {tuple(q_SBHD.shape)}")
@@ -44,7 +44,7 @@ def _rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back, so nothing of x is kept."""
+    """The gradient of a rotation is the inverse rotation, so x is not saved."""
 
     @staticmethod
     def forward(ctx: Any, x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

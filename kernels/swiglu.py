@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 
 def check(gate_up: Tensor) -> None:
-    """Raise ValueError where the last dimension has no two halves; both forms begin with it."""
+    """Raise ValueError if the last dimension is odd; both forms call it first."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [..., 2 F], not {tuple(gate_up.shape)}")
 

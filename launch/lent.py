@@ -1,4 +1,4 @@
-"""What pip is to install beside a torch that another environment lends: python launch/lent.py FOLDER [EXTRA]
+"""Requirements for pip to install beside a torch borrowed from another environment: launch/lent.py FOLDER [EXTRA]
 
 Leaves FOLDER/wanted.txt, megalite's requirements without torch (and without a triton that imports), and
 FOLDER/lent.txt, the exact versions of what must stay as it is. A vendor's build (2.11.0a0+…, or one that was installed
@@ -27,7 +27,7 @@ def wanted(extra: str) -> list[str]:
 
 
 def lent() -> list[str]:
-    """`name==version`, as the installed packages themselves tell it."""
+    """`name==version` of the installed packages."""
     lines = []
     for name in LENT:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

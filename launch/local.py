@@ -55,7 +55,7 @@ def count_gpus(device: str) -> int:
 
 
 def rank_environment(processes: int, gpus: int) -> dict[str, str]:
-    """What the ranks' environment gets unless the user has set it."""
+    """Environment variables set for the ranks unless the user has set them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
     if gpus:
@@ -87,7 +87,7 @@ def run_ranks(
 
 
 def plan(arguments: Sequence[str], processes: int | None) -> tuple[list[str], int, int, str] | None:
-    """(command of a rank, how many, GPUs, where to look after a fault), checked; None where a check was all."""
+    """(command of a rank, how many, GPUs, where to look after a fault), checked; None if a check was all."""
     if arguments[0].endswith(".py"):
         if not Path(arguments[0]).is_file():
             raise UserError(f"{arguments[0]} does not exist; give a recipe or a program such as tools/generate.py")

@@ -1,4 +1,4 @@
-"""The sbatch script of a job: its settings, each of which is checked and quoted on its way in, and launch/job.sh.
+"""The sbatch script of a job: its settings, each checked and quoted, and launch/job.sh.
 
 Every value that enters goes through one of three functions: `shell` where bash reads it, `directive` where sbatch does,
 `comment` where nobody should. Nothing else here writes a value.
@@ -126,7 +126,7 @@ def directives(job: BatchJob) -> list[str]:
     names = ["job_name", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "mem", "time", "partition"]
     names += ["account", "qos", "constraint", "exclude", "reservation"]
     lines = [(f"--{name.replace('_', '-')}", str(given[name])) for name in names if given[name] is not None]
-    pattern = str(job.run_dir).replace("%", "%%")  # SLURM puts job numbers in the place of %j
+    pattern = str(job.run_dir).replace("%", "%%")  # SLURM replaces %j by the job id
     lines += [("--chdir", str(Path.cwd())), ("--output", f"{pattern}/launch/slurm-%j.out"), ("--open-mode", "append")]
     lines += [("--signal", f"B:USR1@{options.signal_seconds}")]
     written = [directive(f"the {option} of sbatch", f"{option}={value}") for option, value in lines]
@@ -142,11 +142,11 @@ def _array(name: str, words: Sequence[str]) -> str:
 
 
 def render(job: BatchJob) -> str:
-    """The sbatch script. Raises UserError for a value that cannot stand in it."""
+    """The sbatch script. Raises UserError for a value that cannot be written into it."""
     options, submission = job.options, job.submission
     inside, before = container(job)
     srun = [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []
-    # Every rank sees its node's GPUs and cores, takes its own GPU and keeps to the cores beside it.
+    # Every rank sees its node's GPUs and cores, uses its own GPU and stays on the cores near it.
     srun += ["--gpu-bind=none", "--cpu-bind=none"] if options.gpus_per_node else []
     settings = {
         "REPOSITORY": str(ROOT),

@@ -156,7 +156,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def pair_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """(`section.field`, value) of what stands after `--`, in the trainer's own spelling."""
+    """(`section.field`, value) of the arguments after `--`, as the trainer spells them."""
     pairs, rest = [], list(arguments)
     while rest:
         option, equals, value = rest.pop(0).partition("=")
@@ -173,7 +173,7 @@ def pair_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def split_values(text: str) -> list[str]:
-    """Cut at commas that stand in no bracket and no quotation marks."""
+    """Split at commas outside of brackets and quotation marks."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -250,7 +250,7 @@ def _sbatch(arguments: Sequence[str], script: str | None = None) -> str:
 
 
 def submit(job: BatchJob) -> None:
-    """Write the script and the recipe beside it, and hand the chain's jobs to SLURM."""
+    """Write the script and the recipe beside it, and submit the chain's jobs to SLURM."""
     submission, script = job.submission, render(job)
     files = {submission.with_suffix(".toml"): Path(job.options.recipe).read_bytes()}
     files[submission.with_suffix(".sbatch")] = script.encode()

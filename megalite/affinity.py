@@ -43,9 +43,9 @@ def pci_address(gpu: int, library: str = "libcuda.so.1") -> str:
 
 
 def stay_near(address: str, devices: Path = Path("/sys/bus/pci/devices")) -> None:
-    """Keep this thread, and those that it will start, on the cores beside a PCI device.
+    """Keep this thread, and those that it will start, on the cores near a PCI device.
 
-    Nothing changes where the machine does not tell them, or where fewer than `LEAST_CORES` of ours are among them:
+    Does nothing if the machine does not report them, or if fewer than `LEAST_CORES` of ours are among them:
     then someone has bound this process to others.
     """
     try:

@@ -1,4 +1,4 @@
-"""How megalite's programs end: the exit codes, and the one line that tells users what is wrong.
+"""How megalite's programs end: exit codes, and the one-line errors for users.
 
 The only home of the exit codes: `launch/entry.sh` and `launch/job.sh`, which cannot import, are tested to agree.
 """
@@ -10,7 +10,7 @@ FINISHED, FAULT, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Done; anything unforeseen; a user's mistake; stopped on request with a checkpoint; Ctrl-C."""
 
 ENDINGS = {FINISHED: "finished", UNUSABLE: "refused", STOPPED: "stopped on request", INTERRUPTED: "interrupted"}
-"""The exit codes that are no fault, in words."""
+"""Descriptions of the exit codes that are not faults."""
 
 EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
 """Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""

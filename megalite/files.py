@@ -23,7 +23,7 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable; nothing where the file system cannot."""
+    """Make the names in a directory durable; nothing if the file system cannot."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ def atomic_file(path: Path | str, *, durable: bool = True) -> Iterator[BinaryIO]
     """A binary file that takes the name `path` when the block ends well, and vanishes when it does not.
 
     `durable` syncs file and directory, so that what is there after a power failure is the old file or the new one.
-    Raises OSError; wrap it in `write_errors_named` where a user is to read it.
+    Raises OSError; wrap it in `write_errors_named` if a user will read it.
     """
     path = Path(path)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY_SUFFIX, dir=path.parent)
@@ -86,9 +86,9 @@ def write_atomically(path: Path | str, content: bytes | str, *, durable: bool = 
 
 
 class PendingFile:
-    """`atomic_file` where the writing is not one block: `commit` gives the file its name, `abort` removes it.
+    """`atomic_file` for writing outside a single block: `commit` gives the file its name, `abort` removes it.
 
-    What an earlier process was killed over is removed first: it would lie there for ever. Raises OSError.
+    Removes the leftovers of killed processes first. Raises OSError.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -101,7 +101,7 @@ class PendingFile:
         self._stack.close()
 
     def abort(self) -> None:
-        """Nothing after `commit`. A full disk refuses the last flush, too: the file goes anyway."""
+        """Remove the file, even if the last flush fails on a full disk; no effect after `commit`."""
         with contextlib.suppress(OSError):
             self._stack.__exit__(InterruptedError, InterruptedError(), None)
 

@@ -42,7 +42,7 @@ class Region:
         )
 
     def overlap(self, other: Region) -> Region | None:
-        """The intersection with another region of the same tensor; None where it is empty."""
+        """The intersection with another region of the same tensor; None if it is empty."""
         first = tuple(map(max, self.offset, other.offset))
         ends = (min(a + m, b + n) for a, m, b, n in zip(self.offset, self.size, other.offset, other.size))
         size = tuple(end - start for start, end in zip(first, ends))

@@ -22,7 +22,7 @@ GPU_ENVIRONMENT = {"TORCH_NCCL_HIGH_PRIORITY": "1", "PYTORCH_CUDA_ALLOC_CONF": "
 """For ranks on GPUs: communication is not queued behind a GEMM that fills the device, and memory does not fragment."""
 
 _GRACE_SECONDS, _START_UP_GRACE_SECONDS = 30.0, 5.0
-"""What the others get to leave once one has left otherwise than finished, or has died of a request in its start-up."""
+"""Grace period for the other processes once one has failed, or was stopped during start-up."""
 _POLL_SECONDS = 0.05
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 

@@ -29,7 +29,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
 
 
 def search_beside(recipe: Path | str) -> None:
-    """Let modules that lie in the recipe's folder be found, after everything else that can be imported."""
+    """Make modules in the recipe's folder importable, after everything else on the path."""
     folder = str(Path(recipe).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

@@ -28,7 +28,7 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 def open_store(rank: int, size: int, timeout: timedelta, environment: MutableMapping[str, str] = os.environ) -> Store:
     """The store of a job whose ranks have MASTER_ADDR and MASTER_PORT, and come within `timeout`.
 
-    On one machine gloo and NCCL are told to stay on it, too, unless the environment names an interface.
+    On one machine gloo and NCCL are restricted to it as well, unless the environment names an interface.
     """
     if size == 1:
         return HashStore()

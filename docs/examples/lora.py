@@ -22,8 +22,7 @@ from torch import cat as concatenate
 
 from megalite.config import AdapterConfig
 from megalite.model.build import Build
-from megalite.parallel.linear import PLAIN
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.linear import PLAIN, ColumnParallelLinear, RowParallelLinear
 from megalite.placement import Box
 
 ROLE = "adapter"

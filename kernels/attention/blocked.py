@@ -34,7 +34,7 @@ def attention_blocked(
 ) -> Tensor:
     """Causal attention out_SBHD, as `attention_reference`; S queries and S keys.
 
-    mask, bool [S, S] or [B, 1, S, S] and true where a query sees a key (`visible_keys`), None where the call is causal
+    mask, bool [S, S] or [B, 1, S, S] and true where a query sees a key (`visible_keys`), None if the call is causal
     and no more; window: where the mask has one, so that blocks of keys that no query sees are left out.
     """
     result: Tensor = _Blocked.apply(q_SBHD, k_SBKD, v_SBKD, scale, window, mask)

@@ -1,9 +1,9 @@
 """`kernels.attention = auto` on a GPU: the form that was measured fastest for a kind of call, the same on all ranks.
 
-Which form is fastest differs by shape and device, and forms differ in the last bits. So `choose_attention` settles the
-kinds of call that a run will make before its first step: rank 0 measures, all ranks take its answer, and the caller
-keeps it with the state of the run, so that a resumed run computes as the first one did. A kind that was not announced
-(in generation the keys grow with every token) is measured at its first call, by each rank for itself.
+Which form is fastest depends on shape and device, and forms differ in the last bits. So `choose_attention` decides for
+all kinds of call that a run will make before its first step: rank 0 measures and broadcasts, and the caller saves the
+choice with the run's state, so that a resumed run computes the same bits. Any other kind (in generation the keys grow
+with every token) is measured at its first call, by each rank on its own.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Attention = Callable[..., Any]
 logger = logging.getLogger("megalite.kernels")
 
 REPEATS = 5
-TIE = 1.03  # the first of the candidates that are so close to the fastest: noise alone must not change the bits
+TIE = 1.03  # the first candidate within this factor of the fastest wins, so that noise alone rarely changes the bits
 FALLBACK = "sdpa"
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the speed of a call depends on. `gradients`: its backward is wanted, too.
+    """What the speed of a call depends on. `gradients`: its backward is needed too.
 
     Without gradients lengths count as the next power of two: generation must not measure anew for every token.
     """
@@ -97,10 +97,10 @@ class Call:
 
 
 class MeasuredAttention:
-    """An attention that does every kind of call with the fastest of `candidates` for it.
+    """An attention that uses the fastest of `candidates` for every kind of call.
 
-    A candidate that fails at a kind (a backend that refuses it, no memory, a kernel that does not compile) is left out
-    for it, which the log says. Where all fail, torch's own choice does it.
+    A candidate that fails for a kind (unsupported, out of memory, a failed compilation) is logged and excluded for it.
+    If all fail, torch's own choice is used.
     """
 
     def __init__(self, candidates: Mapping[str, Attention], measure: Callable[..., float] | None = None) -> None:
@@ -112,14 +112,13 @@ class MeasuredAttention:
         tensors = (q_SBHD, k_SBKD, v_SBKD)
         call = Call.of(tensors, options)
         if call not in self.chosen:
-            read_options(
-                tensors[0], tensors[1], tensors[2], options
-            )  # a wrong call is the caller's fault, not the candidates'
+            # Raises for an invalid call, which must not count as a failure of the candidates.
+            read_options(tensors[0], tensors[1], tensors[2], options)
             self.chosen[call] = self._fastest(call, tensors, options)
         return self.candidates[self.chosen[call]](*tensors, **options)
 
     def decide(self, call: Call, device: torch.device, recorded: str | None) -> str:
-        """The candidate for a kind of call: the recorded one where it still works, otherwise the fastest."""
+        """The candidate for a kind of call: the recorded one if it still works, otherwise the fastest."""
         with torch.enable_grad() if call.gradients else torch.no_grad():
             tensors, options = call.example(device)
             if recorded in self.candidates:
@@ -130,6 +129,8 @@ class MeasuredAttention:
             return self._fastest(call, tensors, options)
 
     def _fastest(self, call: Call, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> str:
+        # Candidates within TIE of the fastest count as equal, and the first of them wins: the order of `candidates` is
+        # a preference, so that noise does not pick another form, and with it other last bits, from run to run.
         times = {name: self._time(name, call, tensors, options) for name in self.candidates if name != FALLBACK}
         best = min(times.values(), default=math.inf)
         if best == math.inf:
@@ -153,10 +154,10 @@ class MeasuredAttention:
 def choose_attention(
     kernels: Kernels, calls: Iterable[Call], mesh: Mesh, recorded: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Settle which form of attention does each of `calls`, by rank 0 for all; call it on every rank, outside a step.
+    """Choose the form of attention for each of `calls` on rank 0, for all ranks; collective, outside of a step.
 
-    calls: the same on every rank; recorded: what an earlier call returned, kept through a checkpoint. Returns the kind
-    of call -> the candidate, plain strings; nothing where there is no choice to make.
+    calls: the same on every rank; recorded: an earlier result, from a checkpoint. Returns kind of call -> candidate, as
+    strings; empty if there is nothing to choose.
     """
     attention, calls = kernels.attention, list(calls)
     if not isinstance(attention, MeasuredAttention):
@@ -179,7 +180,7 @@ def choose_attention(
 
 
 def within(kernel: Attention, unsupported: Callable[..., str | None]) -> Attention:
-    """`kernel` as a candidate: it fails at what it does not do, lest another form be timed under its name."""
+    """`kernel` as a candidate: raises for calls it does not support, so that no fallback is timed under its name."""
 
     def call(*tensors: Tensor, **options: Any) -> Any:
         if reason := unsupported(*tensors, **options):
@@ -190,7 +191,7 @@ def within(kernel: Attention, unsupported: Callable[..., str | None]) -> Attenti
 
 
 def sdpa_backends() -> dict[str, Attention]:
-    """Torch's fused attention with one backend each: the one it takes by itself is often not the fastest on Hopper."""
+    """Torch's fused attention, one candidate per backend: its default is often not the fastest on Hopper."""
 
     def only(backend: SDPBackend) -> Attention:
         def call(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
@@ -205,11 +206,11 @@ def sdpa_backends() -> dict[str, Attention]:
 
 
 def seconds(candidate: Attention, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> float:
-    """Best time of one call, with its backward where gradients are wanted; the first two calls are not counted."""
+    """Best time of one call, including backward if gradients are needed; the first two calls are warm-up."""
     device, gradients = tensors[0].device, torch.is_grad_enabled()
     best = math.inf
-    # Activation checkpointing, if the call is inside it, takes hold of every tensor that is saved for a backward and
-    # counts them: not those of the measurement.
+    # Activation checkpointing around the call would intercept and count every tensor saved for backward, including
+    # those of the measurement.
     with torch.autograd.graph.saved_tensors_hooks(_itself, _itself), torch.enable_grad():
         for repeat in range(REPEATS + 2):
             leaves = [x.detach().requires_grad_(gradients and x.requires_grad) for x in tensors]

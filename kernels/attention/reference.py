@@ -56,7 +56,7 @@ class Options(NamedTuple):
 def read_options(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, options: dict[str, Any]) -> Options:
     """A call's options, `documents` as `Documents`; every form of attention begins with it.
 
-    Raises ValueError where shapes or dtypes do not fit together.
+    Raises ValueError if shapes or dtypes do not fit together.
     """
     asked = Options(**options)
     documents = asked.packed

@@ -12,13 +12,13 @@ from .reference import Options, attention_reference, mask_of, read_options
 
 
 def fusable(q_SBHD: Tensor, k_SBKD: Tensor, options: Options) -> bool:
-    """Whether torch's fused operators do such a call; they cap no scores, return no sums, and want a key for all."""
+    """Whether torch's fused operators support a call: no softcap, no log-sum-exp, and a visible key for every query."""
     queries, keys = len(q_SBHD), len(k_SBKD)
     return options.softcap is None and not options.return_lse and not (options.causal and queries > keys)
 
 
 def plain_mask(q_SBHD: Tensor, k_SBKD: Tensor, options: Options) -> bool:
-    """Whether the mask is the operator's own: causal from the first key on, or none."""
+    """Whether the operator's own mask suffices: causal with as many keys as queries, or none."""
     queries, keys = len(q_SBHD), len(k_SBKD)
     wide = options.window is None or options.window >= keys
     return options.documents is None and wide and (queries == keys or not options.causal)
@@ -27,13 +27,14 @@ def plain_mask(q_SBHD: Tensor, k_SBKD: Tensor, options: Options) -> bool:
 def attention_sdpa(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """`attention_reference` through `torch.nn.functional.scaled_dot_product_attention`, on every device.
 
-    Calls that the fused operators do not do (`fusable`) are written out.
+    Calls that the fused operators cannot do (`fusable`) use the reference.
     """
     asked = read_options(q_SBHD, k_SBKD, v_SBKD, options)
     if not fusable(q_SBHD, k_SBKD, asked):
         return attention_reference(q_SBHD, k_SBKD, v_SBKD, **asked._asdict())
-    # `is_causal` only where it means what we mean: torch aligns it at the first key, we at the last, and beside a mask
-    # it is refused. A mask costs memory and rules out FlashAttention, so a window as long as the keys makes none.
+    # `is_causal` only where torch's meaning equals ours: torch aligns the diagonal at the first key, we at the last,
+    # and torch refuses it together with a mask. A mask costs memory and rules out FlashAttention, so none is made for a
+    # window as long as the keys. enable_gqa avoids copying keys and values to one head per query head.
     plain = plain_mask(q_SBHD, k_SBKD, asked)
     mask = None if plain else mask_of(q_SBHD, k_SBKD, asked)
     q_BHSD, k_BKTD, v_BKTD = (x.permute(1, 2, 0, 3) for x in (q_SBHD, k_SBKD, v_SBKD))

@@ -41,7 +41,7 @@ def partial_path(final: Path, owner: str = "") -> Path:
 
 
 def complete_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in a folder, ascending; empty where the folder does not exist."""
+    """(step, path) of the checkpoints in a folder, ascending; empty if the folder does not exist."""
     if not folder.is_dir():
         return []
     found = [(match, path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir()]

@@ -111,7 +111,7 @@ class TensorFile:
 
     `size` is that of the file in bytes, `header_crc32` the checksum of its header.
 
-    Every method raises `DamagedFile` where the file is missing, truncated or inconsistent. Safe to read from several
+    Every method raises `DamagedFile` if the file is missing, truncated or inconsistent. Safe to read from several
     threads. Use as a context manager or call `close`.
     """
 

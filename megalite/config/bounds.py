@@ -1,4 +1,4 @@
-"""What a field's value must be beyond its type: bounds stand beside the field, as `Annotated[int, AtLeast(1)]`.
+"""Bounds on a field's value, declared with the field as `Annotated[int, AtLeast(1)]`.
 
 A bound refuses a value in one sentence (`refusal`) and is, as a string, what would be right, for `--help`.
 """
@@ -18,13 +18,13 @@ class Bound(Protocol):
     """A rule for values of the right type; `str()` of it completes "it must be ..."."""
 
     def refusal(self, value: Any, path: str) -> str:
-        """What is wrong with the value of field `path`, and what would be right; empty where nothing is wrong."""
+        """What is wrong with the value of field `path`, and what would be right; empty if nothing is wrong."""
         ...
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers between two ends, each of which may be excluded."""
+    """Numbers in an interval with inclusive or exclusive ends."""
 
     low: float
     high: float
@@ -80,7 +80,7 @@ def Above(low: float, high: float = math.inf) -> Range:
 
 
 def split_annotation(annotation: Any) -> tuple[Any, tuple[Bound, ...]]:
-    """The plain type of a schema's annotation, and the bounds beside it."""
+    """The plain type and the bounds of a schema annotation."""
     if get_origin(annotation) is Annotated:
         plain, *bounds = get_args(annotation)
         return plain, tuple(bounds)
@@ -88,7 +88,7 @@ def split_annotation(annotation: Any) -> tuple[Any, tuple[Bound, ...]]:
 
 
 def refusal(value: Any, annotation: Any, path: str) -> str:
-    """The message for a value of the right type that its bounds refuse; empty where they do not."""
+    """The message for a value of the right type that its bounds refuse; empty if they do not."""
     plain, bounds = split_annotation(annotation)
     for bound in bounds:
         if message := bound.refusal(value, path):
@@ -109,7 +109,7 @@ def text_problem(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: as TOML writes it, cut where it is long, whatever it is."""
+    """Any value for a message: as in TOML, truncated if long."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):

@@ -64,7 +64,7 @@ def check_combinations(config: Config, world_size: int) -> None:
 
 
 def check_machine(config: Config) -> None:
-    """Files that are named must be there, packages and devices that are asked for, too."""
+    """Files that are named, and packages and devices that are requested, must exist."""
     if not config.data.train:
         raise UserError("data.train is empty; name token files: --data.train '[\"data/corpus_text_document\"]'")
     for name in ("train", "valid"):
@@ -204,7 +204,7 @@ def _check_ramp(config: Config) -> None:
 
 
 def _check_batches(config: Config, world_size: int) -> None:
-    """Every batch size of the run divides into micro-batches, as many as the pipeline's schedule can take."""
+    """Every batch size of the run must divide into a number of micro-batches that the pipeline schedule accepts."""
     _check_ramp(config)
     train, parallel = config.train, config.parallel
     schedule, copies = find_schedule(parallel.schedule), config.data_parallel(world_size)

@@ -186,7 +186,7 @@ def _field_type(section: str, name: str, what: str) -> Any:
 
 
 def _from_text(text: str, expected: Any) -> Any:
-    """The plain value of a command-line word: strings as they stand, everything else in TOML's notation."""
+    """The value of a command-line word: bare strings as they are, everything else in TOML."""
     expected, _ = split_annotation(expected)
     quotes = len(text) >= 2 and text[0] == text[-1] and text[0] in "'\""
     if (expected is str or get_origin(expected) is Literal) and not quotes:
@@ -197,7 +197,7 @@ def _from_text(text: str, expected: Any) -> Any:
         tables = parse_toml(f"value = {text}")
     except ValueError:
         return text  # a bare word: fits where one prefix may stand for a list, and is refused by name elsewhere
-    return tables["value"] if len(tables) == 1 else text  # a second line is no value
+    return tables["value"] if len(tables) == 1 else text  # a value has only one line
 
 
 def _fit(value: Any, annotation: Any, path: str) -> Any:
@@ -250,7 +250,7 @@ def _fit_list(value: Any, item: Any, path: str) -> tuple[Any, ...]:
 
 
 def describe(annotation: Any) -> str:
-    """What a value of this type looks like, for a message."""
+    """A description of the values of this type, for a message."""
     expected, _ = split_annotation(annotation)
     if get_origin(expected) is Literal:
         return f"one of {', '.join(get_args(expected))}"

@@ -1,4 +1,4 @@
-"""What `model.rope_scaling` may hold: every type with its keys, for the checks, the help and whoever reads them."""
+"""The types of `model.rope_scaling` and their keys, for the checks and the help."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def merge(
 def merged_provenance(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     """What to note beside a merged file: what all inputs' descriptions agree on, and the inputs.
 
-    Raises `UserError` where they were made with different tokenizers: their ids mean different things.
+    Raises `UserError` if they were made with different tokenizers: their ids mean different things.
     """
     described = [dataset.description() for dataset in datasets]
     for dataset, description in zip(datasets, described, strict=True):

@@ -51,7 +51,7 @@ class Cut:
 def plan_cut(tokens_per_epoch: int, seq_length: int, samples: int | None, drop_last: bool = True) -> Cut:
     """Plan at least `samples` samples of `seq_length` + 1 tokens, or one epoch where `samples` is None.
 
-    Without `drop_last` a last sample of fewer tokens counts, too. Raises `ValueError` where there is no token.
+    Without `drop_last` a last sample of fewer tokens counts, too. Raises `ValueError` if there is no token.
     """
     if tokens_per_epoch < 1 or seq_length < 1:
         raise ValueError(f"{tokens_per_epoch} tokens cannot be cut in samples of {seq_length}")

@@ -1,1 +1,1 @@
-"""What a machine, or all nodes of a job, can do and what is wrong with them, before a run finds out."""
+"""Checks of a machine, or of all nodes of a job, before a run starts."""

@@ -1,4 +1,4 @@
-"""A finding is one line: how bad, what was looked at, where, what was found, what to do."""
+"""A finding is one line: severity, what was checked, where, the result, the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ORDER = {FAULT: 0, WARNING: 1, OK: 2}
 
 @dataclass(frozen=True)
 class Finding:
-    """`where` names the node, GPU or rank; `remedy` is empty where nothing is to be done."""
+    """`where` names the node, GPU or rank; `remedy` is empty if nothing is to be done."""
 
     level: str
     check: str

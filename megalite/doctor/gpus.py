@@ -1,4 +1,4 @@
-"""What nvidia-smi tells about a node's GPUs: clocks and why they are low, memory errors, links, strangers."""
+"""GPU checks through nvidia-smi: clocks and throttling, memory errors, links, foreign processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STRANGER_MIB = 2048.0
 
 
 class Smi:
-    """One node's nvidia-smi; `rows` maps fields to values, None where the GPU does not have the field."""
+    """One node's nvidia-smi; `rows` maps fields to values, None if the GPU does not have the field."""
 
     def __init__(self) -> None:
         self.program = shutil.which("nvidia-smi")
@@ -89,7 +89,7 @@ def _number(row: dict[str, str | None], field: str) -> float | None:
 def look_at_gpus(host: str, expected: int | None = None) -> tuple[list[Finding], dict[str, str]]:
     """Findings of one node, and what must be equal on all nodes (driver, GPU name).
 
-    `expected` GPUs must be there, where it is known.
+    There must be `expected` GPUs, if known.
     """
     smi = Smi()
     if smi.program is None:
@@ -121,7 +121,7 @@ def _judge_count(host: str, smi: Smi, expected: int | None) -> Iterator[Finding]
 
 
 def _judge(host: str, row: dict[str, str | None]) -> Iterator[Finding]:
-    """What is wrong with one GPU; one line that sums it up where nothing is."""
+    """The faults of one GPU, or a one-line summary if it has none."""
     where = f"{host} gpu {row['index']}"
     found: list[Finding] = []
     errors = _number(row, "ecc.errors.uncorrected.volatile.total")

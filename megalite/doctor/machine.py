@@ -97,7 +97,7 @@ def look_at_cores(host: str, cores: int, gpus: int) -> list[Finding]:
 
 
 def look_at_disk(host: str, run_dir: Path, needed: int = 0) -> Iterator[Finding]:
-    """Free space and writability where the run will live; `needed` bytes for its checkpoints."""
+    """Free space and write access in the run directory; `needed` bytes for its checkpoints."""
     folder = run_dir.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -142,7 +142,7 @@ def multiply(device: torch.device) -> tuple[float, bool]:
 
 
 def devices_here(use_gpus: bool = True) -> list[torch.device]:
-    """This machine's GPUs, or its CPU where it has none."""
+    """This machine's GPUs, or its CPU if it has none."""
     count = torch.cuda.device_count() if use_gpus and torch.cuda.is_available() else 0
     return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
 

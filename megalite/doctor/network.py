@@ -1,4 +1,4 @@
-"""The collectives that a run will use, along every axis of its mesh: are they correct, and how fast."""
+"""Correctness and bandwidth of the collectives along every axis of a run's mesh."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def look_at_collectives(
 
 
 def _check(group: Group, device: torch.device) -> None:
-    """Small integers, so that every sum is exact; raises AssertionError where a collective gives something else."""
+    """Small integers, so that every sum is exact; raises AssertionError if a collective gives something else."""
     size, own = group.size, group.index
     every = torch.arange(1, size + 1, dtype=torch.float32, device=device)
     pattern = torch.arange(size * 3, dtype=torch.float32, device=device)

@@ -1,8 +1,8 @@
-"""The preflight of a job: every rank looks at its own machine, then all of them at what they share.
+"""The preflight of a job: every rank checks its own machine, then all of them what they share.
 
-Ranks meet in a TCP store on rank 0's node, before any process group is made, so that who does not come is known by
-name even where NCCL or gloo would only time out. What each rank finds travels to rank 0 through the store; rank 0
-compares, speaks, and gives all the same verdict.
+Ranks connect to a TCP store on rank 0's node before any process group exists, so that a missing rank is named where
+NCCL or gloo would only time out. Each rank sends its findings to rank 0 through the store; rank 0 compares them,
+reports, and gives all ranks the same verdict.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def preflight(arguments: Sequence[str], limit: TimeLimit) -> tuple[list[Finding]
         on_mesh = _fits(config, world)
     except UserError:
         if world.rank:
-            time.sleep(2.0)  # rank 0 speaks for all
+            time.sleep(2.0)  # rank 0 reports for all
             sys.exit(UNUSABLE)
         raise
     try:
@@ -126,7 +126,7 @@ def _fits(config: Config, world: World) -> bool:
 
 
 def _missing(store: Store, world: World, name: str, limit: TimeLimit, share: float) -> list[int]:
-    """The ranks that have not set their key when that share of the time is over: rank 0 looks, all others are told."""
+    """The ranks that have not set their key after that share of the time limit, determined by rank 0 for all."""
     if world.rank == 0:
         store.set(f"missing {name}", json.dumps(_absent(store, name, range(world.size), limit.at(share))))
     store.wait([f"missing {name}"], timedelta(seconds=limit.seconds))
@@ -186,7 +186,7 @@ def _examine(config: Config, world: World, host: str, store: Store, limit: TimeL
         limit.check = "waiting for the others"
         store.set(f"ready/{world.rank}", "1")
         report["late"] = _missing(store, world, "ready", limit, _READY_SHARE)
-    if world.size > 1 and not report["late"]:  # a collective would wait for a hung rank and not tell for whom
+    if world.size > 1 and not report["late"]:  # a collective would wait for a hung rank without naming it
         found, report["links"] = look_at_collectives(config, world, host, store, limit, on_mesh)
         findings.extend(found)
     return report | {"findings": rows(findings)}
@@ -242,7 +242,7 @@ def _look_at_data(config: Config, host: str, report: dict[str, Any]) -> list[Fin
 
 
 def compare(reports: Mapping[int, Mapping[str, Any]]) -> list[Finding]:
-    """All ranks' findings, and what only a comparison shows; faults of a node are told once."""
+    """All ranks' findings and those from comparing ranks; faults of a node are reported once."""
     findings = [Finding.read(row) for report in reports.values() for row in report["findings"]]
     findings += _compare_facts("versions", reports, "install the same everywhere")
     findings += _compare_facts("data", reports, "the files differ: copy them again")

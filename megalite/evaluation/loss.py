@@ -125,7 +125,7 @@ def _loss(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
 
 
 def count_bytes(windows: Windows, tokenizer: Tokenizer | None) -> tuple[int, str] | None:
-    """(UTF-8 bytes of the text that was predicted, where the count is from), or None where nothing tells.
+    """(UTF-8 bytes of the predicted text, source of the count), or None if nothing tells.
 
     For a whole file, `PREFIX.json` of tools/preprocess_data.py knows the bytes of the text; a part of one is decoded
     by the tokenizer, window by window, in which a character cut by a window's end counts as the three bytes of U+FFFD.

@@ -16,7 +16,7 @@ _MOST_POINTS = 4000
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:
-    """A running median, robust to outliers; nan where there is no value. Long curves are binned."""
+    """A running median, robust to outliers; nan if there is no value. Long curves are binned."""
     numbers = np.asarray(values, dtype=np.float64)
     if not len(numbers):
         return numbers
@@ -29,7 +29,7 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def _medians(rows: np.ndarray) -> np.ndarray:
-    """The median of the finite values of each row; nan where a row has none."""
+    """The median of the finite values of each row; nan if a row has none."""
     finite = np.isfinite(rows)
     result = np.full(len(rows), np.nan)
     filled = finite.any(axis=1)

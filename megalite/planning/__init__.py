@@ -1,4 +1,4 @@
-"""What a run will need before it is started: parameters, FLOPs, memory, time and money, and the layout to choose.
+"""Planning a run before it starts: parameters, FLOPs, memory, time, cost, and the best layout.
 
 `estimate` makes a `Plan` from a configuration, a number of devices and their kind; `search` ranks the layouts. The
 parts can be used alone: `Job` says what is run where, `memory` and `step_time` predict it, `published` holds the

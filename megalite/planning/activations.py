@@ -36,7 +36,7 @@ class StageMemory:
     loss: float
     """Beyond that, while the output layer runs in forward; 0 but on the last stage."""
     postponed: float
-    """What the weights' part of a split backward still needs after the inputs' part."""
+    """Bytes that the W of a split backward still needs after its I."""
 
 
 def _norm_kept(job: Job, width: float) -> float:

@@ -1,4 +1,4 @@
-"""What a model consists of, for the planner: sizes of a layer on one rank, and the FLOPs of a token.
+"""A model as the planner sees it: sizes of a layer on one rank, and FLOPs per token.
 
 The sizes are those of the built model (`megalite.model.cost`); an architecture that megalite does not build overrides
 `sizes`, for comparisons with published numbers.

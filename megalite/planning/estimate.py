@@ -1,4 +1,4 @@
-"""One plan: everything that `tools/plan.py` tells about a configuration on a number of devices of one kind."""
+"""One plan: everything that `tools/plan.py` reports about a configuration on a number of devices of one kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHINCHILLA_TOKENS = 20.0
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs. Bytes, seconds, FLOPs, dollars; None where the device's numbers are not known."""
+    """What a run needs. Bytes, seconds, FLOPs, dollars; None if the device's numbers are not known."""
 
     job: Job
     tokens: float

@@ -136,7 +136,7 @@ def product_rate(device: Device, element_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class Link:
-    """What a group of ranks talks over: its bandwidth in bytes/s for one rank, the latency of one collective."""
+    """The link of a group of ranks: bandwidth in bytes/s per rank, latency of one collective."""
 
     bandwidth: float
     latency: float

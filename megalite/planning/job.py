@@ -1,4 +1,4 @@
-"""What is run where: a model, a layout, batches, a kind of device, and the habits of the program that runs it."""
+"""The job to plan: a model, a layout, batches, a kind of device, and the practices of the trainer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Practice:
     attention: float = 1.0
     """Rate of attention, as a multiple of the device's best kernels."""
     overlaps_tensor: Literal["none", "backward", "all"] = "backward"
-    """Which passes run their tensor-parallel collectives under the products beside them."""
+    """The passes that overlap tensor-parallel collectives with GEMMs."""
     hiding_cost: float = 0.3
     """What a hidden one still costs, as a share of its time: NCCL's kernels take processors from the product.
 

@@ -81,7 +81,7 @@ def rank_parameters(job: Job, rank: int) -> int:
 
 
 def rank_states(job: Job, rank: int) -> dict[str, float]:
-    """What the rank holds all the time: states, what ZeRO has whole beside its shards, tables."""
+    """Memory held throughout a step: model states, parameters unsharded by ZeRO, tables."""
     parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
     zero = job.zero if job.data > 1 else 0

@@ -86,7 +86,7 @@ def search(
     """The `count` fastest layouts of `config` on `devices`; arguments as for `estimate`.
 
     Exact: layouts are timed in the order of a bound from below, until none that is left can be among the fastest.
-    Raises UserError where no layout is allowed or none fits, with the least memory that any needs.
+    Raises UserError if no layout is allowed or none fits, with the least memory that any needs.
     """
     check_bounds(config)
     tokens = planned_tokens(config) if tokens is None else tokens

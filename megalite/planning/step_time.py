@@ -22,20 +22,20 @@ from megalite.planning.memory import stage_elements
 from megalite.schedule.simulate import simulate
 
 SMALL = 160.0
-"""A product reaches half its rate where one of its dimensions is this small: tiles are cut, pipelines fill."""
+"""A GEMM reaches half its peak rate when a dimension is this small: partial tiles, pipelines not filled."""
 
 HIDDEN_SHARE = 0.8
-"""Share of a computation's time in which communication beside it makes progress: the two compete for the device."""
+"""Fraction of compute time in which overlapped communication makes progress: the two compete for the device."""
 
 STEP_OVERHEAD = 3e-3
-"""Once a step: the ranks agree on norm and loss, the host waits for the answer, data are fetched. Seconds."""
+"""Seconds per step for the all-reduce of norm and loss, the host's wait for it, and fetching data."""
 
 SCORE_BYTES = (13.0, 22.0)
-"""Bytes moved for each attention score, forward and backward, where scores are written out (with dropout)."""
+"""Bytes moved per attention score, forward and backward, if scores are materialised (with dropout)."""
 
 
 class TimeParts(NamedTuple):
-    """Seconds of one rank by kind; `launch` is what waiting for the host adds."""
+    """Seconds of one rank by kind; `launch` is time spent waiting for the host."""
 
     products: float = 0.0
     attention: float = 0.0
@@ -70,7 +70,7 @@ class StageWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, and where they go: means over the pipeline ranks.
+    """Seconds of a step and their breakdown: means over the pipeline ranks.
 
     `bubble` is the share of the pipeline's time in which its ranks compute nothing, as the simulator and the report
     count it.
@@ -133,7 +133,7 @@ def _exposed(communication: float, beside: float) -> float:
 
 
 def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
-    """What the tensor ranks' exchanges in a layer add to forward, input gradients and weight gradients; seconds.
+    """Exposed seconds of tensor-parallel communication in a layer: forward, input gradient, weight gradient.
 
     As `megalite.parallel.linear` does it: a column-parallel layer's input is gathered again under the product of its
     input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a

@@ -1,4 +1,4 @@
-"""A plan for people: tables in the terminal, the search's ranking, its winner in words and as TOML."""
+"""Plans as terminal tables: one plan, the ranking of a search, and its winner as text and TOML."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _run(plan: Plan) -> Table:
 
 
 def verdict(plan: Plan) -> str:
-    """One sentence: does it fit, and what to do where it does not."""
+    """One sentence: whether it fits, and if not, what to do."""
     total, device = plan.memory.total / GIB, plan.job.device
     if plan.fits is None:
         return f"{total:.2f} GiB a process beyond what Python and torch take."
@@ -126,7 +126,7 @@ def render(plan: Plan) -> Group:
 
 
 def overrides_toml(job: Job) -> str:
-    """The layout as the part of a recipe that says it."""
+    """The layout as TOML overrides for a recipe."""
     parallel = {
         "tensor": job.tensor,
         "pipeline": job.pipeline,
@@ -191,7 +191,7 @@ def explain(best: Plan, own: Plan | None) -> str:
 
 
 def render_search(ranking: Ranking, own: Plan | None, device: Device) -> Group:
-    """The ranking, the winner in words and as TOML."""
+    """The ranking, and the winner as text and TOML."""
     tried = (
         f"{ranking.refused + ranking.too_large + ranking.fitting:,} layouts: {ranking.refused:,} refused, "
         f"{ranking.too_large:,} too large for {device.name}, {ranking.fitting:,} fit."

@@ -42,7 +42,7 @@ def _empty(axes: Axes, what: str) -> None:
 
 
 def _restarts(axes: Axes, run: Run) -> None:
-    """A thin line where the run went on after a restart or a rollback."""
+    """A thin line at each restart or rollback."""
     at = {row["step"]: row["tokens"] for row in run.rows if isinstance(row.get("tokens"), int | float)}
     marks = {event.get("step") for event in run.happened("ready")} | {
         e.get("to_step") for e in run.happened("rollback")
@@ -130,7 +130,7 @@ def draw_throughput(runs: Sequence[Run]) -> Figure:
 
 
 def draw_utilisation(runs: Sequence[Run]) -> Figure:
-    """MFU; TFLOP/s per device where no run knows its device's peak."""
+    """MFU; TFLOP/s per device if no run knows its device's peak."""
     if any(math.isfinite(value) for run in runs for value in run.column("mfu")):
 
         def shape(axes: Axes) -> None:

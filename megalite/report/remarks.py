@@ -1,4 +1,4 @@
-"""What stands out in a run, in words: who was lost, who is slow, what could not be saved, what was rolled back."""
+"""Notable findings of a run as text: lost and slow ranks, failed checkpoints, rollbacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slow_ranks(ranks: list[RankTimes]) -> dict[int, tuple[str, bool]]:
 
 
 def remarks(run: Run) -> list[Remark]:
-    """All that stands out, the serious first."""
+    """All findings, serious ones first."""
     return sorted(_remarks(run), key=lambda remark: not remark.serious)
 
 
@@ -78,7 +78,7 @@ def _endings(run: Run) -> Iterator[Remark]:
         )
     rollbacks = run.happened("rollback")
     if rollbacks:
-        yield Remark(False, f"Rolled back {times(len(rollbacks))}; the data around the trouble was left out.")
+        yield Remark(False, f"Rolled back {times(len(rollbacks))}; the data around the failure was skipped.")
 
 
 def when(event: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ _WORDS = {
 
 
 def _sentence(kind: str, details: dict[str, Any]) -> str:
-    """The details of an event in words; of unknown ones, as they are."""
+    """The details of an event as text; of unknown events, unchanged."""
     try:
         if kind == "start":
             job = f", job {details['job']}" if "job" in details else ""

@@ -1,4 +1,4 @@
-"""Reading a run directory, whatever state it was left in."""
+"""Reading a run directory, whatever state it is in."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class RankTimes:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory tells. `name` is short and unlike those of the other runs on the page."""
+    """The content of a run directory. `name` is short and unique on the page."""
 
     path: Path
     name: str
@@ -70,7 +70,7 @@ class Run:
     complaints: list[tuple[str, str]] = field(default_factory=list)
 
     def column(self, name: str) -> list[float]:
-        """One value a step; nan where there is none."""
+        """One value a step; nan if there is none."""
         return [math.nan if row.get(name) is None else row[name] for row in self.rows]
 
     @property
@@ -88,7 +88,7 @@ class Run:
 
     @cached_property
     def final_losses(self) -> tuple[float, float]:
-        """(training, validation), each nan where there is none."""
+        """(training, validation), each nan if there is none."""
         return final_losses(self.column("loss"), self.column("validation_loss"))
 
     @cached_property
@@ -103,7 +103,7 @@ class Run:
 
 
 def read_run(path: Path, name: str) -> Run:
-    """Read what there is; what is damaged is left out. Raises UserError where `path` is no run directory."""
+    """Read a run directory, skipping damaged content. Raises UserError if `path` is not a run directory."""
     if not path.is_dir() or not any((path / mark).is_file() for mark in _MARKS):
         found = "is not a directory" if not path.is_dir() else f"holds none of {', '.join(_MARKS)}"
         raise UserError(f"{path} {found}; name the run.dir of a run")

@@ -152,7 +152,7 @@ def check_deadlock(lowered: Plan) -> None:
     it. A plan that passes cannot hang with any amount of buffering or overlap. R is among data-parallel replicas, which
     run the same list and so meet in the same order: it never blocks a plan.
 
-    Raises DeadlockError where ranks stop, and ScheduleError where a rank uses what it has not yet made or received.
+    Raises DeadlockError if ranks stop, and ScheduleError if a rank uses what it has not yet made or received.
     """
     owner = stage_owners(lowered)
     last_stage = len(owner) - 1

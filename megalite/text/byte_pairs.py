@@ -36,7 +36,7 @@ def make_encoder(
 ) -> BytePairEncoder | None:
     """The encoder for the `model` of a `tokenizer.json`.
 
-    None where it is anything but plain byte pairs: dropout, marks at the ends of words, or a vocabulary without some
+    None if it is anything but plain byte pairs: dropout, marks at the ends of words, or a vocabulary without some
     byte (a word with that one would need the library's rules for unknown characters).
     """
     plain = model.get("type") == "BPE" and not any(

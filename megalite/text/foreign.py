@@ -1,4 +1,4 @@
-"""What others wrote, files and libraries: read with bounds, and whatever goes wrong told in one line."""
+"""Third-party files and libraries: bounded reads, and one-line errors for whatever goes wrong."""
 
 import contextlib
 import os

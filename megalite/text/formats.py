@@ -1,4 +1,4 @@
-"""What a file holds, by its first bytes and its name, and its content as blocks and lines in bounded memory."""
+"""File format detection by content and name, and reading as blocks and lines in bounded memory."""
 
 import os
 import re
@@ -34,7 +34,7 @@ _OBJECT = re.compile(rb'\{\s*"')
 
 
 def named_format(path: Path) -> tuple[str, str]:
-    """What a file's name says: (`jsonl`, `parquet`, `warc`, `text` or `unknown`, and `.gz`, `.zst` or nothing)."""
+    """The format by file name: (`jsonl`, `parquet`, `warc`, `text` or `unknown`, and `.gz`, `.zst` or nothing)."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -44,7 +44,7 @@ def named_format(path: Path) -> tuple[str, str]:
 
 
 def file_format(path: Path) -> tuple[str, str]:
-    """What a file holds: (kind, compression), by its first bytes where they tell, otherwise by its name.
+    """The format of a file: (kind, compression), by its first bytes if conclusive, otherwise by its name.
 
     Kinds: those of `named_format`; `json` for one JSON array of objects, or one object over several lines; `misnamed`
     for JSON lines that are called `.txt`; and the name of a format that is not read, such as "bzip2 data".

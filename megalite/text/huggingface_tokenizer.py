@@ -25,7 +25,7 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; the end of a document is `eos_token` of the `tokenizer_config.json` beside it.
+    """A `tokenizer.json`; the end of a document is `eos_token` in the `tokenizer_config.json` beside it.
 
     Without that file it is the first of `EOD_NAMES` in the vocabulary. See `Tokenizer` for the interface. Where the
     words the library cuts a text into are known (see `megalite.text.pretokenize`) and merged plainly (see
@@ -64,7 +64,7 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._cache is None or self._splitter is None:
             return self._direct(texts)
-        prepared = list(map(self._splitter.prepare, texts))  # None where the words are not certain
+        prepared = list(map(self._splitter.prepare, texts))  # None if the words are not certain
         cached = iter(self._cache.encode_batch([text for text in prepared if text is not None]))
         direct = iter(self._direct([text for text, ready in zip(texts, prepared, strict=True) if ready is None]))
         encoded = [next(direct if ready is None else cached) for ready in prepared]
@@ -104,7 +104,7 @@ class HuggingFaceTokenizer:
         return self._special_tokens.count(text)
 
     def token_id(self, piece: str) -> int | None:
-        """The id of this very token, such as a chat marker; None where there is none."""
+        """The id of this very token, such as a chat marker; None if there is none."""
         return self._tokenizer.token_to_id(without_surrogates(piece))
 
     def _config(self, path: Path) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _load(file: Path) -> tokenizers.Tokenizer:
 
 
 def _describe(tokenizer: tokenizers.Tokenizer, file: Path) -> dict[str, Any]:
-    """What the library makes of the file, complete and in one form; work that grows with the largest id."""
+    """The tokenizer as the library loaded it, in canonical form; takes time proportional to the largest id."""
     with library_errors(file, "not a Hugging Face tokenizer"):
         description: dict[str, Any] = json.loads(tokenizer.to_str())
     for expression in regular_expressions(description):

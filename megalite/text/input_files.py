@@ -1,8 +1,8 @@
-"""Which files `--input` stands for: names, globs and directories, walked once and without end in no case.
+"""Expansion of `--input` to files: names, globs and directories, each visited once, always terminating.
 
-A file is what its device and inode say. However many names lead to it (links, hard links, two spellings, the blobs and
-snapshots of a Hugging Face cache), it is read once; a directory is entered once, so that a link to one of its parents
-ends there.
+Files are identified by device and inode. However many names refer to one (symbolic or hard links, two spellings, the
+blobs and snapshots of a Hugging Face cache), it is read once; a directory is entered once, so a link to one of its
+parents cannot loop.
 """
 
 import fnmatch
@@ -22,7 +22,7 @@ Identity = tuple[int, int]
 
 
 def expand_inputs(patterns: Sequence[str | Path], option: str = "--input") -> list[Path]:
-    """The files that names, globs (`**` too) and directories (all below, hidden ones apart) stand for, each once.
+    """The files matched by names, globs (including `**`) and directories (recursive, without hidden files), each once.
 
     The order is that of the patterns, sorted within each, and so does not depend on the file system. Of several names
     of one file the first is taken, or the first that tells the format.
@@ -113,7 +113,7 @@ def _walk(root: str, parts: Sequence[str], option: str) -> list[str]:
 
 
 def _entries(folder: str, part: str, option: str) -> Iterator[str]:
-    """The names in `folder` that one component of a glob stands for; hidden ones only where it begins with a dot."""
+    """The names in `folder` that match one component of a glob; hidden ones only if it begins with a dot."""
     if not _MAGIC & set(part):
         if os.path.lexists(os.path.join(folder, part)):
             yield part

@@ -76,7 +76,7 @@ class Unit:
 
 
 def plan_units(paths: Sequence[Path], unit_bytes: int = UNIT_BYTES, pack_bytes: int = PACK_BYTES) -> list[Unit]:
-    """Cut the input into units, in input order: large files into ranges where they allow it, small ones packed."""
+    """Split the input into units, in input order: large files into ranges if possible, small ones packed together."""
     units: list[Unit] = []
     pack: list[FilePart] = []
 

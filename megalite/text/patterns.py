@@ -1,4 +1,4 @@
-"""Regular expressions of tokenizer files: where they stand, and whether one might never come to an end."""
+"""Regular expressions in tokenizer files: finding them, and detecting catastrophic backtracking."""
 
 import re
 from collections.abc import Iterator

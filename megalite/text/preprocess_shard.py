@@ -99,7 +99,7 @@ class _Encoder:
         self._eod = np.array([task.tokenizer.eod] if task.options.append_eod else [], np.int32)
 
     def write(self) -> dict[str, Any]:
-        """Write the whole shard; after any error none of its files is there."""
+        """Write the whole shard; after an error none of its files remain."""
         try:
             lines = [self._read(number, piece) for number, piece in enumerate(self._task.unit.pieces)]
             self._bad.finish()

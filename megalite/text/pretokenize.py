@@ -104,7 +104,7 @@ class Splitter:
 
 
 def make_splitter(description: dict[str, Any], allow_special: bool = True) -> Splitter | None:
-    """The splitter for the contents of a `tokenizer.json`; None where it does anything that is not known here.
+    """The splitter for the contents of a `tokenizer.json`; None if it does anything that is not known here.
 
     Without `allow_special` special tokens in a text are text, and only the other added tokens are looked for.
     """

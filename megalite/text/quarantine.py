@@ -1,4 +1,4 @@
-"""Records that could not be used, kept in a `.jsonl` file with where they stood and why."""
+"""Unusable records, kept in a `.jsonl` file with their location and the reason."""
 
 import base64
 from collections import Counter
@@ -16,12 +16,12 @@ EXAMPLES = 3
 
 
 class Quarantine:
-    """Writes rows to `path` under a temporary name; without any row there is no file in the end.
+    """Writes rows to `path` atomically; without any rows no file is created.
 
     Attributes:
         reasons: how many rows of each reason.
         examples: the first few rows.
-        damaged: the first row that tells of a damaged file, or None.
+        damaged: the first row about a damaged file, or None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Quarantine:
             self._pending.file.write(orjson.dumps(row) + b"\n")
 
     def finish(self) -> None:
-        """Give the file its name, or remove one of an earlier run where there is nothing to tell now."""
+        """Give the file its final name, or, without rows, remove that of an earlier run."""
         with write_errors_named(self.path):
             if self._pending is None:
                 self.path.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ class Quarantine:
 
 
 def quarantine_row(record: BadRecord) -> dict[str, Any]:
-    """A record as JSON values: its bytes as text (`raw`) where they are that, else as `raw_base64`."""
+    """A record as JSON values: its bytes as text (`raw`) if valid UTF-8, else as `raw_base64`."""
     row: dict[str, Any] = {
         "file": str(record.path),
         "line": record.line,
@@ -77,7 +77,7 @@ def quarantine_row(record: BadRecord) -> dict[str, Any]:
 
 
 def read_quarantine(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, none where there is no file."""
+    """The rows of a file; none if the file does not exist."""
     if path.is_file():
         with open(path, "rb") as file:
             yield from map(orjson.loads, file)

@@ -2,7 +2,7 @@
 
 Files are read as bytes and decoded record by record, so one bad byte costs one record and never the file. Whatever
 cannot be used is handed to the caller as a `BadRecord` with its file, line and reason; nothing is dropped in silence.
-What a file holds is told by its first bytes, and by its name where they could be several things (`formats`).
+A file's format is detected by its first bytes, and by its name if those are ambiguous (`formats`).
 
 A byte range [start, end) of an uncompressed `.jsonl` or `.parquet` file means the lines (row groups) that *begin* in
 it, so ranges that tile a file give every document exactly once, and processes need no parent that feeds them.
@@ -143,7 +143,7 @@ def _json_lines(
             record = orjson.loads(line)
         except orjson.JSONDecodeError as error:
             if not line.strip():
-                continue  # a blank line is no record
+                continue  # a blank line is not a record
             record = _second_opinion(path, counter.lines, line, str(error), on_bad)
             if record is None:
                 continue
@@ -175,7 +175,7 @@ def _json_value(
 
 
 def _whole(path: Path, compression: str, counter: ReadCounter, limit: int) -> bytes | int:
-    """The content of a file, or its size where that exceeds `limit`."""
+    """The content of a file, or its size if that exceeds `limit`."""
     gathered: list[bytes] = []
     size = 0
     for block in blocks(path, compression, counter):
@@ -187,7 +187,7 @@ def _whole(path: Path, compression: str, counter: ReadCounter, limit: int) -> by
 
 
 def _second_opinion(path: Path, line: int, raw: bytes, error: str, on_bad: OnBad) -> Any:
-    """Why orjson refused the line; the record itself where that was only a NaN, which Python's own parser takes."""
+    """Why orjson refused the line; the record itself if only for a NaN, which Python's own parser accepts."""
     try:
         record = json.loads(raw.decode(), parse_int=_as_orjson)
         orjson.dumps(record)  # refuses what cannot be UTF-8
@@ -233,7 +233,7 @@ def _from_record(path: Path, line: int, record: Any, key: str, raw: bytes, on_ba
 def _text_file(
     path: Path, compression: str, check_binary: bool, on_bad: OnBad, counter: ReadCounter, limit: int
 ) -> Iterator[Document]:
-    """The whole file as one document, exactly as it stands but for a byte order mark."""
+    """The whole file as one document, unchanged except for a byte order mark."""
     gathered: list[bytes] = []
     size = 0
     damage: Damaged | None = None
@@ -310,7 +310,7 @@ def _parquet(
 
 
 def _seekable(path: Path, compression: str, counter: ReadCounter) -> IO[bytes]:
-    """The file itself, or its decompressed copy in a temporary file: a parquet file's directory stands at its end."""
+    """The file itself, or its decompressed copy in a temporary file: a parquet file's footer is at its end."""
     if not compression:
         return open(path, "rb")
     copy = tempfile.TemporaryFile()  # noqa: SIM115

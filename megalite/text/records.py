@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(slots=True)
 class BadRecord:
-    """A record that gives no document: where, why (one of the reasons above), in words, and its bytes where known."""
+    """An unusable record: where, why (one of the reasons above), a description, and its bytes if known."""
 
     path: Path
     line: int

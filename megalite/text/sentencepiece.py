@@ -86,7 +86,7 @@ class SentencePieceTokenizer:
         return self._special_tokens.count(text)
 
     def token_id(self, piece: str) -> int | None:
-        """The id of this very piece, such as a chat marker; None where the model has none."""
+        """The id of this very piece, such as a chat marker; None if the model has none."""
         number = self._model.piece_to_id(without_surrogates(piece))
         return None if self._model.is_unknown(number) else number
 

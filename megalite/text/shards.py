@@ -22,7 +22,7 @@ EXAMPLES = 5
 
 @dataclass
 class Unusable:
-    """Records that gave no document, counted by reason, with the first few in words."""
+    """Unusable records, counted by reason, with details of the first few."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Unusable:
         self.examples = (self.examples + other["examples"])[:EXAMPLES]
 
     def check(self, usable: int, max_ratio: float, allow_damaged: bool) -> None:
-        """Refuse input of which too much cannot be used.
+        """Refuse input with too many unusable records.
 
         Raises:
             UserError: no record is usable, or more than `max_ratio` of them are not, or a file is damaged.

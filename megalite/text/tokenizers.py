@@ -14,14 +14,14 @@ KINDS = ("sentencepiece", "huggingface", "byte")
 
 
 class Tokenizer(Protocol):
-    """What the tools and the trainer need of a tokenizer. Ids are int32 arrays; no special id is added by encoding.
+    """The tokenizer interface of the tools and the trainer. Ids are int32 arrays; no special id is added by encoding.
 
     Half a surrogate pair in a text (what Python makes of bytes that are not UTF-8) is encoded as U+FFFD.
 
     Attributes:
         kind: one of `KINDS`.
         vocab_size: every id is below it.
-        eod: id put after each document, or None where the tokenizer has none.
+        eod: id put after each document, or None if the tokenizer has none.
         bos: id of the beginning of a text, or None.
         files: the files it was loaded from, in a fixed order (empty for `byte`).
     """
@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of these ids; bytes that are no UTF-8 (a character cut in half) become U+FFFD.
+        """The text of these ids; invalid UTF-8 (a truncated character) becomes U+FFFD.
 
         Ids that the tokenizer does not have, such as those that pad a model's vocabulary, are left out.
         """
@@ -57,7 +57,7 @@ def load_tokenizer(path_or_kind: str | Path, kind: str | None = None, allow_spec
 
     Args:
         path_or_kind: the file, the folder, or `byte`.
-        kind: one of `KINDS`; overrides what the name says.
+        kind: one of `KINDS`; overrides the file name.
         allow_special: whether special tokens that stand in a text become these tokens where the library does so
             (Hugging Face); sentencepiece and bytes never make them of text.
 

@@ -26,5 +26,5 @@ class TokenFinder:
         return self._pattern is not None and self._start in text and self._pattern.search(text) is not None
 
     def count(self, text: str) -> int:
-        """How often one of the strings stands in the text, without overlap."""
+        """Number of non-overlapping occurrences of any of the strings in the text."""
         return len(self._pattern.findall(text)) if self._pattern is not None and self._start in text else 0

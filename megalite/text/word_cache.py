@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 CACHE_BYTES = 96 << 20
-ENTRY_BYTES = 180  # of the dictionary and two objects, beside the characters and ids themselves
+ENTRY_BYTES = 180  # dictionary entry and two objects, without the characters and ids themselves
 SEGMENT_CHARACTERS = 1 << 20
 
 
@@ -59,7 +59,7 @@ class WordCache:
 
 
 def segments(text: str, characters: int = SEGMENT_CHARACTERS) -> Iterator[str]:
-    """Cut a long text before spaces that follow a character that is no white space: a safe place for every splitter."""
+    """Split a long text before spaces that follow a non-space character: safe for every splitter."""
     start = 0
     while len(text) - start > characters:
         cut = text.find(" ", start + characters)

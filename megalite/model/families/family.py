@@ -1,4 +1,4 @@
-"""What a family of Hugging Face models is: its `config.json` and its tensors, both ways.
+"""A family of Hugging Face models: reading and writing its `config.json` and its tensors.
 
 A family is one file: what its fields mean and default to, which fields change nothing, and which tensors its files
 hold. Nothing outside this package asks which family a model is of. A field that nobody reads and a value that megalite

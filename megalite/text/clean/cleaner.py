@@ -72,7 +72,7 @@ class Cleaner:
     """The rule groups in the user's order, ready to be applied to one text after another."""
 
     def __init__(self, rules: Rules) -> None:
-        """Raises UserError where a model or word file that a group needs is missing."""
+        """Raises UserError if a model or word file that a group needs is missing."""
         self.rules = rules
         self._numbers = WordNumbers()
         self._segmenter = load_segmenter(rules.words)
@@ -180,7 +180,7 @@ def clean_corpus(
 ) -> tuple[Counts, Unusable]:
     """Clean files into `output`: a `.jsonl.zst` shard a unit, `rules.toml` and, if wanted, `rejected/`.
 
-    A run that was interrupted goes on where it stopped when it is called again with the same input and rules.
+    An interrupted run resumes where it stopped when called again with the same input and rules.
 
     Raises:
         UserError: unusable input (see `Unusable.check`), models or output directory.

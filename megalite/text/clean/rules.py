@@ -19,7 +19,7 @@ Shares = list[list[float]]  # pairs of n and the largest share allowed
 
 @dataclass(frozen=True)
 class Words:
-    """What the other groups count as words and sentences; not a group of its own."""
+    """Definitions of words and sentences for the other groups; not a rule group itself."""
 
     segmenter: Literal["whitespace", "spacy"]
     language: str

@@ -1,4 +1,4 @@
-"""What a word and a sentence are: split by white space, or by spaCy's tokenizer as in FineWeb's library datatrove."""
+"""Words and sentences: split at white space, or by spaCy's tokenizer as in FineWeb's library datatrove."""
 
 import re
 from functools import lru_cache
@@ -20,7 +20,7 @@ class Segmenter(Protocol):
         ...
 
     def words(self, tokens: list[str]) -> list[str]:
-        """What of the tokens is a word: its length counts, and it may be a stop word."""
+        """The tokens that are words: their length counts, and they may be stop words."""
         ...
 
     def sentences(self, line: str) -> int:
@@ -29,7 +29,7 @@ class Segmenter(Protocol):
 
 
 class WhiteSpace:
-    """Tokens lie between white space; words are tokens without the punctuation around them."""
+    """Tokens are separated by white space; words are tokens without surrounding punctuation."""
 
     def tokens(self, text: str) -> list[str]:
         return text.split()

@@ -14,7 +14,7 @@ Keep = Literal["first", "longest"]
 
 
 class UnionFind:
-    """Disjoint sets of 0 .. size - 1; the smallest member stands for its set."""
+    """Disjoint sets of 0 .. size - 1; the smallest member represents its set."""
 
     def __init__(self, size: int) -> None:
         self._parents = list(range(size))

@@ -1,7 +1,7 @@
 """Deduplicating a corpus, stage by stage: digests, exact copies, sketches, candidates, clusters, shards.
 
 The input is read three times and never held: once for digests, once for the sketches of what is not an exact copy,
-once to write what stays. Between the stages everything that grows with the corpus lies on disk (see `store`); in memory
+once to write what stays. Between stages everything that grows with the corpus is on disk (see `store`); in memory
 there are only the documents that are dropped (24 bytes each) and one range of keys in each worker.
 """
 
@@ -200,7 +200,7 @@ class Deduplication:
 
 
 def _between(rising: np.ndarray, runs: list[SortedRun]) -> slice:
-    """The part of rising document numbers that lies in a unit's runs."""
+    """The slice of ascending document numbers within a unit's runs."""
     first, last = runs[0].start, runs[-1].start + runs[-1].size
     return slice(*np.searchsorted(rising, [first, last]).tolist())
 
@@ -259,7 +259,7 @@ def write_unit(task: WriteTask) -> dict[str, Any]:
 
 
 def _because(task: WriteTask, store: Store, code: int, because: int) -> dict[str, str]:
-    """The fields that tell why a document was removed."""
+    """The fields that explain why a document was removed."""
     reason = REASONS[code]
     if reason == "contaminated":
         return {"rejected_by": reason, "contaminated_by": task.benchmark_items[because]}

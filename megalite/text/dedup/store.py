@@ -99,14 +99,14 @@ class Store:
 
 
 def key_ranges(keys: int, memory: int) -> list[tuple[int, int]]:
-    """Cut the 64-bit keys into inclusive ranges of which each takes about `memory` bytes to sort."""
+    """Split the 64-bit keys into inclusive ranges that each take about `memory` bytes to sort."""
     count = max(1, -(-keys * SORT_BYTES_PER_KEY // memory))
     edges = [(1 << 64) * part // count for part in range(count + 1)]
     return [(low, high - 1) for low, high in itertools.pairwise(edges)]
 
 
 def slice_of_range(sorted_keys: np.ndarray, key_range: tuple[int, int]) -> slice:
-    """The part of sorted keys that lies in an inclusive range."""
+    """The slice of sorted keys within an inclusive range."""
     low, high = (np.uint64(edge) for edge in key_range)
     return slice(
         int(np.searchsorted(sorted_keys, low, side="left")), int(np.searchsorted(sorted_keys, high, side="right"))
