@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(name=name, overrides=st.lists(value, max_size=3), extra=value, variable=value, python=value)
+@given(name=name, overrides=st.lists(value, max_size=3), extra=value, variable=value, python=value.filter(bool))
 def test_what_srun_is_given(folder, monkeypatch, name, overrides, extra, variable, python):
     monkeypatch.chdir(folder)
     overrides = [word for text in overrides for word in ("--data.tokenizer", text)]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalite.config import ModelConfig
+from megalite.config.bounds import shown
 from megalite.errors import UserError
 
 
@@ -63,7 +64,7 @@ class Fields:
         self._read: set[str] = set()
 
     def refusal(self, name: str, value: object, problem: str) -> UserError:
-        return UserError(f"{self.where}: {name} = {reprlib.repr(value)} {problem}")
+        return UserError(f"{self.where}: {shown(name)} = {reprlib.repr(value)} {problem}")
 
     def given(self, name: str) -> bool:
         return name in self._config
