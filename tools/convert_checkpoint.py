@@ -14,9 +14,9 @@ import argparse
 import sys
 import time
 
-from megalite.checkpoint.huggingface.config import NAMES
 from megalite.checkpoint.huggingface.export import Progress, export_huggingface
 from megalite.checkpoint.huggingface.importer import import_huggingface
+from megalite.checkpoint.huggingface_config import NAMES
 from megalite.checkpoint.source import CheckpointReader
 from megalite.cli import Parser, file_path, number, program
 from megalite.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megalite.checkpoint.huggingface.config import huggingface_config, model_config_from_huggingface
+from megalite.checkpoint.huggingface_config import huggingface_config, model_config_from_huggingface
 from megalite.config import ModelConfig, build_config, to_toml
 from megalite.config.check import check_layout
 from megalite.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.checkpoint.huggingface.config import model_config_from_huggingface
+from megalite.checkpoint.huggingface_config import model_config_from_huggingface
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.kernels import select_kernels

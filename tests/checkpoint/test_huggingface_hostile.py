@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.checkpoint.huggingface.config import huggingface_config, model_config_from_huggingface
 from megalite.checkpoint.huggingface.importer import import_huggingface
+from megalite.checkpoint.huggingface_config import huggingface_config, model_config_from_huggingface
 from megalite.errors import UserError
 from megalite.generation.loading import open_checkpoint
 from megalite.model.families import FAMILIES

@@ -22,12 +22,6 @@ import sentencepiece
 import torch
 
 from megalite.checkpoint.directory import CHECKPOINTS
-from megalite.checkpoint.huggingface.config import (
-    DTYPE_FIELDS,
-    NAMES,
-    huggingface_config,
-    model_config_from_huggingface,
-)
 from megalite.checkpoint.huggingface.names import (
     CONFIG,
     GENERATION,
@@ -36,6 +30,12 @@ from megalite.checkpoint.huggingface.names import (
     SINGLE,
     TOKENIZER_FILES,
     read_json,
+)
+from megalite.checkpoint.huggingface_config import (
+    DTYPE_FIELDS,
+    NAMES,
+    huggingface_config,
+    model_config_from_huggingface,
 )
 from megalite.checkpoint.manifest import WEIGHT
 from megalite.checkpoint.source import CheckpointReader, compare_shapes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.huggingface.config import declared_dtype, eos_ids
+from megalite.checkpoint.huggingface_config import declared_dtype, eos_ids
 from megalite.checkpoint.source import Shapes, check_inside, compare_shapes
 from megalite.checkpoint.tensor_file import DamagedFile, TensorFile, parse_json, read_regular
 from megalite.errors import UserError
