@@ -117,10 +117,13 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
     else:
         for target in targets:
             target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
-    for kind in trainer.optimizer.state_names:
-        targets = list(_targets(trainer, kind))
-        if optimizer and _has_state(source, kind):
+    for segment in trainer.segments:
+        for values in segment.state.values():
+            values.zero_()
+    for kind in trainer.optimizer.state_names if optimizer else ():
+        if _has_state(source, kind):
             assert isinstance(source, CheckpointReader)
+            targets = list(_targets(trainer, kind))
             _require_state(source, kind, targets)
             source.read_into(kind, targets)
 
