@@ -97,7 +97,7 @@ def plan(arguments: Sequence[str], processes: int | None) -> tuple[list[str], in
     command = parse_command_line(arguments, "bash launch/local.sh", taken=["--processes"])
     gpus = count_gpus(command.config.run.device)
     processes = processes or gpus or command.config.model_parallel
-    print(check_inputs(command.config, processes), flush=True)
+    print(check_inputs(command.config, processes, count_parameters=False), flush=True)
     if command.check_only:
         return None
     return [sys.executable, "-u", "-m", "megalite.train", *arguments], processes, gpus, f"{command.config.run.dir}/log"

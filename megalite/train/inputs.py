@@ -22,8 +22,8 @@ _ORDER_BYTES = 12
 """Minimum index memory per sample: its entries in the sample index and the shuffle."""
 
 
-def check_inputs(config: Config, ranks: int) -> str:
-    """Describe in one line what `ranks` ranks would train.
+def check_inputs(config: Config, ranks: int, *, count_parameters: bool = True) -> str:
+    """Describe in one line what `ranks` ranks would train; `count_parameters` builds a layer, and so imports torch.
 
     Raises:
         UserError: the configuration is inconsistent, or does not fit this number of ranks or the data.
@@ -32,8 +32,9 @@ def check_inputs(config: Config, ranks: int) -> str:
     require_credentials(config)
     config, _ = resolve_tokenizer(config)
     samples, _ = open_data(config)
-    words = (counted(parameter_count(config.model), "parameter"), counted(len(samples), "sample"), _repetition(samples))
-    return "ok: " + ", ".join(filter(None, (*words, counted(ranks, "rank"))))
+    parameters = counted(parameter_count(config.model), "parameter") if count_parameters else ""
+    words = (parameters, counted(len(samples), "sample"), _repetition(samples), counted(ranks, "rank"))
+    return "ok: " + ", ".join(filter(None, words))
 
 
 def _repetition(samples: TokenDataset) -> str:
