@@ -104,7 +104,7 @@ section() {
     local suite=tests/kernels/suite others=(tests/data tests/report)
     [ "$DEVICE" = cuda ] || others=()
     case $1 in
-        run) "$PYTHON" benchmarks/gpu_run.py --device "$DEVICE" --out "$OUT" ;;
+        run) env -u TRITON_INTERPRET "$PYTHON" benchmarks/gpu_run.py --device "$DEVICE" --out "$OUT" ;;
         step) tests step $suite/test_training_step.py "${others[@]}" ;;
         suite) tests suite $suite -k 'not twice and not bitwise and not train' ;;
         rule) tests rule $suite/test_attention_kernels.py -k twice ;;
