@@ -26,6 +26,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from benchmarks.planner.published import LLAMA3_8B, LLAMA3_70B, scaling_points
 from benchmarks.planner.queues import queued_makespan
 from megalite.cli import program

@@ -27,6 +27,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
 from benchmarks.planner.published import (
     Point,
     flops_points,
