@@ -4,61 +4,25 @@ python tools/dedup_data.py --input 'clean/*.jsonl.zst' --output unique
 """
 
 import argparse
-import os
 from typing import get_args
 
-from megalite.cli import Parser, file_path, number, program, whole
+from megalite.cli import Parser, program, whole
 from megalite.text.dedup.clusters import Keep
 from megalite.text.dedup.dedup_report import write_report
 from megalite.text.dedup.deduplication import Deduplication, Settings
 from megalite.text.dedup.minhash import choose_banding
 from megalite.text.input_files import expand_inputs
-from megalite.text.records import MAX_RECORD_BYTES
+from megalite.text.options import add_input, add_output, add_work
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__, "Of each cluster of similar documents one is kept.")
+    add_input(parser)
+    add_output(parser)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        action="gather",
-        required=True,
-        metavar="FILE",
-        help="files, globs or directories: .jsonl, .txt, .parquet, .warc, each also as .gz or .zst",
-    )
-    add(
-        "--output",
-        type=file_path,
-        required=True,
-        metavar="DIR",
-        help="for shards and report; must be new, empty, or left by an interrupted run of the same",
-    )
-    add(
-        "--workers",
-        type=whole(1, 4096),
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes, which do not change the output (default: one for each core)",
-    )
     add("--keep-rejected", action="store_true", help="also write removed documents, and why, to DIR/rejected")
-    add("--key", default="text", help="field or column that holds the text; the others are carried over (text)")
     add("--memory", type=whole(1, 1 << 20), default=1024, metavar="MB", help="of each worker, for sorting (1024)")
-    add(
-        "--max-bad-ratio",
-        type=number(0, 1),
-        default=0.01,
-        metavar="SHARE",
-        help="of records that may be unusable (broken JSON, missing key, ...) before the run fails (0.01)",
-    )
-    add("--allow-damaged", action="store_true", help="use what can be read of truncated or corrupt compressed files")
-    add(
-        "--max-record-bytes",
-        type=whole(),
-        default=MAX_RECORD_BYTES,
-        metavar="BYTES",
-        help="a longer line, text file or JSON array is unusable; bounds the memory of each worker",
-    )
+    add_work(parser, max_bad_ratio=0.01)
     add_similarity(parser)
     return parser.parse_args()
 

@@ -1,26 +1,18 @@
 """Turn files of text into Megatron's token binaries: parallel, resumable, with every unusable record accounted for."""
 
 import argparse
-import os
 
-from megalite.cli import Parser, nonempty, number, program, whole
+from megalite.cli import Parser, nonempty, program
 from megalite.observe.formatting import counted
-from megalite.text.records import MAX_RECORD_BYTES
+from megalite.text.options import add_input, add_work
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(
         __doc__, "Writes P_text_document.bin, .idx and .json (for each of --json-keys). The same command resumes."
     )
+    add_input(parser)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        action="gather",
-        required=True,
-        metavar="FILE",
-        help="files, globs or directories: .jsonl, .txt, .parquet, .warc (each also .gz, .zst), other names as text",
-    )
     add("--output-prefix", required=True, type=nonempty, metavar="P", help="path of the output without its ending")
     add(
         "--tokenizer-model",
@@ -49,32 +41,11 @@ def parse() -> argparse.Namespace:
         "otherwise they are encoded as any other text; both are counted",
     )
     add(
-        "--workers",
-        type=whole(1, 4096),
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="processes, which do not change the output (default: one for each core)",
-    )
-    add(
-        "--max-bad-ratio",
-        type=number(0, 1),
-        default=0.05,
-        metavar="SHARE",
-        help="of records that may be unusable before the run fails; empty texts are skipped, not bad (0.05)",
-    )
-    add("--allow-damaged", action="store_true", help="use what could be read of truncated or corrupt files")
-    add(
         "--keep-empty",
         action="store_true",
         help="keep empty texts as documents without tokens, as Megatron-LM does: document numbers are record numbers",
     )
-    add(
-        "--max-record-bytes",
-        type=whole(),
-        default=MAX_RECORD_BYTES,
-        metavar="BYTES",
-        help="a longer line, text file or JSON array is unusable; bounds the memory of each worker",
-    )
+    add_work(parser, max_bad_ratio=0.05)
     options = parser.parse_args()
     options.json_keys = tuple(options.json_keys)
     return options

@@ -4,19 +4,13 @@ import argparse
 
 from megalite.cli import Parser, nonempty, program, whole
 from megalite.observe.formatting import counted
+from megalite.text.options import add_input
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__, "Byte fallback, text unchanged, exact round trip of white space.")
+    add_input(parser)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        action="gather",
-        required=True,
-        metavar="FILE",
-        help="files, globs or directories: .jsonl, .txt, .parquet, .warc (each also .gz, .zst), other names as text",
-    )
     add(
         "--vocab-size",
         required=True,
