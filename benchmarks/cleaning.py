@@ -28,7 +28,8 @@ from megalite.files import write_atomically
 from megalite.text.clean.cleaner import Cleaner, Counts
 from megalite.text.clean.filters import Rejection
 from megalite.text.clean.rules import Rules, load_rules
-from megalite.text.readers import expand_inputs, read_documents
+from megalite.text.input_files import expand_inputs
+from megalite.text.readers import read_documents
 
 ROOT = Path(__file__).parent.parent
 FINEWEB = Path(megalite.text.clean.__file__).with_name("fineweb.toml")

@@ -27,7 +27,8 @@ import tyro
 
 from megalite.cli import program
 from megalite.errors import UserError
-from megalite.text.readers import expand_inputs, read_documents
+from megalite.text.input_files import expand_inputs
+from megalite.text.readers import read_documents
 from megalite.text.tokenizer_training import TrainingOptions, train
 
 ROOT = Path(__file__).parent.parent

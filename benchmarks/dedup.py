@@ -21,7 +21,8 @@ import tyro
 
 from megalite.cli import program
 from megalite.text.dedup.minhash import Banding, Sketcher
-from megalite.text.readers import expand_inputs, read_documents
+from megalite.text.input_files import expand_inputs
+from megalite.text.readers import read_documents
 from megalite.text.words import comparable_words
 
 BANDING = Banding(14, 8)

@@ -23,7 +23,8 @@ from megalite.config.load import parse_overrides
 from megalite.errors import FINISHED, STOPPED, UserError
 from megalite.observe.formatting import counted
 from megalite.processes import Processes, outcome
-from megalite.text.readers import expand_inputs, read_documents
+from megalite.text.input_files import expand_inputs
+from megalite.text.readers import read_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "quickstart.json"

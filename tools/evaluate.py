@@ -15,29 +15,19 @@ import argparse
 import json
 from typing import Any
 
-from megalite.cli import Parser, nonempty, program, whole
-from megalite.config.load import parse_overrides
+from megalite.cli import nonempty, program, whole
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 from megalite.evaluation.loss import Windows, count_bytes, score
-from megalite.generation.loading import Opened, load_model, open_checkpoint, with_one_voice
+from megalite.generation.loading import Opened, checkpoint_parser, load_model, open_checkpoint, with_one_voice
 from megalite.text.tokenizers import tokenizer_hash
-
-EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; `overrides` holds the `--section.field value`."""
-    parser = Parser(__doc__, EPILOG, overrides=parse_overrides)
+    parser = checkpoint_parser(__doc__)
     parser.add_argument("measure", choices=("loss",), help="what to compute")
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        type=nonempty,
-        metavar="DIR",
-        help="run directory, checkpoint or Hugging Face directory",
-    )
     add("--data", required=True, type=nonempty, metavar="PREFIX", help="token file, without .bin and .idx")
     add("--seq-length", required=True, type=whole(), metavar="N", help="tokens of one window")
     add("--max-samples", type=whole(), metavar="K", help="only the first K windows")

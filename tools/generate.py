@@ -12,28 +12,18 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from megalite.cli import Parser, nonempty, program, whole
+from megalite.cli import nonempty, program, whole
 from megalite.config.bounds import quoted
-from megalite.config.load import parse_overrides
 from megalite.errors import UserError
 from megalite.generation.generator import Completion, Generator, Limits, Listener
-from megalite.generation.loading import Loaded, Opened, load_model, open_checkpoint, with_one_voice
+from megalite.generation.loading import Loaded, Opened, checkpoint_parser, load_model, open_checkpoint, with_one_voice
 from megalite.generation.sampling import Sampling
-
-EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options; `overrides` holds the `--section.field value`."""
-    parser = Parser(__doc__, EPILOG, overrides=parse_overrides)
+    parser = checkpoint_parser(__doc__)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        type=nonempty,
-        metavar="DIR",
-        help="run directory, checkpoint or Hugging Face directory",
-    )
     add("--prompt", nargs="+", action="gather", metavar="TEXT", help="one or more texts to go on from")
     add("--prompt-ids", metavar="JSON", help='token ids "[1,2,3]" or a list of such lists; prints {"ids": [[...]]}')
     add("--max-new-tokens", type=whole(), default=128, metavar="N", help="tokens to add at most (default 128)")

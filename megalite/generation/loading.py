@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megalite.checkpoint.huggingface.export import recipe_of
 from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface, read_json
 from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
+from megalite.cli import Parser, nonempty
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
 from megalite.config.load import parse_overrides
@@ -31,7 +32,21 @@ from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
 Result = TypeVar("Result")
 
+_EPILOG = "also: --parallel.tensor N --parallel.pipeline N --train.precision fp32|bf16 --run.device cpu|cuda"
 _OVERRIDES = ("parallel.tensor", "parallel.pipeline", "train.precision", "run.device", "kernels.")
+
+
+def checkpoint_parser(description: str | None) -> Parser:
+    """The command line of a program on a trained model: `--checkpoint`, and overrides for `load_model`."""
+    parser = Parser(description, _EPILOG, overrides=parse_overrides)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=nonempty,
+        metavar="DIR",
+        help="run directory, checkpoint or Hugging Face directory",
+    )
+    return parser
 
 
 def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:

@@ -18,7 +18,6 @@ import orjson
 
 from megalite.errors import UserError
 from megalite.text.formats import UTF8_BOM, blocks, can_split, file_format, lines, lines_in_range
-from megalite.text.input_files import expand_inputs
 from megalite.text.records import (
     BINARY,
     BROKEN_JSON,
@@ -38,8 +37,6 @@ from megalite.text.records import (
     ReadCounter,
     too_long,
 )
-
-__all__ = ["BadRecord", "Document", "ReadCounter", "can_split", "expand_inputs", "file_format", "read_documents"]
 
 PARQUET_ROWS = 256
 

@@ -11,7 +11,9 @@ import zstandard
 
 from megalite.errors import UserError
 from megalite.text import readers
-from megalite.text.readers import BadRecord, expand_inputs, read_documents
+from megalite.text.input_files import expand_inputs
+from megalite.text.readers import read_documents
+from megalite.text.records import BadRecord
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 GOOD = b'{"text": "good"}'
