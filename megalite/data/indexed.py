@@ -268,7 +268,7 @@ class IndexedDataset:
         if int(self.boundaries[0]) != 0 or int(self.boundaries[-1]) != sequences:
             raise UserError(f"{idx_path}: its documents do not cover its {sequences} sequences; write the file again")
         self.tokens = data.view(self.dtype)
-        self._fingerprint, self._lengths_checked = "", False
+        self._fingerprint = ""
 
     def __len__(self) -> int:
         """Number of sequences (what splits and sample indices count)."""
@@ -297,12 +297,7 @@ class IndexedDataset:
         return np.concatenate([self[sequence] for sequence in sequences] or [self.tokens[:0]])
 
     def require_lengths(self) -> None:
-        """Raise `UserError` if the lengths do not add up to the file's tokens, since they determine the samples.
-
-        Scans the lengths once per open file.
-        """
-        if self._lengths_checked:
-            return
+        """Scan the lengths, which determine the samples: `UserError` if they do not add up to the file's tokens."""
         total = 0
         for number, lengths in enumerate(self.pieces("lengths")):
             if lengths.min() < 0:
@@ -311,7 +306,6 @@ class IndexedDataset:
             total += int(lengths.sum(dtype=np.int64))
         if total != self.tokens.size:
             raise self._damaged(f"its sequences have {total} tokens, but the .bin has {self.tokens.size}")
-        self._lengths_checked = True
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.prefix}.idx: {what}; the file is damaged: write it again")

@@ -72,7 +72,11 @@ def file_format(path: Path) -> tuple[str, str]:
 
 def can_split(path: Path) -> bool:
     """Whether byte ranges of this file can be read apart."""
-    kind, compression = file_format(path)
+    return is_splittable(*file_format(path))
+
+
+def is_splittable(kind: str, compression: str) -> bool:
+    """Whether byte ranges of files of this format can be read apart."""
     return kind in ("jsonl", "parquet") and not compression
 
 
@@ -83,7 +87,7 @@ def _has_suffix(path: Path) -> bool:
 def _decompressed_head(path: Path, compression: str) -> tuple[bytes, bool]:
     head = b""
     try:
-        for block in blocks(path, compression, ReadCounter(), READ_BYTES):
+        for block in blocks(path, compression, ReadCounter(), HEAD_BYTES):
             head += block
             if len(head) >= HEAD_BYTES:
                 return head[:HEAD_BYTES], False

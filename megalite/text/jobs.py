@@ -79,6 +79,7 @@ def plan_units(paths: Sequence[Path], unit_bytes: int = UNIT_BYTES, pack_bytes: 
     """Split the input into units, in input order: large files into ranges if possible, small ones packed together."""
     units: list[Unit] = []
     pack: list[FilePart] = []
+    packed = 0  # bytes in the pack
 
     def close(pieces: Sequence[FilePart]) -> None:
         if pieces:
@@ -88,14 +89,15 @@ def plan_units(paths: Sequence[Path], unit_bytes: int = UNIT_BYTES, pack_bytes: 
         size = path.stat().st_size
         if size > unit_bytes and can_split(path):
             close(pack)
-            pack = []
+            pack, packed = [], 0
             for start in range(0, size, unit_bytes):
                 close([FilePart(str(path), start, min(size, start + unit_bytes), whole=False)])
             continue
-        if pack and sum(piece.end for piece in pack) + size > pack_bytes:
+        if pack and packed + size > pack_bytes:
             close(pack)
-            pack = []
+            pack, packed = [], 0
         pack.append(FilePart(str(path), 0, size, whole=True))
+        packed += size
     close(pack)
     return units
 

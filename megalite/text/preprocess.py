@@ -121,7 +121,7 @@ class _Job:
     def _write(self, done: list[bool], show_progress: bool) -> dict[str, Any]:
         """Make the missing shards and join all in order while later ones are still being made."""
         todo = [task for task, finished in zip(self._tasks, done, strict=True) if not finished]
-        ready = {unit.number: encode_unit(task) for unit, task, known in zip(self._units, self._tasks, done) if known}
+        ready = {task.unit.number: encode_unit(task) for task, known in zip(self._tasks, done, strict=True) if known}
         total = sum(unit.bytes for unit in self._units)
         writer = IndexedWriter(self.prefix, token_dtype(self._tokenizer.vocab_size))
         tally = _Tally(self._units, Quarantine(Path(f"{self.prefix}.bad.jsonl")))

@@ -17,7 +17,7 @@ from typing import IO, Any, NoReturn
 import orjson
 
 from megalite.errors import UserError
-from megalite.text.formats import UTF8_BOM, blocks, can_split, file_format, lines, lines_in_range
+from megalite.text.formats import UTF8_BOM, blocks, file_format, is_splittable, lines, lines_in_range
 from megalite.text.records import (
     BINARY,
     BROKEN_JSON,
@@ -67,11 +67,11 @@ def read_documents(
     path = Path(path)
     on_bad = on_bad or _refuse
     counter = counter if counter is not None else ReadCounter()
-    if byte_range is not None and not can_split(path):
+    kind, compression = file_format(path)
+    if byte_range is not None and not is_splittable(kind, compression):
         if byte_range[0] > 0:
             return  # the file is one piece, which begins at byte 0
         byte_range = None
-    kind, compression = file_format(path)
     limit = max_record_bytes
     try:
         if kind == "jsonl":
