@@ -107,11 +107,7 @@ class Methods:
         self.state = {
             f"{rank}.{number}.{kind}": values
             for number, segment in enumerate(self.trainer.optimizer.segments)
-            for kind, values in (
-                ("weight", segment.master.detach()),
-                ("exp_avg", segment.exp_avg),
-                ("exp_avg_sq", segment.exp_avg_sq),
-            )
+            for kind, values in {"weight": segment.master.detach(), **segment.state}.items()
         }
         self.flat = torch.cat([values.view(torch.uint8) for values in self.state.values()])[: self.bytes].numpy()
 
@@ -131,7 +127,7 @@ class Methods:
 
         def write_raw() -> None:
             with open(raw / str(self.rank), "wb", buffering=0) as file:
-                view = memoryview(self.flat)
+                view = self.flat.data
                 while view:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
@@ -152,7 +148,7 @@ class Methods:
     def readers(self) -> dict[str, Callable[[], object]]:
         def read_raw() -> None:
             with open(self.folder / "raw" / str(self.rank), "rb", buffering=0) as file:
-                view = memoryview(self.flat)
+                view = self.flat.data
                 while view:
                     view = view[file.readinto(view) :]
 

@@ -24,9 +24,10 @@ import numpy as np
 import pybind11
 import tyro
 
+from megalite.config.sources import Source
 from megalite.data import _index
 from megalite.data.batches import Batches
-from megalite.data.dataset import Blend, SampleOrder
+from megalite.data.dataset import SampleOrder
 from megalite.data.indexed import IndexedWriter
 
 UNLIMITED = np.iinfo(np.int64).max
@@ -128,7 +129,7 @@ def batches(folder: Path, mean_length: int, seq_length: int, document_mask: bool
                 lengths = rng.integers(1, 2 * mean_length, 4_000_000 // mean_length)
                 writer.add_documents(rng.integers(0, 50_000, lengths.sum()).astype(np.uint16), lengths)
     steps, size = 20, 256 * 4096 // seq_length
-    dataset = SampleOrder(seq_length, 1, 50_000).dataset(Blend((str(prefix),), None), steps * size)
+    dataset = SampleOrder(seq_length, 1, 50_000).dataset([Source(str(prefix))], steps * size)
     with Batches(dataset, micro_batch_size=8, document_mask=document_mask, ahead=0) as reader:
         reader.next_batch(0, size)
         seconds = cpu_seconds(lambda: [reader.next_batch(step * size, size) for step in range(steps)])

@@ -78,7 +78,7 @@ class Session:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         command = [sys.executable, *launcher, *map(str, arguments)]
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        begun = time.perf_counter()
+        code, output, begun = None, "", time.perf_counter()
         try:
             result = subprocess.run(
                 command, capture_output=True, text=True, cwd=HERE.parent, env=environment, timeout=LIMIT_SECONDS
@@ -91,17 +91,17 @@ class Session:
                 for text in (error.stdout, error.stderr)
                 if text
             )
-            code, wrong = None, f"not done after {LIMIT_SECONDS} s"
-        except (ValueError, KeyError, OSError) as error:
+            wrong = f"not done after {LIMIT_SECONDS} s"
+        except (ValueError, KeyError, OSError, StopIteration) as error:
             wrong = f"unreadable: {error!r}"
-        row = {"stage": name, "command": " ".join(command[1:]), "exit": code, "wrong": wrong}
-        row["seconds"] = round(time.perf_counter() - begun, 1)
+        seconds = round(time.perf_counter() - begun, 1)
+        row = {"stage": name, "command": " ".join(command[1:]), "exit": code, "wrong": wrong, "seconds": seconds}
         if wrong:
             row["output"] = output[-4000:]
         self.stages.append(row)
         document = {"device": self.device, "torch": torch.__version__, "stages": self.stages}
         write_atomically(self.path, json.dumps(document, indent=1) + "\n")
-        print(f"{name}: {wrong or 'ok'} ({row['seconds']} s)", flush=True)
+        print(f"{name}: {wrong or 'ok'} ({seconds} s)", flush=True)
         if wrong:
             print(output[-4000:], flush=True)
 

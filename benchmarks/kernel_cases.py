@@ -123,7 +123,8 @@ def both_ways(forward: Call, inputs: list[Tensor]) -> tuple[Callable[[], Any], C
             outputs = forward(*leaves)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             kept.extend((outputs, leaves, [torch.randn_like(x) for x in outputs]))
-        return torch.autograd.grad(*kept, retain_graph=True)
+        outputs, leaves, gradients = kept
+        return torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
 
     return run_forward, run_backward
 
@@ -299,11 +300,14 @@ def sdpa(backend: SDPBackend | None) -> Call:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
 
+    if backend is None:
+        return call
+
     def limited(*tensors: Tensor) -> Any:
         with sdpa_kernel(backend):
             return call(*tensors)
 
-    return call if backend is None else limited
+    return limited
 
 
 def attention_peers(at: Setting) -> tuple[dict[str, Call], list[str]]:
@@ -355,7 +359,10 @@ def optimizer_cases(at: Setting) -> Iterator[Case]:
     options = {"lr": 1e-6, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     param, theirs = torch.empty(count, dtype=torch.bfloat16, device=at.device), torch.nn.Parameter(w.clone())
     theirs.grad = g
-    fused, foreach = (torch.optim.AdamW([theirs], lr=1e-6, **kind) for kind in ({"fused": True}, {"foreach": True}))
+    fused, foreach = (
+        torch.optim.AdamW([theirs], lr=1e-6, fused=True),
+        torch.optim.AdamW([theirs], lr=1e-6, foreach=True),
+    )
     calls: dict[str, Callable[[], Any]] = {
         at.name("adamw"): lambda: at.kernels.adamw_(w, g, m, v, step=10, param_out=param, **options),
         "torch fused AdamW (no bf16 copy)": fused.step,

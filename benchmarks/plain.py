@@ -65,6 +65,9 @@ class PlainLayer(nn.Module):
 class PlainLlama(nn.Module):
     """tokens [B, S], labels [B, S] -> mean loss."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)

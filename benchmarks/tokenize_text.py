@@ -24,7 +24,8 @@ from typing import Any
 import tyro
 
 from benchmarks.data import train_hugging_face, write_corpus
-from megalite.errors import UserError, exit_on_user_error
+from megalite.cli import program
+from megalite.errors import UserError
 from megalite.files import write_atomically
 from megalite.text.huggingface_tokenizer import HuggingFaceTokenizer
 from megalite.text.readers import read_documents
@@ -90,7 +91,7 @@ def measure(path: Path, texts: list[str], repeats: int) -> dict[str, Any]:
     }
 
 
-@exit_on_user_error
+@program
 def main() -> None:
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as name:

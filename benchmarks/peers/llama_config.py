@@ -10,7 +10,7 @@ def llama_config(job: Job) -> LlamaConfig:
     """The job's model. Rotary base and epsilon are megalite's defaults where the preset names none."""
     shape = job.shape
     rope_theta = shape.get("rope_theta", 10000.0)
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]  # rope_theta, which newer transformers take by **kwargs
         hidden_size=shape["hidden_size"],
         intermediate_size=shape["ffn_hidden_size"],
         num_hidden_layers=shape["layers"],

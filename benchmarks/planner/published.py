@@ -153,7 +153,7 @@ def parameter_points() -> list[Point]:
         size = gpt(row[2], row[1], row[3], 131072, 4096, tied=False)
         digits = 1 if row[0] < 10 else 0
         points.append(Point(f"GPT {row[0]} B (Megatron H100)", "B", row[0], round(size.parameters / 1e9, digits)))
-    for name, size, published, digits in (
+    models: tuple[tuple[str, Architecture, float, int], ...] = (
         ("LLaMA 7B", LLAMA_7B, 6.7, 1),
         ("LLaMA 13B", LLAMA_13B, 13.0, 1),
         ("LLaMA 33B", LLAMA_33B, 32.5, 1),
@@ -162,8 +162,10 @@ def parameter_points() -> list[Point]:
         ("Llama 3 70B", LLAMA3_70B, 70.6, 1),
         ("Llama 3 405B", LLAMA3_405B, 405.0, 0),
         ("nanotron 3.57B", NANOTRON_3B, 3.57, 2),
-    ):
-        points.append(Point(name, "B", published, round(size.parameters / 1e9, digits)))
+    )
+    points += [
+        Point(name, "B", published, round(model.parameters / 1e9, digits)) for name, model, published, digits in models
+    ]
     return points
 
 

@@ -208,7 +208,7 @@ class StageBuckets:
             bucket.wait_for_all_gather()
 
     @torch.no_grad()
-    def fill(self, write: Callable[[PlacedParameter], None]) -> None:
+    def fill(self, write: Callable[[PlacedParameter], object]) -> None:
         """Call `write` for every parameter, which it must overwrite; under ZeRO-3 one bucket at a time is unsharded."""
         self.wait_for_all_gather()
         self._window.clear()
