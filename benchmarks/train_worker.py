@@ -19,11 +19,12 @@ from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
+from megalite.model.sharded import DTYPES
 from megalite.observe.lines import read_lines
 from megalite.observe.timeline import Recorder
 from megalite.placement import PlacedParameter
 from megalite.train.attention_calls import attention_calls
-from megalite.train.trainer import DTYPES, Trainer
+from megalite.train.trainer import Trainer
 
 OBSERVED = 3
 """Steps under the recorder after the measured ones; of the third it keeps every operation."""

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megalite.affinity import own_cores
 from megalite.cli import program
 from megalite.config import parse_command_line
 from megalite.errors import FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError
@@ -56,8 +57,7 @@ def count_gpus(device: str) -> int:
 
 def rank_environment(processes: int, gpus: int) -> dict[str, str]:
     """Environment variables set for the ranks unless the user has set them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // processes))}
+    environment = {"OMP_NUM_THREADS": str(max(1, len(own_cores()) // processes))}
     if gpus:
         return environment | GPU_ENVIRONMENT
     # glibc otherwise returns the logits' memory to the system after every step and asks for it again

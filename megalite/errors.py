@@ -12,9 +12,6 @@ FINISHED, FAULT, UNUSABLE, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 ENDINGS = {FINISHED: "finished", UNUSABLE: "refused", STOPPED: "stopped on request", INTERRUPTED: "interrupted"}
 """Descriptions of the exit codes that are not faults."""
 
-EXIT_CODES_ENVIRONMENT = "MEGALITE_EXIT_CODES"
-"""Names a directory where each rank leaves its exit code: torchrun itself makes 1 of every code but 0."""
-
 
 class UserError(Exception):
     """A mistake that the user can mend: the message names the field or file, its value, and what would be right."""

@@ -144,8 +144,8 @@ class PlacedParameter(nn.Parameter):
     main_grad: Tensor | None
     delay: Callable[[Action], None] | None
 
-    def __new__(cls, data: Tensor, placement: Placement, *, trainable: bool = True) -> PlacedParameter:
-        parameter = super().__new__(cls, data, requires_grad=trainable)
+    def __new__(cls, data: Tensor, placement: Placement) -> PlacedParameter:
+        parameter = super().__new__(cls, data, requires_grad=True)
         parameter.placement = placement
         parameter.tied_to = parameter.store = parameter.main_grad = parameter.delay = None
         return parameter

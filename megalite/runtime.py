@@ -26,7 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from megalite.affinity import pci_address, stay_near
-from megalite.errors import EXIT_CODES_ENVIRONMENT, INTERRUPTED, STOPPED, UserError
+from megalite.errors import INTERRUPTED, STOPPED, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ def follow_launcher(world: World) -> None:
         return
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
     if _orphaned(os.environ, os.getppid()):
-        leave(STOPPED, world)
+        leave(STOPPED)
 
 
 def _orphaned(environment: Mapping[str, str], parent: int) -> bool:
@@ -192,7 +192,7 @@ class StopRequest:
             clean_up()
             if world.rank == 0:
                 print("stopped on request before training began", file=sys.stderr, flush=True)
-            leave(code, world)
+            leave(code)
 
         with self._guard:
             if self.signal is not None:
@@ -307,12 +307,8 @@ class RunLog:
         log.handlers[:] = [file, self._terminal]
 
 
-def leave(code: int, world: World) -> None:
-    """Exit at once with `code`, after writing it where the launcher looks for it. Does not return."""
-    folder = os.environ.get(EXIT_CODES_ENVIRONMENT)
-    if folder:
-        with contextlib.suppress(OSError):
-            (Path(folder) / f"rank_{world.rank:05d}").write_text(f"{code}\n")
+def leave(code: int) -> None:
+    """Exit at once with `code`. Does not return."""
     with contextlib.suppress(OSError):
         logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

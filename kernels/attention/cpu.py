@@ -19,9 +19,21 @@ EXPLICIT_LONGEST = 512  # ... up to so many keys
 
 
 def form(
-    dtype: torch.dtype, queries: int, keys: int, heads: int, kv_heads: int, width: int, *, causal: bool, trains: bool
+    dtype: torch.dtype,
+    queries: int,
+    keys: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    *,
+    causal: bool,
+    trains: bool,
+    compiled: bool,
+    matrix_units: bool,
 ) -> str:
     """`native`, `explicit`, `blocked` or `sdpa`, for a call that all of them can do.
+
+    `compiled`: the compiled kernels are there; `matrix_units`: the CPU multiplies bf16 in such (AMX).
 
     A rule, not a race at the first call, so that every run has the same bits. Measured on two cores with AVX-512 and
     AMX, with AVX2 too. fp32 has the compiled form. In bf16 that is the fastest where there are no matrix units or the
@@ -29,10 +41,10 @@ def form(
     best with the backward in blocks, until the sums over blocks of queries cost more than its products win.
     """
     whole = causal and queries == keys
-    if whole and native.obstacle() is None:
+    if whole and compiled:
         if dtype == torch.float32:
             return "native"
-        if dtype == torch.bfloat16 and (width <= COMPILED_WIDEST or not torch.cpu._is_amx_tile_supported()):
+        if dtype == torch.bfloat16 and (width <= COMPILED_WIDEST or not matrix_units):
             return "native"
     if dtype != torch.bfloat16:
         return "sdpa"
@@ -47,8 +59,15 @@ def attention_cpu(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any
     if q_SBHD.device.type != "cpu" or not fusable(q_SBHD, k_SBKD, asked):
         return attention_sdpa(q_SBHD, k_SBKD, v_SBKD, **asked._asdict())
     (queries, _, heads, width), (keys, _, kv_heads, _) = q_SBHD.shape, k_SBKD.shape
-    sizes, trains = (queries, keys, heads, kv_heads, width), torch.is_grad_enabled()
-    chosen, scale = form(q_SBHD.dtype, *sizes, causal=asked.causal, trains=trains), asked.scale_for(q_SBHD)
+    chosen = form(
+        q_SBHD.dtype,
+        *(queries, keys, heads, kv_heads, width),
+        causal=asked.causal,
+        trains=torch.is_grad_enabled(),
+        compiled=native.obstacle() is None,
+        matrix_units=torch.cpu._is_amx_tile_supported(),
+    )
+    scale = asked.scale_for(q_SBHD)
     if chosen == "native":
         return native.attention(q_SBHD, k_SBKD, v_SBKD, first_keys(queries, asked), scale)
     if chosen == "explicit":

@@ -80,10 +80,12 @@ class CheckpointManager:
     continues.
     """
 
-    def __init__(self, run_dir: Path | str, config: Config, mesh: Mesh, lock: RunLock | None = None) -> None:
+    def __init__(
+        self, run_dir: Path | str, config: Config, mesh: Mesh, lock: RunLock | None = None, peers: Peers | None = None
+    ) -> None:
         self.config, self.failures, self.last_failure = config, 0, ""
         self.folder = Path(run_dir) / directory.CHECKPOINTS
-        self._peers = Peers(mesh)
+        self._peers = peers or Peers(mesh)
         self._lock = lock
         self._identity: RunIdentity | None = None
         self._staging: Staging | None = None

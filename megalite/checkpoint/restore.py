@@ -20,7 +20,6 @@ from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, c
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.mesh import Mesh
 from megalite.model.decoder import OUTPUT
 from megalite.placement import Region
 
@@ -66,18 +65,18 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
     )
 
 
-def planned_samples(run_dir: Path | str, mesh: Mesh) -> int | None:
+def planned_samples(run_dir: Path | str, peers: Peers) -> int | None:
     """The number of samples a run was first planned for, from its newest readable checkpoint; None if unknown.
 
     Collective; called before the data is opened, so that a run that is extended keeps its original data order.
     """
     planned = None
-    if mesh.rank == 0:
+    if peers.rank == 0:
         for _, path in reversed(complete_checkpoints(Path(run_dir) / CHECKPOINTS)):
             with contextlib.suppress(UserError):  # damaged: the one before it is used
                 planned = Manifest.from_file(path / MANIFEST).state.get("planned_samples")
                 break
-    planned = Peers(mesh).first(planned)
+    planned = peers.first(planned)
     return planned if isinstance(planned, int) and planned > 0 else None
 
 

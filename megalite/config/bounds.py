@@ -11,6 +11,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, get_args, get_origin
 
+from megalite.cli import printable
+
 _SHOWN = 120
 
 
@@ -118,12 +120,7 @@ def shown(value: Any) -> str:
         text = str(value) if isinstance(value, str | int | float) else repr(value)
     except (ValueError, RecursionError):  # more digits than Python prints, or lists in lists without end
         return "a value that is too large to show"
-    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-    if text.isprintable():
-        return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
-    )
+    return printable(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def quoted(value: Any) -> str:

@@ -30,9 +30,3 @@ class DecoderCache:
         for buffer, tensor in zip(self._buffers[layer], new):
             buffer[start:stop] = tensor
         return tuple(buffer[:stop] for buffer in self._buffers[layer])
-
-    def keep_rows(self, rows: Tensor) -> None:
-        """From now on hold these rows of the batch only (int64 [rows], their new order)."""
-        self._buffers = {
-            layer: tuple(buffer.index_select(1, rows) for buffer in buffers) for layer, buffers in self._buffers.items()
-        }

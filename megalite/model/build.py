@@ -96,36 +96,37 @@ class Build:
         layer = ColumnParallelLinear(weight, bias, self.region, self.products)
         return layer if self.adapter is None else self.adapter.column(self, boxes[0].name, layer, boxes)
 
-    def row(
-        self, name: str, features: tuple[int, int], columns: tuple[int, int], std: float | None = None
-    ) -> nn.Module:
+    def row(self, name: str, features: tuple[int, int], columns: tuple[int, int]) -> nn.Module:
         """A linear layer whose input is split: this rank holds (first, count) `columns` of the global weight
-        `features` = (O, I). `std` is `residual_std` unless given."""
+        `features` = (O, I)."""
         (outputs, _), (start, length) = features, columns
         box = Box(name, features, (0, start), (outputs, length), (0, 0), (self.mesh.rank,))
-        weight = self.parameter(name, (outputs, length), (box,), std=self.residual_std if std is None else std)
+        weight = self.parameter(name, (outputs, length), (box,), std=self.residual_std)
         layer = RowParallelLinear(weight, self.region, self.products)
         return layer if self.adapter is None else self.adapter.row(self, name, layer, columns)
+
+    def replicated_parameter(
+        self, name: str, shape: tuple[int, ...], *, partial: bool | None = None, **options: Any
+    ) -> PlacedParameter:
+        """A parameter that all tensor ranks hold whole; `options` as of `parameter`. `partial`: each rank uses it for
+        different tokens or heads, so its gradient is one term of a sum; by default so under sequence parallelism."""
+        replicas = self.mesh.ranks_along("tp")
+        summed = (self.region.sequence if partial is None else partial) and len(replicas) > 1
+        box = row_box(name, shape, 0, shape[0], 0, replicas, partial=summed)
+        return self.parameter(name, shape, (box,), **options)
 
     def replicated(
         self, name: str, features: tuple[int, int], *, init: str = "normal", std: float = STD, role: str = "matrix"
     ) -> ColumnParallelLinear:
         """A linear layer that all tensor ranks hold whole, `features` = (O, I), for activations as they are between
         the tensor-parallel blocks: [s, B, I] -> [s, B, O]. Not quantised, and no adapter is put around it."""
-        replicas = self.mesh.ranks_along("tp")
-        summed = self.region.sequence and len(replicas) > 1  # each rank sees other tokens
-        box = row_box(name, features, 0, features[0], 0, replicas, partial=summed)
-        weight = self.parameter(name, features, (box,), init=init, std=std, role=role)
+        weight = self.replicated_parameter(name, features, init=init, std=std, role=role)
         alone = TensorRegion(Group((self.mesh.rank,), self.mesh.rank, None), False)
         return ColumnParallelLinear(weight, None, alone, PLAIN)
 
     def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
-        """A norm whose weight is replicated over the tensor ranks. `partial`: each rank normalises different tokens or
-        heads, so its gradient is one term of a sum; by default so under sequence parallelism."""
-        replicas = self.mesh.ranks_along("tp")
-        summed = (self.region.sequence if partial is None else partial) and len(replicas) > 1
-        box = row_box(name, (size,), 0, size, 0, replicas, partial=summed)
-        weight = self.parameter(name, (size,), (box,), init="ones", role="vector")
+        """A norm whose weight is replicated over the tensor ranks; `partial` as of `replicated_parameter`."""
+        weight = self.replicated_parameter(name, (size,), partial=partial, init="ones", role="vector")
         return RMSNorm(weight, self.model.norm_eps, self.kernels)
 
     def embedding(self, name: str, replicas: tuple[int, ...]) -> VocabParallelEmbedding:
@@ -133,11 +134,9 @@ class Build:
         weight, first, _ = self.vocabulary(name, replicas, role="embedding")
         return VocabParallelEmbedding(weight, first, self.region)
 
-    def vocabulary(self, name: str, replicas: tuple[int, ...], **kwargs: Any) -> tuple[PlacedParameter, int, int]:
+    def vocabulary(self, name: str, replicas: tuple[int, ...], *, role: str) -> tuple[PlacedParameter, int, int]:
         """(weight [v, H] with padding, its first row, its true rows) of a vocabulary split over the tensor ranks."""
         hidden = self.model.hidden_size
-        rows, first, boxes = vocabulary_box(
-            name, self.model.vocab_size, hidden, self.region, replicas, partial=len(replicas) > 1
-        )
-        weight = self.parameter(f"{kwargs['role']}: {name}", (rows, hidden), boxes, **kwargs)
+        rows, first, boxes = vocabulary_box(name, self.model.vocab_size, hidden, self.region, replicas)
+        weight = self.parameter(f"{role}: {name}", (rows, hidden), boxes, role=role)
         return weight, first, sum(box.size[0] for box in boxes)

@@ -23,7 +23,7 @@ from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, chunk_row
 from megalite.model.build import Build
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
-from megalite.placement import PlacedParameter, row_box
+from megalite.placement import PlacedParameter
 
 
 def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
@@ -259,10 +259,7 @@ class ScalarHead(nn.Module):
 
     def __init__(self, build: Build, name: str) -> None:
         super().__init__()
-        replicas, hidden = build.mesh.ranks_along("tp"), build.model.hidden_size
-        summed = build.region.sequence and len(replicas) > 1
-        box = row_box(name, (1, hidden), 0, 1, 0, replicas, partial=summed)
-        self.weight = build.parameter(name, (1, hidden), (box,), role="output")
+        self.weight = build.replicated_parameter(name, (1, build.model.hidden_size), role="output")
         self.region = build.region
 
     def forward(self, hidden_sBH: Tensor) -> Tensor:

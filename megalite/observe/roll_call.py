@@ -54,18 +54,17 @@ class RollCall:
     def close(self) -> None:
         self._over.set()
 
-    def after_failure(self, ended: Callable[[], bool]) -> list[int]:
+    def after_failure(self, ended: Callable[[], bool]) -> None:
         """After a failed communication: report the ranks that do not answer because they are dead or hang.
 
         Gives up without a result once `ended()`: a launcher that ends this rank already knows which one died.
         """
         self.close()
         if self._store is None:
-            return []
+            return
         found = self._bounded(lambda: self._ask("failed", "1", _ANSWER_SECONDS, ended), _ANSWER_SECONDS)
         missing = [] if ended() else sorted(set(range(self.mesh.size)) - found.keys())
         self._tell(missing, found)
-        return missing
 
     def _listen(self) -> None:
         """The thread: watches the age of the step, whatever the main thread is blocked in."""

@@ -317,8 +317,6 @@ class TimelineFile:
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._size is None:  # the first row of this start is preceded by a header that names the rank
-            with contextlib.suppress(OSError):
-                self._file.path.parent.mkdir(parents=True, exist_ok=True)
             self._size = self._file.path.stat().st_size if self._file.path.exists() else 0
             self._write(self._head())
         self._file.write(row)

@@ -52,17 +52,18 @@ class _Embed(Function):
 
 
 def vocabulary_box(
-    name: str, vocab_size: int, hidden_size: int, region: TensorRegion, replicas: tuple[int, ...], *, partial: bool
+    name: str, vocab_size: int, hidden_size: int, region: TensorRegion, replicas: tuple[int, ...]
 ) -> tuple[int, int, tuple[Box, ...]]:
     """(rows per rank with padding, first row, boxes) of a vocabulary-parallel weight.
 
-    The vocabulary is padded to a multiple of the tensor size; the last ranks may hold fewer true rows, or none.
+    The vocabulary is padded to a multiple of the tensor size; the last ranks may hold fewer true rows, or none. Several
+    `replicas` each have a gradient of their own, a term of the sum.
     """
     rows = -(-vocab_size // region.group.size)
     first = region.group.index * rows
     true_rows = max(0, min(vocab_size - first, rows))
     shape = (vocab_size, hidden_size)
-    boxes = (row_box(name, shape, first, true_rows, 0, replicas, partial=partial),) if true_rows else ()
+    boxes = (row_box(name, shape, first, true_rows, 0, replicas, partial=len(replicas) > 1),) if true_rows else ()
     return rows, first, boxes
 
 

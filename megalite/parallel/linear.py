@@ -61,9 +61,7 @@ def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None
 def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
     """Add grad_output^T @ inputs to the weight's gradient buffer; without a buffer, return it for autograd."""
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
-    total = weight.main_grad
-    if total is None:
-        total = weight.grad_buffer()
+    total = weight.grad_buffer()
     if total is None:
         return grad_NO.t() @ input_NI
     accumulate_product(total, grad_NO, input_NI)

@@ -283,7 +283,7 @@ def _move_gradient(parameter: Tensor) -> None:
     assert isinstance(parameter, PlacedParameter)
     if parameter.grad is None:
         return
-    total = parameter.main_grad if parameter.main_grad is not None else parameter.grad_buffer()
+    total = parameter.grad_buffer()
     if total is not None:
         total.add_(parameter.grad)
         parameter.grad = None

@@ -17,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megalite.kernels.attention.cpu import COMPILED_WIDEST, EXPLICIT_LONGEST, EXPLICIT_WIDTH
+import torch
+
+from megalite.kernels.attention.cpu import form as attention_form
 from megalite.kernels.cross_entropy import CHUNK_ELEMENTS, PRODUCT_BYTES
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
@@ -71,12 +73,16 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
 
 
 def _attention_form(job: Job, layer: LayerShare) -> str:
-    """Which form of attention computes the layer; CPUs are taken to have matrix units for bf16 (AMX)."""
-    if job.device.is_gpu or job.element_bytes == 4 or job.architecture.model.head_dim <= COMPILED_WIDEST:
+    """Which form of attention computes the layer: `explicit`, `blocked`, or `fused` for all that keep log-sum-exps.
+
+    CPUs are taken to have the compiled kernels, and matrix units for bf16 (AMX).
+    """
+    if job.device.is_gpu:
         return "fused"
-    if job.architecture.model.head_dim >= EXPLICIT_WIDTH and job.seq_length <= EXPLICIT_LONGEST:
-        return "explicit"
-    return "blocked" if job.seq_length <= EXPLICIT_LONGEST * (layer.queries // layer.kvs) else "fused"
+    dtype = torch.float32 if job.element_bytes == 4 else torch.bfloat16
+    sizes = (job.seq_length, job.seq_length, layer.queries, layer.kvs, job.architecture.model.head_dim)
+    form = attention_form(dtype, *sizes, causal=True, trains=True, compiled=True, matrix_units=True)
+    return form if form in ("explicit", "blocked") else "fused"
 
 
 def layer_kept(job: Job) -> float:

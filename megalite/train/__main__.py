@@ -6,7 +6,6 @@ or initialise, write. A start that is refused changes nothing on disk.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
 from megalite.errors import FAULT, FINISHED, INTERRUPTED, STOPPED, UNUSABLE, RunFailed, UserError
@@ -87,7 +86,4 @@ def first_to_report(world: World, stop: StopRequest) -> bool:
 
 
 if __name__ == "__main__":
-    code, place = main(sys.argv[1:]), World()
-    with contextlib.suppress(UserError):  # reported by `main`
-        place = World.from_environment()
-    leave(code, place)
+    leave(main(sys.argv[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megalite.config import Config
 from megalite.kernels.attention.choice import Call
 from megalite.model.attention import split_heads
-from megalite.train.trainer import DTYPES
+from megalite.model.sharded import DTYPES
 
 
 def attention_calls(config: Config) -> list[Call]:

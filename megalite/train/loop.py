@@ -14,6 +14,7 @@ from typing import Any
 
 from megalite.checkpoint.lock import RunLock
 from megalite.checkpoint.manager import CheckpointManager
+from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
@@ -96,7 +97,8 @@ class TrainingRun:
         self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
         self.observers, self._accept = observers, accept
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
-        kept = None if config.checkpoint.allow_data_change else planned_samples(config.run.dir, mesh)
+        peers = Peers(mesh)
+        kept = None if config.checkpoint.allow_data_change else planned_samples(config.run.dir, peers)
         self.planned = kept or config.samples_after(config.train.steps)
         train, valid = open_data(config, self.planned)
         self.fingerprint = train.fields()
@@ -104,7 +106,7 @@ class TrainingRun:
         self.detector = SpikeDetector(config.recovery.spike_threshold)
         self.train_data = Reader(config, mesh, trainer, train, eod)
         self.valid_data = Reader(config, mesh, trainer, valid, eod)
-        self.checkpoints = CheckpointManager(config.run.dir, config, mesh, lock)
+        self.checkpoints = CheckpointManager(config.run.dir, config, mesh, lock, peers)
         self.meter = SpeedMeter(config, mesh.size, mesh.device)
         observers.wrap_steps("profiler", lambda: Profiler(config, mesh, trainer, observers.recorder).step)
         trainer.observe = observers.recorder.observe

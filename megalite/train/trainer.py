@@ -18,15 +18,13 @@ from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
-from megalite.model.sharded import DTYPES, MicroBatches, ShardedModel
+from megalite.model.sharded import MicroBatches, ShardedModel
 from megalite.objective import Objective, Outputs
 from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
 from megalite.registry import look_up
-
-__all__ = ["DTYPES", "MicroBatches", "StepResult", "Trainer"]
 
 
 @dataclass(frozen=True)

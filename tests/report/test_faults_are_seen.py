@@ -24,14 +24,14 @@ SLOW_RANK = """
 import os, sys, time
 from megalite.model.decoder import Stage
 from megalite.train.__main__ import main
-from megalite.runtime import World, leave
+from megalite.runtime import leave
 real = Stage.forward
 def slow(self, *arguments):
     time.sleep(0.03)
     return real(self, *arguments)
 if os.environ["RANK"] == "1":
     Stage.forward = slow
-leave(main(sys.argv[1:]), World.from_environment())
+leave(main(sys.argv[1:]))
 """
 
 

@@ -29,7 +29,7 @@ import time
 
 from megalite.train.__main__ import main
 from megalite.train.loop import TrainingRun
-from megalite.runtime import World, leave
+from megalite.runtime import leave
 
 step = TrainingRun._step
 
@@ -40,7 +40,7 @@ def slow_step(self, number):
 
 
 TrainingRun._step = slow_step
-leave(main(sys.argv[3:]), World.from_environment())
+leave(main(sys.argv[3:]))
 """
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys, time
 from megalite import mesh
-from megalite.runtime import World, leave
+from megalite.runtime import leave
 from megalite.train.__main__ import main
 from megalite.train.reader import Reader
 wait, read = mesh._Timed.wait, Reader.read
@@ -33,7 +33,7 @@ def hang(self, first, samples):
         time.sleep(1000)
     return read(self, first, samples)
 mesh._Timed.wait, Reader.read = sit, hang
-leave(main(sys.argv[1:]), World.from_environment())
+leave(main(sys.argv[1:]))
 """
 
 

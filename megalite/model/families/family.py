@@ -111,9 +111,9 @@ class Fields:
             if name in self._read or name in without_effect or value is None:
                 continue
             if name not in fixed:
-                shown = name if name.isidentifier() else reprlib.repr(name)
+                named = name if name.isidentifier() else reprlib.repr(name)
                 raise self.refusal(
-                    shown, value, "is not a field that megalite knows; remove it if it does not change the model"
+                    named, value, "is not a field that megalite knows; remove it if it does not change the model"
                 )
             if value not in fixed[name]:
                 raise self.refusal(name, value, f"is not supported; megalite computes {fixed[name][0]!r} only")
