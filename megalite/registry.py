@@ -20,7 +20,14 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "model.block": {"pre_norm": "megalite.model.block:Block"},
         "model.attention": {"gqa": "megalite.model.attention:GroupedQueryAttention"},
         "model.feed_forward": {"swiglu": "megalite.model.feed_forward:SwiGLU"},
-        "objective.kind": {"next_token": "megalite.objective.next_token:NextToken"},
+        "objective.kind": {
+            "next_token": "megalite.objective.next_token:NextToken",
+            "sft": "megalite.objective.next_token:NextToken",
+            "reward": "megalite.objective.preference:BradleyTerry",
+            "dpo": "megalite.objective.preference:DPO",
+            "ppo": "megalite.objective.policy:ClippedPolicy",
+            "grpo": "megalite.objective.policy:ClippedPolicy",
+        },
         "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW"},
         "adapter.kind": {},
     }

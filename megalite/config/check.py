@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
-from megalite.config.schema import Config
+from megalite.config.schema import DATA_FORMATS, Config
 from megalite.config.sources import parse_sources
 from megalite.errors import UserError
 from megalite.schedule.schedules import find_schedule
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("objective.kind", lambda kind: kind in DATA_FORMATS, "use next_token"),
     ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
 )
 

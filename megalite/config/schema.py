@@ -8,7 +8,9 @@ so that whoever reads a configuration sees plain values. Sizes are counts, times
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from megalite.config.bounds import Above, AtLeast, Named
@@ -25,6 +27,11 @@ CountOrNone = Annotated[int, AtLeast(0, 2**31 - 1)]
 """A number of things, and one where 0 means none; up to what 32-bit indices hold."""
 
 KernelChoice = Literal["auto", "triton", "reference"]
+DATA_FORMATS: Mapping[str, Literal["text", "sft", "preference", "prompt"]] = MappingProxyType(
+    {"sft": "sft", "reward": "preference", "dpo": "preference", "ppo": "prompt", "grpo": "prompt"}
+)
+"""What the objectives learn from, those apart that read token files."""
+
 AttentionChoice = Literal["auto", "triton", "sdpa", "cpu", "reference"]
 
 
@@ -141,6 +148,13 @@ class DataConfig:
     """Attention sees only the token's own document, and positions restart with each document."""
     mask_end_of_document: bool = False
     """Leave the end-of-document token's prediction of the next document out of the loss."""
+    chat_template: str = ""
+    """Jinja template (a file) that makes a text of a conversation, or `chatml`, the built-in one; empty: the
+    tokenizer's own."""
+    packing: bool = True
+    """Put several short examples into one sequence; they do not see each other. Not for pretraining or prompts."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What to do with an example that is longer than train.seq_length: leave it out, or cut its end."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +269,90 @@ class ObjectiveConfig:
     """What a step minimises."""
 
     kind: Annotated[str, Named(tuple(BUILT_IN["objective.kind"]))] = "next_token"
-    """`next_token` is the mean loss over all tokens that count; `module:Class` for one of your own
+    """`next_token` pretrains; `sft` learns the answers of conversations; `reward` trains a reward model and `dpo` a
+    policy on pairs of answers; `ppo` and `grpo` train a policy on its own answers. `module:Class` for one of your own
     (docs/extending.md)."""
+    beta: Annotated[float, Above(0, 1e6)] = 0.1
+    """dpo: how strongly the policy is held to the reference."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """dpo: the loss of a pair, that of DPO (Rafailov et al. 2023) or of IPO (Azar et al. 2023)."""
+    label_smoothing: Annotated[float, AtLeast(0, 0.5, below=True)] = 0.0
+    """dpo with sigmoid: the share of pairs that are taken to be labelled the wrong way round (cDPO)."""
+    center: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """reward: weight of the squared sum of a pair's two scores, which keeps scores near 0; 0.01 is usual."""
+    reference: str = ""
+    """dpo, ppo, grpo: the frozen reference model, as `checkpoint.load` names one; empty takes checkpoint.load."""
+
+    @property
+    def data_format(self) -> Literal["text", "sft", "preference", "prompt"]:
+        """The kind of examples it learns from, as tools/preprocess_data.py --format calls them."""
+        return DATA_FORMATS.get(self.kind, "text")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Answers that the policy gives while it is trained (ppo, grpo)."""
+
+    prompts_per_step: Count = 64
+    """Prompts of one step."""
+    answers: Count = 1
+    """Answers to each prompt; grpo compares those of one prompt, and needs 2 or more."""
+    max_new_tokens: Count = 128
+    """Longest answer, in tokens."""
+    temperature: Annotated[float, Above(0, 1e3)] = 1.0
+    """Temperature of sampling; the policy's probabilities in the losses are taken at the same temperature."""
+    top_k: CountOrNone = 0
+    """Sample from this many most likely tokens; 0: all. Anything else is refused: the losses need all of them."""
+    top_p: Annotated[float, Above(0, 1)] = 1.0
+    """Sample from the likeliest tokens with this share of the probability. Anything below 1 is refused, likewise."""
+    ignore_eos: bool = False
+    """Always write max_new_tokens tokens."""
+    reward: str = ""
+    """`module:function` that scores answers (docs/post-training.md)."""
+    reward_model: str = ""
+    """Checkpoint of a reward model that scores answers; with `reward` too, the two scores are added."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Updates of ppo and grpo."""
+
+    epochs: Count = 4
+    """Passes over the answers of one step."""
+    minibatches: Count = 1
+    """Optimizer steps of one pass."""
+    clip: Annotated[float, AtLeast(1e-6, 1, below=True)] = 0.2
+    """The probability ratio is clipped below 1 - clip and above 1 + clip."""
+    clip_high: Annotated[float, Above(0, 1e3)] = DERIVED
+    """Upper clip, if it is another one; by default clip."""
+    value_clip: Annotated[float, AtLeast(0, 1e6)] = 0.2
+    """Largest change of a value that the critic's loss rewards; 0: not clipped."""
+    gamma: Annotated[float, Above(0, 1)] = 1.0
+    """Discount of rewards."""
+    lam: Annotated[float, AtLeast(0, 1)] = 0.95
+    """Lambda of the generalised advantage estimate (Schulman et al. 2016)."""
+    kl: Annotated[float, AtLeast(0, 1e6)] = 0.05
+    """Weight of the KL divergence from the reference; 0 needs no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = DERIVED
+    """Estimate of the divergence at a token (Schulman 2020); by default k1 in the reward and k3 in the loss."""
+    kl_in: Literal["reward", "loss"] = DERIVED
+    """Where the divergence counts; by default in the reward for ppo and in the loss for grpo."""
+    kl_target: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """Divergence, in nats an answer, that the weight is adapted to (Ziegler et al. 2019); 0: a fixed weight."""
+    kl_horizon: Annotated[float, Above(0, 1e12)] = 10000.0
+    """Answers over which the weight adapts."""
+    normalise: Literal["std", "none"] = "std"
+    """grpo: divide advantages by the standard deviation of their group, or not (Dr. GRPO). ppo: whiten them over the
+    step's answers, or not."""
+    loss_over: Literal["token", "sequence"] = "token"
+    """The policy's loss is a mean over all tokens, or over answers of each one's mean."""
+    critic: str = ""
+    """ppo: checkpoint that the critic starts from, a reward model for instance; empty: the policy's own weights."""
+    critic_lr: Annotated[float, Above(0, 1e6)] = DERIVED
+    """ppo: the critic's highest learning rate; by default optimizer.lr."""
+
+    def __post_init__(self) -> None:
+        _derive(self, clip_high=self.clip)
 
 
 @dataclass(frozen=True)
@@ -323,9 +419,15 @@ class Config:
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _derive(self.policy, kl_in="loss" if self.objective.kind == "grpo" else "reward", critic_lr=self.optimizer.lr)
+        _derive(self.policy, kl_estimator="k1" if self.policy.kl_in == "reward" else "k3")
 
     @property
     def model_parallel(self) -> int:
