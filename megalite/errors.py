@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake that the user can mend: the message names the field or file, its value, and what would be right."""
 
 
+class CommonError(UserError):
+    """A `UserError` that every rank of a run raises at the same point: the ranks can still act together."""
+
+
 class RunFailed(Exception):
     """The run cannot go on, for a known reason that every rank found: one line without a trace, exit code 1."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,6 +41,22 @@ def search_beside(recipe: Path | str) -> None:
     folder = str(Path(recipe).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
+
+
+def import_beside(recipe: Path | str, name: str) -> None:
+    """Import the module of `module:name` from the recipe's folder, if it is there, before any other of that name."""
+    module = name.partition(":")[0]
+    file = Path(recipe).resolve().parent.joinpath(*module.split(".")).with_suffix(".py")
+    if module in sys.modules or not file.is_file():
+        return
+    spec = importlib.util.spec_from_file_location(module, file)
+    assert spec is not None and spec.loader is not None
+    sys.modules[module] = loaded = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(loaded)
+    except Exception as error:
+        del sys.modules[module]
+        raise UserError(f"{file} cannot be imported ({type(error).__name__}: {error}); mend it") from error
 
 
 def look_up(field: str, name: str) -> Any:

@@ -16,7 +16,14 @@ from typing import Any
 from megalite.checkpoint.directory import CHECKPOINTS, complete_checkpoints
 from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest
 from megalite.checkpoint.peers import Peers
-from megalite.checkpoint.source import CheckpointReader, Target, TensorSource, compare_shapes
+from megalite.checkpoint.source import (
+    CheckpointReader,
+    Prefixed,
+    Target,
+    TensorSource,
+    compare_shapes,
+    needed,
+)
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.errors import UserError
@@ -99,15 +106,17 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
     """Read weights, and optimizer state if `optimizer`, into this rank's shard, without communication.
 
     Without `resume` the source may be another run's: it may lack tensors that are new here (adapters, another head) and
-    hold an output layer that is not needed. `finish_load` must follow on all ranks. Raises `DamagedFile` or another
-    `UserError`; the trainer's state is then partly overwritten.
+    hold an output layer, a score or a critic that is not needed. `finish_load` must follow on all ranks. Raises
+    `DamagedFile` or another `UserError`; the trainer's state is then partly overwritten.
     """
     expected, found = trainer.shapes(), source.shapes()
     if not resume:
+        if trainer.prefix and not any(name.startswith(trainer.prefix) for name in found):
+            source = Prefixed(source, trainer.prefix)
+            found = {name: shape for name, shape in source.shapes().items() if name != trainer.prefix + OUTPUT}
         fresh = trainer.fresh_shapes().keys() - found.keys()
         expected = {name: shape for name, shape in expected.items() if name not in fresh}
-        if OUTPUT not in expected:
-            found = {name: shape for name, shape in found.items() if name != OUTPUT}
+        found = needed(found, expected)
     compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
     trainer.wait_for_all_gather()
     targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]

@@ -21,7 +21,7 @@ from megalite.checkpoint.directory import find_checkpoint
 from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest, Piece, piece_key
 from megalite.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, tensor_bytes
 from megalite.errors import UserError
-from megalite.model.decoder import Stage
+from megalite.model.decoder import CRITIC, OUTPUT, SCORE, Stage
 from megalite.model.shapes import local_shapes
 from megalite.model.sharded import ShardedModel
 from megalite.placement import PlacedParameter, Region, placed_parameters
@@ -42,6 +42,31 @@ class TensorSource(Protocol):
     def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
         """The box of `size` at `offset`, contiguous on the CPU, in the dtype it is stored in (fp32, bf16 or fp16)."""
         ...
+
+
+def needed(found: Shapes, expected: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a source without those of other roles: a critic beside the model, and the other kind of head."""
+    names = set(expected)
+    other_head = {OUTPUT} if any(name.endswith(SCORE) for name in names) else {SCORE}
+    return {
+        name: shape
+        for name, shape in found.items()
+        if name in names or (not name.startswith(CRITIC) and name not in other_head)
+    }
+
+
+class Prefixed:
+    """A source whose tensors are named as those of a model with a prefix; a critic begins from a plain model so."""
+
+    def __init__(self, source: TensorSource, prefix: str) -> None:
+        self._source, self._prefix = source, prefix
+        self.directory = getattr(source, "directory", type(source).__name__)
+
+    def shapes(self) -> Shapes:
+        return {self._prefix + name: shape for name, shape in self._source.shapes().items()}
+
+    def read(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        return self._source.read(name.removeprefix(self._prefix), offset, size)
 
 
 @dataclass(frozen=True)
@@ -258,8 +283,9 @@ def fill_model(model: ShardedModel, source: TensorSource) -> None:
 
 
 def _require_fit(stages: list[Stage], source: TensorSource, whole_model: Shapes | None) -> None:
-    here, found = local_shapes(stages), source.shapes()
-    whole = any(stage.first for stage in stages) and any(stage.last for stage in stages)
+    here = local_shapes(stages)
+    found = needed(source.shapes(), here)
+    whole = bool(stages) and len(stages) == len(stages[0].owners)  # a rank may hold both ends and not the middle
     if whole_model is None and not whole:
         found = {name: shape for name, shape in found.items() if name in here}
     compare_shapes(whole_model or here, found, _describe(source))

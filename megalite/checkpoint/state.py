@@ -6,8 +6,25 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megalite.mesh import Mesh
-from megalite.optim.optimizer import Optimizer
 from megalite.optim.shard import Segment
+
+
+class Updates(Protocol):
+    """What checkpoints need of an optimizer."""
+
+    @property
+    def step_count(self) -> int:
+        """The number of updates made."""
+        ...
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of all state tensors, sorted."""
+        ...
+
+    def set_step_count(self, steps: int) -> None:
+        """Declare that the state is the one after `steps` updates."""
+        ...
 
 
 class Checkpointable(Protocol):
@@ -24,7 +41,12 @@ class Checkpointable(Protocol):
     def segments(self) -> Sequence[Segment]: ...
 
     @property
-    def optimizer(self) -> Optimizer: ...
+    def optimizer(self) -> Updates: ...
+
+    @property
+    def prefix(self) -> str:
+        """What all its names begin with; checkpoints of a single model have no prefix."""
+        ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and global shapes of all tensors that a checkpoint of it holds."""

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
-from megalite.config.schema import DATA_FORMATS, Config
+from megalite.config.check_alignment import check_alignment
+from megalite.config.schema import Config
 from megalite.config.sources import parse_sources
 from megalite.errors import UserError
 from megalite.schedule.schedules import find_schedule
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
 NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("objective.kind", lambda kind: kind in DATA_FORMATS, "use next_token"),
     ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
 )
 
@@ -59,6 +59,7 @@ def check_combinations(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_split(config)
     _check_fp8(config)
+    check_alignment(config, _refuse)
     _check_world(config, world_size)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
@@ -78,8 +79,9 @@ def check_machine(config: Config) -> None:
         _refuse(config, "model.vocab_size", "is unknown", "give it, or data.tokenizer to take it from")
     if config.data.tokenizer not in ("", "byte"):
         _check_exists(config, "data.tokenizer", "a sentencepiece .model or a tokenizer.json")
-    if config.checkpoint.load:
-        _check_exists(config, "checkpoint.load", "a checkpoint, a run directory or a Hugging Face directory")
+    for path in ("checkpoint.load", "objective.reference", "policy.critic", "rollout.reward_model"):
+        if _value(config, path):
+            _check_exists(config, path, "a checkpoint, a run directory or a Hugging Face directory")
     _check_writable(config)
     for package in ("tensorboard", "wandb"):
         if _value(config, f"log.{package}") and importlib.util.find_spec(package) is None:

@@ -169,8 +169,8 @@ class TrainConfig:
     """Tokens of one sample."""
     micro_batch_size: Annotated[int, AtLeast(1, 2**24)] = 1
     """Samples that one rank takes through the model at once."""
-    global_batch_size: Annotated[int, AtLeast(1, 2**24)] = 8
-    """Samples of one optimizer step over all ranks."""
+    global_batch_size: Annotated[int, AtLeast(1, 2**24)] = DERIVED
+    """Samples of one optimizer step over all ranks; by default 8, for ppo and grpo the answers of one mini-batch."""
     batch_ramp: tuple[Count, ...] = ()
     """[start, increment, samples]: the batch grows from start by increment to global_batch_size, in equal shares of
     these first samples; empty: none."""
@@ -307,6 +307,8 @@ class RolloutConfig:
     """Sample from the likeliest tokens with this share of the probability. Anything below 1 is refused, likewise."""
     ignore_eos: bool = False
     """Always write max_new_tokens tokens."""
+    batch_size: CountOrNone = 0
+    """Answers that one copy of the model writes at a time; 0: all of its part."""
     reward: str = ""
     """`module:function` that scores answers (docs/post-training.md)."""
     reward_model: str = ""
@@ -428,6 +430,8 @@ class Config:
     def __post_init__(self) -> None:
         _derive(self.policy, kl_in="loss" if self.objective.kind == "grpo" else "reward", critic_lr=self.optimizer.lr)
         _derive(self.policy, kl_estimator="k1" if self.policy.kl_in == "reward" else "k3")
+        minibatch = max(1, self.answers_per_step // self.policy.minibatches)
+        _derive(self.train, global_batch_size=minibatch if self.objective.data_format == "prompt" else 8)
 
     @property
     def model_parallel(self) -> int:
@@ -452,6 +456,17 @@ class Config:
         """Micro-batches that each copy of the model takes in a step of `batch_size` samples (default: the full one)."""
         samples = self.train.global_batch_size if batch_size is None else batch_size
         return samples // (self.train.micro_batch_size * self.data_parallel(world_size))
+
+    @property
+    def answers_per_step(self) -> int:
+        """Answers that a policy gives in one step (ppo, grpo)."""
+        return self.rollout.prompts_per_step * self.rollout.answers
+
+    def samples_at(self, consumed_samples: int) -> int:
+        """Samples of the data that the step after `consumed_samples` takes: the global batch's, or prompts."""
+        if self.objective.data_format == "prompt":
+            return self.rollout.prompts_per_step
+        return self.batch_size_at(consumed_samples)
 
     @property
     def decay_steps(self) -> int:
@@ -482,6 +497,8 @@ class Config:
 
     def samples_after(self, steps: int) -> int:
         """Samples that the first `steps` steps consume."""
+        if self.objective.data_format == "prompt":
+            return steps * self.rollout.prompts_per_step
         consumed = 0
         for size in self.batch_sizes[:-1]:
             here = self._steps_at(size, consumed, steps)

@@ -145,6 +145,11 @@ def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     return 6.0 * model_sizes(model).matmul_parameters(model) + attention_flops_per_token(model, seq_length)
 
 
+def forward_flops_per_token(model: ModelConfig, seq_length: int) -> float:
+    """A forward pass alone, as of a frozen model or in generation: a third of training."""
+    return training_flops_per_token(model, seq_length) / 3
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak of the device in FLOP/s; None if unknown (megalite does not guess)."""
     if device.type != "cuda":

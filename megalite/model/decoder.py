@@ -26,7 +26,10 @@ from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.fp8 import products_of
 
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, OUTPUT, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
+
+CRITIC = "critic."
+"""What the names of a critic begin with, in a checkpoint that also holds its policy."""
 
 
 class Stage(nn.Module):
@@ -79,7 +82,7 @@ class Stage(nn.Module):
         if self.last:
             self.norm = self.build.norm("model.norm.weight", model.hidden_size)
         if self.last and head == "scalar":
-            self.scalar = ScalarHead(self.build, "score.weight")
+            self.scalar = ScalarHead(self.build, SCORE)
         elif self.last:
             embedding = self.embedding or embedding
             self.head = VocabParallelHead(
@@ -141,15 +144,15 @@ class Stage(nn.Module):
         assert self.norm is not None and self.head is not None
         return self.head.loss(self.norm(hidden_sBH), labels_BS, scale)
 
-    def logprobs(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
+    def logprobs(self, hidden_sBH: Tensor, labels_BS: Tensor, temperature: float = 1.0) -> Tensor:
         """Last stage: log-probabilities of the labels [B, S], fp32; see `VocabParallelHead.logprobs`."""
         assert self.norm is not None and self.head is not None
-        return self.head.logprobs(self.norm(hidden_sBH), labels_BS)
+        return self.head.logprobs(_cooled(self.norm(hidden_sBH), temperature), labels_BS)
 
-    def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
+    def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor, temperature: float = 1.0) -> Tensor:
         """Last stage, no gradient: [2, B, S], see `VocabParallelHead.label_stats`."""
         assert self.norm is not None and self.head is not None
-        return self.head.label_stats(self.norm(hidden_sBH), labels_BS)
+        return self.head.label_stats(_cooled(self.norm(hidden_sBH), temperature), labels_BS)
 
     def values(self, hidden_sBH: Tensor) -> Tensor:
         """Last stage with a scalar head: one fp32 value per position, [B, S], differentiable."""
@@ -160,3 +163,8 @@ class Stage(nn.Module):
         """Last stage: logits [S, B, V] over the true vocabulary, on every tensor rank."""
         assert self.norm is not None and self.head is not None
         return self.head.logits(self.norm(hidden_sBH))
+
+
+def _cooled(normed_sBH: Tensor, temperature: float) -> Tensor:
+    """The output layer is linear, so dividing its input by the temperature divides the logits."""
+    return normed_sBH if temperature == 1.0 else normed_sBH / temperature

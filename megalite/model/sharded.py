@@ -219,11 +219,15 @@ class ShardedModel:
         with torch.no_grad():
             return engine.run(forward, observe=observe)
 
-    def score(self, batches: MicroBatches, *, shape: tuple[int, int] | None = None) -> list[Tensor]:
+    def score(
+        self, batches: MicroBatches, *, shape: tuple[int, int] | None = None, temperature: float = 1.0
+    ) -> list[Tensor]:
         """For each micro-batch [2, B, S] (fp32): log-probabilities of the labels, and 1 where the label is the argmax.
         On the rank of the last stage; an empty list on the others."""
         outputs = self.run(
-            batches, lambda stage, hidden, batch, _: stage.label_stats(hidden, batch.labels_BS), shape=shape
+            batches,
+            lambda stage, hidden, batch, _: stage.label_stats(hidden, batch.labels_BS, temperature),
+            shape=shape,
         )
         return [outputs[micro] for micro in sorted(outputs)]
 

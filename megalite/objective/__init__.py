@@ -8,7 +8,9 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from megalite.config import Config
 from megalite.data.batch import Batch
+from megalite.registry import look_up
 
 Reads = Literal["loss", "logprobs", "values"]
 
@@ -29,9 +31,16 @@ class Objective(Protocol):
     """A sum over units (such as tokens or pairs) times one scale: 1 / the count of units in the global batch.
 
     The count is known before the first forward pass, so accumulation and layouts cannot disagree about it.
+
+    Three more attributes are optional: `unit` names a unit for the metrics ("token" unless given); `offset` is added to
+    the reported mean, so that a loss can be computed as its excess over a constant without rounding it; `temperature`
+    divides the logits before the log-probabilities that the objective reads.
     """
 
-    reads: Reads
+    @property
+    def reads(self) -> Reads:
+        """Which of `Outputs` it needs."""
+        ...
 
     def units(self, batch: Batch) -> Tensor:
         """The number of units in the micro-batch, a scalar; summed over the global batch in float64."""
@@ -48,3 +57,11 @@ class Objective(Protocol):
     def metrics(self) -> tuple[str, ...]:
         """The names of the sums returned by `loss`, the same on every rank."""
         ...
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that `objective.kind` names: made by its `from_config(config)` if it has one, else without
+    arguments."""
+    kind = look_up("objective.kind", config.objective.kind)
+    objective: Objective = kind.from_config(config) if hasattr(kind, "from_config") else kind()
+    return objective

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from megalite.config import Config
-from megalite.model.cost import peak_flops, training_flops_per_token
+from megalite.model.cost import peak_flops
 from megalite.observe.lines import LineFile, iterate_lines
 from megalite.observe.timeline import memory_gib
 
@@ -72,13 +71,12 @@ class StepMetrics:
 class SpeedMeter:
     """Turns the seconds of a step into tokens per second, TFLOP/s per device and MFU."""
 
-    def __init__(self, config: Config, world_size: int, device: torch.device) -> None:
-        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_length)
+    def __init__(self, world_size: int, device: torch.device) -> None:
         self.world_size, self.device = world_size, device
         self.peak = peak_flops(device)
 
-    def rates(self, tokens: int, seconds: float) -> dict[str, Any]:
-        per_device = tokens / max(seconds, 1e-9) * self.flops_per_token / self.world_size
+    def rates(self, tokens: int, flops: float, seconds: float) -> dict[str, Any]:
+        per_device = flops / max(seconds, 1e-9) / self.world_size
         return {
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "tflops_per_device": per_device / 1e12,

@@ -18,9 +18,12 @@ def start(argv: list[str], world: World, stop: StopRequest) -> int:
         from megalite.checkpoint.lock import RunLock
         from megalite.config import check, parse_command_line
         from megalite.observe.trackers import require_credentials
+        from megalite.registry import import_beside
         from megalite.train.inputs import check_inputs, resolve_tokenizer
 
         command = parse_command_line(argv)
+        if command.recipe and command.config.rollout.reward:
+            import_beside(command.recipe, command.config.rollout.reward)
         if command.check_only:
             if world.rank == 0:
                 print(check_inputs(command.config, world.size))

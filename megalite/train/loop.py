@@ -7,9 +7,8 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.lock import RunLock
@@ -17,7 +16,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
-from megalite.errors import FINISHED, STOPPED, Diverged, NotSaved
+from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved, UserError
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
 from megalite.observe.formatting import counted
@@ -29,9 +28,9 @@ from megalite.runtime import StopRequest
 from megalite.train.attention_calls import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
-from megalite.train.reader import Reader
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range, unearned
-from megalite.train.trainer import StepResult, Trainer
+from megalite.train.task import Task, Work
+from megalite.train.trainer import StepResult
 
 MAX_REFUSED_STEPS = 5
 """Consecutive steps with a non-finite loss or gradient before the run rolls back or ends."""
@@ -47,7 +46,8 @@ class RunState:
     on. `planned_samples` is the number the run was first planned for: the data order of a longer plan begins with it.
     `skips` are the sample ranges [first, stop) to leave out, `losses` and `lr` the spike detector's state. `rollbacks`
     counts all rollbacks, `rolled_back_at` holds the steps of those not yet earned back. `attention` is the form chosen
-    for each kind of attention call (empty if the configuration names one).
+    for each kind of attention call (empty if the configuration names one). `objective` is what was trained for, `task`
+    the task's own state.
     """
 
     step: int = 0
@@ -62,6 +62,8 @@ class RunState:
     attention: dict[str, str] = field(default_factory=dict)
     lr: float = 0.0
     rolled_back_at: list[int] = field(default_factory=list)
+    objective: str = "next_token"
+    task: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Outcome:
     """
 
     result: StepResult
+    work: Work
     first: int
     samples: int
     lr: float
@@ -86,7 +89,7 @@ class TrainingRun:
         self,
         config: Config,
         mesh: Mesh,
-        trainer: Trainer,
+        task: Task,
         stop: StopRequest,
         watch: Watch,
         observers: Observers,
@@ -94,7 +97,7 @@ class TrainingRun:
         lock: RunLock | None,
         accept: Callable[[], None],
     ) -> None:
-        self.config, self.mesh, self.trainer, self.stop, self.watch = config, mesh, trainer, stop, watch
+        self.config, self.mesh, self.task, self.stop, self.watch = config, mesh, task, stop, watch
         self.observers, self._accept = observers, accept
         self.last_step = min(config.train.steps, config.train.stop_after or config.train.steps)
         peers = Peers(mesh)
@@ -104,13 +107,12 @@ class TrainingRun:
         self.fingerprint = train.fields()
         self.state = RunState()
         self.detector = SpikeDetector(config.recovery.spike_threshold)
-        self.train_data = Reader(config, mesh, trainer, train, eod)
-        self.valid_data = Reader(config, mesh, trainer, valid, eod)
+        task.open(train, valid, eod)
         self.checkpoints = CheckpointManager(config.run.dir, config, mesh, lock, peers)
-        self.meter = SpeedMeter(config, mesh.size, mesh.device)
-        observers.wrap_steps("profiler", lambda: Profiler(config, mesh, trainer, observers.recorder).step)
-        trainer.observe = observers.recorder.observe
-        self._refused = 0
+        self.meter = SpeedMeter(mesh.size, mesh.device)
+        observers.wrap_steps("profiler", lambda: Profiler(config, mesh, task.trainer, observers.recorder).step)
+        task.observe(observers.recorder)
+        self._refused, self._saved_at = 0, -1
         self._recent: deque[int] = deque(maxlen=MAX_REFUSED_STEPS)
         """First samples of the latest steps: a spike is detected some steps after it began."""
 
@@ -130,14 +132,14 @@ class TrainingRun:
 
     def _start(self) -> None:
         """Resume from the newest checkpoint, or begin."""
-        state = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint)
+        state = self.checkpoints.load_latest(self.task.saved, fingerprint=self.fingerprint)
         if state is not None:
             self._take_up(state)
             log.info("resumed at step %d", self.state.step)
         else:
             self._begin()
         calls = attention_calls(self.config)
-        self.state.attention = choose_attention(self.trainer.kernels, calls, self.mesh, self.state.attention)
+        self.state.attention = choose_attention(self.task.trainer.kernels, calls, self.mesh, self.state.attention)
         self.checkpoints.accept()
         self._accept()
         self.observers.begin(self.state.step, self.last_step)
@@ -145,23 +147,28 @@ class TrainingRun:
     def _begin(self) -> None:
         """Start from `checkpoint.load`, or with initial weights."""
         source = self.config.checkpoint.load
-        self._take_up({})
-        if not source:
-            self.trainer.initialise()
+        self._take_up(self.task.begin(self.checkpoints), source)
+        if source:
+            log.info("started from %s at step %d", source, self.state.step)
+        else:
             log.info("initial weights from seed %d", self.config.run.seed)
-            return
-        if self.trainer.fresh_shapes():
-            self.trainer.initialise()
-        state = self.checkpoints.load(self.trainer, Path(source), optimizer=self.config.checkpoint.load_optimizer)
-        self._take_up(state)
-        log.info("started from %s at step %d", source, self.state.step)
 
-    def _take_up(self, state: dict[str, Any]) -> None:
-        """Continue from a saved `state`; its data fingerprint was compared when it was loaded."""
+    def _take_up(self, state: dict[str, Any], source: str = "") -> None:
+        """Continue from a saved `state`, of this run or of `source`; empty for a new run. Its data fingerprint was
+        compared when it was loaded."""
+        kind = self.config.objective.kind
+        if state and (trained_for := state.get("objective", "next_token")) != kind:
+            where = f"checkpoint.load = {source!r}" if source else f"run.dir = {self.config.run.dir!r}"
+            remedy = "checkpoint.load_optimizer = false" if source else "another run.dir, and start from it"
+            raise UserError(
+                f"objective.kind = {kind!r}, but the run in {where} has objective.kind = {trained_for!r}; use {remedy}"
+            )
         chosen = self.state.attention
-        self.state = RunState(**state | {"fingerprint": self.fingerprint, "planned_samples": self.planned})
+        own = {"fingerprint": self.fingerprint, "planned_samples": self.planned, "objective": kind}
+        self.state = RunState(**state | own)
         self.state.attention = chosen or self.state.attention
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.state.losses, self.state.lr)
+        self.task.prepare(self.checkpoints, self.state.task)
 
     def _train(self) -> int:
         self.observers.event("ready", step=self.state.step)
@@ -171,7 +178,11 @@ class TrainingRun:
             self.checkpoints.guard()
             with self.observers.step(step):
                 started = time.perf_counter()
-                outcome = self._step(step)
+                try:
+                    outcome = self._step(step)
+                except CommonError:
+                    self._save_before_the_end()
+                    raise
                 seconds = time.perf_counter() - started
             if outcome.failure:
                 self._roll_back(outcome, started)
@@ -199,9 +210,17 @@ class TrainingRun:
     def _save(self) -> float:
         """Save a checkpoint; returns the seconds that training was stalled."""
         failures = self.checkpoints.failures
-        stall = self.checkpoints.save(self.trainer, asdict(self.state))
+        self.state.task = self.task.state()
+        stall = self.checkpoints.save(self.task.saved, asdict(self.state))
+        self._saved_at = self.state.step
         self._tell_failures(failures)
         return stall
+
+    def _save_before_the_end(self) -> None:
+        """After an error on all ranks that came before anything of the step was updated: no finished step is lost."""
+        if self.state.step > 0 and self._saved_at != self.state.step:
+            self._save()
+        self.checkpoints.wait()
 
     def _tell_failures(self, before: int) -> None:
         if self.checkpoints.failures > before:
@@ -225,14 +244,12 @@ class TrainingRun:
         """One step of the plan."""
         state = self.state
         first = next_sample(state.samples, state.skips)
-        state.skipped_samples += first - state.samples
-        samples = self.config.batch_size_at(first)
+        samples = self.config.samples_at(first)
         lr = learning_rate(step, self.config)
-        with self.observers.recorder.phase("data"):
-            batches = self.train_data.read(first, samples)
-        result = self.trainer.step(batches, lr, flag=float(self.stop.signal is not None))
+        result, work = self.task.step(first, samples, lr, lambda: float(self.stop.signal is not None))
+        state.skipped_samples += first - state.samples
         state.step, state.samples = step, first + samples
-        outcome = Outcome(result, first, samples, lr, result.loss)
+        outcome = Outcome(result, work, first, samples, lr, result.loss)
         self._recent.append(first)
         if not result.accepted:
             self._refuse(outcome)
@@ -243,7 +260,7 @@ class TrainingRun:
             log.warning("step %d: nothing to learn in samples %d to %d", step, first, first + samples - 1)
             self.observers.event("empty", step=step, samples=[first, first + samples])
             return outcome
-        state.tokens += samples * self.config.train.seq_length
+        state.tokens += work.tokens
         if lasted := self.detector.spike_steps(result.loss, lr):
             outcome.failure = f"loss {result.loss:.4f} is far above the recent {len(self.detector.losses)}"
             outcome.first = list(self._recent)[-lasted:][0]
@@ -275,7 +292,7 @@ class TrainingRun:
         saved = self.checkpoints.steps()
         early_enough = [other for other in saved if other <= step - recovery.rollback_steps]
         target = max(early_enough, default=min(saved, default=0))
-        loaded = self.checkpoints.load_latest(self.trainer, fingerprint=self.fingerprint, at_most=target)
+        loaded = self.checkpoints.load_latest(self.task.saved, fingerprint=self.fingerprint, at_most=target)
         if loaded is not None:
             self._take_up(loaded)
         else:
@@ -298,16 +315,22 @@ class TrainingRun:
         self.observers.event("rollback", **facts, seconds=round(time.perf_counter() - started, 3))
         self.observers.rewind(self.state.step)
 
-    def _validate(self) -> float:
-        """Mean loss over the first `train.eval_samples` validation samples; nan if none of their labels count."""
-        loss, tokens = self.trainer.evaluate(self.valid_data.read(0, self.config.train.eval_samples))
-        if not tokens:
+    def _validate(self) -> tuple[float, Mapping[str, float]]:
+        """The task's loss and further metrics on the validation data; nan if nothing of it counts."""
+        loss, metrics = self.task.validate()
+        if math.isnan(loss) and not metrics:
             log.warning("step %d: no token of the validation samples counts, so there is no loss", self.state.step)
-        return loss / tokens if tokens else math.nan
+        return loss, metrics
 
     def _report(
-        self, outcome: Outcome, seconds: float, validation: float | None, validating: float, stall: float
+        self,
+        outcome: Outcome,
+        seconds: float,
+        validation: tuple[float, Mapping[str, float]] | None,
+        validating: float,
+        stall: float,
     ) -> None:
+        loss, further = validation or (None, {})
         self.observers.report(
             StepMetrics(
                 step=self.state.step,
@@ -317,19 +340,19 @@ class TrainingRun:
                 tokens=self.state.tokens,
                 step_seconds=seconds,
                 memory_gib=self.meter.memory_gib(),
-                validation_loss=validation,
+                validation_loss=loss,
                 validation_seconds=validating,
                 save_stall_seconds=stall,
                 skipped_samples=self.state.skipped_samples,
                 rollbacks=self.state.rollbacks,
-                extra=outcome.result.metrics,
-                **self.meter.rates(outcome.samples * self.config.train.seq_length, seconds),
+                extra=outcome.result.metrics | {"units": outcome.result.units} | dict(further),
+                **self.meter.rates(outcome.work.tokens, outcome.work.flops, seconds),
             )
         )
 
     def _close(self) -> None:
         """Close everything even if one of them fails; the first error is the one raised."""
         with contextlib.ExitStack() as stack:
-            for close in (self.checkpoints.close, self.valid_data.close, self.train_data.close):
+            for close in (self.checkpoints.close, self.task.close):
                 stack.callback(close)
             self.observers.close_display()

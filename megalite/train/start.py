@@ -27,6 +27,7 @@ from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
 from megalite.runtime import RunLog, StopRequest, World, choose_device, connect
 from megalite.train.loop import TrainingRun
+from megalite.train.task import Task, build_task
 from megalite.train.trainer import Trainer
 
 log = logging.getLogger("megalite")
@@ -122,19 +123,17 @@ class Start:
         kernels = select_kernels(
             dataclasses.asdict(self.config.kernels), device, deterministic=self.config.train.deterministic
         )
-        trainer = Trainer(self.config, mesh, kernels)
+        task = build_task(self.config, mesh, kernels)
         mesh.warm_up()
         if self.world.rank == 0:
-            announce(self.config, mesh, trainer, kernels.describe())
+            announce(self.config, mesh, task.trainer, kernels.describe())
         with Watch(mesh, self.config.run.dir, self.config.train.timeout_seconds, self.events).listening() as watch:
-            return self._train(mesh, trainer, watch, eod)
+            return self._train(mesh, task, watch, eod)
 
-    def _train(self, mesh: Mesh, trainer: Trainer, watch: Watch, eod: int | None) -> int:
+    def _train(self, mesh: Mesh, task: Task, watch: Watch, eod: int | None) -> int:
         code, observers = FAULT, Observers(self.config, mesh, self.events)
         try:
-            code = TrainingRun(
-                self.config, mesh, trainer, self.stop, watch, observers, eod, self.lock, self.accept
-            ).run()
+            code = TrainingRun(self.config, mesh, task, self.stop, watch, observers, eod, self.lock, self.accept).run()
             # No rank leaves while another still communicates.
             mesh.world.all_reduce(torch.zeros(1, device=mesh.device)).wait()
             return code

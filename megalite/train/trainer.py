@@ -19,12 +19,11 @@ from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.sharded import MicroBatches, ShardedModel
-from megalite.objective import Objective, Outputs
+from megalite.objective import Objective, Outputs, build_objective
 from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
-from megalite.registry import look_up
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,15 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Shares:
+    """One rank's terms of the sums over all ranks."""
+
+    loss: Tensor | float
+    units: Tensor | float
+    metrics: dict[str, Tensor | float]
+
+
 class Trainer(ShardedModel):
     """A model with its optimizer.
 
@@ -61,7 +69,7 @@ class Trainer(ShardedModel):
         prefix: str = "",
         objective: Objective | None = None,
     ) -> None:
-        self.objective = objective or look_up("objective.kind", config.objective.kind)()
+        self.objective = objective or build_objective(config)
         head = "scalar" if self.objective.reads == "values" else "vocabulary"
         super().__init__(config, mesh, kernels, head=head, prefix=prefix)
         rule = build_rule(config.optimizer, kernels, mesh)
@@ -70,8 +78,6 @@ class Trainer(ShardedModel):
         self.observe: Observer = unobserved
         self._data_group = mesh.data_group()
         self._world = mesh.world
-        self._units: Tensor | float = 0.0
-        self._sums: dict[str, Tensor | float] = {}
 
     def initialise(self) -> None:
         super().initialise()
@@ -113,43 +119,63 @@ class Trainer(ShardedModel):
         first = self.mesh.rank == self.mesh.rank_at(dp=0, ep=0, cp=0, tp=0)
         return units if first and self.last_stage is not None else 0.0
 
-    def accumulate(self, batches: MicroBatches, objective: Objective | None = None) -> Tensor | float:
-        """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the loss."""
-        chosen = objective or self.objective
-        units = self._count_units(batches, chosen)
+    def _sum(
+        self, batches: MicroBatches, objective: Objective, shape: tuple[int, int] | None = None, *, train: bool
+    ) -> _Shares:
+        """Run all micro-batches, with backward if `train`: this rank's terms of the loss, the units and the metrics."""
+        units = self._count_units(batches, objective)
         scale = 1.0 / units.clamp(min=1)
-        sums: dict[str, dict[int, Tensor]] = {name: {} for name in chosen.metrics}
+        sums: dict[str, dict[int, Tensor]] = {name: {} for name in objective.metrics}
 
         def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
-            loss, named = chosen.loss(read_outputs(chosen, stage, hidden, batch, scale), batch, scale)
+            loss, named = objective.loss(read_outputs(objective, stage, hidden, batch, scale), batch, scale)
             for name, value in named.items():
                 sums[name][micro] = value.detach().double()
             return loss
 
-        losses = self.run(batches, finish, train=True, observe=self.observe)
-        self._units = self._share_of_units(units)
-        self._sums = {name: self._share(values) for name, values in sums.items()}
-        return self._share(losses)
+        losses = self.run(batches, finish, shape=shape, train=train, observe=self.observe if train else unobserved)
+        metrics = {name: self._share(values) for name, values in sorted(sums.items())}
+        return _Shares(self._share(losses), self._share_of_units(units), metrics)
+
+    def accumulate(
+        self, batches: MicroBatches, objective: Objective | None = None, shape: tuple[int, int] | None = None
+    ) -> _Shares:
+        """Forward and backward of all micro-batches, gradients reduced; returns this rank's part of the sums.
+
+        `shape` is (B, S) of a micro-batch where it is not the configuration's.
+        """
+        return self._sum(batches, objective or self.objective, shape, train=True)
 
     def step(
-        self, batches: MicroBatches, lr: float, flag: float = 0.0, objective: Objective | None = None
+        self,
+        batches: MicroBatches,
+        lr: float,
+        flag: float = 0.0,
+        objective: Objective | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches; every rank must pass the same number.
 
         All ranks agree on loss, norm and `flag` before anything is updated, so either all of them update or none does.
         """
-        share = self.accumulate(batches, objective)
-        names = sorted(self._sums)
+        own = self.accumulate(batches, objective, shape)
         square, loss, flags, units, *sums = self._agree(
-            self.norm.local_square_sum(), share, flag, self._units, *(self._sums[name] for name in names)
+            self.norm.local_square_sum(), own.loss, flag, own.units, *own.metrics.values()
         )
+        loss += getattr(objective or self.objective, "offset", 0.0)
         grad_norm = float(np.float32(math.sqrt(square))) if square >= 0 else math.nan
         accepted = math.isfinite(loss) and math.isfinite(grad_norm)
         if accepted and units > 0:
             limit = self.config.optimizer.clip_grad
             scale = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
             self.optimizer.step(lr, scale)
-        return StepResult(loss, grad_norm, accepted, flags, units, dict(zip(names, sums)))
+        return StepResult(loss, grad_norm, accepted, flags, units, dict(zip(own.metrics, sums)))
+
+    def measure(self, batches: MicroBatches) -> tuple[float, int, dict[str, float]]:
+        """The objective without training: (its mean over these micro-batches of all ranks, units, metrics)."""
+        own = self._sum(batches, self.objective, train=False)
+        loss, units, *sums = self._agree(own.loss, own.units, *own.metrics.values())
+        return loss + getattr(self.objective, "offset", 0.0), int(units), dict(zip(own.metrics, sums))
 
     def evaluate(self, batches: MicroBatches, shape: tuple[int, int] | None = None) -> tuple[float, int]:
         """(sum of the token losses, count of valid tokens) over this call's micro-batches of all ranks."""
@@ -166,5 +192,6 @@ def read_outputs(objective: Objective, stage: Stage, hidden: Tensor, batch: Batc
     if objective.reads == "loss":
         return Outputs(loss=stage.loss(hidden, batch.labels_BS, scale))
     if objective.reads == "logprobs":
-        return Outputs(logprobs_BS=stage.logprobs(hidden, batch.labels_BS))
+        temperature = getattr(objective, "temperature", 1.0)
+        return Outputs(logprobs_BS=stage.logprobs(hidden, batch.labels_BS, temperature))
     return Outputs(values_BS=stage.values(hidden))

@@ -1,0 +1,1 @@
+"""Reinforcement learning from rewards: answers by the live weights, their rewards, advantages, frozen models."""
