@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
-from megalite.errors import INTERRUPTED, UserError, fail
+from megalite.errors import FAULT, INTERRUPTED, RunFailed, UserError, fail
 
 CLOSED_PIPE = 128 + 13
 """Exit code where the reader of our output has left, as of a program that SIGPIPE ends."""
@@ -37,8 +37,9 @@ _LONG_WORD = re.compile(r"(\S{80})\S{80,}")
 def program(main: Callable[..., Result]) -> Callable[..., Result]:
     """Decorate a program's `main`: how it ends is the same for all.
 
-    A `UserError` becomes its one line and exit code 2, Ctrl-C exit code 130, a reader of the output that has left (`|
-    head`) exit code 141 without a word. No character ends it that the terminal or file cannot hold.
+    A `UserError` becomes its one line and exit code 2, a `RunFailed` the same with exit code 1, Ctrl-C exit code 130, a
+    reader of the output that has left (`| head`) exit code 141 without a word. No character ends it that the terminal
+    or file cannot hold.
     """
 
     @functools.wraps(main)
@@ -49,6 +50,9 @@ def program(main: Callable[..., Result]) -> Callable[..., Result]:
                 return main(*args, **kwargs)
             except UserError as error:
                 fail(str(error))
+            except RunFailed as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                raise SystemExit(FAULT) from None
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr, flush=True)
                 raise SystemExit(INTERRUPTED) from None

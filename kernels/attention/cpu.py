@@ -56,7 +56,7 @@ def form(
 def attention_cpu(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """`attention_reference` in the fastest form for a CPU; calls that only the reference does are written out."""
     asked = read_options(q_SBHD, k_SBKD, v_SBKD, options)
-    if q_SBHD.device.type != "cpu" or not fusable(q_SBHD, k_SBKD, asked):
+    if q_SBHD.device.type != "cpu" or len(q_SBHD) == 1 or not fusable(q_SBHD, k_SBKD, asked):
         return attention_sdpa(q_SBHD, k_SBKD, v_SBKD, **asked._asdict())
     (queries, _, heads, width), (keys, _, kv_heads, _) = q_SBHD.shape, k_SBKD.shape
     chosen = form(

@@ -5,13 +5,17 @@ T positions so far, S new positions, B batch, k key/value heads of this rank, D 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 
 class DecoderCache:
     """One buffer of `capacity` positions for each tensor of a layer, allocated at its first write; see `KeyValueCache`.
 
-    Memory in elements, for keys and values: 2 * layers of this rank * capacity * B * k * D.
+    Memory in elements, for keys and values: 2 * layers of this rank * capacity * B * k * D. In memory a row's positions
+    are neighbours, [B, k, capacity, D], since one query reads all of them.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -22,7 +26,7 @@ class DecoderCache:
     def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Append a layer's new tensors [S, B, ...]; all of them so far, [T, B, ...], as views of the buffers."""
         if layer not in self._buffers:
-            self._buffers[layer] = tuple(tensor.new_empty((self.capacity, *tensor.shape[1:])) for tensor in new)
+            self._buffers[layer] = tuple(self._allocate(tensor) for tensor in new)
         start = self._lengths.get(layer, 0)
         stop = self._lengths[layer] = start + new[0].shape[0]
         if stop > self.capacity:
@@ -30,3 +34,23 @@ class DecoderCache:
         for buffer, tensor in zip(self._buffers[layer], new):
             buffer[start:stop] = tensor
         return tuple(buffer[:stop] for buffer in self._buffers[layer])
+
+    def _allocate(self, new: Tensor) -> Tensor:
+        """A buffer [capacity, B, ...], whose positions are the last dimension but one in memory."""
+        before = new.dim() - 2 if new.dim() > 2 else new.dim() - 1
+        shape = (*new.shape[1 : 1 + before], self.capacity, *new.shape[1 + before :])
+        return new.new_empty(shape).movedim(before, 0)
+
+    def keep(self, rows: int, moves: Mapping[int, int]) -> None:
+        """Keep only the first `rows` rows, after each row `moves[to]`, one of the others, has been copied to row `to`.
+
+        No memory is freed or allocated, but for the copies.
+        """
+        for layer, buffers in self._buffers.items():
+            if moves:
+                targets = torch.tensor(list(moves), device=buffers[0].device)
+                sources = torch.tensor(list(moves.values()), device=buffers[0].device)
+                for buffer in buffers:
+                    written = buffer[: self._lengths[layer]]
+                    written.index_copy_(1, targets, written.index_select(1, sources))
+            self._buffers[layer] = tuple(buffer[:, :rows] for buffer in buffers)

@@ -23,7 +23,7 @@ from megalite.cli import Parser, nonempty
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
 from megalite.config.load import parse_overrides
-from megalite.errors import UserError
+from megalite.errors import RunFailed, UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.sharded import ShardedModel
@@ -59,7 +59,7 @@ def with_one_voice(main: Callable[[], Result]) -> Callable[[], Result]:
     def guarded() -> Result:
         try:
             return main()
-        except UserError:
+        except (UserError, RunFailed):
             if World.from_environment().rank > 0:
                 time.sleep(SILENCE_SECONDS)
             raise

@@ -9,7 +9,7 @@ import torch
 
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.source import load_weights
-from megalite.errors import UserError
+from megalite.errors import RunFailed, UserError
 from megalite.generation.generator import Completion, Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels import select_kernels
@@ -106,6 +106,49 @@ def test_the_seed_decides() -> None:
     assert _rows(generator.run(prompts[:2], Sampling(1.0, seed=5), Limits(16))) == first[:2]
     same = _rows(generator.run([prompts[0]] * 3, Sampling(1.0, seed=5), Limits(16)))
     assert len({tuple(row) for row in same}) == 3
+
+
+@pytest.mark.fast
+def test_any_number_of_prompts_in_batches() -> None:
+    """Longest first and a few at a time: the completions of one batch, in the given order; each row has its limits."""
+    generator, name = _generator("llama_yarn"), "llama_yarn"
+    prompts = _ragged_prompts(name) * 2
+    limits = [Limits(number, frozenset(range(9))) for number in (0, 9, 1, 12, 12, 0, 3, 7)]
+    whole = generator.run(prompts, Sampling(1.0, seed=9), limits, rows=range(100, 108))
+    assert [len(completion.new_ids) for completion in whole][:1] == [0]
+    assert {completion.reason for completion in whole} == {"length", "token"}
+    told: list[int] = []
+    for batch in (1, 3, 8):
+        parts = generator.run_all(
+            prompts, Sampling(1.0, seed=9), limits, batch=batch, rows=range(100, 108), progress=told.append
+        )
+        assert _rows(parts) == _rows(whole)
+        assert [part.reason for part in parts] == [completion.reason for completion in whole]
+    assert told == [1, 2, 3, 4, 5, 6, 7, 8, 3, 6, 8, 8]
+    assert generator.run([], GREEDY, Limits(3)) == generator.run_all([], GREEDY, Limits(3)) == []
+
+
+@pytest.mark.fast
+def test_the_host_may_look_seldom() -> None:
+    """As on a GPU: rows that end between two looks get the same tokens and texts, and no more."""
+    generator, prompts = _generator("mistral_swa"), _ragged_prompts("mistral_swa")
+    limits = [Limits(number, frozenset(range(5)), ("a",)) for number in (19, 5, 16, 11)]
+    results = []
+    for generator.look_every in (1, 3, 8, 100):
+        results.append(generator.run(prompts, Sampling(1.2, seed=1), limits, ByteTokenizer()))
+        for other in results:
+            assert [(row.new_ids, row.text, row.reason) for row in other] == [
+                (row.new_ids, row.text, row.reason) for row in results[0]
+            ]
+    assert len({len(row.new_ids) for row in results[0]}) > 1
+
+
+@pytest.mark.fast
+def test_outputs_that_are_not_finite_end_the_run() -> None:
+    generator = _generator("llama3_gqa")
+    generator.stages[0].norm.weight.data[3] = float("nan")
+    with pytest.raises(RunFailed, match="prompt 1, new token 1: the model's outputs are not finite"):
+        generator.run([[1, 2]], GREEDY, Limits(4))
 
 
 @pytest.mark.fast

@@ -1,0 +1,92 @@
+"""Rows that are generated together: their next tokens, their places and what is cached of them.
+
+Prompts of different lengths are padded on the left, so that all rows grow at the same place. Padding is a document of
+its own, which no token of the prompt sees, and positions count from a row's first true token: a row's logits are those
+it would have alone.
+
+P longest prompt, S positions of one forward pass, C capacity, B rows that have not finished, U numbers drawn at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megalite.generation.cache import DecoderCache
+from megalite.generation.sampling import uniforms
+from megalite.model.attention import Positions
+from megalite.model.decoder import Stage
+
+_NUMBERS_AT_ONCE = 64
+
+
+class RowGroup:
+    """Rows in the batch of one forward pass. `members` holds the caller's name of each, in the order of the batch.
+
+    A row that has finished is dropped: the last rows of the batch take the places of those that were before them, so
+    that only their part of the cache is copied.
+    """
+
+    def __init__(
+        self, prompts: Mapping[int, Sequence[int]], numbers: Sequence[int], capacity: int, device: torch.device
+    ) -> None:
+        """`prompts` by the caller's name; `numbers[name]` is the row's global number, which its draws depend on."""
+        self.members = list(prompts)
+        self.cache = DecoderCache(capacity)
+        self.start = self.drawn = 0
+        self._numbers = numbers
+        longest = max(map(len, prompts.values()))
+        self._padding = [longest - len(prompt) for prompt in prompts.values()]
+        padded = [[0] * pad + list(prompt) for pad, prompt in zip(self._padding, prompts.values())]
+        self.tokens_BS = torch.tensor(padded, device=device)
+        # A row's place in its own text, and 1 where there is one.
+        padding_B1 = torch.tensor(self._padding, device=device).unsqueeze(1)
+        self._places_BC = torch.arange(capacity, device=device) - padding_B1
+        self._documents_BC = (self._places_BC >= 0).to(torch.int32)
+        self._uniforms_BU, self._uniforms_from = torch.empty(0), -_NUMBERS_AT_ONCE
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def positions(self, stage: Stage) -> Positions:
+        """Of the tokens in `tokens_BS`."""
+        length = self.tokens_BS.shape[1]
+        if not any(self._padding):
+            return stage.positions(length, self.start)
+        stop = self.start + length
+        places_BS = self._places_BC[:, self.start : stop].clamp(min=0)
+        return stage.positions(length, self.start, places_BS, self._documents_BC[:, :stop])
+
+    def uniforms(self, seed: int) -> Tensor:
+        """The rows' numbers for the token that is due, float64 [B]."""
+        if not 0 <= self.drawn - self._uniforms_from < _NUMBERS_AT_ONCE:
+            rows = [self._numbers[member] for member in self.members]
+            table = uniforms(seed, rows, self.drawn, _NUMBERS_AT_ONCE)
+            self._uniforms_BU, self._uniforms_from = torch.from_numpy(table).to(self.tokens_BS.device), self.drawn
+        return self._uniforms_BU[:, self.drawn - self._uniforms_from]
+
+    def append(self, tokens_B: Tensor) -> None:
+        """The tokens that have been drawn are those of the next forward pass."""
+        self.start += self.tokens_BS.shape[1]
+        self.drawn += 1
+        self.tokens_BS = tokens_B.unsqueeze(1)
+
+    def drop(self, finished: Container[int]) -> None:
+        """Leave the rows of these names out from the next forward pass on."""
+        left = [slot for slot, member in enumerate(self.members) if member not in finished]
+        if len(left) == self.size:
+            return
+        holes = [slot for slot in range(len(left)) if self.members[slot] in finished]
+        moves = dict(zip(holes, [slot for slot in left if slot >= len(left)]))
+        order = [moves.get(slot, slot) for slot in range(len(left))]
+        self.members = [self.members[slot] for slot in order]
+        self._padding = [self._padding[slot] for slot in order]
+        self.cache.keep(len(order), moves)
+        index = torch.tensor(order, dtype=torch.int64, device=self.tokens_BS.device)
+        self.tokens_BS = self.tokens_BS[index]
+        self._places_BC, self._documents_BC = self._places_BC[index], self._documents_BC[index]
+        if len(self._uniforms_BU):
+            self._uniforms_BU = self._uniforms_BU[index]
