@@ -208,6 +208,7 @@ def wrong_sign(*arguments: Any) -> Tensor:
 rewards_at_tokens = policy_task.token_rewards
 
 
+@pytest.mark.slow
 def test_the_wrong_sign_of_the_divergence_misses_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy_task, "token_rewards", wrong_sign)
     assert not in_band(converged(Layout(), 0, 30, {}))
