@@ -14,7 +14,7 @@ from megalite.text.options import add_input, add_work
 def parse() -> argparse.Namespace:
     parser = Parser(
         __doc__,
-        "Writes P_text_document.bin, .idx and .json (for each of --json-keys); for another format also the learn mask,\n"
+        "Writes P_text_document.bin, .idx and .json (for each of --json-keys); for other formats also the learn mask,\n"
         "P_learn_document, and further columns, P_columns_document. The same command resumes.",
     )
     add_input(parser)
@@ -89,7 +89,7 @@ def main() -> None:
             f"{summary.prefix}: {counted(facts['documents'], 'document')}, {counted(facts['tokens'], 'token')}"
             f" ({facts['dtype']}), {_rate(facts)}{again}"
         )
-        if facts["skipped_empty"]:
+        if facts.get("skipped_empty"):
             print(f"skipped: {counted(facts['skipped_empty'], 'empty text')}")
         if count := facts.get("special_in_text"):
             outcome = "became these tokens" if facts["allow_special"] else "were encoded as text"

@@ -1,8 +1,9 @@
 """Chat templates: a conversation as token ids, and which of them the model is to learn to write.
 
-A template is a Jinja program with the conventions of Hugging Face (`chat_template` of a tokenizer_config.json): it gets
-`messages`, `add_generation_prompt`, `bos_token`, `eos_token` and `tools`, may call `raise_exception` and `strftime_now`,
-and may mark what the model writes with `{% generation %} … {% endgeneration %}`. It runs in Jinja's sandbox.
+A template is a Jinja program with the conventions of Hugging Face (`chat_template` of a tokenizer_config.json): it
+gets `messages`, `add_generation_prompt`, `bos_token`, `eos_token` and `tools`, may call `raise_exception` and
+`strftime_now`, and may mark what the model writes with `{% generation %} … {% endgeneration %}`. It runs in Jinja's
+sandbox.
 
 Special tokens that the template itself writes become these tokens. Those that stand in a message are encoded like any
 other text, so no message can end its turn or begin another. Nothing is added to what the template writes: whether a
@@ -139,11 +140,7 @@ class ChatTemplate:
         }
         environment = _environment()
         try:
-            self.marked = any(
-                token == "generation"
-                for _, kind, token in environment.lex(source)
-                if kind == "name"
-            )
+            self.marked = any(token == "generation" for _, kind, token in environment.lex(source) if kind == "name")
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = f":{error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
@@ -221,7 +218,9 @@ class ChatTemplate:
         ids = self._encode(whole.raw, apart)
         learn = np.zeros(len(ids), bool)
         for number, (start, stop) in zip(answers, spans, strict=True):
-            learn[self._place(whole.raw, start, ids, apart, number) : self._place(whole.raw, stop, ids, apart, number)] = 1
+            learn[
+                self._place(whole.raw, start, ids, apart, number) : self._place(whole.raw, stop, ids, apart, number)
+            ] = 1
         return ids.tolist(), learn.tolist()
 
     def _render(self, guarded: Any, add_generation_prompt: bool, tools: Sequence[Any] | None) -> Rendered:
@@ -253,7 +252,9 @@ class ChatTemplate:
         out, since a table has every field in every row."""
         if isinstance(value, str):
             value = _RESERVED.sub("\ufffd", value)
-            return self._finder.sub(lambda found: found[0][0] + _BROKEN + found[0][1:], value) if self._finder else value
+            return (
+                self._finder.sub(lambda found: found[0][0] + _BROKEN + found[0][1:], value) if self._finder else value
+            )
         if isinstance(value, Mapping):
             return {key: self._guarded(entry) for key, entry in value.items() if entry is not None}
         if isinstance(value, list | tuple):

@@ -3,11 +3,11 @@
 | format | columns | examples |
 |---|---|---|
 | sft | `messages`, or `prompt` and `completion` | one, of which the assistant's messages (the completion) are learned |
-| preference | `chosen`, `rejected`, and `prompt` unless both begin with it; `margin` if wanted | two, chosen and rejected |
-| prompt | `prompt` and any others | one, nothing of it learned; the others are kept |
+| preference | `chosen`, `rejected`, `prompt` unless both begin with it; `margin` if wanted | chosen, rejected |
+| prompt | `prompt` and any others | one, nothing of it learned; all are kept, `prompt` as the text that is encoded |
 
-A text is a string, a list of messages (`role`, `content`), which a chat template makes a text of, or a list of token ids,
-which are used as they are. A string gets what the tokenizer puts before every text, and an answer the end of document.
+A text is a string, a list of messages (`role`, `content`), which a chat template makes a text of, or a list of token
+ids, which are used as they are. A string gets what the tokenizer puts before every text, an answer the end of document.
 Special tokens that stand in a string are text. Does not import torch.
 """
 
@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from megalite.text.chat import ChatTemplate, TemplateProblem
 from megalite.text.foreign import shorten
@@ -80,7 +80,9 @@ class ExampleEncoder:
         """The examples of a record. Raises `Unusable`."""
         try:
             if self.form == "sft":
-                return Encoded([self._learnable(self._sft(record), "messages" if "messages" in record else "completion")])
+                return Encoded(
+                    [self._learnable(self._sft(record), "messages" if "messages" in record else "completion")]
+                )
             return self._pair(record) if self.form == "preference" else self._prompt(record)
         except TemplateProblem as problem:
             raise Unusable(NO_TEMPLATE, str(problem)) from None
@@ -100,7 +102,9 @@ class ExampleEncoder:
     def _pair(self, record: Mapping[str, Any]) -> Encoded:
         chosen, rejected = _field(record, "chosen"), _field(record, "rejected")
         if type(chosen) is not type(rejected):
-            raise Unusable(WRONG_FIELD, "fields 'chosen' and 'rejected' are of two kinds; give both as text or both as lists")
+            raise Unusable(
+                WRONG_FIELD, "fields 'chosen' and 'rejected' are of two kinds; give both as text or both as lists"
+            )
         prompt = record.get("prompt")
         if prompt is None:
             shared = _shared(chosen, rejected)
@@ -123,13 +127,15 @@ class ExampleEncoder:
         prompt = _field(record, "prompt")
         if _is_messages(prompt):
             messages = self._messages(record, "prompt")
-            ids = self._template("prompt").ids(messages, messages[-1]["role"] != "assistant", record.get("tools") or None)
+            template, tools = self._template("prompt"), record.get("tools") or None
+            asks = messages[-1]["role"] != "assistant"
+            ids, text = template.ids(messages, asks, tools), template.render(messages, asks, tools).text
         else:
             ids = self._ids(prompt, "prompt", self._leading)
+            text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids) if self.tokenizer else ""
         if not ids:
             raise Unusable(WRONG_FIELD, "field 'prompt' is empty; give it a text")
-        columns = {name: value for name, value in record.items() if name != "prompt"}
-        return Encoded([Example(ids, [False] * len(ids))], columns)
+        return Encoded([Example(ids, [False] * len(ids))], {**record, "prompt": text})
 
     # Parts
 
@@ -165,13 +171,16 @@ class ExampleEncoder:
         if isinstance(text, str):
             if self.tokenizer is None:
                 raise Unusable(
-                    WRONG_FIELD, f"field {name!r} is a text, but no tokenizer is named (data.tokenizer, --tokenizer-model)"
+                    WRONG_FIELD,
+                    f"field {name!r} is a text, but no tokenizer is named (data.tokenizer, --tokenizer-model)",
                 )
             return [*leading, *self.tokenizer.encode(text).tolist()]
         if isinstance(text, list) and all(type(entry) is int for entry in text):
             bad = next((entry for entry in text if not 0 <= entry < self.vocab_size), None)
             if bad is not None:
-                raise Unusable(WRONG_FIELD, f"field {name!r}: token id {bad} is outside the vocabulary of {self.vocab_size}")
+                raise Unusable(
+                    WRONG_FIELD, f"field {name!r}: token id {bad} is outside the vocabulary of {self.vocab_size}"
+                )
             return text
         raise Unusable(WRONG_FIELD, f"field {name!r} holds {shorten(text, 60)}; give a text, messages or token ids")
 
@@ -217,7 +226,7 @@ def _field(record: Mapping[str, Any], name: str) -> Any:
     return record[name]
 
 
-def _missing(record: Mapping[str, Any], what: str) -> None:
+def _missing(record: Mapping[str, Any], what: str) -> NoReturn:
     raise Unusable(MISSING_KEY, f"no field {what}; fields there: {', '.join(map(repr, record)) or 'none'}")
 
 

@@ -25,7 +25,7 @@ from megalite.text.examples import ExampleEncoder, Format
 from megalite.text.input_files import expand_inputs
 from megalite.text.jobs import ProgressBar, Unit, begin_notes, fingerprint, known_fingerprint, note_path, run_tasks
 from megalite.text.preprocess_examples import PARTS, ExampleTask, encode_examples
-from megalite.text.preprocess_shard import STAGE, EncodeOptions, EncodeTask, encode_unit, plan_shards
+from megalite.text.preprocess_shard import STAGE, EncodeOptions, EncodeTask, ShardTask, encode_unit, plan_shards
 from megalite.text.quarantine import Quarantine, read_quarantine
 from megalite.text.records import DAMAGED, MAX_RECORD_BYTES
 from megalite.text.tokenizers import Tokenizer, load_tokenizer, tokenizer_hash
@@ -131,9 +131,9 @@ def _examples_job(options: PreprocessOptions) -> "_Job":
     form: Format = options.format  # type: ignore[assignment]
     encoder = ExampleEncoder(form, tokenizer, template, options.vocab_size)
     prefixes = {part: f"{options.output_prefix}_{part or 'text'}_document" for part in PARTS[form]}
-    encoding = EncodeOptions("", False, False, options.max_record_bytes, options.allow_special)
     folder = Path(f"{prefixes['']}.parts")
-    tasks = [ExampleTask(unit, folder, tokenizer, encoding, encoder) for unit in plan_shards(expand_inputs(options.input))]
+    units = plan_shards(expand_inputs(options.input))
+    tasks = [ExampleTask(unit, folder, encoder, options.max_record_bytes) for unit in units]
     facts = {
         "format": form,
         "tokenizer": _described(tokenizer) if tokenizer else {},
@@ -165,7 +165,7 @@ class _Job:
         self,
         options: PreprocessOptions,
         prefixes: dict[str, str],
-        tasks: Sequence[EncodeTask],
+        tasks: Sequence[ShardTask],
         encode: Callable[..., dict[str, Any]],
         dtype: np.dtype,
         facts: dict[str, Any],

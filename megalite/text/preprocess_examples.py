@@ -13,7 +13,7 @@ import orjson
 from megalite.data.indexed import IndexedWriter, token_dtype
 from megalite.text.examples import Encoded, ExampleEncoder, Unusable, uses_template
 from megalite.text.jobs import FilePart, Report, noted
-from megalite.text.preprocess_shard import STAGE, EncodeTask
+from megalite.text.preprocess_shard import STAGE, ShardTask
 from megalite.text.quarantine import Quarantine, quarantine_row
 from megalite.text.readers import read_records
 from megalite.text.records import BadRecord, ReadCounter, Record
@@ -26,10 +26,11 @@ record, as bytes."""
 
 
 @dataclass(frozen=True)
-class ExampleTask(EncodeTask):
+class ExampleTask(ShardTask):
     """One shard of examples to be made."""
 
     encoder: ExampleEncoder
+    max_record_bytes: int
 
 
 @noted(STAGE)
@@ -51,7 +52,7 @@ class _ExampleShard:
             for part in PARTS[task.encoder.form]
         }
         self._bad = Quarantine(task.bad_records)
-        self._counts = Counter({"records": 0, "empty": 0, "examples": 0, "learned": 0, "templated": 0, "margins": 0})
+        self._counts = Counter({"records": 0, "examples": 0, "learned": 0, "templated": 0, "margins": 0})
         self._pending: dict[str, list[np.ndarray]] = {part: [] for part in self._writers}
         self._tokens = 0
 
@@ -75,7 +76,7 @@ class _ExampleShard:
             self._counts["records"] += 1
             self._bad.add({"piece": number, **quarantine_row(record)})
 
-        limit = self._task.options.max_record_bytes
+        limit = self._task.max_record_bytes
         for record in read_records(piece.path, piece.byte_range, note_bad, counter, limit):
             try:
                 encoded = self._task.encoder.encode(record.fields)
@@ -97,7 +98,9 @@ class _ExampleShard:
             self._pending["learn"].append(np.array(example.learn, np.uint8))
             self._tokens += len(example.ids)
         if "columns" in self._pending:
-            line = orjson.dumps(encoded.columns, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
+            line = orjson.dumps(
+                encoded.columns, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+            )
             self._pending["columns"].append(np.frombuffer(line, np.uint8))
         learned = sum(map(sum, (example.learn for example in encoded.examples)))
         self._counts.update(
