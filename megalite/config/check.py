@@ -281,7 +281,8 @@ def _check_data_file(config: Config, path: str, name: str) -> None:
     kind, form = config.objective.kind, config.objective.data_format
     if form == "text":
         raise UserError(
-            f"{path} names {name}, and objective.kind = {kind} reads token files; make one with tools/preprocess_data.py"
+            f"{path} names {name}, and objective.kind = {kind} reads token files; "
+            "make one with tools/preprocess_data.py"
         )
     if not os.path.isfile(name):
         problem = "is not a regular file" if os.path.exists(name) else "does not exist"

@@ -1,6 +1,7 @@
 """Packed rows, prompts, and the files that a recipe names: what a row holds, who makes it, what is refused."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from megalite.config import build_config
-from megalite.config.check import check_bounds, check_machine
+from megalite.config.check import _check_data, check_bounds, check_machine
 from megalite.data.batches import Batches
 from megalite.data.examples import PackedExamples, PromptDataset
 from megalite.errors import UserError
@@ -82,7 +83,7 @@ def documents(batch, b: int) -> list[slice]:
     numbers = batch.documents_BS[b]
     edges = [0, *(1 + torch.nonzero(numbers[1:] != numbers[:-1]).flatten()).tolist(), len(numbers)]
     assert numbers[edges[:-1]].tolist() == list(range(len(edges) - 1))
-    return [slice(*pair) for pair in zip(edges, edges[1:])]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
 @pytest.mark.parametrize("form", ["sft", "preference"])
@@ -297,7 +298,7 @@ def test_ids_need_no_tokenizer(tmp_path):
     batch = batch_of(open_data(config)[0], 1)
     assert batch.tokens_BS[0, :5].tolist() == [1, 2, 3, 4, 0] and batch.labels_BS[0, :4].tolist() == [-100, 3, 4, -100]
     source = write(tmp_path / "b.jsonl", [{"prompt": [1, 2], "completion": [300]}])
-    with pytest.raises(UserError, match="b.jsonl:1: .*token id 300 is outside the vocabulary of 257"):
+    with pytest.raises(UserError, match=r"b.jsonl:1: .*token id 300 is outside the vocabulary of 257"):
         open_data(recipe(tmp_path, "sft", [source], data={"tokenizer": ""}))
 
 
@@ -313,6 +314,15 @@ def test_the_recipe_is_checked_before_anything_is_read(tmp_path, rng):
         check_machine(recipe(tmp_path, "sft", [source], data={"chat_template": "none.jinja"}))
     with pytest.raises(UserError, match=r"data.chat_template = .*chatml.* needs a tokenizer"):
         check_machine(recipe(tmp_path, "sft", [source], data={"chat_template": "chatml", "tokenizer": ""}))
+
+
+def test_fields_without_an_effect_are_refused(tmp_path):
+    config = recipe(tmp_path, "sft", ["a.jsonl"], data={"mask_end_of_document": True})
+    with pytest.raises(UserError, match=r"data.mask_end_of_document = true has no effect on the examples of .* sft"):
+        _check_data(config)
+    config = recipe(tmp_path, "prompt", ["a.jsonl"], rollout={"max_new_tokens": 64})
+    with pytest.raises(UserError, match=r"rollout.max_new_tokens = 64 leaves no room for prompts in train.seq_length"):
+        _check_data(config)
 
 
 def wait_and_read(rank: int, folder: str, source: str) -> tuple[str, int]:

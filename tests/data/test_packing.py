@@ -24,7 +24,7 @@ def test_an_epoch_holds_every_example_once_in_rows_that_have_room(lengths, room,
     plan = plan_rows(order, lengths, room, epoch, packing)
     assert sorted(plan.members.tolist()) == list(range(lengths.size))
     rows = [plan.members[start:stop] for start, stop in zip(plan.starts, plan.starts[1:])]
-    assert all(0 < len(row) and lengths[row].sum() <= room for row in rows)
+    assert all(len(row) > 0 and lengths[row].sum() <= room for row in rows)
     assert packing or all(len(row) == 1 for row in rows)
     again = plan_rows(ExampleOrder([lengths.size], None, seed), lengths, room, epoch, packing)
     assert np.array_equal(plan.members, again.members) and np.array_equal(plan.starts, again.starts)
