@@ -297,6 +297,10 @@ def test_ids_need_no_tokenizer(tmp_path):
     config = recipe(tmp_path, "sft", [source], data={"tokenizer": ""})
     batch = batch_of(open_data(config)[0], 1)
     assert batch.tokens_BS[0, :5].tolist() == [1, 2, 3, 4, 0] and batch.labels_BS[0, :4].tolist() == [-100, 3, 4, -100]
+    source = write(tmp_path / "c.jsonl", [{"prompt": [], "completion": [5, 6]}])  # nothing predicts the first token
+    assert (
+        open_data(recipe(tmp_path, "sft", [source], data={"tokenizer": ""}))[0].examples.parts[0].selection.learned == 1
+    )
     source = write(tmp_path / "b.jsonl", [{"prompt": [1, 2], "completion": [300]}])
     with pytest.raises(UserError, match=r"b.jsonl:1: .*token id 300 is outside the vocabulary of 257"):
         open_data(recipe(tmp_path, "sft", [source], data={"tokenizer": ""}))

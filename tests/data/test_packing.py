@@ -55,6 +55,7 @@ def test_weights_share_out_the_examples_and_no_file_repeats_one_before_all_were_
 def test_epochs_and_seeds_differ_and_the_order_stays_random(chance_seed):
     lengths = np.random.default_rng(chance_seed).integers(5, 400, 2000)
     order = ExampleOrder([2000], None, chance_seed)
+    assert not np.array_equal(order.members(0), order.members(1))
     plans = [plan_rows(order, lengths, 1024, epoch) for epoch in range(2)]
     assert not np.array_equal(plans[0].members[:50], plans[1].members[:50])
     assert not np.array_equal(
