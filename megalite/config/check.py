@@ -152,9 +152,6 @@ def _check_data(config: Config) -> None:
     if config.data.mask_end_of_document:
         problem = f"has no effect on the examples of objective.kind = {config.objective.kind}"
         _refuse(config, "data.mask_end_of_document", problem, "leave it out: no example predicts another")
-    if config.objective.data_format == "prompt" and config.rollout.max_new_tokens >= config.train.seq_length:
-        problem = f"leaves no room for prompts in train.seq_length = {config.train.seq_length}"
-        _refuse(config, "rollout.max_new_tokens", problem, "make it smaller")
 
 
 def _check_split(config: Config) -> None:
