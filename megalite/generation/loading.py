@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,11 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.sharded import ShardedModel
 from megalite.runtime import SILENCE_SECONDS, World, choose_device, connect
-from megalite.text.chat import TEMPLATE_FILE, ChatTemplate
 from megalite.text.leading import leading_ids
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megalite.text.chat import ChatTemplate
 
 Result = TypeVar("Result")
 
@@ -87,6 +89,8 @@ class Opened:
 
     def chat_template(self, name: str = "") -> ChatTemplate:
         """The template that the model was trained with (or another, by file or name). Raises UserError."""
+        from megalite.text.chat import TEMPLATE_FILE, ChatTemplate  # loads Jinja, which text alone does not need
+
         tokenizer = self.require_tokenizer("a conversation needs one")
         kept = self.directory / TEMPLATE_FILE
         return ChatTemplate.load(tokenizer, name or (kept if kept.is_file() else ""))

@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tomli_w
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -54,6 +53,8 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
 
 
 def _template() -> Any:
+    import jinja2  # here, for machines that train without it
+
     text = resources.files("megalite.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text)
