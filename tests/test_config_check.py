@@ -34,6 +34,7 @@ def layout(*overrides, world_size=1):
         (1, "--model.kv_heads 3", "model.kv_heads = 3 does not divide model.heads = 8; use one of 1, 2, 4, 8"),
         (1, "--model.heads 7", "model.hidden_size = 512 is not divisible by model.heads = 7; give model.head_dim"),
         (1, "--model.head_dim 33", "model.head_dim = 33 does not split into the pairs"),
+        (1, "--data.chat_template chatml", "data.chat_template = chatml has no effect on the token files"),
         (4, "--parallel.pipeline 4 --model.layers 3", "model.layers = 3 is fewer than the 4 stages"),
         (
             2,

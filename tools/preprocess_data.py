@@ -1,6 +1,10 @@
-"""Turn files of text into Megatron's token binaries: parallel, resumable, with every unusable record accounted for."""
+"""Turn files of text, conversations, pairs of answers or prompts into Megatron's token binaries.
+
+Parallel, resumable, with every unusable record accounted for.
+"""
 
 import argparse
+from typing import Any
 
 from megalite.cli import Parser, nonempty, program
 from megalite.observe.formatting import counted
@@ -9,7 +13,9 @@ from megalite.text.options import add_input, add_work
 
 def parse() -> argparse.Namespace:
     parser = Parser(
-        __doc__, "Writes P_text_document.bin, .idx and .json (for each of --json-keys). The same command resumes."
+        __doc__,
+        "Writes P_text_document.bin, .idx and .json (for each of --json-keys); for other formats also the learn mask,\n"
+        "P_learn_document, and further columns, P_columns_document. The same command resumes.",
     )
     add_input(parser)
     add = parser.add_argument
@@ -24,6 +30,19 @@ def parse() -> argparse.Namespace:
         "--tokenizer-type",
         choices=("sentencepiece", "huggingface", "byte"),
         help="what --tokenizer-model is (default: its name tells); byte needs no model",
+    )
+    add(
+        "--format",
+        choices=("text", "sft", "preference", "prompt"),
+        default="text",
+        help="what a record is: a text; a conversation or prompt and completion (sft); prompt, chosen and rejected "
+        "(preference); a prompt to be answered while training (text)",
+    )
+    add(
+        "--chat-template",
+        default="",
+        metavar="FILE",
+        help="Jinja template that makes texts of messages, or chatml, the built-in one (default: the tokenizer's own)",
     )
     add(
         "--json-keys",
@@ -51,6 +70,13 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def _rate(facts: dict[str, Any]) -> str:
+    if "format" not in facts:
+        return f"{facts['text_bytes'] / max(facts['tokens'], 1):.3f} bytes per token"
+    template = f", template {facts['template']['name']}" if facts["templated"] else ""
+    return f"{facts['learned'] / facts['tokens']:.1%} of them learned{template}"
+
+
 @program
 def main() -> None:
     options = parse()
@@ -61,11 +87,11 @@ def main() -> None:
         again = f", {summary.resumed_shards} of {summary.shards} shards from before" if summary.resumed_shards else ""
         print(
             f"{summary.prefix}: {counted(facts['documents'], 'document')}, {counted(facts['tokens'], 'token')}"
-            f" ({facts['dtype']}), {facts['text_bytes'] / max(facts['tokens'], 1):.3f} bytes per token{again}"
+            f" ({facts['dtype']}), {_rate(facts)}{again}"
         )
-        if facts["skipped_empty"]:
+        if facts.get("skipped_empty"):
             print(f"skipped: {counted(facts['skipped_empty'], 'empty text')}")
-        if count := facts["special_in_text"]:
+        if count := facts.get("special_in_text"):
             outcome = "became these tokens" if facts["allow_special"] else "were encoded as text"
             print(f"special tokens: {count} stood in the texts and {outcome}")
         for reason, count in facts["bad_records"].items():

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_type_hints
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
 from megalite.config.schema import Config
-from megalite.config.sources import parse_sources
+from megalite.config.sources import is_record_file, parse_sources
 from megalite.errors import UserError
 from megalite.schedule.schedules import find_schedule
 
@@ -71,7 +71,7 @@ def check_machine(config: Config) -> None:
         raise UserError("data.train is empty; name token files: --data.train '[\"data/corpus_text_document\"]'")
     for name in ("train", "valid"):
         for source in parse_sources(getattr(config.data, name), f"data.{name}"):
-            _check_token_files(f"data.{name}", source.prefix)
+            _check_data_file(config, f"data.{name}", source.prefix)
     if config.train.eval_interval and not config.data.valid and sum(config.data.split[1:2]) == 0:
         remedy = "give data.valid or a data.split such as [99, 1], or set it to 0"
         _refuse(config, "train.eval_interval", "needs validation data", remedy)
@@ -79,6 +79,10 @@ def check_machine(config: Config) -> None:
         _refuse(config, "model.vocab_size", "is unknown", "give it, or data.tokenizer to take it from")
     if config.data.tokenizer not in ("", "byte"):
         _check_exists(config, "data.tokenizer", "a sentencepiece .model or a tokenizer.json")
+    if config.data.chat_template not in ("", "chatml"):
+        _check_exists(config, "data.chat_template", "a Jinja file, or chatml, the built-in template")
+    if config.data.chat_template and not config.data.tokenizer:
+        _refuse(config, "data.chat_template", "needs a tokenizer", "give data.tokenizer")
     for path in ("checkpoint.load", "objective.reference", "policy.critic", "rollout.reward_model"):
         if _value(config, path):
             _check_exists(config, path, "a checkpoint, a run directory or a Hugging Face directory")
@@ -140,6 +144,14 @@ def _check_data(config: Config) -> None:
         _refuse(config, "data.split", "is out of range", remedy)
     if split and config.data.valid:
         _refuse(config, "data.split", "cannot be combined with data.valid", "leave one of the two empty")
+    if config.objective.data_format == "text":
+        if config.data.chat_template:
+            problem = f"has no effect on the token files that objective.kind = {config.objective.kind} reads"
+            _refuse(config, "data.chat_template", problem, "leave it empty")
+        return
+    if config.data.mask_end_of_document:
+        problem = f"has no effect on the examples of objective.kind = {config.objective.kind}"
+        _refuse(config, "data.mask_end_of_document", problem, "leave it out: no example predicts another")
 
 
 def _check_split(config: Config) -> None:
@@ -256,6 +268,22 @@ def _check_schedule_of_training(config: Config) -> None:
     ):
         problem = f"is not a multiple of checkpoint.interval = {config.checkpoint.interval}"
         _refuse(config, "checkpoint.keep_every", problem, "no checkpoint is made at such steps; use a multiple")
+
+
+def _check_data_file(config: Config, path: str, name: str) -> None:
+    """A raw file, or the prefix of a token file, whichever the objective can read."""
+    if not is_record_file(name) or os.path.isfile(f"{name}.idx"):
+        _check_token_files(path, name)
+        return
+    kind, form = config.objective.kind, config.objective.data_format
+    if form == "text":
+        raise UserError(
+            f"{path} names {name}, and objective.kind = {kind} reads token files; "
+            "make one with tools/preprocess_data.py"
+        )
+    if not os.path.isfile(name):
+        problem = "is not a regular file" if os.path.exists(name) else "does not exist"
+        raise UserError(f"{path} names {name}, which {problem}; name a .jsonl or .parquet file")
 
 
 def _check_token_files(path: str, prefix: str) -> None:

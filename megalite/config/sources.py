@@ -15,6 +15,15 @@ MAX_SOURCES = 32766
 """Token files of one blend: it numbers them in int16, as Megatron-LM does."""
 
 
+RECORD_FILES = (".jsonl", ".ndjson", ".json", ".parquet")
+"""Endings of files of records, each also with .gz or .zst, beside the prefixes of token files."""
+
+
+def is_record_file(name: str) -> bool:
+    """Whether an entry is a file of records (examples for alignment), not the prefix of a token file."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(RECORD_FILES)
+
+
 @dataclass(frozen=True)
 class Source:
     """A token file: the prefix of its `.bin` and `.idx`, and its weight; None mixes in proportion to the sizes."""

@@ -13,11 +13,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import torch
 
 from megalite.data.batch import Batch
-from megalite.data.dataset import NO_ROW, TokenDataset
+from megalite.data.rows import Row, Rows
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 
 
@@ -25,11 +24,11 @@ class Batches:
     """Reads this rank's micro-batches of any global batch, and prefetches the following ones.
 
     Args:
-        dataset: the samples.
+        dataset: the samples: of token files, or packed examples.
         micro_batch_size: samples of one micro-batch on one rank.
         dp_rank, dp_size: this rank's index among those that share the global batch.
         device: where the batches go; for CUDA they are read into pinned memory first.
-        document_mask: fill `positions_BS` and `documents_BS`.
+        document_mask: fill `positions_BS` and `documents_BS`, as is always done for a dataset with `separate`.
         end_of_document: leave the label that follows this token (the next document's first) out of the loss.
         ahead: number of steps to prefetch.
 
@@ -39,7 +38,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Rows,
         *,
         micro_batch_size: int,
         dp_rank: int = 0,
@@ -52,7 +51,7 @@ class Batches:
         self.dataset, self.micro_batch_size = dataset, micro_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.device = torch.device(device)
-        self._document_mask, self._end_of_document = document_mask, end_of_document
+        self._document_mask, self._end_of_document = document_mask or dataset.separate, end_of_document
         self._ahead = ahead
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._pending: dict[tuple[int, int], Future[list[Batch]]] = {}
@@ -105,21 +104,16 @@ class Batches:
     def _micro_batch(self, numbers: range) -> Batch:
         shape = (self.micro_batch_size, self.dataset.seq_length)
         pinned = self.device.type == "cuda"
-        kinds = 4 if self._document_mask else 2
-        tensors = [torch.zeros(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(kinds)]
-        tokens_BS, labels_BS, *places = [tensor.numpy() for tensor in tensors]
+        names = ("tokens", "labels", "positions", "documents")[: 4 if self._document_mask else 2]
+        whole = {f"{name}_BS": torch.zeros(shape, dtype=torch.int64, pin_memory=pinned) for name in names}
+        columns = {name: torch.zeros(shape, dtype=torch.float32, pin_memory=pinned) for name in self.dataset.columns}
+        tokens_BS, labels_BS = whole["tokens_BS"].numpy(), whole["labels_BS"].numpy()
         labels_BS[len(numbers) :] = IGNORE_INDEX
-        row = np.empty(shape[1] + 1, np.int64)
-        positions, documents = (np.empty_like(row), np.empty_like(row)) if places else (NO_ROW, NO_ROW)
         for index, number in enumerate(numbers):
-            self.dataset.read(number, row, positions, documents)
-            tokens_BS[index], labels_BS[index] = row[:-1], row[1:]
-            for target, source in zip(places, (positions, documents)):
-                target[index] = source[:-1]
+            own = {f"{name}_S": whole[f"{name}_BS"][index].numpy() for name in names}
+            self.dataset.fill(number, Row(**own, columns={name: columns[name][index].numpy() for name in columns}))
         labels_BS[labels_BS < 0] = IGNORE_INDEX
         tokens_BS[tokens_BS < 0] = 0
         if self._end_of_document is not None:
             labels_BS[: len(numbers)][tokens_BS[: len(numbers)] == self._end_of_document] = IGNORE_INDEX
-        if not places:
-            return Batch(tensors[0], tensors[1])
-        return Batch(tensors[0], tensors[1], tensors[2], tensors[3])
+        return Batch(**whole, columns=columns)

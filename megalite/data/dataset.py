@@ -25,11 +25,11 @@ from megalite.data import _index
 from megalite.data.blend import SURPLUS, build_blend, build_exhaustive_blend, normalized, planned_sizes
 from megalite.data.index_cache import Arrays, content_key, load_or_build
 from megalite.data.indexed import IndexedDataset
+from megalite.data.rows import NO_ROW, Row, fill_shifted
 from megalite.data.sample_index import Cut, build_indices, parse_split, plan_cut, split_spans
 from megalite.errors import UserError
 
 PADDING = -1  # fills a last, partial sample
-NO_ROW = np.empty(0, np.int64)
 NO_LIMIT = 1 << 63  # the unsigned form of the smallest negative id
 INDEX_FORMAT = 1  # part of every cache key: raise it when the arrays' meaning changes
 
@@ -160,6 +160,9 @@ class TokenDataset:
     Any number from 0 on can be read; `len(dataset)` is the planned number of samples.
     """
 
+    separate = False
+    columns: tuple[str, ...] = ()
+
     def __init__(
         self,
         sources: Sequence[SampledFile],
@@ -214,6 +217,10 @@ class TokenDataset:
         if positions.size:
             positions[filled:] = 0
             documents[filled:] = documents[filled - 1] + 1  # padding attends only to padding
+
+    def fill(self, number: int, row: Row) -> None:
+        """Write sample `number` as S tokens and the S that follow each; see `megalite.data.rows.Rows`."""
+        fill_shifted(self.read, number, row)
 
     def source_of(self, number: int) -> tuple[SampledFile, int]:
         """The file that sample `number` comes from, and its sample number within the file."""

@@ -47,7 +47,7 @@ def load_or_build(
         return arrays
     with write_errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock"), wait_seconds):
+    with build_lock(folder.with_suffix(".lock"), wait_seconds):
         if (arrays := _load(folder)) is None:
             _store(folder, build())
             arrays = _load(folder)
@@ -115,7 +115,7 @@ def _store(folder: Path, arrays: Arrays) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait_seconds: float) -> Iterator[None]:
+def build_lock(path: Path, wait_seconds: float) -> Iterator[None]:
     """Hold the lock file `path`, which the system releases even if its holder is killed.
 
     On file systems without locks every process builds the arrays; they are identical, and one set is kept.

@@ -18,6 +18,7 @@ from torch import Tensor
 from megalite.data.batch import Batch
 from megalite.data.batches import Batches
 from megalite.data.indexed import IndexedDataset
+from megalite.data.rows import Row, fill_shifted
 from megalite.errors import UserError
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.model.decoder import Stage
@@ -52,6 +53,9 @@ class Score:
 class Windows:
     """Window k of a token file is its tokens [k S, k S + S], the last of which is only a label."""
 
+    separate = False
+    columns: tuple[str, ...] = ()
+
     def __init__(self, file: IndexedDataset, seq_length: int, vocab_size: int, max_samples: int | None = None) -> None:
         if file.tokens.size < 2:
             raise UserError(f"{file.prefix}: {file.tokens.size} tokens are too few to predict one")
@@ -81,6 +85,10 @@ class Windows:
             )
         return ids
 
+    def fill(self, number: int, row: Row) -> None:
+        """Write window `number`; see `megalite.data.rows.Rows`."""
+        fill_shifted(self.read, number, row)
+
     def read(self, number: int, tokens: np.ndarray, positions: np.ndarray, documents: np.ndarray) -> None:
         """Fill int64 rows of S + 1; see `megalite.data.dataset.TokenDataset.read`."""
         ids = self.ids(number)
@@ -101,7 +109,7 @@ def score(windows: Windows, model: ShardedModel, *, micro_batch_size: int = 4, d
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     block = micro_batch_size * mesh.samples_size * _GROUP
     batches = Batches(
-        windows,  # type: ignore[arg-type]
+        windows,
         micro_batch_size=micro_batch_size,
         dp_rank=mesh.samples_index,
         dp_size=mesh.samples_size,

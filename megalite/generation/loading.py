@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import tokenizers
 import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.huggingface.export import recipe_of
-from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface, read_json
+from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
 from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
 from megalite.cli import Parser, nonempty
 from megalite.config import Config, build_config
@@ -28,7 +26,11 @@ from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.sharded import ShardedModel
 from megalite.runtime import SILENCE_SECONDS, World, choose_device, connect
+from megalite.text.leading import leading_ids
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megalite.text.chat import ChatTemplate
 
 Result = TypeVar("Result")
 
@@ -85,6 +87,14 @@ class Opened:
     adapter: dict[str, Any] = field(default_factory=dict)
     """The recipe's section of that name: what is put around the linear layers."""
 
+    def chat_template(self, name: str = "") -> ChatTemplate:
+        """The template that the model was trained with (or another, by file or name). Raises UserError."""
+        from megalite.text.chat import TEMPLATE_FILE, ChatTemplate  # loads Jinja, which text alone does not need
+
+        tokenizer = self.require_tokenizer("a conversation needs one")
+        kept = self.directory / TEMPLATE_FILE
+        return ChatTemplate.load(tokenizer, name or (kept if kept.is_file() else ""))
+
     def require_tokenizer(self, remedy: str) -> Tokenizer:
         if self.tokenizer is None:
             raise UserError(f"{self.directory} carries no tokenizer; {remedy}")
@@ -129,24 +139,6 @@ def _opened_run(reader: CheckpointReader, name: str) -> Opened:
 
 def _first_existing(directory: Path, names: Sequence[str]) -> Path | None:
     return next((directory / name for name in names if (directory / name).is_file()), None)
-
-
-def leading_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """What a Hugging Face tokenizer puts before a text: its own processing, or `add_bos_token` of its settings."""
-    if tokenizer is None or tokenizer.bos is None or not tokenizer.files:
-        return ()
-    path = tokenizer.files[0]
-    settings = path.with_name("tokenizer_config.json")
-    if settings.is_file():
-        wanted = read_json(settings).get("add_bos_token")
-        if wanted is not None and type(wanted) is not bool:
-            raise UserError(f"{settings}: add_bos_token = {reprlib.repr(wanted)} is neither true nor false")
-        if wanted is not None:
-            return (tokenizer.bos,) if wanted else ()
-    if tokenizer.kind != "huggingface":
-        return ()
-    ids = tokenizers.Tokenizer.from_file(str(path)).encode("").ids
-    return (tokenizer.bos,) if ids[:1] == [tokenizer.bos] else ()
 
 
 @dataclass(frozen=True)

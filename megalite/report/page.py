@@ -53,10 +53,8 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
 
 
 def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise UserError("jinja2 is missing, and the page is made with it; install it: pip install jinja2") from error
+    import jinja2  # here, for machines that train without it
+
     text = resources.files("megalite.report").joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(text)

@@ -45,6 +45,7 @@ class HuggingFaceTokenizer:
         if not file.exists():
             raise UserError(f"tokenizer {file}: no such file; give a tokenizer.json or the folder that holds it")
         self.files = [file]
+        self.allow_special = allow_special
         self._tokenizer = _load(file)
         self._tokenizer.encode_special_tokens = not allow_special
         self.vocab_size = _vocabulary_size(self._tokenizer, file)
@@ -52,9 +53,10 @@ class HuggingFaceTokenizer:
         config = self._config(file.with_name("tokenizer_config.json"))
         self.eod = self.eos = self._special(config, "eos_token", EOD_NAMES)
         self.bos = self._special(config, "bos_token", BOS_NAMES)
-        self._special_tokens = TokenFinder(
-            [token["content"] for token in description.get("added_tokens", []) if token["special"]]
-        )
+        self.special_tokens: dict[str, int] = {
+            token["content"]: token["id"] for token in description.get("added_tokens", []) if token["special"]
+        }
+        self._special_tokens = TokenFinder(list(self.special_tokens))
         # of two entries with one id the description holds one alone: then only the library knows what it does
         complete = len(description["model"]["vocab"]) == self._tokenizer.get_vocab_size(with_added_tokens=False)
         self._splitter = make_splitter(description, allow_special) if use_cache and complete else None

@@ -58,13 +58,11 @@ def plan_shards(paths: Sequence[Path]) -> list[Unit]:
 
 
 @dataclass(frozen=True)
-class EncodeTask:
+class ShardTask:
     """One shard to be made in the directory `output`."""
 
     unit: Unit
     output: Path
-    tokenizer: Tokenizer
-    options: EncodeOptions
 
     @property
     def prefix(self) -> Path:
@@ -74,6 +72,14 @@ class EncodeTask:
     def bad_records(self) -> Path:
         """Where the shard lists the records it could not use; their lines count from the beginning of each piece."""
         return Path(f"{self.prefix}.bad.jsonl")
+
+
+@dataclass(frozen=True)
+class EncodeTask(ShardTask):
+    """One shard of texts to be made."""
+
+    tokenizer: Tokenizer
+    options: EncodeOptions
 
 
 @noted(STAGE)

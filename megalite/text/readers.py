@@ -10,7 +10,9 @@ it, so ranges that tile a file give every document exactly once, and processes n
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -35,10 +37,15 @@ from megalite.text.records import (
     Document,
     OnBad,
     ReadCounter,
+    Record,
     too_long,
 )
 
 PARQUET_ROWS = 256
+
+Found = Document | Record
+Take = Callable[[int, Any, bytes], Found | None]
+"""Makes what is wanted of (line, value, raw bytes), or hands it on as unusable and returns None."""
 
 
 def read_documents(
@@ -66,40 +73,79 @@ def read_documents(
     """
     path = Path(path)
     on_bad = on_bad or _refuse
-    counter = counter if counter is not None else ReadCounter()
-    kind, compression = file_format(path)
-    if byte_range is not None and not is_splittable(kind, compression):
-        if byte_range[0] > 0:
-            return  # the file is one piece, which begins at byte 0
-        byte_range = None
-    limit = max_record_bytes
-    try:
-        if kind == "jsonl":
-            documents = _json_lines(path, compression, key, byte_range, on_bad, counter, limit)
-        elif kind == "json":
-            documents = _json_value(path, compression, key, on_bad, counter, limit)
-        elif kind == "parquet":
-            documents = _parquet(path, compression, key, byte_range, on_bad, counter, with_extra)
-        elif kind == "warc":
-            from megalite.text.warc import read_warc
-
-            documents = read_warc(path, on_bad, counter, limit)
-        elif kind in ("text", "unknown"):
-            documents = _text_file(path, compression, kind == "unknown", on_bad, counter, limit)
+    take = partial(_document, path, key, on_bad)
+    source = _Source(path, on_bad, counter if counter is not None else ReadCounter(), max_record_bytes)
+    for document in source.read(take, byte_range, [key], with_extra):
+        assert isinstance(document, Document)
+        if not document.text:
+            on_bad(BadRecord(path, document.line, EMPTY, "the text has no characters"))
+        elif len(document.text) > max_record_bytes:  # of a table, whose rows have no size before they are read
+            on_bad(too_long(path, document.line, len(document.text), max_record_bytes, "text"))
         else:
-            on_bad(_unread(path, kind))
-            return
-        for document in documents:
-            if not document.text:
-                on_bad(BadRecord(path, document.line, EMPTY, "the text has no characters"))
-            elif len(document.text) > limit:  # of a table, whose rows have no size before they are read
-                on_bad(too_long(path, document.line, len(document.text), limit, "text"))
+            yield document
+
+
+def read_records(
+    path: str | Path,
+    byte_range: tuple[int, int] | None = None,
+    on_bad: OnBad | None = None,
+    counter: ReadCounter | None = None,
+    max_record_bytes: int = MAX_RECORD_BYTES,
+) -> Iterator[Record]:
+    """The records of a JSON-lines, JSON or parquet file, whatever their fields; see `read_documents`."""
+    path = Path(path)
+    on_bad = on_bad or _refuse
+    source = _Source(path, on_bad, counter if counter is not None else ReadCounter(), max_record_bytes)
+    for record in source.read(partial(_record, path, on_bad), byte_range):
+        assert isinstance(record, Record)
+        yield record
+
+
+@dataclass
+class _Source:
+    """One file, and where what cannot be used of it goes."""
+
+    path: Path
+    on_bad: OnBad
+    counter: ReadCounter
+    limit: int
+
+    def read(
+        self,
+        take: Take,
+        byte_range: tuple[int, int] | None,
+        required: list[str] | None = None,
+        with_extra: bool = True,
+    ) -> Iterator[Found]:
+        """What `take` makes of the file's records. `required` are the columns that a table must have, and all that are
+        read of it without `with_extra`; without them only files of records can be read, not texts."""
+        path, on_bad, counter, limit = self.path, self.on_bad, self.counter, self.limit
+        kind, compression = file_format(path)
+        if byte_range is not None and not is_splittable(kind, compression):
+            if byte_range[0] > 0:
+                return  # the file is one piece, which begins at byte 0
+            byte_range = None
+        try:
+            if kind == "jsonl":
+                yield from _json_lines(path, compression, take, byte_range, on_bad, counter, limit)
+            elif kind == "json":
+                yield from _json_value(path, compression, take, on_bad, counter, limit)
+            elif kind == "parquet":
+                yield from _parquet(path, compression, take, byte_range, on_bad, counter, required, with_extra)
+            elif required is None:
+                on_bad(BadRecord(path, 1, NOT_AN_OBJECT, "holds no records; give .jsonl or .parquet files"))
+            elif kind == "warc":
+                from megalite.text.warc import read_warc
+
+                yield from read_warc(path, on_bad, counter, limit)
+            elif kind in ("text", "unknown"):
+                yield from _text_file(path, compression, kind == "unknown", on_bad, counter, limit)
             else:
-                yield document
-    except Damaged as damage:
-        on_bad(BadRecord(path, counter.lines + 1, DAMAGED, str(damage)))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+                on_bad(_unread(path, kind))
+        except Damaged as damage:
+            on_bad(BadRecord(path, counter.lines + 1, DAMAGED, str(damage)))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _refuse(record: BadRecord) -> NoReturn:
@@ -118,12 +164,12 @@ def _unread(path: Path, kind: str) -> BadRecord:
 def _json_lines(
     path: Path,
     compression: str,
-    key: str,
+    take: Take,
     byte_range: tuple[int, int] | None,
     on_bad: OnBad,
     counter: ReadCounter,
     limit: int,
-) -> Iterator[Document]:
+) -> Iterator[Found]:
     if byte_range is None:
         content = lines(blocks(path, compression, counter), limit)
     else:
@@ -144,14 +190,14 @@ def _json_lines(
             record = _second_opinion(path, counter.lines, line, str(error), on_bad)
             if record is None:
                 continue
-        document = _from_record(path, counter.lines, record, key, line, on_bad)
-        if document is not None:
-            yield document
+        found = take(counter.lines, record, line)
+        if found is not None:
+            yield found
 
 
 def _json_value(
-    path: Path, compression: str, key: str, on_bad: OnBad, counter: ReadCounter, limit: int
-) -> Iterator[Document]:
+    path: Path, compression: str, take: Take, on_bad: OnBad, counter: ReadCounter, limit: int
+) -> Iterator[Found]:
     """The objects of one JSON array, or one object over several lines; `line` is the number of the object."""
     content = _whole(path, compression, counter, limit)
     if isinstance(content, int):
@@ -166,9 +212,9 @@ def _json_value(
             return
     for record in value if type(value) is list else [value]:
         counter.lines += 1
-        document = _from_record(path, counter.lines, record, key, b"", on_bad)
-        if document is not None:
-            yield document
+        found = take(counter.lines, record, b"")
+        if found is not None:
+            yield found
 
 
 def _whole(path: Path, compression: str, counter: ReadCounter, limit: int) -> bytes | int:
@@ -209,11 +255,10 @@ def _json_type(value: object) -> str:
     return {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}.get(type(value), "null")
 
 
-def _from_record(path: Path, line: int, record: Any, key: str, raw: bytes, on_bad: OnBad) -> Document | None:
+def _document(path: Path, key: str, on_bad: OnBad, line: int, record: Any, raw: bytes) -> Document | None:
+    """The text of a record's field `key`."""
     if type(record) is not dict:
-        what = "the line" if raw else "the entry"
-        detail = f"{what} holds a JSON {_json_type(record)}, not an object with a field {key!r}"
-        on_bad(BadRecord(path, line, NOT_AN_OBJECT, detail, raw))
+        on_bad(_no_object(path, line, record, raw, f" with a field {key!r}"))
         return None
     text = record.pop(key, record)  # the record itself stands for "not there"
     if type(text) is str:
@@ -225,6 +270,18 @@ def _from_record(path: Path, line: int, record: Any, key: str, raw: bytes, on_ba
         kind = _json_type(text) if not isinstance(text, dict) else "object"
         on_bad(BadRecord(path, line, NOT_TEXT, f"field {key!r} holds a {kind}, not a string", raw))
     return None
+
+
+def _record(path: Path, on_bad: OnBad, line: int, record: Any, raw: bytes) -> Record | None:
+    if type(record) is dict:
+        return Record(record, line, raw)
+    on_bad(_no_object(path, line, record, raw))
+    return None
+
+
+def _no_object(path: Path, line: int, record: Any, raw: bytes, wanted: str = "") -> BadRecord:
+    what = "the line" if raw else "the entry"
+    return BadRecord(path, line, NOT_AN_OBJECT, f"{what} holds a JSON {_json_type(record)}, not an object{wanted}", raw)
 
 
 def _text_file(
@@ -274,12 +331,13 @@ def _text_file(
 def _parquet(
     path: Path,
     compression: str,
-    key: str,
+    take: Take,
     byte_range: tuple[int, int] | None,
     on_bad: OnBad,
     counter: ReadCounter,
+    required: list[str] | None,
     with_extra: bool,
-) -> Iterator[Document]:
+) -> Iterator[Found]:
     import pyarrow
     import pyarrow.parquet
 
@@ -287,19 +345,19 @@ def _parquet(
         try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
-            if key not in names:
-                detail = f"no column {key!r}; columns there: {', '.join(map(repr, names))}"
-                counter.lines += table.metadata.num_rows
-                on_bad(BadRecord(path, 1, MISSING_KEY, detail))
-                return
+            for key in required or ():
+                if key not in names:
+                    detail = f"no column {key!r}; columns there: {', '.join(map(repr, names))}"
+                    counter.lines += table.metadata.num_rows
+                    on_bad(BadRecord(path, 1, MISSING_KEY, detail))
+                    return
             groups = [
                 group
                 for group in range(table.num_row_groups)
                 if byte_range is None or byte_range[0] <= _group_offset(table, group) < byte_range[1]
             ]
-            columns = None if with_extra else [key]
-            for batch in table.iter_batches(PARQUET_ROWS, groups, columns):
-                yield from _rows(path, batch, key, on_bad, counter)
+            for batch in table.iter_batches(PARQUET_ROWS, groups, None if with_extra else required):
+                yield from _rows(path, batch, take, required or (), on_bad, counter)
         except pyarrow.ArrowException as error:
             raise Damaged(f"not readable as parquet ({str(error).splitlines()[0]})") from error
         start, end = byte_range or (0, path.stat().st_size)
@@ -327,8 +385,10 @@ def _group_offset(table: Any, group: int) -> int:
     return min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
 
 
-def _rows(path: Path, batch: Any, key: str, on_bad: OnBad, counter: ReadCounter) -> Iterator[Document]:
-    column = batch.column(batch.schema.get_field_index(key))
+def _rows(
+    path: Path, batch: Any, take: Take, texts: Sequence[str], on_bad: OnBad, counter: ReadCounter
+) -> Iterator[Found]:
+    """What `take` makes of the rows; the columns `texts` must be strings."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError:
@@ -342,9 +402,9 @@ def _rows(path: Path, batch: Any, key: str, on_bad: OnBad, counter: ReadCounter)
                 detail = f"byte 0x{error.object[error.start]:02x} at {error.start} of the row's text"
                 on_bad(BadRecord(path, counter.lines, INVALID_UTF8, detail))
                 continue
-        if row[key] is None or type(row[key]) is str:
-            document = _from_record(path, counter.lines, row, key, b"", on_bad)
-            if document is not None:
-                yield document
-        else:
-            on_bad(BadRecord(path, counter.lines, NOT_TEXT, f"column {key!r} is of type {column.type}, not string"))
+        key = next((key for key in texts if row[key] is not None and type(row[key]) is not str), None)
+        if key is not None:
+            kind = batch.schema.field(key).type
+            on_bad(BadRecord(path, counter.lines, NOT_TEXT, f"column {key!r} is of type {kind}, not string"))
+        elif (found := take(counter.lines, row, b"")) is not None:
+            yield found

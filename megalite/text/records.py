@@ -19,6 +19,10 @@ TOO_LONG = "record too long"
 BINARY = "binary file"
 MISNAMED = "misnamed file"
 DAMAGED = "damaged file"
+EMPTY_ANSWER = "empty answer"
+NOTHING_TO_LEARN = "nothing to learn"
+NO_TEMPLATE = "chat template"
+WRONG_FIELD = "wrong field"
 
 
 @dataclass(slots=True)
@@ -28,6 +32,15 @@ class Document:
     text: str
     line: int
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Record:
+    """The fields of one record with its line (from 1; rows of a table), and its bytes if known."""
+
+    fields: dict[str, Any]
+    line: int
+    raw: bytes = b""
 
 
 @dataclass(slots=True)

@@ -59,9 +59,10 @@ class SentencePieceTokenizer:
             self.bos = _known(self._model.bos_id())
             self.pad = _known(self._model.pad_id())
             pieces = list(map(self._model.id_to_piece, range(self.vocab_size)))  # refuses those that are not UTF-8
-            self._special_tokens = TokenFinder(
-                [piece for number, piece in enumerate(pieces) if self._model.is_control(number)]
-            )
+            self.special_tokens = {
+                piece: number for number, piece in enumerate(pieces) if self._model.is_control(number)
+            }
+            self._special_tokens = TokenFinder(list(self.special_tokens))
             self._cache = self._make_cache() if use_cache else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
         eod: id put after each document, or None if the tokenizer has none.
         bos: id of the beginning of a text, or None.
         files: the files it was loaded from, in a fixed order (empty for `byte`).
+        special_tokens: the tokens that chat templates write as text, such as `<|im_end|>`, and their ids.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Tokenizer(Protocol):
     eod: int | None
     bos: int | None
     files: list[Path]
+    special_tokens: dict[str, int]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [tokens]."""
@@ -105,6 +107,7 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.files: list[Path] = []
+        self.special_tokens = {"<|endoftext|>": 256}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]

@@ -26,7 +26,7 @@ def attention_calls(config: Config) -> list[Call]:
             dtype=DTYPES[train.precision],
             gradients=gradients,
             window=model.sliding_window or None,
-            documents=config.data.document_mask,
+            documents=config.data.document_mask or config.objective.data_format in ("sft", "preference"),
         )
         for queries, kvs in heads
         for gradients in passes

@@ -12,11 +12,14 @@ from pathlib import Path
 from megalite.config import Config, check
 from megalite.config.sources import parse_sources
 from megalite.data.dataset import TokenDataset, build_datasets
+from megalite.data.examples import PackedExamples, PromptDataset
 from megalite.errors import UserError
 from megalite.model.cost import parameter_count
 from megalite.observe.formatting import counted
 from megalite.observe.trackers import require_credentials
 from megalite.text.tokenizers import load_tokenizer
+
+Data = TokenDataset | PackedExamples | PromptDataset
 
 _ORDER_BYTES = 12
 """Minimum index memory per sample: its entries in the sample index and the shuffle."""
@@ -33,8 +36,14 @@ def check_inputs(config: Config, ranks: int, *, count_parameters: bool = True) -
     config, _ = resolve_tokenizer(config)
     samples, _ = open_data(config)
     parameters = counted(parameter_count(config.model), "parameter") if count_parameters else ""
-    words = (parameters, counted(len(samples), "sample"), _repetition(samples), counted(ranks, "rank"))
-    return "ok: " + ", ".join(filter(None, words))
+    read: tuple[str, ...]
+    if isinstance(samples, TokenDataset):
+        read = (counted(len(samples), "sample"), _repetition(samples))
+    else:
+        from megalite.train.example_inputs import describe_examples
+
+        read = describe_examples(config, samples)
+    return "ok: " + ", ".join(filter(None, (parameters, *read, counted(ranks, "rank"))))
 
 
 def _repetition(samples: TokenDataset) -> str:
@@ -85,9 +94,15 @@ def index_folder(config: Config) -> Path:
     return Path(config.run.dir) / "cache"
 
 
-def open_data(config: Config, planned: int | None = None) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training and validation samples of a run, planned for `planned` samples (default: those of its steps)."""
+def open_data(config: Config, planned: int | None = None) -> tuple[Data, Data | None]:
+    """The training and validation data of a run: samples of token files, packed examples or prompts, whichever
+    `objective.kind` learns from. Planned for `planned` samples (default: those of the run's steps)."""
     samples = planned or config.samples_after(config.train.steps)
+    folder = index_folder(config)
+    if config.objective.data_format != "text":
+        from megalite.train.example_inputs import open_examples
+
+        return open_examples(config, samples, folder)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if samples * _ORDER_BYTES > memory:
         raise UserError(
@@ -101,5 +116,5 @@ def open_data(config: Config, planned: int | None = None) -> tuple[TokenDataset,
         train_samples=samples,
         valid_samples=config.train.eval_samples if config.train.eval_interval else 0,
         vocab_size=config.model.vocab_size,
-        cache_dir=index_folder(config),
+        cache_dir=folder,
     )

@@ -239,7 +239,7 @@ def test_one_of_many_processes_builds(tmp_path):
 
 def test_waiting_for_a_builder_that_hangs_ends_and_tells(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(index_cache, "TELL_SECONDS", 0.05)
-    with index_cache._locked(tmp_path / "key.lock", 1.0), pytest.raises(UserError) as caught:
+    with index_cache.build_lock(tmp_path / "key.lock", 1.0), pytest.raises(UserError) as caught:
         load_or_build(tmp_path, "key", dict, wait_seconds=0.3)
     assert re.search(rf"key\.lock: waited \d+ s for process {os.getpid()} on \S+ to build", str(caught.value))
     assert "waiting for process" in caplog.text
