@@ -47,6 +47,7 @@ from megalite.checkpoint.tensor_file import DamagedFile, write_durably, write_te
 from megalite.config import Config, to_toml
 from megalite.errors import UserError
 from megalite.mesh import Mesh
+from megalite.text.tokenizers import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,17 @@ class CheckpointManager:
             settings = tokenizer.with_name("tokenizer_config.json")
             if tokenizer.suffix == ".json" and settings.is_file():
                 extras.append((settings.name, settings.read_bytes()))
-        return extras
+        return extras + self._template()
+
+    def _template(self) -> list[tuple[str, bytes]]:
+        """The chat template that the model was trained with, if it was trained on conversations or prompts."""
+        data = self.config.data
+        if self.config.objective.data_format == "text" or not data.tokenizer:
+            return []
+        from megalite.text.chat import TEMPLATE_FILE, ChatTemplate  # loads Jinja
+
+        template = ChatTemplate.find(load_tokenizer(data.tokenizer), data.chat_template)
+        return [] if template is None else [(TEMPLATE_FILE, template.source.encode())]
 
     def _prune(self) -> None:
         """Delete all but the newest `keep`, those due by `keep_every`, and an imported `step_00000000`."""

@@ -116,7 +116,7 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
             found = {name: shape for name, shape in source.shapes().items() if name != trainer.prefix + OUTPUT}
         fresh = trainer.fresh_shapes().keys() - found.keys()
         expected = {name: shape for name, shape in expected.items() if name not in fresh}
-        found = needed(found, expected)
+        found = needed(found, trainer.shapes())
     compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
     trainer.wait_for_all_gather()
     targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]

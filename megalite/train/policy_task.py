@@ -43,6 +43,7 @@ from megalite.model.sharded import ShardedModel
 from megalite.objective.policy import ClippedPolicy, ClippedValue, kl_estimate
 from megalite.observe.timeline import Recorder
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
+from megalite.train.example_inputs import find_template
 from megalite.train.preference_task import Reference
 from megalite.train.task import Flag, Phase, Work
 from megalite.train.together import Together
@@ -78,6 +79,8 @@ class PolicyTask:
         self._reward_model: ShardedModel | None = None
         self._reward_identity: dict[str, str] = {}
         self._tokenizer: Tokenizer | None = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        self._stop_ids: frozenset[int] = frozenset()
+        self._stop_strings: tuple[str, ...] = ()
         self._group, self._pp = mesh.group("dp", "ep"), mesh.group("pp")
         self._dealer = Dealer.of(config, mesh)
         self._kl = config.policy.kl
@@ -91,8 +94,12 @@ class PolicyTask:
 
     def open(self, train: Any, valid: Any, eod: int | None) -> None:
         self._prompts, self._validation = train, valid
-        stops = set(train.stop_ids) | ({eod} if eod is not None else set())
-        self._stop_ids = frozenset() if self.config.rollout.ignore_eos else frozenset(stops)
+        if self.config.rollout.ignore_eos:
+            return
+        template = find_template(self.config)
+        self._stop_ids = frozenset(() if eod is None else (eod,))
+        if template is not None:
+            self._stop_ids, self._stop_strings = self._stop_ids | set(template.stop_ids), tuple(template.stop_strings)
 
     def observe(self, recorder: Recorder) -> None:
         self.phase = recorder.phase
@@ -170,7 +177,7 @@ class PolicyTask:
         part = len(prompts) * each // mesh.samples_size
         rows = range(mesh.samples_index * part, (mesh.samples_index + 1) * part)
         sampling = Sampling(rollout.temperature, seed=seed)
-        limits = Limits(rollout.max_new_tokens, self._stop_ids)
+        limits = Limits(rollout.max_new_tokens, self._stop_ids, self._stop_strings)
         asked = [prompts[row // each].ids for row in rows]
         with self.trainer.generating() as stages:
             generator = Generator(stages, self.trainer.owners, mesh, config.model)
@@ -178,15 +185,16 @@ class PolicyTask:
                 asked,
                 sampling,
                 limits,
+                self._tokenizer if self._stop_strings else None,
                 batch=rollout.batch_size or part,
                 rows=[first_row + row for row in rows],
                 sampler_logprobs=True,
             )
-        return [answer_of(completion, self._text(completion.new_ids)) for completion in completions]
+        return [answer_of(completion, completion.text or self._text(completion.new_ids)) for completion in completions]
 
     def _text(self, ids: Sequence[int]) -> str:
         """An answer's text, without the token that ended it; empty without a tokenizer."""
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._stop_strings:
             return ""
         return self._tokenizer.decode(ids[:-1] if ids and ids[-1] in self._stop_ids else ids)
 

@@ -75,8 +75,6 @@ class Prompt:
 class RandomPrompts:
     """Prompt n is a function of n alone."""
 
-    stop_ids: tuple[int, ...] = ()
-
     def __init__(self, shortest: int = PROMPT) -> None:
         self.shortest = shortest
 

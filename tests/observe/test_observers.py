@@ -22,7 +22,7 @@ from megalite.observe.events import EventLog
 from megalite.observe.metrics import StepMetrics, final_losses, read_metrics
 from megalite.observe.observers import Guard, Observers
 from megalite.observe.trackers import kept_id, require_credentials
-from megalite.train import loop
+from megalite.train import task
 from megalite.train.__main__ import main
 from megalite.train.trainer import Trainer
 from tests.support.tiny import write_recipe
@@ -283,7 +283,7 @@ def test_a_batch_with_nothing_to_learn_has_no_loss(tmp_path, capsys):
         writer.finish()
     tokenizer = ["--data.tokenizer", "", "--data.train", json.dumps([str(tmp_path / "ends")])]
     recipe = str(write_recipe(tmp_path))
-    real = loop.Reader.read
+    real = task.Reader.read
 
     def ignoring(self, first, samples):
         batches = real(self, first, samples)
@@ -292,7 +292,7 @@ def test_a_batch_with_nothing_to_learn_has_no_loss(tmp_path, capsys):
         return batches
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Reader, "read", ignoring)
+        patch.setattr(task.Reader, "read", ignoring)
         assert main([recipe, *tokenizer, "--train.steps", "2"]) == FINISHED
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [(row["loss"], row["tokens"]) for row in rows] == [(None, 0.0), (None, 0.0)]

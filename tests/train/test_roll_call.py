@@ -62,7 +62,7 @@ def test_the_roll_is_called_where_no_wait_fails(tmp_path, fate):
             (tmp_path / "hang").touch()
             wait_for(lambda: "but all ranks answer: rank 0 in" in said(tmp_path), ranks)
             line = next(line for line in said(tmp_path).splitlines() if "all ranks answer" in line)
-            assert "rank 1 in train/loop.py" in line and line.count("train/loop.py") == 1, line
+            assert "rank 1 in train/task.py" in line and line.count("train/task.py") == 1, line
     finally:
         for process in ranks:
             process.kill()
