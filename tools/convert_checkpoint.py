@@ -1,6 +1,7 @@
 """Between megalite's checkpoints and Hugging Face directories, streaming: a 70B model needs a few GB of memory.
 
 python tools/convert_checkpoint.py to-hf CHECKPOINT_DIR HF_DIR [--dtype auto|float32|bfloat16|float16] [--shard-gb 5]
+                                                                [--role policy|critic]
 python tools/convert_checkpoint.py from-hf HF_DIR CHECKPOINT_DIR
 
 CHECKPOINT_DIR is, for `to-hf`, a run directory (its newest checkpoint) or one checkpoint inside it; `from-hf` makes a
@@ -32,9 +33,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-gb", type=number(1e-9, 1e9), default=5.0, metavar="GB", help="to-hf: size of one file (default 5)"
     )
+    parser.add_argument(
+        "--role", default="policy", choices=("policy", "critic"), help="to-hf: which model of a run of ppo"
+    )
     options = parser.parse_args(argv)
-    if options.direction == "from-hf" and (options.dtype != "auto" or options.shard_gb != 5.0):
-        raise UserError("--dtype and --shard-gb belong to to-hf; from-hf keeps the dtype of the weights")
+    if options.direction == "from-hf" and (options.dtype, options.shard_gb, options.role) != ("auto", 5.0, "policy"):
+        raise UserError("--dtype, --shard-gb and --role belong to to-hf; from-hf keeps the dtype of the weights")
     return options
 
 
@@ -57,7 +61,9 @@ def main() -> None:
     if options.direction == "to-hf":
         with CheckpointReader(options.source) as reader:
             shard_bytes = int(options.shard_gb * 10**9)
-            result = export_huggingface(reader, options.target, options.dtype, shard_bytes, progress_line())
+            result = export_huggingface(
+                reader, options.target, options.dtype, shard_bytes, progress_line(), role=options.role
+            )
             came_from = reader.directory
         size = f"{result.weight_bytes / 1e9:.3g} GB in {counted(len(result.files), 'file')}"
         written = f"{counted(result.tensors, 'tensor')}, {size}"

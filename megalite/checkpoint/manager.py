@@ -35,6 +35,7 @@ from megalite.checkpoint.restore import (
     ADAPTABLE,
     compare_fingerprint,
     compare_model,
+    compare_objective,
     finish_load,
     model_fields,
     position,
@@ -348,6 +349,8 @@ class CheckpointManager:
                 if resume and self._identity is not None:
                     self._identity.compare(reader.manifest.run, path)
                 compare_model(reader.manifest.model, path, self.config.model, () if resume else ADAPTABLE)
+                if optimizer:
+                    compare_objective(reader, self.config.objective.kind, resume=resume)
                 if fingerprint is not None and not self.config.checkpoint.allow_data_change:
                     compare_fingerprint(reader, fingerprint)
                 read_state(trainer, reader, optimizer=optimizer, resume=resume)

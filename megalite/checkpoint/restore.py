@@ -72,6 +72,16 @@ def compare_fingerprint(reader: CheckpointReader, fingerprint: Any) -> None:
     )
 
 
+def compare_objective(reader: CheckpointReader, kind: str, *, resume: bool) -> None:
+    """Raise a `UserError` if the checkpoint's loop and optimizer state is of another objective."""
+    trained_for = reader.manifest.state.get("objective", kind)
+    if trained_for != kind:
+        remedy = "use another run.dir" if resume else "take only its weights, with checkpoint.load_optimizer = false"
+        raise UserError(
+            f"{reader.directory} was trained with objective.kind = {trained_for!r}, and it is now {kind!r}; {remedy}"
+        )
+
+
 def planned_samples(run_dir: Path | str, peers: Peers) -> int | None:
     """The number of samples a run was first planned for, from its newest readable checkpoint; None if unknown.
 

@@ -16,7 +16,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
-from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved, UserError
+from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
 from megalite.observe.formatting import counted
@@ -147,24 +147,17 @@ class TrainingRun:
     def _begin(self) -> None:
         """Start from `checkpoint.load`, or with initial weights."""
         source = self.config.checkpoint.load
-        self._take_up(self.task.begin(self.checkpoints), source)
+        self._take_up(self.task.begin(self.checkpoints))
         if source:
             log.info("started from %s at step %d", source, self.state.step)
         else:
             log.info("initial weights from seed %d", self.config.run.seed)
 
-    def _take_up(self, state: dict[str, Any], source: str = "") -> None:
-        """Continue from a saved `state`, of this run or of `source`; empty for a new run. Its data fingerprint was
-        compared when it was loaded."""
-        kind = self.config.objective.kind
-        if state and (trained_for := state.get("objective", "next_token")) != kind:
-            where = f"checkpoint.load = {source!r}" if source else f"run.dir = {self.config.run.dir!r}"
-            remedy = "checkpoint.load_optimizer = false" if source else "another run.dir, and start from it"
-            raise UserError(
-                f"objective.kind = {kind!r}, but the run in {where} has objective.kind = {trained_for!r}; use {remedy}"
-            )
+    def _take_up(self, state: dict[str, Any]) -> None:
+        """Continue from a saved `state`; empty for a new run. It was compared with this run when it was loaded."""
         chosen = self.state.attention
-        own = {"fingerprint": self.fingerprint, "planned_samples": self.planned, "objective": kind}
+        own = {"fingerprint": self.fingerprint, "planned_samples": self.planned}
+        own["objective"] = self.config.objective.kind
         self.state = RunState(**state | own)
         self.state.attention = chosen or self.state.attention
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.state.losses, self.state.lr)

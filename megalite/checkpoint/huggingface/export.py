@@ -28,8 +28,16 @@ from megalite.checkpoint.huggingface.names import (
     INDEX,
     MAX_SMALL_FILE,
     SINGLE,
+    TEMPLATE,
     TOKENIZER_FILES,
     read_json,
+)
+from megalite.checkpoint.huggingface.scorer import (
+    as_critic,
+    causal_config,
+    is_scorer,
+    scorer_config,
+    scorer_tensors,
 )
 from megalite.checkpoint.huggingface_config import (
     DTYPE_FIELDS,
@@ -49,6 +57,7 @@ from megalite.checkpoint.tensor_file import (
 from megalite.config import ModelConfig, build_config
 from megalite.errors import UserError
 from megalite.files import TEMPORARY_SUFFIX, atomic_file, sync_directory, write_atomically, write_errors_named
+from megalite.model.decoder import CRITIC, SCORE
 from megalite.model.families import FileTensor, Rows, family_of_model
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 
@@ -97,8 +106,13 @@ def export_huggingface(
     dtype: str = "auto",
     shard_bytes: int = 5 * 10**9,
     progress: Progress | None = None,
+    *,
+    role: str = "policy",
 ) -> Export:
     """Write `directory` (new, or empty) from a checkpoint. Raises UserError.
+
+    A reward model becomes a `...ForSequenceClassification`, and so does the critic beside a policy, with `role`
+    "critic".
 
     `dtype`: `float32`, `bfloat16`, `float16`, or `auto`: the run's precision, or, for imported weights that were never
     trained, their original dtype. More than `shard_bytes` of weights are split into several files with an index.
@@ -108,13 +122,21 @@ def export_huggingface(
     original = parse_json(kept[CONFIG], Path(KEPT) / CONFIG) if CONFIG in kept else {}
     family = family_of_model(model, original.get("model_type", ""))
     tensors = list(family.tensors(model))
-    needed = {rows.name: rows.shape for tensor in tensors for rows in tensor.parts}
-    compare_shapes(needed, reader.shapes(), str(reader.directory), what=family.architectures[0])
+    scores = role == "critic" or SCORE in reader.shapes()
+    if scores:
+        tensors = list(scorer_tensors(tensors, model.hidden_size))
+    if role == "critic":
+        tensors = list(as_critic(tensors))
+    expected = {rows.name: rows.shape for tensor in tensors for rows in tensor.parts}
+    found = {name: shape for name, shape in reader.shapes().items() if name.startswith(CRITIC) == (role == "critic")}
+    compare_shapes(expected, found, str(reader.directory), what=family.architectures[0])
     dtypes = _dtypes(reader, tensors, dtype)
     sizes = {tensor.name: math.prod(tensor.shape) * dtypes[tensor.name].itemsize for tensor in tensors}
     files, total = _assign(sizes, shard_bytes), sum(sizes.values())
     as_imported = dtype == "auto" and reader.manifest.step == 0
     config = _config_file(reader, model, kept.get(CONFIG), NAMES[dtypes[tensors[0].name]], as_imported=as_imported)
+    if scores and not is_scorer(original):
+        config = _json_file(scorer_config(parse_json(config, Path(CONFIG))))
     small = _small_files(reader, kept) | {CONFIG: config}
     with appearing(directory) as partial:
         writer = _WeightWriter(reader, {tensor.name: tensor for tensor in tensors}, dtypes, progress, total)
@@ -230,19 +252,23 @@ def _config_file(
     original = {} if kept is None else parse_json(kept, Path(KEPT) / CONFIG)
     beside = _special_ids(reader) | original
     written = huggingface_config(model, dtype, beside, preferred=original.get("model_type", ""))
-    if kept is None or model_config_from_huggingface(original, f"{KEPT}/{CONFIG}") != model:
+    if kept is None or model_config_from_huggingface(causal_config(original), f"{KEPT}/{CONFIG}") != model:
         return _json_file(written)
     stale = [field for field in DTYPE_FIELDS if not as_imported and original.get(field) not in (None, dtype)]
     changed: dict[str, Any] = dict.fromkeys(stale, dtype)
-    if original.get("architectures") not in (None, written["architectures"]):
+    if causal_config(original).get("architectures") not in (None, written["architectures"]):
         changed["architectures"] = written["architectures"]  # imported without the class of the output layer
     return _json_file({**original, **changed}) if changed else kept
 
 
 def _small_files(reader: CheckpointReader, kept: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The tokenizer and the other small files of the imported model."""
+    """The tokenizer, its chat template and the other small files of the imported model."""
     files = {name: content for name, content in kept.items() if name != CONFIG}
-    return files if any(name in files for name in TOKENIZER_FILES[:2]) else files | _tokenizer_files(reader)
+    if not any(name in files for name in TOKENIZER_FILES[:2]):
+        files |= _tokenizer_files(reader)
+    if TEMPLATE in reader.manifest.extras:
+        files[TEMPLATE] = reader.extra(TEMPLATE)
+    return files
 
 
 def _kept_files(reader: CheckpointReader) -> dict[str, bytes]:

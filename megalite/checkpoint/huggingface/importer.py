@@ -13,6 +13,7 @@ from pathlib import Path
 from megalite.checkpoint.directory import CHECKPOINTS, step_name
 from megalite.checkpoint.huggingface.export import BLOCK_BYTES, KEPT, Progress, appearing, kept_files
 from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource
+from megalite.checkpoint.huggingface.scorer import is_scorer
 from megalite.checkpoint.source import compare_shapes
 from megalite.checkpoint.writer import CheckpointWriter
 from megalite.config import Config, build_config, to_toml
@@ -27,7 +28,7 @@ def import_huggingface(directory: Path, run: Path, progress: Progress | None = N
     """Create the run directory `run` (new, or empty) from a Hugging Face directory; returns its recipe. Raises
     UserError."""
     with HuggingFaceSource(directory) as source:
-        shapes = model_shapes(source.model)
+        shapes = model_shapes(source.model, head="scalar" if is_scorer(source.config) else "vocabulary")
         compare_shapes(shapes, source.shapes(), str(directory))
         files = kept_files(directory)
         config = _recipe(source, run, files)

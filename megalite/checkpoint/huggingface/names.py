@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.huggingface.scorer import causal_config, is_scorer, scorer_tensors
 from megalite.checkpoint.huggingface_config import declared_dtype, eos_ids
 from megalite.checkpoint.source import Shapes, check_inside, compare_shapes
 from megalite.checkpoint.tensor_file import DamagedFile, TensorFile, parse_json, read_regular
@@ -24,7 +25,7 @@ from megalite.model.families import FileTensor, Rows, family_of_config
 from megalite.placement import Region
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
+GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,7 +34,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE,
 )
 
 MAX_SMALL_FILE = 1 << 28
@@ -60,9 +61,10 @@ def read_json(path: Path) -> dict[str, Any]:
 class HuggingFaceSource:
     """The weights of a Hugging Face directory, with the interface of `megalite.checkpoint.source.TensorSource`.
 
-    `family` and `model` come from `config.json`. Tensors are stored in fp32, bf16 or fp16. Raises UserError: naming the
-    file, for a missing shard, a truncated or oversized header, an index that points outside, or another dtype; naming
-    the tensor, if one is missing, has another shape, or is unknown.
+    `family` and `model` come from `config.json`; a reward model has a score in place of the output layer. Tensors are
+    stored in fp32, bf16 or fp16. Raises UserError: naming the file, for a missing shard, a truncated or oversized
+    header, an index that points outside, or another dtype; naming the tensor, if one is missing, has another shape, or
+    is unknown.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -70,11 +72,14 @@ class HuggingFaceSource:
         where = str(self.directory / CONFIG)
         self.config = read_json(self.directory / CONFIG)
         self.family = family_of_config(self.config, where)
-        self.model = self.family.read_config(self.config, where)
+        self.model = self.family.read_config(causal_config(self.config), where)
         self._declared = declared_dtype(self.config, where)
         self._files: dict[str, TensorFile] = {}
         try:
-            tensors = {tensor.name: tensor for tensor in self.family.tensors(self.model)}
+            listed = self.family.tensors(self.model)
+            if is_scorer(self.config):
+                listed = scorer_tensors(listed, self.model.hidden_size)
+            tensors = {tensor.name: tensor for tensor in listed}
             self._where = self._locate(tensors)
             self._check_coverage(tensors)
         except BaseException:
