@@ -22,6 +22,8 @@ _RATE_STEPS = 200
 """Steps used to estimate the time left: the first of a start may have compiled kernels or read cold files."""
 _LONGEST_LEFT = 9999 * 86400.0
 _BAR = 16
+_OBJECTIVES = {"reward_mean": "reward", "kl": "KL", "accuracy": "accuracy", "margin": "margin"}
+"""Numbers of some objectives that belong beside the loss, and what to call them."""
 
 
 def describe(metrics: StepMetrics) -> list[str]:
@@ -29,6 +31,7 @@ def describe(metrics: StepMetrics) -> list[str]:
     parts = [f"loss {metrics.loss:.4f}" if math.isfinite(metrics.loss) else "no loss"]
     if metrics.validation_loss is not None and math.isfinite(metrics.validation_loss):
         parts.append(f"validation {metrics.validation_loss:.4f}")
+    parts += [f"{word} {metrics.extra[name]:.3f}" for name, word in _OBJECTIVES.items() if name in metrics.extra]
     parts += [
         f"{metrics.tokens_per_second:,.0f} tokens/s",
         f"grad {metrics.grad_norm:.3f}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +15,20 @@ from megalite.report.run_directory import Run
 from megalite.report.style import FAINT, HALF, RUNS, WIDE, new_figure, plain, token_axis
 
 _WIDE_SPREAD = 30.0
+
+_TOKEN_LOSSES = {"next_token", "sft"}
+
+OBJECTIVES = {
+    "reward_mean": ("Reward", "mean score of an answer"),
+    "validation_reward": ("Reward, validation prompts", "mean score of an answer"),
+    "kl": ("Divergence from the reference", "nats per answer"),
+    "entropy": ("Entropy of the policy", "nats per token"),
+    "response_tokens": ("Length of answers", "tokens"),
+    "accuracy": ("Pairs in the right order", "share of pairs"),
+    "margin": ("Chosen above rejected", "difference of scores"),
+    "sampler_difference": ("Sampler against trainer", "nats per token"),
+}
+"""Numbers of some objectives: column of metrics.jsonl -> (title, unit)."""
 
 
 def colour(index: int) -> str:
@@ -76,7 +90,8 @@ def draw_loss(runs: Sequence[Run]) -> Figure:
     if not seen:
         _empty(axes, "no step with a finite loss")
         return figure
-    axes.set_ylabel("nats per token")
+    kinds = {str(run.setting("objective", "kind", "next_token")) for run in runs}
+    axes.set_ylabel("nats per token" if kinds <= _TOKEN_LOSSES else "mean of the objective")
     token_axis(axes)
     axes.legend(loc="upper right")
     return figure
@@ -148,3 +163,10 @@ def draw_memory(runs: Sequence[Run]) -> Figure:
 
 def draw_step_time(runs: Sequence[Run]) -> Figure:
     return _draw(runs, "step_seconds", "Step time", "seconds", _from_zero)
+
+
+def draw_objective(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
+    """(name, picture) of every number of an objective that any run has recorded."""
+    for column, (title, unit) in OBJECTIVES.items():
+        if any(math.isfinite(value) for run in runs for value in run.column(column)):
+            yield column, _draw(runs, column, title, unit, lambda axes: None)

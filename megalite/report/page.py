@@ -62,6 +62,7 @@ def _template() -> Any:
 
 def _pictures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
     yield "loss", curves.draw_loss(runs)
+    yield from curves.draw_objective(runs)
     yield "gradient_norm", curves.draw_gradient_norm(runs)
     yield "learning_rate", curves.draw_learning_rate(runs)
     yield "throughput", curves.draw_throughput(runs)
@@ -94,6 +95,7 @@ def _content(runs: Sequence[Run], pictures: dict[str, str]) -> dict[str, Any]:
         "several": several,
         "names": [run.name for run in runs],
         "pictures": dict.fromkeys(["loss"], "") | pictures,
+        "objective": [name for name in curves.OBJECTIVES if name in pictures],
         "heads": [{"name": run.name, "colour": curves.colour(number)} for number, run in enumerate(runs)],
         "summary": list(zip(_SUMMARY, zip(*map(_summary, runs)))),
         "remarks": [
