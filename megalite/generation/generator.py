@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.errors import RunFailed, UserError
+from megalite.generation.cache import Memory
 from megalite.generation.flow import Flow
 from megalite.generation.rows import RowGroup
 from megalite.generation.sampling import Sampling, sample
@@ -48,8 +49,8 @@ class Completion:
     """One row's result. `new_ids` holds the stop token, if one ended it; `text` is without it and without stop strings.
 
     `logprobs` are natural logarithms of the new tokens' probabilities: the model's (at temperature 1), or the
-    sampler's, as `Generator.run` was told. `reason` is `length`, `token` (a stop token) or `string` (a stop string).
-    Without a tokenizer `text` stays empty.
+    sampler's, as `Generator.run` was told. `reason` is `length`, `token` (a stop token), `string` (a stop string) or
+    `interrupted`. Without a tokenizer `text` stays empty.
     """
 
     prompt_ids: list[int]
@@ -84,22 +85,29 @@ class Generator:
         *,
         rows: Sequence[int] | None = None,
         sampler_logprobs: bool = False,
+        memory: Memory | None = None,
+        interrupt: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """A completion for each prompt (at least one token each), all of them in memory at once.
 
         `limits` are one for all or one for each. `rows` are the prompts' global numbers, 0 … without them: what is
         drawn for a row depends on seed, number and position alone. With `sampler_logprobs` the log-probabilities are
         those of the distribution drawn from (its temperature, top-k and top-p), otherwise those of the model.
+        `memory`, for one prompt at a time, keeps what is cached for the next run. `interrupt` is asked after every
+        token, on every rank; where it says yes, on all alike, all rows end, for the reason `interrupted`.
         Raises UserError for a prompt that does not fit, RunFailed if the model's outputs are not finite.
         """
         own = _each(limits, prompts)
         self.check(prompts, own, tokenizer)
+        if memory is not None and len(prompts) != 1:
+            raise ValueError(f"a memory is of one prompt, not of {len(prompts)}")
         results = _Results(prompts, own, tokenizer, listener)
         numbers = range(len(prompts)) if rows is None else rows
         groups = []
         for part in self._parts(prompts, [row for row in range(len(prompts)) if own[row].max_new_tokens > 0]):
             capacity = max(len(prompts[row]) for row in part) + max(own[row].max_new_tokens for row in part)
-            groups.append(RowGroup({row: prompts[row] for row in part}, numbers, capacity, self.mesh.device))
+            texts = {row: prompts[row] for row in part}
+            groups.append(RowGroup(texts, numbers, capacity, self.mesh.device, memory))
         unread: list[list[Tensor]] = [[] for _ in groups]
 
         def draw(group: RowGroup, logits_BV: Tensor) -> Tensor:
@@ -110,14 +118,19 @@ class Generator:
         def told(number: int, drawn_2B: Tensor) -> None:
             group = groups[number]
             unread[number].append(drawn_2B)
-            if results.due(group, self.look_every):
+            if interrupt is not None or results.due(group, self.look_every):
                 for tokens, logprobs in torch.stack(unread[number]).tolist():
                     results.add(group.members, tokens, logprobs)
                 unread[number].clear()
+                if interrupt is not None and interrupt():
+                    results.interrupt()
                 group.drop({member for member in group.members if results.completions[member].reason})
 
         if groups:
             Flow(self.stages, self.owners, self.mesh, groups, draw, told).run()
+        if memory is not None:
+            (completion,) = results.completions
+            memory.ids = (completion.prompt_ids + completion.new_ids)[:-1]
         return results.completions
 
     def run_all(
@@ -236,7 +249,19 @@ class _Results:
             completion.reason = "string" if text.stopped else ""
         if not completion.reason and len(completion.new_ids) == self._limits[row].max_new_tokens:
             completion.reason = "length"
-        if completion.reason and text is not None:
+        if completion.reason:
+            self._finish(row, completion)
+
+    def interrupt(self) -> None:
+        """End all rows that have not ended."""
+        for row, completion in enumerate(self.completions):
+            if not completion.reason:
+                completion.reason = "interrupted"
+                self._finish(row, completion)
+
+    def _finish(self, row: int, completion: Completion) -> None:
+        text = self._texts[row]
+        if text is not None:
             self._tell(row, text.finish())
             completion.text = text.text
 

@@ -33,10 +33,10 @@ def test_rows_keep_their_positions() -> None:
             of_member = {group.members[slot]: slot for slot in kept}
             before = group.uniforms(3)
             group.drop(gone)
-            order = [of_member[member] for member in group.members]
-            assert torch.equal(group.uniforms(3), before[order])
             if not group.size:
                 break
+            order = [of_member[member] for member in group.members]
+            assert torch.equal(group.uniforms(3), before[order])
             group.append(torch.arange(group.size))
             for layer, tensors in expected.items():
                 new = _new(1, group.size)
