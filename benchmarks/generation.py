@@ -70,7 +70,6 @@ def both_models() -> Iterator[tuple[Generator, Any]]:
             max_position_embeddings=512,
             initializer_range=0.1,
             eos_token_id=None,
-            attn_implementation="sdpa",
         )
     ).eval()
     with tempfile.TemporaryDirectory() as folder:
