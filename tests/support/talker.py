@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import tokenizers
@@ -15,11 +16,13 @@ TEMPLATE = """\
 {% endfor %}{% if add_generation_prompt %}a:{% endif %}"""
 
 
-def make_talker(folder: Path, template: str = "") -> Path:
+def make_talker(folder: Path, template: str = "", positions: int = 128) -> Path:
     """A Hugging Face directory with a tokenizer of single characters that puts <s> before every text."""
     folder.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (folder / file).write_bytes((golden.folder("llama3_gqa") / file).read_bytes())
+    given = golden.folder("llama3_gqa")
+    (folder / "model.safetensors").write_bytes((given / "model.safetensors").read_bytes())
+    config = json.loads((given / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
     vocabulary = {piece: number for number, piece in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
