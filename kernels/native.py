@@ -78,6 +78,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rms_norm_plain.check(x, weight)
     if weight.dtype != x.dtype:
         return rms_norm_plain.rms_norm(x, weight, eps)
+    if not torch.is_grad_enabled():
+        return _norm(x, None, weight, eps)[1]
     result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
 
@@ -87,6 +89,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     rms_norm_plain.check(x, weight, residual)
     if not x.dtype == residual.dtype == weight.dtype:
         return rms_norm_plain.add_rms_norm(x, residual, weight, eps)
+    if not torch.is_grad_enabled():
+        return _norm(x, residual, weight, eps)[:2]
     result: tuple[Tensor, Tensor] = _AddRMSNorm.apply(x, residual, weight, eps)
     return result
 
@@ -153,6 +157,9 @@ class _AddRMSNorm(torch.autograd.Function):
 def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As `rope.rope`."""
     rope_plain.check(q_SBHD, k_SBKD, cos, sin)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    if not torch.is_grad_enabled():
+        return _turned(q_SBHD, cos, sin, 1.0), _turned(k_SBKD, cos, sin, 1.0)
     result: tuple[Tensor, Tensor] = _Rotation.apply(q_SBHD, k_SBKD, cos, sin)
     return result
 
@@ -162,7 +169,6 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = cos.float().contiguous(), sin.float().contiguous()
         ctx.save_for_backward(cos, sin)
         return _turned(q_SBHD, cos, sin, 1.0), _turned(k_SBKD, cos, sin, 1.0)
 
@@ -185,6 +191,8 @@ def _turned(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """As `swiglu.swiglu`; only the fused input is saved for backward."""
     swiglu_plain.check(gate_up)
+    if not torch.is_grad_enabled():
+        return _gated(gate_up.contiguous())
     result: Tensor = _SwiGLU.apply(gate_up)
     return result
 
@@ -194,9 +202,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
         ctx.save_for_backward(gate_up)
-        out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype)
-        _gate(gate_up, None, out)
-        return out
+        return _gated(gate_up)
 
     @staticmethod
     @once_differentiable
@@ -205,6 +211,12 @@ class _SwiGLU(torch.autograd.Function):
         grad_gate_up = torch.empty_like(gate_up)
         _gate(gate_up, grad.contiguous(), grad_gate_up)
         return grad_gate_up
+
+
+def _gated(gate_up: Tensor) -> Tensor:
+    out = torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype)
+    _gate(gate_up, None, out)
+    return out
 
 
 def _gate(gate_up: Tensor, grad: Tensor | None, out: Tensor) -> None:

@@ -23,6 +23,7 @@ PROGRAMS = [
     "megalite.train",
 ]
 MISTYPED = {  # an option of each, one letter wrong; nothing else is given, though much is required
+    "tools/chat.py": "--max-new-token",
     "tools/clean_data.py": "--ouput",
     "tools/convert_checkpoint.py": "--dtpe",
     "tools/dedup_data.py": "--treshold",

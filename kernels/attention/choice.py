@@ -41,7 +41,8 @@ FALLBACK = "sdpa"
 class Call:
     """What the speed of a call depends on. `gradients`: its backward is needed too.
 
-    Without gradients lengths count as the next power of two: generation must not measure anew for every token.
+    Without gradients lengths and batch count as the next power of two: generation must not measure anew for every
+    token, nor whenever a row has ended.
     """
 
     queries: int
@@ -60,8 +61,8 @@ class Call:
 
     def __post_init__(self) -> None:
         if not self.gradients:
-            object.__setattr__(self, "queries", next_power_of_two(self.queries))
-            object.__setattr__(self, "keys", next_power_of_two(self.keys))
+            for name in ("queries", "keys", "batch"):
+                object.__setattr__(self, name, next_power_of_two(getattr(self, name)))
 
     @staticmethod
     def of(tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> Call:

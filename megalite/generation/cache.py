@@ -5,7 +5,7 @@ T positions so far, S new positions, B batch, k key/value heads of this rank, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,3 +54,39 @@ class DecoderCache:
                     written = buffer[: self._lengths[layer]]
                     written.index_copy_(1, targets, written.index_select(1, sources))
             self._buffers[layer] = tuple(buffer[:, :rows] for buffer in buffers)
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        self._lengths = {layer: min(length, known) for layer, known in self._lengths.items()}
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least so many positions; the memory at least doubles where it must grow."""
+        if capacity <= self.capacity:
+            return
+        self.capacity = max(capacity, 2 * self.capacity)
+        for layer, buffers in self._buffers.items():
+            length, self._buffers[layer] = self._lengths[layer], tuple(map(self._allocate, buffers))
+            for old, new in zip(buffers, self._buffers[layer]):
+                new[:length] = old[:length]
+
+
+class Memory:
+    """What is cached of a conversation between one run and the next, on this rank."""
+
+    def __init__(self) -> None:
+        self.cache = DecoderCache(0)
+        self.ids: list[int] = []
+        """The tokens whose keys and values the cache holds."""
+
+    def recall(self, prompt: Sequence[int], capacity: int) -> int:
+        """How many of the prompt's tokens need not be computed again; the cache holds these and no others, with room
+        for `capacity`. The last one must: its output is asked for."""
+        same = 0
+        for ours, theirs in zip(self.ids, prompt[:-1]):
+            if ours != theirs:
+                break
+            same += 1
+        self.cache.truncate(same)
+        self.cache.reserve(capacity)
+        self.ids = []  # until a run has ended well
+        return same

@@ -10,7 +10,6 @@ S positions of one forward pass, B rows of a group, H hidden, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,14 +18,13 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.errors import RunFailed, UserError
+from megalite.generation.cache import Memory
+from megalite.generation.flow import Flow
 from megalite.generation.rows import RowGroup
 from megalite.generation.sampling import Sampling, sample
 from megalite.generation.stopping import TextStream
-from megalite.mesh import DONE, Mesh, Work
+from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
-from megalite.schedule.lowering import lower
-from megalite.schedule.ops import Op
-from megalite.schedule.schedules import forward_only
 from megalite.text.tokenizers import Tokenizer
 
 Listener = Callable[[int, str], None]
@@ -35,9 +33,6 @@ Listener = Callable[[int, str], None]
 _LOOK_EVERY = 8
 """On a GPU, tokens after which the host looks whether a row has ended. Each look waits for the device, and a row that
 has ended is computed in vain until then; its results are the same."""
-
-_PENDING_SENDS = 2
-"""How many tensors may be on their way to the next stage before the oldest is waited for."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,8 @@ class Completion:
     """One row's result. `new_ids` holds the stop token, if one ended it; `text` is without it and without stop strings.
 
     `logprobs` are natural logarithms of the new tokens' probabilities: the model's (at temperature 1), or the
-    sampler's, as `Generator.run` was told. `reason` is `length`, `token` (a stop token) or `string` (a stop string).
-    Without a tokenizer `text` stays empty.
+    sampler's, as `Generator.run` was told. `reason` is `length`, `token` (a stop token), `string` (a stop string) or
+    `interrupted`. Without a tokenizer `text` stays empty.
     """
 
     prompt_ids: list[int]
@@ -77,9 +72,7 @@ class Generator:
             raise ValueError("generation needs whole sequences: use the stages of ShardedModel.generating()")
         self.stages, self.owners, self.mesh, self.model = stages, tuple(owners), mesh, model
         self.look_every = _LOOK_EVERY if mesh.device.type == "cuda" else 1
-        self._dtype = next(next(iter(stages.values())).parameters()).dtype
-        self._pp, self._everyone = mesh.group("pp"), mesh.group("pp", "tp")
-        self._drawer = self._everyone.ranks.index(mesh.rank_at(pp=self.owners[-1], tp=0))
+        mesh.group("pp", "tp")  # made now, on every rank
 
     @torch.no_grad()
     def run(
@@ -92,24 +85,52 @@ class Generator:
         *,
         rows: Sequence[int] | None = None,
         sampler_logprobs: bool = False,
+        memory: Memory | None = None,
+        interrupt: Callable[[], bool] | None = None,
     ) -> list[Completion]:
         """A completion for each prompt (at least one token each), all of them in memory at once.
 
         `limits` are one for all or one for each. `rows` are the prompts' global numbers, 0 … without them: what is
         drawn for a row depends on seed, number and position alone. With `sampler_logprobs` the log-probabilities are
         those of the distribution drawn from (its temperature, top-k and top-p), otherwise those of the model.
+        `memory`, for one prompt at a time, keeps what is cached for the next run. `interrupt` is asked after every
+        token, on every rank; where it says yes, on all alike, all rows end, for the reason `interrupted`.
         Raises UserError for a prompt that does not fit, RunFailed if the model's outputs are not finite.
         """
         own = _each(limits, prompts)
         self.check(prompts, own, tokenizer)
+        if memory is not None and len(prompts) != 1:
+            raise ValueError(f"a memory is of one prompt, not of {len(prompts)}")
         results = _Results(prompts, own, tokenizer, listener)
         numbers = range(len(prompts)) if rows is None else rows
         groups = []
         for part in self._parts(prompts, [row for row in range(len(prompts)) if own[row].max_new_tokens > 0]):
             capacity = max(len(prompts[row]) for row in part) + max(own[row].max_new_tokens for row in part)
-            groups.append(RowGroup({row: prompts[row] for row in part}, numbers, capacity, self.mesh.device))
+            texts = {row: prompts[row] for row in part}
+            groups.append(RowGroup(texts, numbers, capacity, self.mesh.device, memory))
+        unread: list[list[Tensor]] = [[] for _ in groups]
+
+        def draw(group: RowGroup, logits_BV: Tensor) -> Tensor:
+            numbers_B = group.uniforms(sampling.seed)
+            drawn = sample(logits_BV, sampling, numbers_B, sampler_logprobs=sampler_logprobs)
+            return torch.stack([part.double() for part in drawn])  # float64 holds every id
+
+        def told(number: int, drawn_2B: Tensor) -> None:
+            group = groups[number]
+            unread[number].append(drawn_2B)
+            if interrupt is not None or results.due(group, self.look_every):
+                for tokens, logprobs in torch.stack(unread[number]).tolist():
+                    results.add(group.members, tokens, logprobs)
+                unread[number].clear()
+                if interrupt is not None and interrupt():
+                    results.interrupt()
+                group.drop({member for member in group.members if results.completions[member].reason})
+
         if groups:
-            _Flow(self, groups, sampling, results, sampler_logprobs).run()
+            Flow(self.stages, self.owners, self.mesh, groups, draw, told).run()
+        if memory is not None:
+            (completion,) = results.completions
+            memory.ids = (completion.prompt_ids + completion.new_ids)[:-1]
         return results.completions
 
     def run_all(
@@ -174,105 +195,6 @@ def _each(limits: Limits | Sequence[Limits], prompts: Sequence[Sequence[int]]) -
     return [limits] * len(prompts) if isinstance(limits, Limits) else list(limits)
 
 
-class _Flow:
-    """One run on one rank: the operations of a forward-only schedule, token after token without a barrier between."""
-
-    def __init__(
-        self,
-        generator: Generator,
-        groups: Sequence[RowGroup],
-        sampling: Sampling,
-        results: _Results,
-        sampler_logprobs: bool,
-    ) -> None:
-        self._generator, self._groups, self._sampling, self._results = generator, groups, sampling, results
-        self._sampler_logprobs = sampler_logprobs
-        pp, self._last = generator.mesh.index("pp"), len(generator.owners) - 1
-        self._draws = pp == generator.owners[-1] and generator.mesh.index("tp") == 0
-        self._ops = lower(forward_only(generator.owners, len(groups)))[pp]
-        self._final = {op.micro: index for index, op in enumerate(self._ops)}
-        self._hidden: dict[tuple[int, int], tuple[Tensor, Work]] = {}
-        self._sending: deque[tuple[Tensor, Work]] = deque()
-        self._drawn: dict[int, tuple[Tensor, Work]] = {}
-        self._unread: dict[int, list[Tensor]] = {number: [] for number in range(len(groups))}
-
-    def run(self) -> None:
-        while any(group.size for group in self._groups):
-            for index, op in enumerate(self._ops):
-                if not self._ready(op.micro):
-                    continue
-                self._perform(op)
-                if index == self._final[op.micro] and not self._draws:
-                    self._announce(op.micro, torch.empty(0))
-        self._finish_sends(0)
-
-    def _ready(self, number: int) -> bool:
-        """Whether the group has rows left, now that its last tokens, if they were on their way, are known."""
-        group = self._groups[number]
-        if number in self._drawn:
-            both_2B, work = self._drawn.pop(number)
-            work.wait()
-            self._unread[number].append(both_2B)
-            group.append(both_2B[0].long())
-            if self._results.due(group, self._generator.look_every):
-                self._read(number)
-        return group.size > 0
-
-    def _read(self, number: int) -> None:
-        """Give the rows the tokens that the host has not yet seen, and drop those that have ended."""
-        group = self._groups[number]
-        table = torch.stack(self._unread[number]).tolist()
-        self._unread[number].clear()
-        for tokens, logprobs in table:
-            self._results.add(group.members, tokens, logprobs)
-        group.drop({member for member in group.members if self._results.completions[member].reason})
-
-    def _perform(self, op: Op) -> None:
-        generator, group, key = self._generator, self._groups[op.micro], (op.stage, op.micro)
-        if op.kind == "RF":
-            shape = (group.tokens_BS.shape[1], group.size, generator.model.hidden_size)
-            hidden_SBH = torch.empty(shape, dtype=generator._dtype, device=generator.mesh.device)
-            self._hidden[key] = hidden_SBH, generator._pp.receive(hidden_SBH, generator.owners[op.stage - 1])
-        elif op.kind == "SF":
-            hidden_SBH, _ = self._hidden.pop(key)
-            self._sending.append((hidden_SBH, generator._pp.send(hidden_SBH, generator.owners[op.stage + 1])))
-            self._finish_sends(_PENDING_SENDS)
-        else:
-            self._forward(op, group)
-
-    def _forward(self, op: Op, group: RowGroup) -> None:
-        generator, stage = self._generator, self._generator.stages[op.stage]
-        x, arrived = self._hidden.pop((op.stage, op.micro)) if op.stage > 0 else (group.tokens_BS, DONE)
-        arrived.wait()
-        hidden_SBH = stage(x, group.positions(stage), group.cache)
-        if op.stage == self._last:
-            logits_BV = stage.logits(hidden_SBH[-1:]).squeeze(0)
-            if self._draws:
-                self._announce(op.micro, logits_BV)
-        elif generator.owners[op.stage + 1] == generator.mesh.index("pp"):
-            self._hidden[op.stage + 1, op.micro] = hidden_SBH, DONE
-        else:
-            self._hidden[op.stage, op.micro] = hidden_SBH.contiguous(), DONE
-
-    def _announce(self, number: int, logits_BV: Tensor) -> None:
-        """Draw the group's tokens, on the one rank that does, and start to tell all ranks: ids and log-probabilities.
-
-        As float64, which holds every id, so that one message is enough.
-        """
-        generator, group = self._generator, self._groups[number]
-        both_2B = torch.zeros(2, group.size, dtype=torch.float64, device=generator.mesh.device)
-        if self._draws:
-            numbers_B = group.uniforms(self._sampling.seed)
-            both_2B[0], both_2B[1] = sample(
-                logits_BV, self._sampling, numbers_B, sampler_logprobs=self._sampler_logprobs
-            )
-        self._drawn[number] = both_2B, generator._everyone.broadcast(both_2B, generator._drawer)
-
-    def _finish_sends(self, most: int) -> None:
-        while len(self._sending) > most:
-            self._sending.popleft()[1].wait()
-
-
 class _Results:
     """The rows' completions while they grow."""
 
@@ -327,7 +249,19 @@ class _Results:
             completion.reason = "string" if text.stopped else ""
         if not completion.reason and len(completion.new_ids) == self._limits[row].max_new_tokens:
             completion.reason = "length"
-        if completion.reason and text is not None:
+        if completion.reason:
+            self._finish(row, completion)
+
+    def interrupt(self) -> None:
+        """End all rows that have not ended."""
+        for row, completion in enumerate(self.completions):
+            if not completion.reason:
+                completion.reason = "interrupted"
+                self._finish(row, completion)
+
+    def _finish(self, row: int, completion: Completion) -> None:
+        text = self._texts[row]
+        if text is not None:
             self._tell(row, text.finish())
             completion.text = text.text
 

@@ -14,7 +14,7 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megalite.generation.cache import DecoderCache
+from megalite.generation.cache import DecoderCache, Memory
 from megalite.generation.sampling import uniforms
 from megalite.model.attention import Positions
 from megalite.model.decoder import Stage
@@ -30,17 +30,26 @@ class RowGroup:
     """
 
     def __init__(
-        self, prompts: Mapping[int, Sequence[int]], numbers: Sequence[int], capacity: int, device: torch.device
+        self,
+        prompts: Mapping[int, Sequence[int]],
+        numbers: Sequence[int],
+        capacity: int,
+        device: torch.device,
+        memory: Memory | None = None,
     ) -> None:
-        """`prompts` by the caller's name; `numbers[name]` is the row's global number, which its draws depend on."""
+        """`prompts` by the caller's name; `numbers[name]` is the row's global number, which its draws depend on. With
+        `memory`, for a single prompt, only the part of it that is not there is computed."""
         self.members = list(prompts)
-        self.cache = DecoderCache(capacity)
         self.start = self.drawn = 0
         self._numbers = numbers
         longest = max(map(len, prompts.values()))
         self._padding = [longest - len(prompt) for prompt in prompts.values()]
         padded = [[0] * pad + list(prompt) for pad, prompt in zip(self._padding, prompts.values())]
-        self.tokens_BS = torch.tensor(padded, device=device)
+        if memory is None:
+            self.cache = DecoderCache(capacity)
+        else:
+            self.start, self.cache = memory.recall(padded[0], capacity), memory.cache
+        self.tokens_BS = torch.tensor(padded, device=device)[:, self.start :]
         # A row's place in its own text, and 1 where there is one.
         padding_B1 = torch.tensor(self._padding, device=device).unsqueeze(1)
         self._places_BC = torch.arange(capacity, device=device) - padding_B1
@@ -78,6 +87,9 @@ class RowGroup:
         """Leave the rows of these names out from the next forward pass on."""
         left = [slot for slot, member in enumerate(self.members) if member not in finished]
         if len(left) == self.size:
+            return
+        if not left:  # what is cached stays
+            self.members = []
             return
         holes = [slot for slot in range(len(left)) if self.members[slot] in finished]
         moves = dict(zip(holes, [slot for slot in left if slot >= len(left)]))

@@ -10,6 +10,7 @@ import torch
 from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.source import load_weights
 from megalite.errors import RunFailed, UserError
+from megalite.generation.cache import Memory
 from megalite.generation.generator import Completion, Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels import select_kernels
@@ -126,6 +127,39 @@ def test_any_number_of_prompts_in_batches() -> None:
         assert [part.reason for part in parts] == [completion.reason for completion in whole]
     assert told == [1, 2, 3, 4, 5, 6, 7, 8, 3, 6, 8, 8]
     assert generator.run([], GREEDY, Limits(3)) == generator.run_all([], GREEDY, Limits(3)) == []
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("name", golden.NAMES)
+def test_a_memory_spares_what_is_cached(name: str) -> None:
+    """A conversation that grows, changes its end and begins anew: the tokens of runs without a memory; only what is
+    new goes through the model."""
+    generator, memory = _generator(name), Memory()
+    stage, lengths = generator.stages[0], []
+    stage.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    ids = golden.golden(name)["input_ids"].flatten().tolist()
+    talk = ids[:9]
+    for prompt, computed in ((talk, 9), (None, 6), ([*ids[:7], 5, 6], 2), (ids[3:40], 37)):
+        talk = prompt if prompt is not None else [*talk, *ids[20:25]]
+        (alone,) = generator.run([talk], Sampling(0.8, seed=2), Limits(6))
+        lengths.clear()
+        (again,) = generator.run([talk], Sampling(0.8, seed=2), Limits(6), memory=memory)
+        assert again.new_ids == alone.new_ids
+        assert lengths[0] == computed
+        talk = [*talk, *again.new_ids]
+
+
+@pytest.mark.fast
+def test_an_interruption_ends_all_rows() -> None:
+    generator, asked = _generator("mistral_swa"), []
+
+    def interrupt() -> bool:
+        asked.append(1)
+        return len(asked) == 3
+
+    rows = generator.run([[1, 2], [3]], GREEDY, [Limits(9), Limits(2)], ByteTokenizer(), interrupt=interrupt)
+    assert [(len(row.new_ids), row.reason) for row in rows] == [(3, "interrupted"), (2, "length")]
+    assert rows[0].text == ByteTokenizer().decode(rows[0].new_ids)
 
 
 @pytest.mark.fast

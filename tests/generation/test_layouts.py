@@ -43,7 +43,7 @@ LAYOUTS = [
 ]
 
 
-def _config(layout: Layout, fields: Mapping[str, Any] = FIELDS) -> Config:
+def config_of(layout: Layout, fields: Mapping[str, Any] = FIELDS) -> Config:
     tables: dict[str, dict[str, Any]] = {}
     for name, value in {**fields, **layout.fields}.items():
         section, field = name.split(".")
@@ -61,7 +61,7 @@ def _model(rank: int, layout: Layout, groups: ChaosGroups | None = None) -> Shar
         rank=rank,
         **({} if groups is None else {"make_group": groups}),
     )
-    model = ShardedModel(_config(layout), mesh, select_kernels({}, CPU))
+    model = ShardedModel(config_of(layout), mesh, select_kernels({}, CPU))
     model.fill(_write)
     return model
 

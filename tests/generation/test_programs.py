@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 
 from tests.fixtures import golden
+from tests.support.talker import make_talker
 from tests.support.tiny import write_tokens
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -40,19 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def talker(tmp_path: Path) -> Path:
-    """A Hugging Face directory with a tokenizer of single characters that puts <s> before every text."""
-    folder = tmp_path / "talker"
-    folder.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        (folder / file).write_bytes((golden.folder("llama3_gqa") / file).read_bytes())
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,;:!?-+*/=()[]{}<>@#$%&^~|_éöü\n"
-    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "<s>", "</s>", *letters])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return make_talker(tmp_path / "talker")
 
 
 @pytest.mark.fast
