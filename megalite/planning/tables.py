@@ -49,13 +49,11 @@ def _model(plan: Plan) -> Table:
     job, architecture = plan.job, plan.job.architecture
     table = _table("Model", "", "")
     table.show_header = False
-    full, half = (architecture.flops_per_token(job.seq_length, causal) for causal in ("full", "half"))
     table.add_row("parameters", f"{architecture.parameters:,}")
-    table.add_row("FLOPs a token, attention counted full", f"{full:.4e}")
-    table.add_row("FLOPs a token, attention counted half", f"{half:.4e}")
+    table.add_row("FLOPs a token, attention counted full", f"{plan.flops_per_token:.4e}")
+    table.add_row("FLOPs a token, attention counted half", f"{plan.half_flops_per_token:.4e}")
     if job.recompute != "none":
-        hardware = architecture.flops_per_token(job.seq_length, "full", job.recompute)
-        table.add_row(f"the first with recompute = {job.recompute}", f"{hardware:.4e}")
+        table.add_row(f"the first with recompute = {job.recompute}", f"{plan.hardware_flops_per_token:.4e}")
     return table
 
 
