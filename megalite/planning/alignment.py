@@ -9,6 +9,7 @@ the pipeline in as many groups as it has ranks (`megalite.generation.generator`)
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from megalite.planning.activations import inference_bytes
 from megalite.planning.architecture import vocabulary_rows
@@ -18,6 +19,8 @@ from megalite.planning.stage_time import gather_parameters, makespan, pipeline_c
 from megalite.planning.states import frozen_bytes, rank_parameters, rank_states
 from megalite.schedule.ops import Plan
 from megalite.schedule.schedules import forward_only
+
+Forward = Callable[[Job], float]
 
 LOGIT_BYTES = 12.0
 """Bytes a logit that drawing a token needs beside the logits: three fp32 forms (`megalite.generation.sampling`)."""
@@ -95,6 +98,13 @@ def forward_seconds(job: Job) -> float:
     return makespan(job, plan, *pipeline_costs(job))
 
 
+def least_forward_seconds(job: Job) -> float:
+    """A bound from below on `forward_seconds`: the busiest rank never idle."""
+    seconds, _ = pipeline_costs(job)
+    ranks = [sum(seconds["F"][stage] for stage in job.stages_of(rank)) for rank in range(job.pipeline)]
+    return job.micro_batches * max(ranks)
+
+
 def _layer_token_seconds(job: Job, rows: int, length: float) -> float:
     """One layer's forward pass for one token of each of `rows` rows, `length` tokens of which are cached."""
     layer, device, size = job.layer, job.device, job.element_bytes
@@ -139,7 +149,7 @@ def token_seconds(job: Job, rollout: Rollout) -> float:
     return max(groups * max(ranks), alone)
 
 
-def rollout_parts(job: Job) -> dict[str, float]:
+def rollout_parts(job: Job, forward: Forward) -> dict[str, float]:
     """Seconds of the answers of a step, by name."""
     rollout = job.rollout
     assert rollout is not None
@@ -148,22 +158,22 @@ def rollout_parts(job: Job) -> dict[str, float]:
         gather = max(sum(gather_parameters(job, stage) for stage in job.stages_of(r)) for r in range(job.pipeline))
     return {
         "rollout: gathering weights": gather,
-        "rollout: reading prompts": rollout.batches * forward_seconds(_prompt_job(job)),
+        "rollout: reading prompts": rollout.batches * forward(_prompt_job(job)),
         "rollout: writing answers": rollout.batches * rollout.tokens * token_seconds(job, rollout),
     }
 
 
-def parts_before_update(job: Job) -> dict[str, float]:
-    """Seconds of all that comes before the updates of a step, by name."""
+def parts_before_update(job: Job, forward: Forward = forward_seconds) -> dict[str, float]:
+    """Seconds of all that comes before the updates of a step, by name; `forward` times a forward pass."""
     reads = job if job.reads != "loss" else dataclasses.replace(job, reads="logprobs")
     if job.rollout is None:
-        return {"reference": forward_seconds(reads)} if job.beside.reference else {}
+        return {"reference": forward(reads)} if job.beside.reference else {}
     scored = dataclasses.replace(reads, micro_batches=job.micro_batches * job.rollout.minibatches)
-    scores = {"scores: policy": forward_seconds(scored)}
+    scores = {"scores: policy": forward(scored)}
     if job.beside.reference:
         scores["scores: reference"] = scores["scores: policy"]
     if job.beside.critic:
-        scores["scores: critic"] = forward_seconds(critic_job(scored))
+        scores["scores: critic"] = forward(critic_job(scored))
     if job.beside.reward_model is not None:
-        scores["scores: reward model"] = forward_seconds(_reward_job(scored))
-    return rollout_parts(job) | scores
+        scores["scores: reward model"] = forward(_reward_job(scored))
+    return rollout_parts(job, forward) | scores

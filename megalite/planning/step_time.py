@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megalite.parallel.zero import BUCKET_ELEMENTS
-from megalite.planning.alignment import critic_job, parts_before_update
+from megalite.planning.alignment import critic_job, least_forward_seconds, parts_before_update
 from megalite.planning.job import Job
 from megalite.planning.stage_time import (
     StageWork,
@@ -80,12 +80,12 @@ def _least_update_seconds(job: Job) -> float:
 
 
 def least_step_seconds(job: Job) -> float:
-    """A bound from below on `step_time`, without simulation of its updates: the busiest rank never idle."""
+    """A bound from below on `step_time`, without simulation: the busiest rank never idle."""
     updates = job.rollout.updates if job.rollout is not None else 1
     least = updates * _least_update_seconds(job)
     if job.beside.critic:
         least += updates * _least_update_seconds(critic_job(job))
-    return least + sum(parts_before_update(job).values())
+    return least + sum(parts_before_update(job, least_forward_seconds).values())
 
 
 def _update_time(job: Job) -> StepTime:
