@@ -37,7 +37,8 @@ from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import link, product_rate
 from megalite.planning.job import MEGALITE, Practice
 from megalite.planning.memory import worst_rank
-from megalite.planning.step_time import TimeParts, pipeline_costs, stage_work, step_time
+from megalite.planning.stage_time import TimeParts, pipeline_costs, stage_work
+from megalite.planning.step_time import step_time
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
 

@@ -25,8 +25,9 @@ from megalite.config import ModelConfig
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, Device, gather_seconds, link
 from megalite.planning.job import Job, Practice
-from megalite.planning.memory import state_bytes
-from megalite.planning.step_time import product_seconds, step_time
+from megalite.planning.stage_time import product_seconds
+from megalite.planning.states import state_bytes
+from megalite.planning.step_time import step_time
 
 
 @dataclass(frozen=True)

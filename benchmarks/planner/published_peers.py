@@ -11,7 +11,8 @@ import dataclasses
 from megalite.planning.architecture import vocabulary_rows
 from megalite.planning.hardware import DEVICES, GIB, Device
 from megalite.planning.job import Job, Practice
-from megalite.planning.memory import FRAGMENTATION, stage_elements
+from megalite.planning.memory import FRAGMENTATION
+from megalite.planning.states import stage_elements
 
 MEGATRON_2021 = Practice(
     name="Megatron-LM, 2021",

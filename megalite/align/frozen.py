@@ -18,7 +18,7 @@ from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.restore import ADAPTABLE, compare_model, model_fields
 from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
-from megalite.config import Config, build_config
+from megalite.config import Config, ModelConfig, build_config
 from megalite.config.check import check_combinations
 from megalite.errors import UserError
 from megalite.kernels import Kernels
@@ -36,6 +36,10 @@ class Source:
     tensors: TensorSource
     model: Mapping[str, Any]
     identity: dict[str, str]
+
+    @property
+    def architecture(self) -> ModelConfig:
+        return build_config({"model": dict(self.model)}).model
 
 
 @contextlib.contextmanager
@@ -85,7 +89,7 @@ def load_frozen(
             if head == "vocabulary":
                 compare_model(source.model, Path(place), config.model, ADAPTABLE)
             else:
-                config = _with_model(config, mesh, source.model, field, place)
+                config = _with_model(config, mesh, source.architecture, field, place)
             model = ShardedModel(config, mesh, kernels, head=head, trained=False)
             fill_model(model, source.tensors)
             loaded = model, dict(source.identity)
@@ -97,9 +101,8 @@ def load_frozen(
     return loaded
 
 
-def _with_model(config: Config, mesh: Mesh, model: Mapping[str, Any], field: str, place: str) -> Config:
+def _with_model(config: Config, mesh: Mesh, other: ModelConfig, field: str, place: str) -> Config:
     """The configuration with another model, in the same layout."""
-    other = build_config({"model": dict(model)}).model
     if other.vocab_size != config.model.vocab_size:
         raise UserError(
             f"{field}: {place} has a vocabulary of {other.vocab_size} tokens, the policy one of "

@@ -140,14 +140,16 @@ def attention_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     return 12.0 * model.layers * model.heads * model.head_dim * seq_length
 
 
-def training_flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """Forward and backward, by `FORMULA`; recomputation does not count."""
-    return 6.0 * model_sizes(model).matmul_parameters(model) + attention_flops_per_token(model, seq_length)
+def training_flops_per_token(
+    model: ModelConfig, seq_length: int, *, head: str = "vocabulary", causal: str = "full"
+) -> float:
+    """Forward and backward, by `FORMULA`, or with `causal` = "half" by `FORMULA_HALF`; recomputation does not count.
 
-
-def forward_flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """A forward pass alone, as of a frozen model or in generation: a third of training."""
-    return training_flops_per_token(model, seq_length) / 3
+    With `head` = "scalar" one row stands in the place of the output matrix.
+    """
+    sizes = model_sizes(model)
+    weights = sizes.matmul_parameters(model) - (sizes.output - model.hidden_size if head == "scalar" else 0)
+    return 6.0 * weights + attention_flops_per_token(model, seq_length) / {"full": 1, "half": 2}[causal]
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -123,6 +123,12 @@ def _layer_working(job: Job) -> tuple[float, float]:
     return job.tokens * forward, job.tokens * backward + _fresh_gradient(job, layer.largest_matrix)
 
 
+def inference_bytes(job: Job) -> float:
+    """Most bytes that a forward pass without gradients has at once, in the feed-forward of a layer: the stream, its
+    norm, up, gate and SwiGLU's output, and the product of the down projection."""
+    return job.tokens * job.element_bytes * (3.0 * job.layer.hidden + 3.0 * job.layer.ffn)
+
+
 def _fresh_gradient(job: Job, elements: float) -> float:
     """Bytes of a weight gradient before it is added to its fp32 sum: in bf16, on CPUs beside its fp32 form."""
     if job.element_bytes == 4:
@@ -151,9 +157,10 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     if stage == 0:
         kept += job.tokens * (8 + 1)  # the ids, and which of them this rank holds
     if stage == job.stages - 1:
-        # The final norm's input, and the gradient that the output layer has made already; its own output goes.
+        # The final norm's input, and the gradient that the output layer has made already; its own output goes. (It is
+        # that output where log-probabilities or values are read.)
         kept += job.tokens * _norm_kept(job, architecture.model.hidden_size) / job.split + stream
-        loss = loss_working(job)
+        loss = loss_working(job) if job.head == "vocabulary" else 0.0
     elif job.owners[stage] != job.owners[stage + 1]:
         kept += stream  # the output that was sent is held until its gradient comes back
     layer = job.layer

@@ -9,9 +9,12 @@ from megalite.config import Config
 from megalite.config.check import check_layout
 from megalite.errors import UserError
 from megalite.model.cost import FORMULA, FORMULA_HALF
+from megalite.objective.work import flops_per_token
+from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import Device
 from megalite.planning.job import Job
-from megalite.planning.memory import RankMemory, rank_parameters, worst_rank
+from megalite.planning.memory import RankMemory, worst_rank
+from megalite.planning.states import rank_parameters
 from megalite.planning.step_time import StepTime, step_time
 
 CHINCHILLA_TOKENS = 20.0
@@ -34,7 +37,24 @@ class Plan:
 
     @property
     def flops_per_token(self) -> float:
-        return self.job.architecture.flops_per_token(self.job.seq_length, "full")
+        """Of all passes of a step over its tokens, as the trainer counts them; attention counted full."""
+        return flops_per_token(self.job.passes, self.job.seq_length)
+
+    @property
+    def half_flops_per_token(self) -> float:
+        """The same with causal attention counted half."""
+        return flops_per_token(self.job.passes, self.job.seq_length, "half")
+
+    @property
+    def hardware_flops_per_token(self) -> float:
+        """The first with what is computed again in backward."""
+        length, recompute = self.job.seq_length, self.job.recompute
+        again = sum(
+            each.training * (model.flops_per_token(length, "full", recompute) - model.flops_per_token(length, "full"))
+            for each in self.job.passes
+            for model in (Architecture(each.model),)
+        )
+        return self.flops_per_token + again
 
     @property
     def mfu(self) -> float | None:
@@ -61,8 +81,6 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Plain values, all units in the names."""
         job, architecture = self.job, self.job.architecture
-        half = architecture.flops_per_token(job.seq_length, "half")
-        hardware = architecture.flops_per_token(job.seq_length, "full", job.recompute)
         rate = self.tokens_per_second / job.world
         return {
             "device": job.device.name,
@@ -84,9 +102,9 @@ class Plan:
             "parameters_per_rank": max(rank_parameters(job, rank) for rank in range(job.pipeline)),
             "flops_per_token": self.flops_per_token,
             "flops_formula": FORMULA,
-            "flops_per_token_half_causal": half,
+            "flops_per_token_half_causal": self.half_flops_per_token,
             "flops_formula_half_causal": FORMULA_HALF,
-            "flops_per_token_with_recomputation": hardware,
+            "flops_per_token_with_recomputation": self.hardware_flops_per_token,
             "memory_bytes": dict(self.memory.parts),
             "memory_total_bytes": self.memory.total,
             "memory_worst_pipeline_rank": self.memory.pipeline_rank,
@@ -128,5 +146,8 @@ def estimate(
 
 
 def planned_tokens(config: Config) -> float:
-    """Tokens of all the recipe's steps."""
-    return float(config.samples_after(config.train.steps) * config.train.seq_length)
+    """Tokens of all the recipe's steps; answers count with their prompts, as long as they may be."""
+    samples = config.samples_after(config.train.steps)
+    if config.objective.data_format == "prompt":
+        samples *= config.rollout.answers
+    return float(samples * config.train.seq_length)

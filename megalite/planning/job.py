@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from megalite.config import Config
+from megalite.align.frozen import open_source
+from megalite.config import Config, ModelConfig
 from megalite.errors import UserError
+from megalite.objective import Reads, build_objective
+from megalite.objective.work import Passes, has_critic, has_reference, passes_of
 from megalite.planning.architecture import Architecture, LayerShare, layers_on
 from megalite.planning.hardware import Device
 from megalite.schedule.ops import Plan, stage_owners
@@ -50,8 +54,45 @@ MEGALITE = Practice()
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """The answers that one copy of the model writes in a step: `answers` in batches of `batch`.
+
+    Planned is the longest that the recipe allows: `prompt` and `tokens` (both in tokens) fill a row.
+    """
+
+    answers: int
+    batch: int
+    prompt: int
+    tokens: int
+    epochs: int
+    minibatches: int
+
+    @property
+    def batches(self) -> int:
+        return -(-self.answers // self.batch)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of a step."""
+        return self.epochs * self.minibatches
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The models beside the trained one, in the same layout; `reward_model` may be of another shape."""
+
+    reference: bool = False
+    critic: bool = False
+    reward_model: Architecture | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """One step of training on one layout. Sizes as in the configuration; `micro_batches` are those of one replica."""
+    """One step of training on one layout. Sizes as in the configuration.
+
+    `micro_batches` are those of one replica in an optimizer step. `reads` is what the objective reads of the last
+    stage, and decides its head. `passes` are those of the step over its tokens, where they are known.
+    """
 
     architecture: Architecture
     device: Device
@@ -68,14 +109,30 @@ class Job:
     recompute: str = "none"
     element_bytes: int = 2
     practice: Practice = MEGALITE
+    reads: Reads = "loss"
+    passes: tuple[Passes, ...] = ()
+    beside: Beside = Beside()
+    rollout: Rollout | None = None
 
     @staticmethod
-    def of(config: Config, world_size: int, device: Device) -> Job:
-        """The job of a configuration that `check_layout` has accepted for `world_size` ranks."""
+    def of(config: Config, world_size: int, device: Device, reward_model: ModelConfig | None = None) -> Job:
+        """The job of a configuration that `check_layout` has accepted for `world_size` ranks.
+
+        `reward_model` is that of `reward_model_of`, where it is known already: it may have to be read from a file.
+        """
         parallel, train = config.parallel, config.train
         if parallel.context > 1:
             raise UserError(f"parallel.context = {parallel.context} is not in the planner's model; use 1")
+        reward_model = reward_model or reward_model_of(config)
         return Job(
+            reads=build_objective(config).reads,
+            passes=passes_of(config, reward_model),
+            beside=Beside(
+                reference=has_reference(config),
+                critic=has_critic(config),
+                reward_model=Architecture(reward_model) if reward_model is not None else None,
+            ),
+            rollout=_rollout_of(config, world_size),
             architecture=Architecture(config.model),
             device=device,
             seq_length=train.seq_length,
@@ -107,7 +164,13 @@ class Job:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.tokens * self.micro_batches * self.data
+        minibatches = self.rollout.minibatches if self.rollout is not None else 1
+        return self.tokens * self.micro_batches * self.data * minibatches
+
+    @property
+    def head(self) -> str:
+        """The head of the trained model, as `megalite.model.sharded.ShardedModel` names it."""
+        return "scalar" if self.reads == "values" else "vocabulary"
 
     @property
     def split(self) -> int:
@@ -138,7 +201,7 @@ class Job:
     def shares_vocabulary(self) -> bool:
         """Whether one rank holds embedding and output layer as one tensor."""
         owners = self.owners
-        return self.architecture.model.tie_embeddings and owners[0] == owners[-1]
+        return self.head == "vocabulary" and self.architecture.model.tie_embeddings and owners[0] == owners[-1]
 
     @functools.cached_property
     def splits_backward(self) -> bool:
@@ -167,3 +230,30 @@ def _short_plan(schedule: str, ranks: int, chunks: int) -> Plan:
 @functools.lru_cache(maxsize=256)
 def _owners(schedule: str, ranks: int, chunks: int) -> tuple[int, ...]:
     return stage_owners(_short_plan(schedule, ranks, chunks))
+
+
+def reward_model_of(config: Config) -> ModelConfig | None:
+    """The reward model of a recipe, if it names one: what its checkpoint says, or where there is none yet one as large
+    as the policy."""
+    path = config.rollout.reward_model
+    if not path or config.objective.data_format != "prompt":
+        return None
+    if not Path(path).exists():
+        return config.model
+    with open_source(path) as source:
+        return source.architecture
+
+
+def _rollout_of(config: Config, world_size: int) -> Rollout | None:
+    if config.objective.data_format != "prompt":
+        return None
+    rollout = config.rollout
+    answers = config.answers_per_step // config.data_parallel(world_size)
+    return Rollout(
+        answers=answers,
+        batch=min(rollout.batch_size or answers, answers),
+        prompt=config.train.seq_length - rollout.max_new_tokens,
+        tokens=rollout.max_new_tokens,
+        epochs=config.policy.epochs,
+        minibatches=config.policy.minibatches,
+    )

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megalite.parallel.zero import IN_FLIGHT
 from megalite.planning.activations import stage_memory
-from megalite.planning.architecture import vocabulary_rows
+from megalite.planning.alignment import bytes_beside, rollout_bytes
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
+from megalite.planning.states import rank_parameters, rank_states
 from megalite.schedule.ops import Op
 
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.02}
@@ -43,70 +43,6 @@ class RankMemory:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
-
-
-def state_bytes(
-    parameters: float, data: int, zero: int, *, weight: float = 2, gradient: float = 4, master: float = 4
-) -> dict[str, float]:
-    """Weights, master weights, AdamW's moments (fp32) and gradients of `parameters` elements on one of `data` ranks.
-
-    The arguments are bytes for each element. ZeRO shares out the optimizer (1), then gradients (2), then weights (3):
-    Rajbhandari et al. 2020, section 5.
-    """
-    return {
-        "weights": parameters * weight / (data if zero >= 3 else 1),
-        "master weights": parameters * master / (data if zero >= 1 else 1),
-        "moments": parameters * 8 / (data if zero >= 1 else 1),
-        "gradients": parameters * gradient / (data if zero >= 2 else 1),
-    }
-
-
-def stage_elements(job: Job, stage: int) -> int:
-    """Elements of the parameters that a stage stores on one tensor rank, padded vocabulary rows included.
-
-    An output layer that shares the embedding's storage counts with the first stage.
-    """
-    sizes = job.architecture.sizes(job.tensor)
-    total = job.layers[stage] * job.layer.sizes.elements
-    if stage == 0:
-        total += sizes.embedding
-    if stage == job.stages - 1:
-        total += sizes.final + (0 if job.shares_vocabulary else sizes.output)
-    return total
-
-
-def rank_parameters(job: Job, rank: int) -> int:
-    """The same of all stages of a pipeline rank."""
-    return sum(stage_elements(job, stage) for stage in job.stages_of(rank))
-
-
-def rank_states(job: Job, rank: int) -> dict[str, float]:
-    """Memory held throughout a step: model states, parameters unsharded by ZeRO, tables."""
-    parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
-    master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
-    zero = job.zero if job.data > 1 else 0
-    parts = state_bytes(parameters, job.data, zero, weight=job.element_bytes, master=master)
-    if zero == 1:
-        parts["gradients"] += 4.0 * parameters / job.data  # the reduced shard has its own buffer
-    whole = [_whole_buckets(job, stage) for stage in stages]
-    if zero >= 2:
-        parts["gradients"] += 4.0 * max((IN_FLIGHT + 1) * layer + ends for layer, ends in whole)
-    if zero == 3:
-        parts["weights"] += job.element_bytes * sum(layer + max(layer, ends) for layer, ends in whole)
-    model = job.architecture.model
-    ends = bool({0, job.stages - 1} & set(stages))
-    if job.shares_vocabulary and ends:  # the output layer's own gradients, until both are added
-        parts["gradients"] += 4.0 * vocabulary_rows(job.architecture, job.tensor) * model.hidden_size
-    tables = 8.0 * model.max_positions * model.head_dim * len(stages)
-    parts["tokens and tables"] = tables + 16.0 * job.tokens * job.micro_batches * ends
-    return parts
-
-
-def _whole_buckets(job: Job, stage: int) -> tuple[float, float]:
-    """(layer, vocabulary) elements that ZeRO-2 and 3 have whole at a time; 0 for a stage without the latter."""
-    vocabulary = vocabulary_rows(job.architecture, job.tensor) * job.architecture.model.hidden_size
-    ends = vocabulary if stage in (0, job.stages - 1) else 0
-    return float(job.layer.sizes.elements), float(ends)
 
 
 class _Moment(NamedTuple):
@@ -162,7 +98,17 @@ def _operations(job: Job, rank: int) -> tuple[Op, ...]:
 
 def rank_memory(job: Job, rank: int) -> RankMemory:
     """The worst moment of one pipeline rank."""
-    parts = rank_states(job, rank)
+    beside = bytes_beside(job, rank)
+    found = _update_memory(job, rank, beside)
+    if job.rollout is None:
+        return found
+    parts = rank_states(job, rank, working=False) | beside | rollout_bytes(job, rank)
+    return max(found, RankMemory(rank, _with_overhead(job, parts), "rollout", 0), key=lambda memory: memory.total)
+
+
+def _update_memory(job: Job, rank: int, beside: dict[str, float]) -> RankMemory:
+    """The worst moment of the trained model's update; a critic's needs less, since it has no logits."""
+    parts = rank_states(job, rank) | beside
     worst = _worst_moment(job, rank)
     transfers = 0.0
     if job.pipeline > 1:
@@ -176,11 +122,16 @@ def rank_memory(job: Job, rank: int) -> RankMemory:
     parts["pipeline transfers"] = transfers
     parts["layer at work"] = worst.working
     parts["output layer"] = worst.loss
+    return RankMemory(rank, _with_overhead(job, parts), worst.name, worst.in_flight)
+
+
+def _with_overhead(job: Job, parts: dict[str, float]) -> dict[str, float]:
+    """The parts and what comes on top of all of them."""
     kind = "cuda" if job.device.is_gpu else "cpu"
     parts["fragmentation"] = FRAGMENTATION[kind] * sum(parts.values())
     if job.device.is_gpu:
         parts["CUDA and NCCL"] = CONTEXT_BYTES[job.world > 1]
-    return RankMemory(rank, parts, worst.name, worst.in_flight)
+    return parts
 
 
 def worst_rank(job: Job) -> RankMemory:

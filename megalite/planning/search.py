@@ -19,7 +19,7 @@ from megalite.config.check import check_bounds, check_combinations
 from megalite.errors import UserError
 from megalite.planning.estimate import Plan, planned_tokens
 from megalite.planning.hardware import GIB, Device
-from megalite.planning.job import Job
+from megalite.planning.job import Job, reward_model_of
 from megalite.planning.memory import RankMemory, worst_rank
 from megalite.planning.step_time import least_step_seconds, step_time
 from megalite.schedule.schedules import SCHEDULES
@@ -92,6 +92,7 @@ def search(
     tokens = planned_tokens(config) if tokens is None else tokens
     price_per_hour = price_per_hour if price_per_hour is not None else device.price or None
     limit = device.memory or float("inf")
+    reward_model = reward_model_of(config)
     tally: Counter[str] = Counter()
     fitting: list[tuple[float, int, Job, RankMemory]] = []
     smallest: RankMemory | None = None
@@ -99,7 +100,7 @@ def search(
         if not _allowed(candidate, devices):
             tally["refused"] += 1
             continue
-        job = Job.of(candidate, devices, device)
+        job = Job.of(candidate, devices, device, reward_model)
         needs = worst_rank(job)
         if smallest is None or needs.total < smallest.total:
             smallest = needs

@@ -49,13 +49,11 @@ def _model(plan: Plan) -> Table:
     job, architecture = plan.job, plan.job.architecture
     table = _table("Model", "", "")
     table.show_header = False
-    full, half = (architecture.flops_per_token(job.seq_length, causal) for causal in ("full", "half"))
     table.add_row("parameters", f"{architecture.parameters:,}")
-    table.add_row("FLOPs a token, attention counted full", f"{full:.4e}")
-    table.add_row("FLOPs a token, attention counted half", f"{half:.4e}")
+    table.add_row("FLOPs a token, attention counted full", f"{plan.flops_per_token:.4e}")
+    table.add_row("FLOPs a token, attention counted half", f"{plan.half_flops_per_token:.4e}")
     if job.recompute != "none":
-        hardware = architecture.flops_per_token(job.seq_length, "full", job.recompute)
-        table.add_row(f"the first with recompute = {job.recompute}", f"{hardware:.4e}")
+        table.add_row(f"the first with recompute = {job.recompute}", f"{plan.hardware_flops_per_token:.4e}")
     return table
 
 
@@ -99,8 +97,9 @@ def _run(plan: Plan) -> Table:
     table.add_row("days", f"{plan.days:,.2f}")
     if plan.cost is not None:
         table.add_row(f"dollars, at {plan.price_per_hour:g} a device-hour", f"{plan.cost:,.0f}")
-    table.add_row("tokens a parameter", f"{plan.tokens / job.architecture.parameters:.2f}")
-    table.add_row("of Chinchilla's 20 a parameter", f"{plan.chinchilla_ratio:.2f} x")
+    if job.reads == "loss":
+        table.add_row("tokens a parameter", f"{plan.tokens / job.architecture.parameters:.2f}")
+        table.add_row("of Chinchilla's 20 a parameter", f"{plan.chinchilla_ratio:.2f} x")
     return table
 
 
@@ -114,14 +113,33 @@ def verdict(plan: Plan) -> str:
     return f"It does not fit: {total:.1f} of {device.memory / GIB:.1f} GiB; --search looks for layouts that do."
 
 
+def _passes_words(job: Job) -> str:
+    """What the FLOPs of a token are the sum of, where that is more than one model's training."""
+    if sum(each.forward + each.training for each in job.passes) == 1:
+        return ""
+    words = [
+        f"{each.training} x training + {each.forward} x forward"
+        + (" of a scalar head" if each.head == "scalar" else "")
+        for each in job.passes
+    ]
+    return "\nsummed over the models of a step: " + "; ".join(words) + "; a forward pass is a third"
+
+
 def render(plan: Plan) -> Group:
     """The whole plan as tables."""
     job = plan.job
+    rollout = job.rollout
+    a_step = f"{job.micro_batches} {'a step' if rollout is None else 'an update'}"
     head = (
         f"{job.world} x {job.device.name}: {layout_words(job)}; micro-batches of {job.micro_batch_size}, "
-        f"{job.micro_batches} a step, recompute = {job.recompute}"
+        f"{a_step}, recompute = {job.recompute}"
     )
-    notes = f"FLOPs, full: {FORMULA}\nFLOPs, half: {FORMULA_HALF}"
+    if rollout is not None:
+        head += (
+            f"\nA copy of the model writes {rollout.answers} answers of up to {rollout.tokens:,} tokens a step, "
+            f"{rollout.batch} at a time, to prompts of up to {rollout.prompt:,}; then {rollout.updates} updates."
+        )
+    notes = f"FLOPs, full: {FORMULA}\nFLOPs, half: {FORMULA_HALF}{_passes_words(job)}"
     return Group(Text(head, style="bold"), _model(plan), _memory(plan), _time(plan), _run(plan), verdict(plan), notes)
 
 
@@ -175,7 +193,8 @@ def explain(best: Plan, own: Plan | None) -> str:
     ]
     sentences = [f"Best: {layout_words(job)}, micro-batches of {job.micro_batch_size}, recompute = {job.recompute}."]
     rest = ", ".join(overhead) or "next to nothing"
-    sentences.append(f"{work / seconds:.1%} of a step is computation; besides: {rest}.")
+    what = "computation" if best.job.rollout is None else "computation of the policy's updates"
+    sentences.append(f"{work / seconds:.1%} of a step is {what}; besides: {rest}.")
     if job.device.is_gpu:
         sentences.append(f"{verdict(best)} Memory is fullest in the {best.memory.moment}.")
     if own is None:

@@ -19,6 +19,7 @@ from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
+from megalite.objective.work import Work
 from megalite.observe.formatting import counted
 from megalite.observe.metrics import SpeedMeter, StepMetrics
 from megalite.observe.observers import Observers
@@ -29,7 +30,7 @@ from megalite.train.attention_calls import attention_calls
 from megalite.train.inputs import open_data
 from megalite.train.profile import Profiler
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range, unearned
-from megalite.train.task import Task, Work
+from megalite.train.task import Task
 from megalite.train.trainer import StepResult
 
 MAX_REFUSED_STEPS = 5

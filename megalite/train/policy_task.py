@@ -37,15 +37,15 @@ from megalite.generation.generator import Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
-from megalite.model.cost import forward_flops_per_token, training_flops_per_token
 from megalite.model.decoder import CRITIC
 from megalite.model.sharded import ShardedModel
 from megalite.objective.policy import ClippedPolicy, ClippedValue, kl_estimate
+from megalite.objective.work import Work, flops_per_token, has_critic, has_reference, passes_of
 from megalite.observe.timeline import Recorder
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 from megalite.train.example_inputs import find_template
 from megalite.train.preference_task import Reference
-from megalite.train.task import Flag, Phase, Work
+from megalite.train.task import Flag, Phase
 from megalite.train.together import Together
 from megalite.train.trainer import StepResult, Trainer
 
@@ -68,13 +68,13 @@ class PolicyTask:
         self.config, self.mesh, self.kernels = config, mesh, kernels
         self.trainer = Trainer(config, mesh, kernels)
         self.critic: Trainer | None = None
-        if config.objective.kind == "ppo":
+        if has_critic(config):
             self.critic = Trainer(
                 config, mesh, kernels, prefix=CRITIC, objective=ClippedValue(config.policy.value_clip)
             )
         self._together = Together([self.trainer] if self.critic is None else [self.trainer, self.critic])
         self._peers = Peers(mesh)
-        self._reference = Reference(config, mesh, kernels, self._peers) if config.policy.kl > 0 else None
+        self._reference = Reference(config, mesh, kernels, self._peers) if has_reference(config) else None
         self._reward = reward_function(config.rollout.reward) if config.rollout.reward else None
         self._reward_model: ShardedModel | None = None
         self._reward_identity: dict[str, str] = {}
@@ -341,16 +341,9 @@ class PolicyTask:
 
     def _work(self, rollouts: Rollouts) -> Work:
         """The answers' tokens with their prompts, and all passes over them: sampling, scores, updates."""
-        length = rollouts.tokens_RS.shape[1]
         tokens = int((rollouts.ends_R + 1).sum())
-        model, epochs = self.config.model, self.config.policy.epochs
-        forward, both = forward_flops_per_token(model, length), training_flops_per_token(model, length)
-        # the answers are written and scored by the policy, scored by the reference, valued by the critic
-        passes = 2 + (self._reference is not None) + (self.critic is not None)
-        flops = passes * forward + epochs * both * (1 + (self.critic is not None))
-        if self._reward_model is not None:
-            flops += forward_flops_per_token(self._reward_model.config.model, length)
-        return Work(tokens, tokens * flops)
+        passes = passes_of(self.config, self._reward_model.config.model if self._reward_model is not None else None)
+        return Work(tokens, tokens * flops_per_token(passes, rollouts.tokens_RS.shape[1]))
 
     def validate(self) -> tuple[float, Mapping[str, float]]:
         """The mean reward of one answer to each of the first `train.eval_samples` validation prompts, sampled as in

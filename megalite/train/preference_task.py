@@ -13,11 +13,9 @@ from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
-from megalite.model.cost import forward_flops_per_token
 from megalite.model.sharded import ShardedModel
 from megalite.objective.preference import REFERENCE
-from megalite.train.task import Flag, GradientTask, Work
-from megalite.train.trainer import StepResult
+from megalite.train.task import GradientTask
 
 
 class Reference:
@@ -79,8 +77,3 @@ class PreferenceTask(GradientTask):
             for batch, score_2BS in zip(batches, scores, strict=True)
             if batch is not None
         ]
-
-    def step(self, first: int, samples: int, lr: float, flag: Flag) -> tuple[StepResult, Work]:
-        result, work = super().step(first, samples, lr, flag)
-        forward = work.tokens * forward_flops_per_token(self.config.model, self.config.train.seq_length)
-        return result, Work(work.tokens, work.flops + forward)

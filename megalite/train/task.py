@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megalite.checkpoint.manager import CheckpointManager
@@ -18,7 +17,7 @@ from megalite.checkpoint.state import Checkpointable
 from megalite.config import Config
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
-from megalite.model.cost import training_flops_per_token
+from megalite.objective.work import Work, flops_per_token, passes_of
 from megalite.observe.timeline import Recorder
 from megalite.train.reader import Reader
 from megalite.train.trainer import StepResult, Trainer
@@ -29,15 +28,6 @@ Flag = Callable[[], float]
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times a named part of a step."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step computed over all ranks: `tokens` trained on (padding of packed rows included), and the model FLOPs
-    of everything that was done for them."""
-
-    tokens: int
-    flops: float
 
 
 class Task(Protocol):
@@ -92,7 +82,7 @@ class GradientTask:
         self.trainer = Trainer(config, mesh, kernels)
         self.phase: Phase = lambda name: nullcontext()
         self._readers: list[Reader] = []
-        self._flops_per_token = training_flops_per_token(config.model, config.train.seq_length)
+        self._flops_per_token = flops_per_token(passes_of(config), config.train.seq_length)
 
     @property
     def saved(self) -> Checkpointable:

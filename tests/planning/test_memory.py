@@ -11,8 +11,10 @@ from megalite.planning.activations import stage_memory
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES, link, transfer_link
 from megalite.planning.job import Job
-from megalite.planning.memory import rank_memory, rank_states, worst_rank
-from megalite.planning.step_time import pipeline_costs, step_time
+from megalite.planning.memory import rank_memory, worst_rank
+from megalite.planning.stage_time import pipeline_costs
+from megalite.planning.states import rank_states
+from megalite.planning.step_time import step_time
 from megalite.schedule.simulate import simulate
 
 pytestmark = pytest.mark.fast

@@ -16,7 +16,7 @@ from megalite.placement import placed_parameters, row_box
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES
 from megalite.planning.job import Job
-from megalite.planning.memory import stage_elements
+from megalite.planning.states import stage_elements
 from tests.planning.saved import plain_kernels, silent_mesh
 
 pytestmark = pytest.mark.fast

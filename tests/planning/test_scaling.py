@@ -23,7 +23,7 @@ from megalite.placement import row_box
 from megalite.planning import DEVICES
 from megalite.planning.hardware import gather_seconds, link
 from megalite.planning.job import MEGALITE
-from megalite.planning.step_time import layer_work
+from megalite.planning.stage_time import layer_work
 from megalite.schedule.schedules import build_schedule
 from megalite.schedule.simulate import simulate
 

@@ -1,0 +1,276 @@
+"""Time of a stage: what one rank computes and moves for a micro-batch, and what the schedule makes of it.
+
+A stage's forward and backward are sums over their products (FLOPs over a rate that falls for small matrices),
+attention, element-wise work (bytes over the memory's rate) and collectives that nothing hides. The simulator of
+`megalite.schedule` puts them on the pipeline ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megalite.parallel.zero import BUCKET_ELEMENTS
+from megalite.planning.architecture import LayerShare, vocabulary_rows
+from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
+from megalite.planning.job import Job
+from megalite.planning.states import stage_elements
+from megalite.schedule.ops import Plan
+from megalite.schedule.simulate import simulate
+
+SMALL = 160.0
+"""A GEMM reaches half its peak rate when a dimension is this small: partial tiles, pipelines not filled."""
+
+HIDDEN_SHARE = 0.8
+"""Fraction of compute time in which overlapped communication makes progress: the two compete for the device."""
+
+SCORE_BYTES = (13.0, 22.0)
+"""Bytes moved per attention score, forward and backward, if scores are materialised (with dropout)."""
+
+
+class TimeParts(NamedTuple):
+    """Seconds of one rank by kind; `launch` is time spent waiting for the host."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    tensor: float = 0.0
+    data: float = 0.0
+    launch: float = 0.0
+
+    def plus(self, other: TimeParts) -> TimeParts:
+        return TimeParts(*map(operator.add, self, other))
+
+    def times(self, count: float) -> TimeParts:
+        return TimeParts(*(count * value for value in self))
+
+    @property
+    def seconds(self) -> float:
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """One stage and micro-batch: forward, backward for the input and for the weights."""
+
+    forward: TimeParts
+    input_gradient: TimeParts
+    weight_gradient: TimeParts
+
+    @property
+    def backward(self) -> TimeParts:
+        return self.input_gradient.plus(self.weight_gradient)
+
+
+def product_seconds(job: Job, rows: float, inner: float, outer: float) -> float:
+    """Seconds of one product [rows, inner] x [inner, outer]."""
+    rate = product_rate(job.device, job.element_bytes)
+    if job.device.is_gpu:
+        for size in (rows, inner, outer):
+            rate *= size / (size + SMALL)
+    return 2.0 * rows * inner * outer / rate
+
+
+def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
+    """Seconds of attention for one layer, forward and backward."""
+    window = job.architecture.model.sliding_window or job.seq_length
+    visible = min(window, job.seq_length) * (1 - min(window, job.seq_length) / (2 * job.seq_length))
+    if job.practice.explicit_attention:
+        width = layer.query // layer.queries
+        product = 2 * layer.queries * job.micro_batch_size * product_seconds(job, job.seq_length, width, job.seq_length)
+        scores = job.tokens * job.seq_length * layer.queries / job.device.memory_bandwidth
+        return product + SCORE_BYTES[0] * scores, 2 * product + SCORE_BYTES[1] * scores
+    flops = 4.0 * job.tokens * visible * layer.query
+    if job.device.is_gpu:
+        rate = job.device.matmul_flops / (1 if job.element_bytes == 2 else 16)
+    else:
+        rate = job.device.fp32_flops
+    rate *= job.practice.attention
+    forward, backward = job.device.attention_efficiency
+    return flops / (rate * forward), 2.5 * flops / (rate * backward)
+
+
+def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
+    """Seconds of norms, rotation, SwiGLU and sums, forward and backward: elements read and written over the rate."""
+    hidden = layer.hidden / job.split
+    forward = 9 * hidden + 2 * (layer.query + layer.key) + 3 * layer.ffn
+    backward = 14 * hidden + 4 * layer.query + 6 * layer.key + 5 * layer.ffn
+    scale = job.practice.elementwise * job.element_bytes * job.tokens / job.device.memory_bandwidth
+    return forward * scale, backward * scale
+
+
+def _tensor_link(job: Job) -> Link:
+    return link(job.device, job.tensor, 1)
+
+
+def _exchange(job: Job) -> float:
+    """Seconds of one all-gather or reduce-scatter of a whole activation over the tensor ranks."""
+    size = job.tokens * job.architecture.model.hidden_size * job.element_bytes
+    return gather_seconds(size, job.tensor, _tensor_link(job))
+
+
+def exposed(communication: float, beside: float) -> float:
+    return max(0.0, communication - HIDDEN_SHARE * beside)
+
+
+def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
+    """Exposed seconds of tensor-parallel communication in a layer: forward, input gradient, weight gradient.
+
+    As `megalite.parallel.linear` does it: a column-parallel layer's input is gathered again under the product of its
+    input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a
+    row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
+    """
+    exchange, overlaps = _exchange(job), job.practice.overlaps_tensor
+    pairs = list(zip(products, job.layer.sizes.matrices, strict=True))
+    columns, rows = ([own for own, matrix in pairs if matrix.rows is split] for split in (False, True))
+
+    def hidden(seconds: float, beside: float) -> float:
+        return max(job.practice.hiding_cost * seconds, exposed(seconds, beside))
+
+    def all_hidden(seconds: float, products: Iterable[float], hides: bool) -> float:
+        return sum(hidden(seconds, own) if hides else seconds for own in products)
+
+    # Into and out of each of the two blocks; an all-reduce is both in one.
+    forward = all_hidden(exchange, products, overlaps == "all")
+    hides = overlaps != "none" and not job.splits_backward
+    if job.split == 1:  # the sums of the input gradients alone, as all-reduces
+        summed = all_hidden(2 * exchange, columns, hides)
+        return (forward, summed, 0.0) if job.splits_backward else (forward, 0.0, summed)
+    gathered = all_hidden(exchange, rows, overlaps == "all")
+    once = all_hidden(exchange, columns, hides)
+    if job.splits_backward:
+        return forward, gathered + once, len(products) * exchange
+    return forward, gathered + once, once
+
+
+def layer_work(job: Job) -> StageWork:
+    """One layer and micro-batch."""
+    layer = job.layer
+    matrices = layer.sizes.matrices
+    products = [product_seconds(job, job.tokens, matrix.inputs, matrix.outputs) for matrix in matrices]
+    total = sum(products)
+    attention, elementwise = _attention(job, layer), _elementwise(job, layer)
+    talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
+    weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
+    forward = TimeParts(total, attention[0], elementwise[0], talk_forward)
+    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input)
+    weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
+    if job.recompute == "full":
+        input_gradient = input_gradient.plus(forward)
+    elif job.recompute == "selective":
+        input_gradient = input_gradient.plus(TimeParts(0.0, attention[0], 0.4 * elementwise[0]))
+    return StageWork(forward, input_gradient, weight_gradient)
+
+
+def _output_work(job: Job) -> StageWork:
+    """Output layer and loss of one micro-batch; a scalar head takes next to nothing.
+
+    Where log-probabilities are read, backward makes the logits again.
+    """
+    if job.reads == "values":
+        gathered = TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0)
+        return StageWork(gathered, TimeParts(), TimeParts())
+    hidden, rows = job.architecture.model.hidden_size, vocabulary_rows(job.architecture, job.tensor)
+    product = product_seconds(job, job.tokens, hidden, rows)
+    weight_sum = rows * hidden * job.practice.gradient_bytes / job.device.memory_bandwidth
+    moved = job.tokens * rows * job.practice.logit_bytes / job.device.memory_bandwidth
+    exchange = _exchange(job)
+    weights = TimeParts(product, 0.0, weight_sum)
+    if job.reads == "logprobs":
+        forward = TimeParts(product, 0.0, moved / 2, exchange)
+        return StageWork(forward, TimeParts(2 * product, 0.0, moved, 2 * exchange), weights)
+    forward, gradient = TimeParts(product, 0.0, moved, exchange), TimeParts(product, 0.0, 0.0, exchange)
+    if job.practice.loss_in_forward:
+        return StageWork(forward.plus(gradient).plus(weights), TimeParts(), TimeParts())
+    return StageWork(forward, gradient, weights)
+
+
+def _with_launch(work: TimeParts, floor: float) -> TimeParts:
+    return work._replace(launch=max(0.0, floor - work.seconds))
+
+
+def stage_work(job: Job, stage: int) -> StageWork:
+    """One stage and micro-batch, what ZeRO moves for each micro-batch included."""
+    layers = job.layers[stage]
+    layer, overhead = layer_work(job), job.device.layer_overhead * layers
+    recomputes = job.recompute == "full"
+    forward, inputs = layer.forward.times(layers), layer.input_gradient.times(layers)
+    weights = layer.weight_gradient.times(layers)
+    forward = _with_launch(forward, overhead)
+    inputs = _with_launch(inputs, overhead * (2 if recomputes else 1))
+    weights = _with_launch(weights, overhead / 2)
+    if stage == job.stages - 1:
+        output = _output_work(job)
+        forward, inputs = forward.plus(output.forward), inputs.plus(output.input_gradient)
+        weights = weights.plus(output.weight_gradient)
+    if stage == 0:
+        forward = forward.plus(TimeParts(tensor=_exchange(job)))
+        weights = weights.plus(TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0))
+    if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch, and weights gathered
+        talk = reduce_gradients(job, stage)
+        if job.zero == 3:
+            gather = gather_parameters(job, stage)
+            first = gather / max(1, layers)  # nothing to hide the first layer's under
+            forward = forward.plus(TimeParts(data=max(first, exposed(gather, forward.seconds))))
+            talk += gather
+        inputs = inputs.plus(TimeParts(data=exposed(talk, inputs.seconds + weights.seconds)))
+    return StageWork(forward, inputs, weights)
+
+
+def stage_works(job: Job) -> list[StageWork]:
+    """The work of every stage; of stages that are alike, once computed."""
+    known: dict[object, StageWork] = {}
+    for stage in range(job.stages):
+        if job.alike(stage) not in known:
+            known[job.alike(stage)] = stage_work(job, stage)
+    return [known[job.alike(stage)] for stage in range(job.stages)]
+
+
+def _data_link(job: Job) -> Link:
+    over = link(job.device, job.data, job.tensor)
+    efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
+    return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
+
+
+def gather_parameters(job: Job, stage: int) -> float:
+    """All-gather of a stage's weights over the data-parallel ranks."""
+    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.data, _data_link(job))
+
+
+def reduce_gradients(job: Job, stage: int) -> float:
+    """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
+    over, elements = _data_link(job), stage_elements(job, stage)
+    buckets = -(-elements // BUCKET_ELEMENTS)
+    once = gather_seconds(4.0 * elements, job.data, over) + (buckets - 1) * over.latency
+    return once * (2 if job.zero == 0 else 1) if job.data > 1 else 0.0
+
+
+def pipeline_costs(job: Job, works: list[StageWork] | None = None) -> tuple[dict[str, list[float]], float]:
+    """(seconds of each compute kind by stage, seconds of one transfer between stages) of a micro-batch."""
+    works = stage_works(job) if works is None else works
+    costs = {
+        "F": [work.forward.seconds for work in works],
+        "B": [work.backward.seconds for work in works],
+        "I": [work.input_gradient.seconds for work in works],
+        "W": [work.weight_gradient.seconds for work in works],
+    }
+    over = transfer_link(job.device, job.data * job.tensor)
+    activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
+    return costs, over.latency + activation / over.bandwidth
+
+
+def makespan(job: Job, plan: Callable[[int], Plan], costs: Mapping[str, list[float]], transfer: float) -> float:
+    """Of all micro-batches of the job in the order of `plan`, which is given their number.
+
+    A long one is a short one and the rest of its steady state, which repeats every p.
+    """
+    short = 6 * job.pipeline
+    if job.micro_batches <= short + job.pipeline:
+        return simulate(plan(job.micro_batches), costs, transfer).makespan
+    whole, more = divmod(job.micro_batches - short, job.pipeline)
+    first = simulate(plan(short), costs, transfer).makespan
+    second = simulate(plan(short + job.pipeline), costs, transfer).makespan
+    return first + (second - first) * (whole + more / job.pipeline)

@@ -1,0 +1,82 @@
+"""What a rank holds throughout a step: parameters, optimizer and gradients, by the placements and by ZeRO level."""
+
+from __future__ import annotations
+
+from megalite.parallel.zero import IN_FLIGHT
+from megalite.planning.architecture import vocabulary_rows
+from megalite.planning.job import Job
+
+
+def state_bytes(
+    parameters: float, data: int, zero: int, *, weight: float = 2, gradient: float = 4, master: float = 4
+) -> dict[str, float]:
+    """Weights, master weights, AdamW's moments (fp32) and gradients of `parameters` elements on one of `data` ranks.
+
+    The arguments are bytes for each element. ZeRO shares out the optimizer (1), then gradients (2), then weights (3):
+    Rajbhandari et al. 2020, section 5.
+    """
+    return {
+        "weights": parameters * weight / (data if zero >= 3 else 1),
+        "master weights": parameters * master / (data if zero >= 1 else 1),
+        "moments": parameters * 8 / (data if zero >= 1 else 1),
+        "gradients": parameters * gradient / (data if zero >= 2 else 1),
+    }
+
+
+def stage_elements(job: Job, stage: int) -> int:
+    """Elements of the parameters that a stage stores on one tensor rank, padded vocabulary rows included.
+
+    An output layer that shares the embedding's storage counts with the first stage.
+    """
+    sizes = job.architecture.sizes(job.tensor)
+    total = job.layers[stage] * job.layer.sizes.elements
+    if stage == 0:
+        total += sizes.embedding
+    if stage == job.stages - 1:
+        head = job.architecture.model.hidden_size if job.head == "scalar" else sizes.output
+        total += sizes.final + (0 if job.shares_vocabulary else head)
+    return total
+
+
+def rank_parameters(job: Job, rank: int) -> int:
+    """The same of all stages of a pipeline rank."""
+    return sum(stage_elements(job, stage) for stage in job.stages_of(rank))
+
+
+def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float]:
+    """Memory held throughout a step: model states, tables, and while the model is `working` what ZeRO unshards."""
+    parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
+    master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
+    zero = job.zero if job.data > 1 else 0
+    parts = state_bytes(parameters, job.data, zero, weight=job.element_bytes, master=master)
+    if zero == 1:
+        parts["gradients"] += 4.0 * parameters / job.data  # the reduced shard has its own buffer
+    whole = [_whole_buckets(job, stage) for stage in stages]
+    if zero >= 2 and working:
+        parts["gradients"] += 4.0 * max((IN_FLIGHT + 1) * layer + ends for layer, ends in whole)
+    if zero == 3 and working:
+        parts["weights"] += job.element_bytes * sum(layer + max(layer, ends) for layer, ends in whole)
+    model = job.architecture.model
+    ends = bool({0, job.stages - 1} & set(stages))
+    if job.shares_vocabulary and ends:  # the output layer's own gradients, until both are added
+        parts["gradients"] += 4.0 * vocabulary_rows(job.architecture, job.tensor) * model.hidden_size
+    parts["tokens and tables"] = _tables(job, rank) + 16.0 * job.tokens * job.micro_batches * ends
+    return parts
+
+
+def _tables(job: Job, rank: int) -> float:
+    """Bytes of the rotary angles of all stages of a rank."""
+    return 8.0 * job.architecture.model.max_positions * job.architecture.model.head_dim * len(job.stages_of(rank))
+
+
+def frozen_bytes(job: Job, rank: int) -> float:
+    """A model that is not trained: its weights, shared out by ZeRO-3 alone, and its tables."""
+    copies = job.data if job.zero == 3 else 1
+    return job.element_bytes * rank_parameters(job, rank) / copies + _tables(job, rank)
+
+
+def _whole_buckets(job: Job, stage: int) -> tuple[float, float]:
+    """(layer, vocabulary) elements that ZeRO-2 and 3 have whole at a time; 0 for a stage without the latter."""
+    vocabulary = vocabulary_rows(job.architecture, job.tensor) * job.architecture.model.hidden_size
+    ends = vocabulary if stage == 0 or (stage == job.stages - 1 and job.head == "vocabulary") else 0
+    return float(job.layer.sizes.elements), float(ends)
