@@ -1,0 +1,86 @@
+"""The service in terms of texts: tokens as lm-evaluation-harness makes them for a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megalite.errors import UserError
+from megalite.evaluation.packing import Request
+from megalite.evaluation.service import Advance, Service, unheard
+from megalite.generation.loading import Opened
+from megalite.generation.sampling import Sampling
+
+Pair = tuple[str, str]
+"""(context, continuation)."""
+
+
+class TextModel:
+    """A service and its checkpoint's tokenizer. Raises UserError for a checkpoint without one."""
+
+    def __init__(self, service: Service, opened: Opened) -> None:
+        self.service, self.bos, self.eos = service, list(opened.bos), tuple(opened.eos)
+        self.tokenizer = opened.require_tokenizer("give --tokenizer FILE: questions are texts")
+        start = self.tokenizer.bos if self.tokenizer.bos is not None else next(iter(self.eos), None)
+        if start is None:
+            raise UserError(f"{opened.directory}: its tokenizer has no token that begins or ends a text")
+        self.prefix = start
+        """What a text without a context follows."""
+
+    def encode(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
+        """Token ids, behind what the tokenizer puts before every text (unless `bare`, or the text itself begins so)."""
+        rows = [ids.tolist() for ids in self.tokenizer.encode_batch(texts)]
+        if bare or not self.bos:
+            return rows
+        return [row if row[: len(self.bos)] == self.bos else self.bos + row for row in rows]
+
+    def check_fit(self, questions: Sequence[tuple[str, str]], answer: int) -> None:
+        """Raise UserError if one of the (name, text) leaves no room for so many tokens of an answer. Worked examples
+        in front of a question may be cut, the question may not."""
+        room = self.service.longest + 1 - answer
+        for (name, _), row in zip(questions, self.encode([text for _, text in questions])):
+            if len(row) > room:
+                raise UserError(
+                    f"{name}: the question has {len(row)} tokens; with {answer} of an answer that is more than the "
+                    f"model's model.max_positions = {self.service.longest}: leave it out (--limit, --subjects), ask "
+                    "for fewer tokens (--max-new-tokens), or use a model that reads more"
+                )
+
+    def requests(self, pairs: Sequence[Pair]) -> list[Request]:
+        """Token ids of contexts and continuations. The two are encoded together and cut where the context alone ends;
+        spaces at a context's end belong to the continuation."""
+        moved = [(context.rstrip(), context[len(context.rstrip()) :] + more) for context, more in pairs]
+        moved = [(context, more) if context else pair for pair, (context, more) in zip(pairs, moved)]
+        texts = list(dict.fromkeys(text for context, more in moved if context for text in (context, context + more)))
+        ids = dict(zip(texts, self.encode(texts)))
+        return [
+            (ids[context], ids[context + more][len(ids[context]) :]) if context else self._after_nothing(more)
+            for context, more in moved
+        ]
+
+    def _after_nothing(self, continuation: str) -> Request:
+        (ids,) = self.encode([continuation], bare=True)
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix] else ([self.prefix], ids)
+
+    def loglikelihoods(self, pairs: Sequence[Pair], advance: Advance = unheard) -> list[tuple[float, bool]]:
+        """See `Service.loglikelihoods`. A continuation without tokens of its own has the log-likelihood 0."""
+        requests = self.requests(pairs)
+        asked = [request for request in requests if len(request[1])]
+        found = iter(self.service.loglikelihoods(asked, advance))
+        return [next(found) if len(request[1]) else (0.0, True) for request in requests]
+
+    def rolling(self, texts: Sequence[str], advance: Advance = unheard) -> list[float]:
+        """See `Service.rolling`."""
+        return self.service.rolling(self.encode(texts), self.prefix, advance)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        stop_strings: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        advance: Advance = unheard,
+    ) -> list[str]:
+        """The text after each prompt, greedy unless `sampling` says otherwise; see `Service.generate`."""
+        rows = [row or [self.prefix] for row in self.encode(prompts)]
+        greedy = Sampling(temperature=0.0)
+        return self.service.generate(rows, sampling or greedy, max_new_tokens, stop_strings, self.eos, advance)
