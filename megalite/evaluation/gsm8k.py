@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megalite.errors import UserError
@@ -41,21 +41,28 @@ class Form:
     def ask(self, row: Row) -> str:
         return self.question.format(row["question"])
 
+    def gold(self, row: Row) -> str:
+        return row["answer"] if self.name == "train" else row["answer"].split("####")[-1].strip()
 
-TRAIN = Form(
-    "train", "Question: {}\nAnswer:", ("Question:", "</s>", "<|im_end|>"), re.compile(r"#### (\-?[0-9\.\,]+)")
-)
+
+TRAIN = Form("train", "Question: {}\nAnswer:", ("Question:", "</s>", "<|im_end|>"), re.compile(r"#### (\-?[0-9\.\,]+)"))
 FIXED = Form("fixed", "Q: {}\nA:", ("Q:", "</s>", "<|im_end|>"), re.compile(r"The answer is (\-?[0-9\.\,]+)."))
+FORMS = {form.name: form for form in (TRAIN, FIXED)}
+
+
+def form_of(data: Splits, shots: int) -> Form:
+    """The form that the data allow."""
+    return FIXED if shots and not data.get("train") else TRAIN
 
 
 def prompts(data: Splits, form: Form, shots: int, limit: int | None) -> Iterator[tuple[Row, str]]:
-    """The questions of the test split with the text before their answers."""
+    """The questions of the test split with the text before their answers. Raises UserError for too few examples."""
     fixed = [] if form is TRAIN else fixed_examples(data, shots)
-    drawing = random.Random(DRAW_SEED)
+    pool, drawing = data.get("train", []), random.Random(DRAW_SEED)
+    if form is TRAIN and len(pool) < shots:
+        raise UserError(f"gsm8k: {shots} worked examples are asked for; the train split has {len(pool)}")
     for row in data["test"][:limit]:
-        worked = fixed
-        if form is TRAIN and shots:
-            worked = drawing.sample(data["train"], shots)
+        worked = drawing.sample(pool, shots) if form is TRAIN and shots else fixed
         yield row, "".join(f"{form.ask(one)} {one['answer']}\n\n" for one in worked) + form.ask(row)
 
 
@@ -106,26 +113,33 @@ def evaluate(
     """The share of strictly right answers; `flexible` in the line takes the last number. Raises UserError."""
     shots = SHOTS if shots is None else shots
     new = max_new_tokens or MAX_NEW_TOKENS
-    form = TRAIN if data.get("train") or not shots else FIXED
-    if form is TRAIN and shots and len(data["train"]) < shots:
-        raise UserError(f"gsm8k: {shots} worked examples are asked for; the train split has {len(data['train'])}")
+    form = form_of(data, shots)
     asked = list(prompts(data, form, shots, limit))
     model.check_fit([(f"gsm8k {number}", form.ask(row)) for number, (row, _) in enumerate(asked)], new)
     with progress.task("gsm8k", len(asked)) as advance:
         texts = model.generate([text for _, text in asked], new, form.stops, advance=advance)
-    records = []
+    records: list[dict[str, object]] = []
     right: tuple[list[float], list[float]] = ([], [])
     for number, ((row, text), written) in enumerate(zip(asked, texts)):
-        gold = row["answer"] if form is TRAIN else row["answer"].split("####")[-1].strip()
+        gold = form.gold(row)
         answers = (strict(written, form), flexible(written))
         verdicts = [same(answer, gold) for answer in answers]
         for values, verdict in zip(right, verdicts):
             values.append(float(verdict))
-        record = {"task": "gsm8k", "id": str(number), "prompt": text, "answer": answers[0]}
-        record |= {"gold": gold.split("####")[-1].strip(), "correct": verdicts[0]}
-        records.append(record | {"flexible": answers[1], "flexible_correct": verdicts[1], "text": written})
+        records.append(
+            {
+                "task": "gsm8k",
+                "id": str(number),
+                "prompt": text,
+                "answer": answers[0],
+                "gold": gold.split("####")[-1].strip(),
+                "correct": verdicts[0],
+                "flexible": answers[1],
+                "flexible_correct": verdicts[1],
+                "text": written,
+            }
+        )
     score, error = mean_and_error(right[0])
     loose, loose_error = mean_and_error(right[1])
     more = {"flexible": loose, "flexible_stderr": loose_error, "examples": form.name}
     return Result("gsm8k", score, error, len(asked), shots, more, records)
-

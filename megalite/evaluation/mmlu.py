@@ -70,7 +70,7 @@ def evaluate(
     rows = choose(data, subjects, limit)
     worked = {subject: examples(data, subject, shots) for subject in dict.fromkeys(row["subject"] for row in rows)}
     prompts = [prompt(row, worked[row["subject"]]) for row in rows]
-    model.check_fit([(row["subject"], prompt(row, ())) for row in rows], 1)
+    model.check_fit([(row["subject"], prompt(row, ())) for row in rows])
     pairs = [(text, f" {letter}") for text in prompts for letter in LETTERS]
     with progress.task("mmlu", len(pairs)) as advance:
         found = model.loglikelihoods(pairs, advance)
@@ -80,9 +80,17 @@ def evaluate(
         logprobs = [logprob for logprob, _ in found[4 * number : 4 * number + 4]]
         answer = max(range(4), key=lambda choice: logprobs[choice])
         of_subject = correct.setdefault(row["subject"], [])
-        record = {"task": "mmlu", "id": f"{row['subject']}/{len(of_subject)}", "prompt": text}
-        record |= {"answer": LETTERS[answer], "gold": LETTERS[row["answer"]], "correct": answer == row["answer"]}
-        records.append(record | {"logprobs": logprobs})
+        records.append(
+            {
+                "task": "mmlu",
+                "id": f"{row['subject']}/{len(of_subject)}",
+                "prompt": text,
+                "answer": LETTERS[answer],
+                "gold": LETTERS[row["answer"]],
+                "correct": answer == row["answer"],
+                "logprobs": logprobs,
+            }
+        )
         of_subject.append(float(answer == row["answer"]))
     score, _ = mean_and_error([value for values in correct.values() for value in values])
     by_subject = {subject: (mean_and_error(values)[0], len(values)) for subject, values in correct.items()}

@@ -131,5 +131,6 @@ def blocks(documents: Sequence[Document], rows: Sequence[Sequence[int]], length:
                 found += [(row, first + place, label, answer) for place, label, answer in document.labels]
                 first = stop
             numbers[row, first:] = len(members)
-        labels = np.array(found, np.int32).T
-        yield Block(tokens, positions, numbers, *labels, packed=any(len(members) > 1 for members in part))
+        places = np.array(found, np.int32).T
+        packed = any(len(members) > 1 for members in part)
+        yield Block(tokens, positions, numbers, places[0], places[1], places[2], places[3], packed)

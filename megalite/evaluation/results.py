@@ -73,6 +73,13 @@ def write_records(path: Path, results: Sequence[Result]) -> None:
                 file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
+def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One more line: the mean of the tasks' scores, each counted once."""
+    scores = {line["task"]: line["score"] for line in lines}
+    first = {"task": "all", "score": sum(scores.values()) / len(scores), "stderr": None}
+    return first | {"n": sum(line["n"] for line in lines), "shots": None, "scores": scores}
+
+
 def table(results: Sequence[Result]) -> Table:
     """Tasks with their scores, for a terminal."""
     made = Table("task", box=None, header_style="bold")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megalite.errors import UserError
 from megalite.evaluation.packing import Request
@@ -19,6 +20,7 @@ class TextModel:
 
     def __init__(self, service: Service, opened: Opened) -> None:
         self.service, self.bos, self.eos = service, list(opened.bos), tuple(opened.eos)
+        self.name = str(opened.directory)
         self.tokenizer = opened.require_tokenizer("give --tokenizer FILE: questions are texts")
         start = self.tokenizer.bos if self.tokenizer.bos is not None else next(iter(self.eos), None)
         if start is None:
@@ -33,16 +35,18 @@ class TextModel:
             return rows
         return [row if row[: len(self.bos)] == self.bos else self.bos + row for row in rows]
 
-    def check_fit(self, questions: Sequence[tuple[str, str]], answer: int) -> None:
-        """Raise UserError if one of the (name, text) leaves no room for so many tokens of an answer. Worked examples
+    def check_fit(self, questions: Sequence[tuple[str, str]], new_tokens: int = 0) -> None:
+        """Raise UserError if one of the (name, text) is too long, with so many new tokens behind it. Worked examples
         in front of a question may be cut, the question may not."""
-        room = self.service.longest + 1 - answer
+        room = self.service.longest - new_tokens
         for (name, _), row in zip(questions, self.encode([text for _, text in questions])):
             if len(row) > room:
+                behind = f"with max-new-tokens = {new_tokens} that is" if new_tokens else "that is"
+                fewer = "ask for fewer tokens (--max-new-tokens), " if new_tokens else ""
                 raise UserError(
-                    f"{name}: the question has {len(row)} tokens; with {answer} of an answer that is more than the "
-                    f"model's model.max_positions = {self.service.longest}: leave it out (--limit, --subjects), ask "
-                    "for fewer tokens (--max-new-tokens), or use a model that reads more"
+                    f"{name}: the question has {len(row)} tokens; {behind} more than the model's "
+                    f"model.max_positions = {self.service.longest}: {fewer}leave it out (--limit, --subjects), or use "
+                    "a model that reads more"
                 )
 
     def requests(self, pairs: Sequence[Pair]) -> list[Request]:
@@ -84,3 +88,18 @@ class TextModel:
         rows = [row or [self.prefix] for row in self.encode(prompts)]
         greedy = Sampling(temperature=0.0)
         return self.service.generate(rows, sampling or greedy, max_new_tokens, stop_strings, self.eos, advance)
+
+    def chat_template(self) -> Any:
+        """The checkpoint's. Raises UserError where it has none."""
+        from megalite.text.chat import ChatTemplate
+
+        return ChatTemplate.load(self.tokenizer)
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; without the generation prompt it ends where the last message does, to be gone on
+        with."""
+        text = self.chat_template().render(messages, add_generation_prompt).text
+        if add_generation_prompt:
+            return text
+        last = str(messages[-1]["content"]).strip()
+        return text[: text.rindex(last) + len(last)]

@@ -48,7 +48,13 @@ def needs(walls: frozenset[str], *any_of: str) -> None:
 def test_right_and_wrong_programs() -> None:
     """A function and its check; a wrong one; one that does not compile; output of any size is lost."""
     right = "def add(a, b):\n    return a + b\n\nprint('x' * 10**6)\nassert add(2, 3) == 5\n"
-    programs = [right, right.replace("a + b", "a - b"), "def add(", "import nothing_of_that_name", "raise SystemExit(0)"]
+    programs = [
+        right,
+        right.replace("a + b", "a - b"),
+        "def add(",
+        "import nothing_of_that_name",
+        "raise SystemExit(0)",
+    ]
     verdicts = run_programs(programs)
     assert [verdict.passed for verdict in verdicts] == [True, False, False, False, False]
     assert [verdict.reason.partition(":")[0] for verdict in verdicts] == [
@@ -90,8 +96,17 @@ def test_an_endless_loop_and_an_endless_sleep() -> None:
     assert not run("while True: pass", Limits(cpu_seconds=1, seconds=20.0)).passed
     assert time.monotonic() - began < 15
     assert run("import time; time.sleep(60)", Limits(seconds=1.0)).reason == "out of time"
-    swallowing = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    try:\n        while True: pass\n"
-    assert not run(swallowing + "    except BaseException: pass", Limits(cpu_seconds=1, seconds=4.0)).passed
+    swallowing = """
+    import signal
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    while True:
+        try:
+            while True:
+                pass
+        except BaseException:
+            pass
+    """
+    assert not run(swallowing, Limits(cpu_seconds=1, seconds=4.0)).passed
 
 
 @pytest.mark.fast
@@ -104,10 +119,18 @@ def test_a_fork_bomb(walls: frozenset[str]) -> None:
     """It ends with the program, and what it left behind in other sessions does too."""
     needs(walls, "processes", "user")
     mark = f"bomb{secrets.token_hex(5)}"
-    name = f"import ctypes, os, time; ctypes.CDLL(None).prctl(15, {mark.encode()!r})\n"
-    bomb = "while True:\n    try:\n        if os.fork() == 0:\n            os.setsid()\n    except OSError:\n        time.sleep(0.01)"
+    bomb = f"""
+    import ctypes, os, time
+    ctypes.CDLL(None).prctl(15, {mark.encode()!r})
+    while True:
+        try:
+            if os.fork() == 0:
+                os.setsid()
+        except OSError:
+            time.sleep(0.01)
+    """
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(run, name + bomb, Limits(cpu_seconds=2, seconds=3.0))
+        running = pool.submit(run, bomb, Limits(cpu_seconds=2, seconds=3.0))
         most = 0
         while not running.done():
             most = max(most, len(_named(mark)))
@@ -165,7 +188,11 @@ def test_no_network(walls: frozenset[str]) -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
             listener.bind(("127.0.0.1", 0))
             listener.settimeout(0.5)
-            send = f"import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.sendto(b'x', ('127.0.0.1', {listener.getsockname()[1]}))"
+            send = f"""
+            import socket
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            sender.sendto(b"x", ("127.0.0.1", {listener.getsockname()[1]}))
+            """
             assert not run(send).passed
             with pytest.raises(TimeoutError):
                 listener.recv(10)
