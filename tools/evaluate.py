@@ -49,6 +49,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of the measure that the words name; `overrides` holds the `--section.field value`."""
     words = sys.argv[1:] if argv is None else argv
     measure = next((word for word in words if word in MEASURES), None)
+    if measure is None:  # what is missing or mistyped is the measure, not the options that belong to it
+        words = [word for word in words if word in ("-h", "--help") or not word.startswith("-")][:1]
     parser = Parser(__doc__) if measure is None else checkpoint_parser(__doc__)
     parser.add_argument("measure", choices=MEASURES, help="what to compute")
     if measure is not None:
