@@ -239,26 +239,25 @@ class Service:
         """Every rank: the new tokens of every prompt, each behind their number, in the order of the prompts."""
         prompts = np.split(ids, np.cumsum(message["lengths"])[:-1])
         new, stop_ids, stop_strings = message["limits"]
-        limits = Limits(new, frozenset(stop_ids), tuple(stop_strings))
         dp, me = self.mesh.samples_size, self.mesh.samples_index
         mine = prompts[me::dp]
         completions: list[list[int]] = []
         if mine:
-            # What is drawn for a prompt depends on its number, not on the layout.
-            seed = message["sampling"]["seed"] + message["numbers"][0] * 1_000_003 + me
-            sampling = Sampling(**message["sampling"] | {"seed": seed % (1 << 64)})
             with self.model.generating() as stages:
                 generator = Generator(stages, self.model.owners, self.mesh, self.model.config.model)
-                texts = self.tokenizer if stop_strings else None
-                completions = [
-                    one.new_ids for one in generator.run([p.tolist() for p in mine], sampling, limits, texts)
-                ]
+                found = generator.run(
+                    [prompt.tolist() for prompt in mine],
+                    Sampling(**message["sampling"]),
+                    Limits(new, frozenset(stop_ids), tuple(stop_strings)),
+                    self.tokenizer if stop_strings else None,
+                    rows=message["numbers"][me::dp],
+                )
+                completions = [one.new_ids for one in found]
         speaks = all(self.mesh.index(axis) == 0 for axis in ("tp", "pp", "cp"))
         own = _joined(completions) if speaks else np.empty(0, np.int64)
         parts = [list(_unjoined(part)) for part in self._channel.gather(own)]
         by_rank = [part for part in parts if part]
-        found = [by_rank[number % dp][number // dp] for number in range(len(prompts))]
-        return _joined(found)
+        return _joined([by_rank[number % dp][number // dp] for number in range(len(prompts))])
 
 
 def windows_of(text: Ids, prefix: int, longest: int) -> Iterator[Request]:

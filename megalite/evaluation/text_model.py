@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalite.errors import UserError
 from megalite.evaluation.packing import Request
 from megalite.evaluation.service import Advance, Service, unheard
 from megalite.generation.loading import Opened
 from megalite.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from megalite.text.chat import ChatTemplate
 
 Pair = tuple[str, str]
 """(context, continuation)."""
@@ -89,7 +92,7 @@ class TextModel:
         greedy = Sampling(temperature=0.0)
         return self.service.generate(rows, sampling or greedy, max_new_tokens, stop_strings, self.eos, advance)
 
-    def chat_template(self) -> Any:
+    def chat_template(self) -> ChatTemplate:
         """The checkpoint's. Raises UserError where it has none."""
         from megalite.text.chat import ChatTemplate
 

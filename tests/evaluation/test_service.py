@@ -163,6 +163,15 @@ def test_greedy_texts(pool: Pool, checkpoint: Path, peer: Any, layout: dict[str,
     assert in_layout(pool, layout, checkpoint, texts_of, prompts, [stop], 0.0) == cut
 
 
+def test_draws_do_not_depend_on_the_layout(pool: Pool, checkpoint: Path) -> None:
+    """What is drawn for a prompt depends on the seed and its number alone; equal prompts draw apart."""
+    prompts = [[7, 8, 9]] * 4 + [[20] * size for size in (3, 30, 11)]
+    alone = ask(0, {}, str(checkpoint), lambda service: texts_of(service, prompts, [], 1.0))
+    assert len(set(alone[:4])) == 4
+    for layout in ({"tp": 2, "pp": 2}, {"tp": 2, "dp": 2}):
+        assert in_layout(pool, layout, checkpoint, texts_of, prompts, [], 1.0) == alone
+
+
 @pytest.mark.fast
 def test_requests_that_cannot_be(checkpoint: Path) -> None:
     def refused(call: Callable[[Service], Any], message: str) -> None:
