@@ -97,7 +97,7 @@ def with_service(folder: Path, call: Callable[[TextModel], Any]) -> Any:
         load_model(opened, (), data_parallel=True) as loaded,
         serving(loaded.model, opened.tokenizer) as service,
     ):
-        return None if service is None else call(TextModel(service, opened))
+        return None if service is None else call(TextModel.of(service, opened))
 
 
 def compare(model: TextModel, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

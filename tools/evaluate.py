@@ -32,7 +32,7 @@ from megalite.evaluation.loss import Windows, count_bytes, score
 from megalite.evaluation.progress import Progress
 from megalite.evaluation.results import Result, check_output, show_table, summary, write_records
 from megalite.evaluation.service import serving
-from megalite.evaluation.text_model import TextModel
+from megalite.evaluation.text_model import NO_TOKENIZER, TextModel
 from megalite.generation.loading import Opened, checkpoint_parser, load_model, open_checkpoint, with_one_voice
 from megalite.generation.sampling import Sampling
 from megalite.runtime import World, leave
@@ -161,7 +161,7 @@ def evaluate_loss(options: argparse.Namespace, opened: Opened) -> list[dict[str,
 
 def evaluate_texts(options: argparse.Namespace, opened: Opened) -> list[dict[str, Any]]:
     """The results of tasks on texts, on rank 0; all that can be refused is refused before the model is loaded."""
-    opened.require_tokenizer("give --tokenizer FILE: questions are texts")
+    opened.require_tokenizer(NO_TOKENIZER)
     tasks = TASKS if options.measure == "all" else (options.measure,)
     check_options(options, tasks)
     asks = World.from_environment().rank == 0
@@ -172,7 +172,7 @@ def evaluate_texts(options: argparse.Namespace, opened: Opened) -> list[dict[str
     ):
         if service is None:
             return []
-        model, progress = TextModel(service, opened), Progress()
+        model, progress = TextModel.of(service, opened), Progress()
         if options.measure == "harness":
             results = run_harness(model, options, progress)
         else:

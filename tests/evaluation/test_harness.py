@@ -127,7 +127,7 @@ def humaneval_task(folder: Path, scratch: Path) -> dict[str, Any]:
 def ours(service: Service, folder: str, name: str, shots: int | None, cot: bool = False) -> dict[str, Result]:
     """Our three commands."""
     with open_checkpoint(Path(folder) / name) as opened:
-        model = TextModel(service, opened)
+        model = TextModel.of(service, opened)
         data = {task: load(task, f"{folder}/data") for task in ("mmlu", "gsm8k", "humaneval")}
         return {
             "mmlu": mmlu.evaluate(model, data["mmlu"], QUIET, shots=shots),
@@ -206,7 +206,7 @@ def test_gsm8k_without_a_train_split(folder: Path, peers: Callable[[str], Any], 
 
     def evaluate(service: Service) -> Result:
         with open_checkpoint(folder / "long") as opened:
-            return gsm8k.evaluate(TextModel(service, opened), data, QUIET, max_new_tokens=NEW_TOKENS)
+            return gsm8k.evaluate(TextModel.of(service, opened), data, QUIET, max_new_tokens=NEW_TOKENS)
 
     found = ask(0, {}, str(folder / "long"), evaluate)
     config = library_task("gsm8k/gsm8k-cot.yaml", {"test": tmp_path / "test.jsonl"})
@@ -274,7 +274,7 @@ def all_kinds(folder: Path, scratch: Path) -> list[dict[str, Any]]:
 
 def as_its_model(service: Service, folder: str, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     with open_checkpoint(folder) as opened:
-        return outcome(run_library(harness.adapter(TextModel(service, opened), QUIET), tasks))
+        return outcome(run_library(harness.adapter(TextModel.of(service, opened), QUIET), tasks))
 
 
 def outcome(found: dict[str, Any]) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def test_scores_in_every_layout(pool: Pool, folder: Path, layout: dict[str, int]
 
 def evaluate(service: Service, folder: Path, options: Any) -> list[Result]:
     with open_checkpoint(folder / "long") as opened:
-        return harness.evaluate(TextModel(service, opened), options, QUIET)
+        return harness.evaluate(TextModel.of(service, opened), options, QUIET)
 
 
 def test_local_tasks_and_the_cache(folder: Path, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_local_tasks_and_the_cache(folder: Path, tmp_path: Path) -> None:
 
     def both(service: Service) -> list[Any]:
         with open_checkpoint(folder / "long") as opened:
-            model = TextModel(service, opened)
+            model = TextModel.of(service, opened)
             first = harness.evaluate(model, options, QUIET)
             own = [
                 mmlu.evaluate(model, load("mmlu", data), QUIET),

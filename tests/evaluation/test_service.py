@@ -13,7 +13,7 @@ import torch
 from megalite.checkpoint.source import fill_model
 from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.evaluation.packing import collect, fill_rows, row_length
+from megalite.evaluation.packing import collect, pack
 from megalite.evaluation.service import Service, serving
 from megalite.generation.loading import open_checkpoint
 from megalite.generation.sampling import Sampling
@@ -217,10 +217,12 @@ def test_rows_are_filled() -> None:
     work = collect(requests, 1000)
     assert len(work.documents) == len({tuple(c + m[:1]) for c, m in requests}) <= 300
     lengths = [len(document.input) for document in work.documents]
-    length = row_length(lengths, 2, 1024)
-    rows = fill_rows(lengths, length)
-    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
-    assert all(sum(lengths[number] for number in row) <= length for row in rows)
-    assert len(rows) <= sum(lengths) / length * 1.1 + 1
-    assert row_length([3, 4], 2, 1024) == 64
-    assert row_length([2000], 4, 1024) == 2048
+    for ranks in (1, 2, 3, 8):
+        length, rows = pack(lengths, ranks, 1024)
+        assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+        assert all(sum(lengths[number] for number in row) <= length for row in rows)
+        assert length % 64 == 0 and -(-len(rows) // ranks) * ranks * length <= 1.15 * sum(lengths) + 64 * ranks
+    assert pack([3, 4], 2, 1024) == (64, [[1, 0]])
+    assert pack([2000, 3], 4, 1024) == (2048, [[0, 1]])
+    length, rows = pack([570] * 48, 2, 4096)
+    assert len(rows) == 8 and {len(row) for row in rows} == {6}
