@@ -34,6 +34,16 @@ def layout(*overrides, world_size=1):
         (1, "--model.kv_heads 3", "model.kv_heads = 3 does not divide model.heads = 8; use one of 1, 2, 4, 8"),
         (1, "--model.heads 7", "model.hidden_size = 512 is not divisible by model.heads = 7; give model.head_dim"),
         (1, "--model.head_dim 33", "model.head_dim = 33 does not split into the pairs"),
+        (1, '--eval.tasks ["mmlu"]', "eval.tasks = ['mmlu'] has no effect with eval.interval = 0"),
+        (1, "--eval.interval 5", "eval.interval = 5 has no eval.tasks to measure"),
+        (1, '--eval.interval 5 --eval.tasks ["mmlu","mmlu"]', "names a task twice"),
+        (1, '--eval.interval 5 --eval.tasks ["mmlu"]', "eval.data =  is empty; give the tasks' data, or pip:"),
+        (1, '--eval.interval 5 --eval.tasks ["mmlu"] --eval.data x', "needs a tokenizer; give data.tokenizer"),
+        (
+            1,
+            '--eval.interval 5 --eval.tasks ["mmlu"] --eval.data x --data.tokenizer byte --objective.kind reward',
+            "needs a model of text, and objective.kind = reward has none",
+        ),
         (1, "--data.chat_template chatml", "data.chat_template = chatml has no effect on the token files"),
         (4, "--parallel.pipeline 4 --model.layers 3", "model.layers = 3 is fewer than the 4 stages"),
         (

