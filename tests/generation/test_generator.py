@@ -139,7 +139,7 @@ def test_a_memory_spares_what_is_cached(name: str) -> None:
     stage.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     ids = golden.golden(name)["input_ids"].flatten().tolist()
     talk = ids[:9]
-    for prompt, computed in ((talk, 9), (None, 6), ([*ids[:7], 5, 6], 2), (ids[3:40], 37)):
+    for prompt, computed in ((talk, 9), (None, 6), (talk, 1), ([*ids[:7], 5, 6], 2), (ids[3:40], 37)):
         talk = prompt if prompt is not None else [*talk, *ids[20:25]]
         (alone,) = generator.run([talk], Sampling(0.8, seed=2), Limits(6))
         lengths.clear()
