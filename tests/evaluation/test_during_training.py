@@ -107,7 +107,7 @@ def test_mistakes_are_told_to_all(pool: Pool, data: str, tmp_path: Path) -> None
     """Data that cannot be read (on rank 0, which alone reads them), and a tokenizer that does not fit."""
     assert (
         pool.run(_refusal, 2, str(tmp_path / "nowhere"), 257)
-        == [f"--data {tmp_path}/nowhere: no such file or folder"] * 2
+        == [f"eval.data = {tmp_path}/nowhere: no such file or folder"] * 2
     )
     assert "model.vocab_size = 60" in pool.run(_refusal, 2, data, 60)[1]
 

@@ -369,6 +369,41 @@ def test_local_tasks_and_the_cache(folder: Path, tmp_path: Path) -> None:
     assert json.dumps([record for one in first for record in one.records])
 
 
+CHAT = """\
+{%- for message in messages -%}
+<s>{{ message['role'] }}: {{ message['content'] | trim }}</s>
+{% endfor -%}
+{%- if add_generation_prompt -%}<s>assistant:{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("prefix", [None, "So"])
+def test_chat_templates(folder: Path, tmp_path: Path, prefix: str | None) -> None:
+    """The conversations that the library makes of examples, and how they are tokenized, are transformers'."""
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint = support.make_checkpoint(tmp_path / "chat", positions=3000)
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
+    tasks = [gsm8k_task(folder, gen_prefix=prefix), all_kinds(folder, tmp_path)[0] | {"gen_prefix": prefix}]
+    more = {"apply_chat_template": True, "system_instruction": "Be brief"}
+
+    def evaluate_own(service: Service) -> dict[str, Any]:
+        with open_checkpoint(checkpoint) as opened:
+            return outcome(run_library(harness.adapter(TextModel.of(service, opened), QUIET), tasks, 2, **more))
+
+    found = ask(0, {}, str(checkpoint), evaluate_own)
+    peer = HFLM(str(checkpoint), dtype="float32", device="cpu", batch_size=8)
+    expected = outcome(run_library(peer, tasks[:1], 2, **more))
+    for (arguments, responses), (own_arguments, own) in zip(
+        expected["samples"]["gsm8k"], found["samples"]["gsm8k"], strict=True
+    ):
+        assert "<s>system: Be brief</s>" in arguments[0][0]
+        assert own_arguments == arguments
+        assert own == responses
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
