@@ -152,6 +152,18 @@ class Group:
             return _Direct(transfers, lambda: torch.add(own, arriving, out=total))
         return _Timed(self, _reduce_scatter_single(output, tensor, group=self.handle, async_op=True))
 
+    def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Work:
+        """Send each rank its rows of `tensor` and receive its rows in `output`, both in the order of the ranks.
+
+        `leaving[i]` rows go to rank i of the group and `arriving[i]` come from it; any of them may be 0.
+        """
+        if self.size == 1:
+            output.copy_(tensor)
+            return DONE
+        work = dist.all_to_all_single(output, tensor, list(arriving), list(leaving), group=self.handle, async_op=True)
+        assert work is not None
+        return _Timed(self, work)
+
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         """Overwrite `tensor` with the one on the rank at index `source` of the group."""
         if self.size == 1:
@@ -169,6 +181,17 @@ class Group:
         work = dist.irecv(tensor, self.ranks[source], group=self.handle)
         assert work is not None
         return _Timed(self, work, *self._transfer_limit(tensor))
+
+    def pass_on(self, output: Tensor, tensor: Tensor) -> Work:
+        """Send `tensor` to the next rank of the ring while the previous one's arrives in `output`; all ranks call it
+        alike."""
+        after, before = (self.index + 1) % self.size, (self.index - 1) % self.size
+        if tensor.device.type != "cuda":
+            return _Direct((self.receive(output, before), self.send(tensor, after)), lambda: None)
+        # One launch for both: NCCL runs what two ranks exchange one after the other, and two sends would block.
+        arriving = dist.P2POp(dist.irecv, output, self.ranks[before], self.handle)
+        leaving = dist.P2POp(dist.isend, tensor, self.ranks[after], self.handle)
+        return _Direct([_Timed(self, work) for work in dist.batch_isend_irecv([leaving, arriving])], lambda: None)
 
     def exchange(self, tensor: Tensor, other: int) -> Tensor:
         """Swap tensors of the same shape with the rank at index `other`, which must call this too; complete on return.

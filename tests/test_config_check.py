@@ -118,7 +118,19 @@ def layout(*overrides, world_size=1):
         (1, "--parallel.zero 4", "parallel.zero = 4 is too large; it must be at least 0 and at most 3"),
         (1, "--train.fp8 row --train.precision fp32", "train.fp8 = row needs train.precision = bf16, not fp32"),
         (1, "--train.fp8 row --train.precision bf16 --model.ffn_hidden_size 40", "needs multiples of 16"),
-        (2, "--parallel.context 2", "parallel.context = 2 is not built yet"),
+        (
+            8,
+            "--parallel.context 8 --train.seq_length 15",
+            "train.seq_length = 15 has too few tokens for the 2 * parallel.context = 16 pieces that it is cut into",
+        ),
+        (
+            6,
+            "--parallel.context 3 --parallel.tensor 2 --parallel.context_mode ulysses",
+            "parallel.context = 3 does not divide the 4 query heads of each tensor rank, and ulysses gives every "
+            "context rank as many; use a parallel.context out of 1, 2, 4, or parallel.context_mode = gather or ring",
+        ),
+        (1, "--parallel.context_mode rings", "parallel.context_mode = 'rings'"),
+        (3, "--parallel.context 2", "3 processes are not divisible by parallel.tensor = 1 * parallel.pipeline = 1 *"),
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),
         (1, "--data.split [0,1]", "data.split = [0.0, 1.0] is out of range"),

@@ -16,9 +16,7 @@ from megalite.errors import UserError
 from megalite.schedule.schedules import find_schedule
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
-NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
-)
+NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = ()
 
 _ANNOTATIONS = tuple(
     (section, name, annotation)
@@ -185,15 +183,31 @@ def _check_split(config: Config) -> None:
             if path == "model.ffn_hidden_size":
                 remedy = f"use {_nearest_multiples(size, parallel.tensor)}, or another parallel.tensor"
             _refuse(config, path, f"is not divisible by parallel.tensor = {parallel.tensor}", remedy)
-    if parallel.sequence and config.train.seq_length % parallel.tensor:
+    if parallel.sequence and parallel.context == 1 and config.train.seq_length % parallel.tensor:
         remedy = f"use {_nearest_multiples(config.train.seq_length, parallel.tensor)}, or parallel.sequence = false"
         problem = f"is not divisible by parallel.tensor = {parallel.tensor}, which parallel.sequence needs"
         _refuse(config, "train.seq_length", problem, remedy)
+    _check_context(config)
     if model.layers < config.stages:
         stages = f"the {config.stages} stages of parallel.pipeline = {parallel.pipeline}"
         if parallel.virtual_stages > 1:
             stages += f" times parallel.virtual_stages = {parallel.virtual_stages}"
         _refuse(config, "model.layers", f"is fewer than {stages}", "use fewer stages or more layers")
+
+
+def _check_context(config: Config) -> None:
+    """Whether every rank of a sequence gets tokens of it and, where heads are exchanged, heads."""
+    parallel, length = config.parallel, config.train.seq_length
+    if parallel.context == 1:
+        return
+    if length < 2 * parallel.context:
+        problem = f"has too few tokens for the 2 * parallel.context = {2 * parallel.context} pieces that it is cut into"
+        _refuse(config, "train.seq_length", problem, f"use at least {2 * parallel.context}, or parallel.context = 1")
+    heads = config.model.heads // parallel.tensor
+    if parallel.context_mode == "ulysses" and heads % parallel.context:
+        ranks = f"{heads} query heads of each tensor rank, and ulysses gives every context rank as many"
+        remedy = f"use a parallel.context out of {_divisors(heads)}, or parallel.context_mode = gather or ring"
+        _refuse(config, "parallel.context", f"does not divide the {ranks}", remedy)
 
 
 def _check_fp8(config: Config) -> None:

@@ -114,6 +114,8 @@ class ParallelConfig:
     """Ranks that split the layers into consecutive stages."""
     context: Annotated[int, AtLeast(1, 2**20)] = 1
     """Ranks that split each sequence."""
+    context_mode: Literal["gather", "ring", "ulysses"] = "gather"
+    """How attention sees all of a split sequence: keys and values gathered or passed round, or heads exchanged."""
     sequence: bool = DERIVED
     """Split the activations between the matrices along the sequence; by default on where tensor > 1, and off at 1."""
     zero: Annotated[int, AtLeast(0, 3)] = 1

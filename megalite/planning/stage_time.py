@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
-from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
+from megalite.planning.hardware import (
+    Link,
+    exchange_seconds,
+    gather_seconds,
+    link,
+    product_rate,
+    ring_link,
+    transfer_link,
+)
 from megalite.planning.job import Job
 from megalite.planning.states import stage_elements
 from megalite.schedule.ops import Plan
@@ -40,6 +48,7 @@ class TimeParts(NamedTuple):
     tensor: float = 0.0
     data: float = 0.0
     launch: float = 0.0
+    context: float = 0.0
 
     def plus(self, other: TimeParts) -> TimeParts:
         return TimeParts(*map(operator.add, self, other))
@@ -146,6 +155,36 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     return forward, gathered + once, once
 
 
+def _context_talk(job: Job, attention: tuple[float, float]) -> tuple[float, float]:
+    """Exposed seconds of context-parallel communication in a layer, forward and backward.
+
+    As `megalite.parallel.context_attention` does it: gather waits for keys and values, in backward again, and for the
+    sum of their gradients; ring moves them under attention to those of the rank before, gradients in fp32 a step
+    later; ulysses waits for its exchanges of heads.
+    """
+    ranks, layer = job.context, job.layer
+    if ranks == 1:
+        return 0.0, 0.0
+    own = 2.0 * job.tokens * layer.key * job.element_bytes  # keys and values of this rank's tokens
+    if job.context_mode == "gather":
+        once = gather_seconds(own * ranks, ranks, link(job.device, ranks, job.tensor))
+        return once, 2 * once
+    if job.context_mode == "ulysses":
+        heads, kvs = layer.queries // ranks, -(-layer.kvs // ranks)
+        width = layer.query / layer.queries
+        widths = (ranks * (heads + 2 * kvs) * width, float(layer.query))  # there, and back
+        sizes = [job.tokens * wide * job.element_bytes for wide in widths]
+        once = sum(exchange_seconds(size, ranks, job.device, job.tensor) for size in sizes)
+        return once, once
+    over = ring_link(job.device, ranks, job.tensor)
+    step = over.latency + own / over.bandwidth
+    summed = over.latency + 8.0 * job.tokens * layer.key / over.bandwidth
+    cost = job.practice.hiding_cost
+    forward = (ranks - 1) * max(cost * step, exposed(step, attention[0] / ranks))
+    backward = (ranks - 1) * max(cost * (step + summed), exposed(step + summed, attention[1] / ranks)) + summed
+    return forward, backward
+
+
 def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
@@ -154,14 +193,15 @@ def layer_work(job: Job) -> StageWork:
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
+    context = _context_talk(job, attention)
     weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
-    forward = TimeParts(total, attention[0], elementwise[0], talk_forward)
-    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input)
+    forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0])
+    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1])
     weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
         input_gradient = input_gradient.plus(forward)
     elif job.recompute == "selective":
-        input_gradient = input_gradient.plus(TimeParts(0.0, attention[0], 0.4 * elementwise[0]))
+        input_gradient = input_gradient.plus(TimeParts(0.0, attention[0], 0.4 * elementwise[0], context=context[0]))
     return StageWork(forward, input_gradient, weight_gradient)
 
 
@@ -209,7 +249,7 @@ def stage_work(job: Job, stage: int) -> StageWork:
     if stage == 0:
         forward = forward.plus(TimeParts(tensor=_exchange(job)))
         weights = weights.plus(TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0))
-    if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch, and weights gathered
+    if job.zero >= 2 and job.replicas > 1:  # gradients are reduced for each micro-batch, and weights gathered
         talk = reduce_gradients(job, stage)
         if job.zero == 3:
             gather = gather_parameters(job, stage)
@@ -230,22 +270,22 @@ def stage_works(job: Job) -> list[StageWork]:
 
 
 def _data_link(job: Job) -> Link:
-    over = link(job.device, job.data, job.tensor)
+    over = link(job.device, job.replicas, job.tensor)
     efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
     return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
 
 def gather_parameters(job: Job, stage: int) -> float:
     """All-gather of a stage's weights over the data-parallel ranks."""
-    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.data, _data_link(job))
+    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.replicas, _data_link(job))
 
 
 def reduce_gradients(job: Job, stage: int) -> float:
     """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
     over, elements = _data_link(job), stage_elements(job, stage)
     buckets = -(-elements // BUCKET_ELEMENTS)
-    once = gather_seconds(4.0 * elements, job.data, over) + (buckets - 1) * over.latency
-    return once * (2 if job.zero == 0 else 1) if job.data > 1 else 0.0
+    once = gather_seconds(4.0 * elements, job.replicas, over) + (buckets - 1) * over.latency
+    return once * (2 if job.zero == 0 else 1) if job.replicas > 1 else 0.0
 
 
 def pipeline_costs(job: Job, works: list[StageWork] | None = None) -> tuple[dict[str, list[float]], float]:
@@ -257,7 +297,7 @@ def pipeline_costs(job: Job, works: list[StageWork] | None = None) -> tuple[dict
         "I": [work.input_gradient.seconds for work in works],
         "W": [work.weight_gradient.seconds for work in works],
     }
-    over = transfer_link(job.device, job.data * job.tensor)
+    over = transfer_link(job.device, job.replicas * job.tensor)
     activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
     return costs, over.latency + activation / over.bandwidth
 

@@ -47,10 +47,10 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     """Memory held throughout a step: model states, tables, and while the model is `working` what ZeRO unshards."""
     parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
-    zero = job.zero if job.data > 1 else 0
-    parts = state_bytes(parameters, job.data, zero, weight=job.element_bytes, master=master)
+    zero = job.zero if job.replicas > 1 else 0
+    parts = state_bytes(parameters, job.replicas, zero, weight=job.element_bytes, master=master)
     if zero == 1:
-        parts["gradients"] += 4.0 * parameters / job.data  # the reduced shard has its own buffer
+        parts["gradients"] += 4.0 * parameters / job.replicas  # the reduced shard has its own buffer
     whole = [_whole_buckets(job, stage) for stage in stages]
     if zero >= 2 and working:
         parts["gradients"] += 4.0 * max((IN_FLIGHT + 1) * layer + ends for layer, ends in whole)
@@ -60,7 +60,8 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     ends = bool({0, job.stages - 1} & set(stages))
     if job.shares_vocabulary and ends:  # the output layer's own gradients, until both are added
         parts["gradients"] += 4.0 * vocabulary_rows(job.architecture, job.tensor) * model.hidden_size
-    parts["tokens and tables"] = _tables(job, rank) + 16.0 * job.tokens * job.micro_batches * ends
+    read = job.seq_length * job.micro_batch_size  # every rank reads whole sequences
+    parts["tokens and tables"] = _tables(job, rank) + 16.0 * read * job.micro_batches * ends
     return parts
 
 
@@ -71,7 +72,7 @@ def _tables(job: Job, rank: int) -> float:
 
 def frozen_bytes(job: Job, rank: int) -> float:
     """A model that is not trained: its weights, shared out by ZeRO-3 alone, and its tables."""
-    copies = job.data if job.zero == 3 else 1
+    copies = job.replicas if job.zero == 3 else 1
     return job.element_bytes * rank_parameters(job, rank) / copies + _tables(job, rank)
 
 

@@ -56,7 +56,7 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     if job.zero in (1, 2):
         gather = sum(gather_parameters(job, stage) for stage in stages)
         late += exposed(gather, sum(works[stage].forward.seconds for stage in stages))
-    updated = elements / (job.data if job.zero >= 1 else 1)
+    updated = elements / (job.replicas if job.zero >= 1 else 1)
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
     moved = updated * (32 + job.element_bytes) + 4.0 * elements
@@ -101,6 +101,7 @@ def _update_time(job: Job) -> StepTime:
         "element-wise": work.elementwise,
         "waiting for the host": work.launch,
         "tensor-parallel communication": work.tensor,
+        "context-parallel communication": work.context,
         "pipeline idle and transfers": idle,
         "data-parallel communication": work.data + late,
         "optimizer": optimizer,

@@ -78,14 +78,16 @@ class Layout:
     schedule: str = "1f1b"
     data: int = 1
     zero: int = 1
+    context: int = 1
+    mode: str = "gather"
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def pure_pipeline(self) -> bool:
-        return self.tensor == self.data == 1
+        return self.tensor == self.data == self.context == 1
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -96,6 +98,8 @@ class Layout:
             "parallel.schedule": self.schedule,
             "parallel.virtual_stages": find_schedule(self.schedule).least_chunks,
             "parallel.zero": self.zero,
+            "parallel.context": self.context,
+            "parallel.context_mode": self.mode,
         }
 
     @property
@@ -103,7 +107,8 @@ class Layout:
         return (
             f"t{self.tensor}{'s' if self.sequence else ''}"
             f"-p{self.pipeline}{'-' + self.schedule if self.pipeline > 1 else ''}"
-            f"-d{self.data}{f'-z{self.zero}' if self.data > 1 else ''}"
+            f"-d{self.data}{f'-z{self.zero}' if self.data * self.context > 1 else ''}"
+            f"{f'-c{self.context}-{self.mode}' if self.context > 1 else ''}"
         )
 
 
@@ -208,7 +213,12 @@ def micro_batches(first: int, samples: int, config: Config, mesh: Mesh, document
 def build_trainer(config: Config, rank: int, world: int, make_group: Any = create_group, **options: Any) -> Trainer:
     parallel = config.parallel
     mesh = Mesh(
-        pp=parallel.pipeline, dp=config.data_parallel(world), tp=parallel.tensor, rank=rank, make_group=make_group
+        pp=parallel.pipeline,
+        dp=config.data_parallel(world),
+        cp=parallel.context,
+        tp=parallel.tensor,
+        rank=rank,
+        make_group=make_group,
     )
     trainer = Trainer(config, mesh, select_kernels({}, mesh.device), **options)
     trainer.initialise()
@@ -316,8 +326,9 @@ def combine(ranks: list[RankOutcome], layout: Layout) -> Outcome:
     for rank in ranks:
         shared = (rank.losses, rank.grad_norms, rank.evaluation)
         assert shared == (first.losses, first.grad_norms, first.evaluation), "ranks disagree on loss or gradient norm"
-    gradients = assemble([rank.gradients for rank in ranks], layout.data if layout.zero == 0 else 1)
-    weights = assemble([rank.weights for rank in ranks], layout.data)
+    copies = layout.data * layout.context
+    gradients = assemble([rank.gradients for rank in ranks], copies if layout.zero == 0 else 1)
+    weights = assemble([rank.weights for rank in ranks], copies)
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
     assert math.isclose(first.grad_norms[0], norm, rel_tol=1e-6), "the gradient norm is not that of the gradients"
     return Outcome(first.losses, first.grad_norms, first.evaluation, gradients, weights)
