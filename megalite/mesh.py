@@ -27,7 +27,10 @@ CPU = torch.device("cpu")
 AXES = ("pp", "dp", "ep", "cp", "tp")
 
 DATA_AXES = ("dp", "ep", "cp")
-"""The axes along which ranks hold the same weights and train on different data (experts: all but `ep`)."""
+"""The axes along which ranks hold the same weights and train on different data."""
+
+EXPERT_DATA_AXES = ("dp", "cp")
+"""The same for experts, which are split over `ep`."""
 
 # Renamed in torch 2.13; both names are needed while older versions are supported.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -151,6 +154,18 @@ class Group:
             own, total = parts[self.index], output.view(-1)
             return _Direct(transfers, lambda: torch.add(own, arriving, out=total))
         return _Timed(self, _reduce_scatter_single(output, tensor, group=self.handle, async_op=True))
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Work:
+        """Send each rank its rows of `tensor` and receive its rows in `output`, both in the order of the ranks.
+
+        `leaving[i]` rows go to rank i of the group and `arriving[i]` come from it; any of them may be 0.
+        """
+        if self.size == 1:
+            output.copy_(tensor)
+            return DONE
+        work = dist.all_to_all_single(output, tensor, list(arriving), list(leaving), group=self.handle, async_op=True)
+        assert work is not None
+        return _Timed(self, work)
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         """Overwrite `tensor` with the one on the rank at index `source` of the group."""

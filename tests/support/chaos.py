@@ -19,7 +19,7 @@ import itertools
 import random
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -81,6 +81,11 @@ class ChaosGroup(Group):
         result, source = _copy(output), _copy(tensor)
         start = partial(Group.reduce_scatter, self, result, source)
         return _InFlight(self, "reduce_scatter", start, output=(output, result), input=tensor)
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Work:
+        result, source = _copy(output), _copy(tensor)
+        start = partial(Group.all_to_all, self, result, source, arriving, leaving)
+        return _InFlight(self, "all_to_all", start, output=(output, result), input=tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         copy = _copy(tensor)
