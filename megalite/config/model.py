@@ -23,7 +23,8 @@ class ModelConfig:
     hidden_size: Annotated[int, AtLeast(1, 2**20)] = 512
     """Width of the residual stream."""
     ffn_hidden_size: Annotated[int, AtLeast(1, 2**24)] = DERIVED
-    """Inner width of the SwiGLU feed-forward; by default 8/3 of hidden_size, rounded up to a multiple of 64."""
+    """Inner width of the SwiGLU feed-forward; by default 8/3 of hidden_size, rounded up to a multiple of 64 (or, where
+    every layer has experts of a given width, that)."""
     heads: Annotated[int, AtLeast(1, 2**16)] = 8
     """Query heads."""
     kv_heads: Annotated[int, AtLeast(1, 2**16)] = DERIVED
@@ -87,9 +88,10 @@ class ModelConfig:
     """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
 
     def __post_init__(self) -> None:
+        only = self.expert_ffn_hidden_size if self.experts and not self.dense_layers else 0
         derive(
             self,
-            ffn_hidden_size=-(-self.hidden_size * 8 // (3 * 64)) * 64,
+            ffn_hidden_size=only or -(-self.hidden_size * 8 // (3 * 64)) * 64,
             kv_heads=self.heads,
             head_dim=self.hidden_size // self.heads if self.heads > 0 and self.hidden_size % self.heads == 0 else 0,
             router_groups_per_token=max(1, self.router_groups // 2),

@@ -18,7 +18,7 @@ SPARSE = {
 """Mixtral's kind, with both losses of the router."""
 
 FINE = {
-    "model.experts": 8,
+    "model.experts": 12,
     "model.experts_per_token": 3,
     "model.expert_ffn_hidden_size": 12,
     "model.shared_experts": 2,
