@@ -35,6 +35,10 @@ def _read(fields: Fields) -> ModelConfig:
     groups = fields.count("n_group", experts, null=1)
     if experts % groups:
         raise fields.refusal("n_group", groups, f"does not divide n_routed_experts = {experts}")
+    chosen, best = read_chosen(fields, experts), fields.count("topk_group", groups, null=1)
+    if chosen > best * (experts // groups):
+        problem = f"is more than the experts of topk_group = {best} out of n_group = {groups}"
+        raise fields.refusal("num_experts_per_tok", chosen, problem)
     dense = fields.count("first_k_dense_replace", MOST_LAYERS, least=0, null=0)
     layers = fields.count("num_hidden_layers", MOST_LAYERS)
     return read_decoder(
@@ -43,7 +47,7 @@ def _read(fields: Fields) -> ModelConfig:
         qk_norm=True,
         sliding_window=read_window(fields, used=fields.value("sliding_window") is not None),
         experts=experts,
-        experts_per_token=read_chosen(fields, experts),
+        experts_per_token=chosen,
         expert_ffn_hidden_size=fields.count("moe_intermediate_size", MOST_FFN),
         shared_experts=fields.count("n_shared_experts", MOST_EXPERTS),
         dense_layers=tuple(range(min(dense, layers))),
@@ -51,7 +55,7 @@ def _read(fields: Fields) -> ModelConfig:
         router_renormalise=fields.flag("norm_topk_prob"),
         router_scale=fields.number("routed_scaling_factor"),
         router_groups=groups,
-        router_groups_per_token=fields.count("topk_group", groups, null=1),
+        router_groups_per_token=best,
     )
 
 

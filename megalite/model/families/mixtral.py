@@ -31,7 +31,7 @@ def _read(fields: Fields) -> ModelConfig:
     experts = read_experts(fields, "num_local_experts", "num_experts")
     return read_decoder(
         fields,
-        ("num_key_value_heads", "head_dim"),
+        ("head_dim",),
         sliding_window=window,
         experts=experts,
         experts_per_token=read_chosen(fields, experts),

@@ -31,7 +31,7 @@ from megalite.model.families.sparse import (
 def _read(fields: Fields) -> ModelConfig:
     used = fields.flag("use_sliding_window")
     window = fields.count("sliding_window", MOST_POSITIONS, least=int(used), null=0)
-    experts = read_experts(fields, "num_experts", "num_local_experts")
+    experts = read_experts(fields, "num_local_experts", "num_experts")
     layers = fields.count("num_hidden_layers", MOST_LAYERS)
     only, step = fields.layers("mlp_only_layers", layers), fields.count("decoder_sparse_step", MOST_LAYERS)
     derived = () if fields.given("head_dim") else ("head_dim",)
@@ -77,11 +77,11 @@ QWEN3_MOE = Family(
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
         "sliding_window": 4096,
-        "num_experts": 128,
+        "num_local_experts": 128,
         "num_experts_per_tok": 8,
         "moe_intermediate_size": 768,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": None,
+        "mlp_only_layers": [],
         "norm_topk_prob": False,
     },
     fixed={name: values for name, values in FIXED.items() if "experts" not in name},
