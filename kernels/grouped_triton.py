@@ -129,20 +129,20 @@ def unsupported(rows: Tensor, other: Tensor, *rest: Any, **options: Any) -> str 
 
 def grouped_product(x_NI: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """As `grouped.grouped_product`."""
-    check(x_NI, weight_GOI, ends_G, weight_GOI.shape[2])
+    check(x_NI, weight_GOI, ends_G, 2)
     return _multiply(x_NI, weight_GOI, ends_G, wide=True)
 
 
 def grouped_input_gradient(grad_NO: Tensor, weight_GOI: Tensor, ends_G: Tensor) -> Tensor:
     """As `grouped.grouped_input_gradient`."""
-    check(grad_NO, weight_GOI, ends_G, weight_GOI.shape[1])
+    check(grad_NO, weight_GOI, ends_G, 1)
     return _multiply(grad_NO, weight_GOI, ends_G, wide=False)
 
 
 def grouped_weight_gradient_(total_GOI: Tensor, grad_NO: Tensor, x_NI: Tensor, ends_G: Tensor) -> Tensor:
     """As `grouped.grouped_weight_gradient_`."""
-    check(x_NI, total_GOI, ends_G, total_GOI.shape[2])
-    check(grad_NO, total_GOI, ends_G, total_GOI.shape[1])
+    check(x_NI, total_GOI, ends_G, 2)
+    check(grad_NO, total_GOI, ends_G, 1)
     if x_NI.shape[0]:
         grad_NO, x_NI = _rows(grad_NO), _rows(x_NI)
         (block_m, block_n, inner, warps, stages), precision = tiles_of(x_NI)

@@ -47,7 +47,7 @@ class MixtureOfExperts(nn.Module):
         counts_E.scatter_add_(0, experts_N, torch.ones_like(experts_N))
         sorting = Sorting.of(experts_N)
         x_NH = spread(x_sBH, sorting, self.copies, self.region)
-        weights_N1 = spread(choice.weights_sBK, sorting, 1, self.region)
+        weights_N1 = spread(choice.weights_sBK.unsqueeze(-1), sorting, 1, self.region)
 
         def shared() -> Tensor | None:
             return None if self.shared is None else self.shared(x_sBH, recompute=recompute)

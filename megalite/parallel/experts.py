@@ -51,14 +51,14 @@ def _summed_rows(sorting: Sorting, rows: Tensor, copies: int) -> Tensor:
 
 
 class _Spread(Function):
-    """x [s, ...] -> sorted rows [N, width]: gathered over the tensor ranks, each row of `x` repeated `copies` times."""
+    """x [s, ..., width] -> sorted rows [N, width]: gathered over the tensor ranks, each row repeated `copies` times."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sorting: Sorting, copies: int, region: TensorRegion) -> Tensor:
         ctx.sorting, ctx.copies, ctx.region = sorting, copies, region
         whole = region.gather(x)
         ctx.shape = whole.shape
-        return _gathered_rows(sorting, whole.reshape(sorting.order_N.numel() // copies, -1), copies)
+        return _gathered_rows(sorting, whole.reshape(-1, whole.shape[-1]), copies)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -84,7 +84,7 @@ class _Collect(Function):
 
 
 def spread(x: Tensor, sorting: Sorting, copies: int, region: TensorRegion) -> Tensor:
-    """Tokens (or one number for each of their rows) as sorted rows; x [s, B, ...] -> [N, width]."""
+    """Tokens, each `copies` times, as sorted rows; x [s, ..., width] -> [N, width]."""
     return _Spread.apply(x, sorting, copies, region)
 
 
