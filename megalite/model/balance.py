@@ -17,6 +17,11 @@ from megalite.mesh import Mesh
 from megalite.model.router import Router
 
 
+def expert_metrics(sums: Sequence[float]) -> dict[str, float]:
+    """What is reported, from the sums of `Balance.collect`; nothing for a model without experts."""
+    return {"aux_loss": sums[0], "expert_load_max": max(sums[1:])} if sums else {}
+
+
 class Balance:
     """The routers of this rank's stages."""
 
@@ -29,14 +34,15 @@ class Balance:
         for router in self.routers:
             router.begin(tokens)
 
-    def collect(self, layers: int) -> tuple[Tensor, Tensor]:
-        """Sum the step's counts over all ranks; then this rank's terms of two sums over all ranks, in fp64: of the
-        losses the routers added, and, for each of `layers` layers, of the highest load of an expert over the mean."""
+    def collect(self, layers: int) -> tuple[Tensor, ...]:
+        """Sum the step's counts over all ranks; then this rank's terms of sums over all ranks, fp64 scalars: of what
+        the routers added to the objective, and, for each of the model's `layers`, of the highest load of an expert over
+        the mean. `expert_metrics` makes metrics of the sums."""
         device = self.mesh.device
         loss = torch.zeros((), dtype=torch.float64, device=device)
         highest_L = torch.zeros(layers, dtype=torch.float64, device=device)
         if not self.routers:
-            return loss, highest_L
+            return loss, *highest_L
         split = self.routers[0].region.sequence
         self._counts_LE = torch.stack([self._counts(router) for router in self.routers])
         self.mesh.data_group().all_reduce(self._counts_LE).wait()
@@ -48,7 +54,7 @@ class Balance:
         if self.mesh.rank == self.mesh.rank_at(dp=0, ep=0, cp=0, tp=0):
             numbers = torch.tensor([router.layer for router in self.routers], device=device)
             highest_L[numbers] = self._loads(self._counts_LE).amax(-1)
-        return loss, highest_L
+        return loss, *highest_L
 
     def _counts(self, router: Router) -> Tensor:
         if router.counts_E is None:

@@ -17,6 +17,7 @@ from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
+from megalite.model.balance import expert_metrics
 from megalite.model.decoder import Stage
 from megalite.model.sharded import MicroBatches, ShardedModel
 from megalite.objective import Objective, Outputs, build_objective
@@ -33,7 +34,8 @@ class StepResult:
 
     `loss` is the objective's mean over the step's `units` (counted tokens, or pairs); with no units it is meaningless,
     and nothing was updated. `grad_norm` is the global norm before clipping, `flags` the sum of the ranks' `flag`
-    arguments (such as a request to stop), `metrics` the objective's own sums over the global batch.
+    arguments (such as a request to stop), `metrics` the objective's own sums over the global batch, and those of the
+    experts' load.
     """
 
     loss: float
@@ -51,6 +53,8 @@ class _Shares:
     loss: Tensor | float
     units: Tensor | float
     metrics: dict[str, Tensor | float]
+    loads: tuple[Tensor, ...] = ()
+    """Of `Balance.collect`."""
 
 
 class Trainer(ShardedModel):
@@ -78,12 +82,6 @@ class Trainer(ShardedModel):
         self.observe: Observer = unobserved
         self._data_group = mesh.data_group()
         self._world = mesh.world
-<<<<<<< HEAD
-=======
-        self._units: Tensor | float = 0.0
-        self._sums: dict[str, Tensor | float] = {}
-        self._loads: tuple[Tensor, ...] = ()
->>>>>>> 6b8ae97 (Sparse layers: router variants, experts split over data ranks, balancing losses and bias; the section model has a file of its own)
 
     def initialise(self) -> None:
         super().initialise()
@@ -139,10 +137,10 @@ class Trainer(ShardedModel):
                 sums[name][micro] = value.detach().double()
             return loss
 
-<<<<<<< HEAD
         losses = self.run(batches, finish, shape=shape, train=train, observe=self.observe if train else unobserved)
         metrics = {name: self._share(values) for name, values in sorted(sums.items())}
-        return _Shares(self._share(losses), self._share_of_units(units), metrics)
+        loads = self.balance.collect(self.config.model.layers) if train and self.config.model.experts else ()
+        return _Shares(self._share(losses), self._share_of_units(units), metrics, loads)
 
     def accumulate(
         self, batches: MicroBatches, objective: Objective | None = None, shape: tuple[int, int] | None = None
@@ -152,15 +150,6 @@ class Trainer(ShardedModel):
         `shape` is (B, S) of a micro-batch where it is not the configuration's.
         """
         return self._sum(batches, objective or self.objective, shape, train=True)
-=======
-        losses = self.run(batches, finish, train=True, observe=self.observe)
-        if self.config.model.experts:
-            added, highest_L = self.balance.collect(self.config.model.layers)
-            self._loads = (added, *highest_L)
-        self._units = self._share_of_units(units)
-        self._sums = {name: self._share(values) for name, values in sums.items()}
-        return self._share(losses)
->>>>>>> 6b8ae97 (Sparse layers: router variants, experts split over data ranks, balancing losses and bias; the section model has a file of its own)
 
     def step(
         self,
@@ -176,37 +165,24 @@ class Trainer(ShardedModel):
         """
         own = self.accumulate(batches, objective, shape)
         square, loss, flags, units, *sums = self._agree(
-<<<<<<< HEAD
-            self.norm.local_square_sum(), own.loss, flag, own.units, *own.metrics.values()
+            self.norm.local_square_sum(), own.loss, flag, own.units, *own.metrics.values(), *own.loads
         )
+        metrics = dict(zip(own.metrics, sums)) | expert_metrics(sums[len(own.metrics) :])
         loss += getattr(objective or self.objective, "offset", 0.0)
-=======
-            self.norm.local_square_sum(), share, flag, self._units, *(self._sums[name] for name in names), *self._loads
-        )
-        metrics = dict(zip(names, sums)) | self._expert_metrics(sums[len(names) :])
->>>>>>> 6b8ae97 (Sparse layers: router variants, experts split over data ranks, balancing losses and bias; the section model has a file of its own)
         grad_norm = float(np.float32(math.sqrt(square))) if square >= 0 else math.nan
         accepted = math.isfinite(loss) and math.isfinite(grad_norm)
         if accepted and units > 0:
             limit = self.config.optimizer.clip_grad
             scale = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
             self.optimizer.step(lr, scale)
-<<<<<<< HEAD
-        return StepResult(loss, grad_norm, accepted, flags, units, dict(zip(own.metrics, sums)))
+            self.balance.update()
+        return StepResult(loss, grad_norm, accepted, flags, units, metrics)
 
     def measure(self, batches: MicroBatches) -> tuple[float, int, dict[str, float]]:
         """The objective without training: (its mean over these micro-batches of all ranks, units, metrics)."""
         own = self._sum(batches, self.objective, train=False)
         loss, units, *sums = self._agree(own.loss, own.units, *own.metrics.values())
         return loss + getattr(self.objective, "offset", 0.0), int(units), dict(zip(own.metrics, sums))
-=======
-            self.balance.update()
-        return StepResult(loss, grad_norm, accepted, flags, units, metrics)
-
-    def _expert_metrics(self, sums: list[float]) -> dict[str, float]:
-        """From the sums of `_loads`: what the routers add to the objective, and the highest load in any layer."""
-        return {"aux_loss": sums[0], "expert_load_max": max(sums[1:])} if sums else {}
->>>>>>> 6b8ae97 (Sparse layers: router variants, experts split over data ranks, balancing losses and bias; the section model has a file of its own)
 
     def evaluate(self, batches: MicroBatches, shape: tuple[int, int] | None = None) -> tuple[float, int]:
         """(sum of the token losses, count of valid tokens) over this call's micro-batches of all ranks."""
