@@ -222,8 +222,7 @@ def _add_gradient(
 class GroupedLinear(nn.Module):
     """y = x W^T with a matrix for each expert of this rank, of which every row uses one.
 
-    `weight` is [experts * O, I]. `rows`: the input features are split over the tensor ranks, not the output's. The
-    share of all rows' matrices that a token uses is `used` / `experts` of the whole layer.
+    `weight` is [experts * O, I]. `rows`: the input features are split over the tensor ranks, not the output's.
     """
 
     def __init__(self, weight: PlacedParameter, kernels: Kernels, *, rows: bool) -> None:

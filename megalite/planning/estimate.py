@@ -89,6 +89,7 @@ class Plan:
                 "tensor": job.tensor,
                 "pipeline": job.pipeline,
                 "data": job.data,
+                "expert": job.expert,
                 "sequence": job.sequence,
                 "zero": job.zero,
                 "schedule": job.schedule,
