@@ -165,6 +165,9 @@ def _check_experts(config: Config) -> None:
     if model.experts_per_token > chosen * (model.experts // groups):
         problem = f"exceeds the {chosen * (model.experts // groups)} experts of {chosen} of {groups} groups"
         _refuse(config, "model.experts_per_token", problem, "use fewer, or raise model.router_groups_per_token")
+    if config.parallel.expert > 1 and config.objective.data_format == "prompt":
+        problem = f"does not fit objective.kind = {config.objective.kind}, whose ranks answer each at its own pace"
+        _refuse(config, "parallel.expert", problem, "use 1, and parallel.tensor or parallel.pipeline")
     if model.experts % config.parallel.expert:
         remedy = f"use one of {_divisors(model.experts)}"
         _refuse(config, "parallel.expert", f"does not divide model.experts = {model.experts}", remedy)
