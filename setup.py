@@ -29,7 +29,7 @@ extensions = [
 setup(
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels", "megalite.kernels.attention"],
     package_dir={"megalite.kernels": "kernels"},
-    package_data={"": ["*.pyi", "*.toml", "*.html"]},
+    package_data={"": ["*.pyi", "*.toml", "*.html", "*.yaml"]},
     ext_modules=extensions,
     cmdclass={"build_ext": build_ext},
 )

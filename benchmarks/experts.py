@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.kernels import grouped, select_kernels
@@ -43,12 +44,14 @@ def grouped_against_dense(repeat: int) -> dict[str, float]:
         ends[-1] = rows
         one, whole = weight[0].contiguous(), torch.zeros(outputs, inputs)
 
-        def many(x=x, grad=grad, weight=weight, total=total, ends=ends) -> None:
+        def many(
+            x: Tensor = x, grad: Tensor = grad, weight: Tensor = weight, total: Tensor = total, ends: Tensor = ends
+        ) -> None:
             grouped.grouped_product(x, weight, ends)
             grouped.grouped_input_gradient(grad, weight, ends)
             grouped.grouped_weight_gradient_(total, grad, x, ends)
 
-        def dense(x=x, grad=grad, one=one, whole=whole) -> None:
+        def dense(x: Tensor = x, grad: Tensor = grad, one: Tensor = one, whole: Tensor = whole) -> None:
             torch.mm(x, one.t())
             torch.mm(grad, one)
             whole.addmm_(grad.t(), x)

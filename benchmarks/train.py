@@ -4,11 +4,11 @@
 
 A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners
 are megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the
-peers named by `--against`. Options: tensor, pipeline, data (ranks along each), precision, compile, kernels, recompute,
-schedule, sequence, micro_batch, layers. Every row runs in fresh processes with the environment that megalite's launcher
-sets; the rows take turns, `--rounds` times over, so that a busy machine slows all alike. A `plain` row is added for
-every precision among the rows, and without `--rows` a peer gets one for each layout. docs/throughput.md explains the
-numbers.
+peers named by `--against`. Options: tensor, pipeline, context, data (ranks along each), precision, compile, kernels,
+recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the environment
+that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all alike. A
+`plain` row is added for every precision among the rows, and without `--rows` a peer gets one for each layout.
+docs/throughput.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
         name, _, value = option.partition("=")
         if name in AXES and value.isdigit() and int(value) > 0:
             layout[name] = int(value)
-        elif name in ("precision", "kernels", "recompute", "schedule"):
+        elif name in ("precision", "kernels", "recompute", "schedule", "context_mode"):
             chosen[name] = value
         elif name in ("compile", "sequence", "micro_batch", "layers") and value.isdigit():
             chosen[name] = bool(int(value)) if known[name].type == "bool" else int(value)

@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-AXES = ("tensor", "pipeline", "data")
+AXES = ("tensor", "pipeline", "context", "data")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Job:
     recompute: str = "none"
     schedule: str = "1f1b"
     sequence: bool = True
+    context_mode: str = "gather"
     compile: bool = False
     micro_batch: int = 0
     device: str = "cpu"

@@ -31,7 +31,8 @@ OBSERVED = 3
 
 
 def configuration(job: Job) -> Config:
-    parallel = {axis: size for axis, size in job.layout.items() if axis != "data"} | {"schedule": job.schedule}
+    parallel: dict[str, Any] = {axis: size for axis, size in job.layout.items() if axis != "data"}
+    parallel |= {"schedule": job.schedule, "context_mode": job.context_mode}
     if job.tensor > 1:
         parallel["sequence"] = job.sequence
     train = {
@@ -46,7 +47,8 @@ def configuration(job: Job) -> Config:
 
 def run_megalite(job: Job, device: torch.device) -> None:
     config = configuration(job)
-    mesh = Mesh(pp=job.pipeline, tp=job.tensor, dp=job.data, rank=rank(), device=device)
+    context = config.parallel.context
+    mesh = Mesh(pp=job.pipeline, dp=job.data, cp=context, tp=job.tensor, rank=rank(), device=device)
     kernels = select_kernels({"default": job.kernels}, device)
     trainer = Trainer(config, mesh, kernels)
     draw_weights(trainer)

@@ -17,6 +17,8 @@ import torch
 
 from megalite.errors import UserError
 
+from .attention.parts import PLAIN_PARTS, AttentionParts
+
 OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "rms_norm": ("rms_norm", "add_rms_norm"),
@@ -41,12 +43,13 @@ logger = logging.getLogger("megalite.kernels")
 @dataclass(frozen=True)
 class Kernels:
     """One callable per operation, with the signatures of the plain PyTorch forms in the module of the operation's
-    name."""
+    name, and the form of attention over a part of the keys."""
 
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
     attention: Callable[..., Any]
+    attention_parts: AttentionParts
     swiglu: Callable[..., Any]
     grouped_product: Callable[..., Any]
     grouped_input_gradient: Callable[..., Any]
@@ -74,7 +77,7 @@ def select_kernels(choices: Mapping[str, str], device: torch.device, *, determin
     choices: "default" (auto where absent) and per operation (`OPERATIONS`). deterministic: choose by rule, measure
     nothing. Raises UserError for an implementation that cannot run here.
     """
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Any] = {}
     report: dict[str, str] = {}
     for operation, names in OPERATIONS.items():
         field = operation if operation in choices else "default"
@@ -84,6 +87,7 @@ def select_kernels(choices: Mapping[str, str], device: torch.device, *, determin
         if operation == "attention":
             taken, why = _take_attention(wanted, device, deterministic)
             functions["attention"] = _attention(taken, device)
+            functions["attention_parts"] = _attention_parts(taken, device)
         else:
             taken, why = _take(operation, wanted, device)
             functions |= {name: _function(operation, name, taken) for name in names}
@@ -159,6 +163,15 @@ def _attention(taken: str, device: torch.device) -> Callable[..., Any]:
         return choice.MeasuredAttention({**candidates, **choice.sdpa_backends()})  # type: ignore[no-any-return]
     plain = {"sdpa": sdpa, "cpu": form("cpu").attention_cpu, "reference": form("reference").attention_reference}
     return plain[taken]  # type: ignore[no-any-return]
+
+
+def _attention_parts(taken: str, device: torch.device) -> AttentionParts:
+    """The kernels that give and take log-sum-exps: Triton's or the compiled ones, where the choice allows them."""
+    if taken in ("triton", "measured") and _triton_obstacle(device) is None:
+        return import_module(f"{__package__}.attention.flash_triton").FlashParts()  # type: ignore[no-any-return]
+    if taken == "cpu" and _missing_extension(device) is None:
+        return import_module(f"{__package__}.native").NativeParts()  # type: ignore[no-any-return]
+    return PLAIN_PARTS
 
 
 def _with_fallback(

@@ -19,6 +19,7 @@ from . import cross_entropy as cross_entropy_plain
 from . import rms_norm as rms_norm_plain
 from . import rope as rope_plain
 from . import swiglu as swiglu_plain
+from .attention.parts import PLAIN_PARTS, Seen
 
 NORM_ROWS = 64  # rows whose share of a norm weight's gradient is one partial sum: kRows of `cpu/rows.h`
 DTYPES = (torch.float32, torch.bfloat16)
@@ -295,29 +296,77 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, first_BS: Tensor | None, scale: float
     ) -> Tensor:
         q_SBHD, k_SBKD, v_SBKD = map(_last_contiguous, (q_SBHD, k_SBKD, v_SBKD))
-        out_SBHD = torch.empty(q_SBHD.shape, dtype=q_SBHD.dtype)
-        lse_BHS = torch.empty((*q_SBHD.shape[1:3], len(q_SBHD)), dtype=torch.float32)
         first_BS = None if first_BS is None else first_BS.contiguous()
+        out_SBHD, lse_BHS = _attention_forward((q_SBHD, k_SBKD, v_SBKD), (first_BS, None), scale)
         ctx.save_for_backward(q_SBHD, k_SBKD, v_SBKD, out_SBHD, lse_BHS, first_BS)
         ctx.scale = scale
-        _attend((q_SBHD, k_SBKD, v_SBKD, out_SBHD), lse_BHS, first_BS, scale)
         return out_SBHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SBHD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         *tensors, lse_BHS, first_BS = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors[:3])
-        made = (_last_contiguous(grad_SBHD), grad_q, grad_k, grad_v)
-        _attend((*tensors, *made), lse_BHS, first_BS, ctx.scale)
-        return grad_q, grad_k, grad_v, None, None
+        return *_attention_backward((*tensors, grad_SBHD), lse_BHS, (first_BS, None), ctx.scale), None, None
 
 
-def _attend(tensors: tuple[Tensor, ...], lse_BHS: Tensor, first_BS: Tensor | None, scale: float) -> None:
+class NativeParts:
+    """As `attention.parts.PlainParts`."""
+
+    def forward(
+        self, q_SBHD: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, seen: Seen, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if unsupported(q_SBHD) or softcap is not None:
+            return PLAIN_PARTS.forward(q_SBHD, k_TBKD, v_TBKD, seen, scale, softcap)
+        tensors = tuple(map(_last_contiguous, (q_SBHD, k_TBKD, v_TBKD)))
+        return _attention_forward(tensors, (seen.first_BS, seen.last_BS), scale)
+
+    def backward(
+        self,
+        grad_SBHD: Tensor,
+        q_SBHD: Tensor,
+        k_TBKD: Tensor,
+        v_TBKD: Tensor,
+        out_SBHD: Tensor,
+        lse_BHS: Tensor,
+        seen: Seen,
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if unsupported(q_SBHD) or softcap is not None:
+            return PLAIN_PARTS.backward(grad_SBHD, q_SBHD, k_TBKD, v_TBKD, out_SBHD, lse_BHS, seen, scale, softcap)
+        tensors = tuple(map(_last_contiguous, (q_SBHD, k_TBKD, v_TBKD, out_SBHD)))
+        return _attention_backward((*tensors, grad_SBHD), lse_BHS, (seen.first_BS, seen.last_BS), scale)
+
+
+Table = tuple[Tensor | None, Tensor | None]
+"""The first key that each query sees and the one after its last, int64 [1 or B, S], contiguous; None: the very first,
+and the one after the query's own."""
+
+
+def _attention_forward(tensors: tuple[Tensor, ...], table: Table, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) from q, k, v."""
+    q_SBHD = tensors[0]
+    out_SBHD = torch.empty(q_SBHD.shape, dtype=q_SBHD.dtype)
+    lse_BHS = torch.empty((*q_SBHD.shape[1:3], len(q_SBHD)), dtype=torch.float32)
+    _attend((*tensors, out_SBHD), lse_BHS, table, scale)
+    return out_SBHD, lse_BHS
+
+
+def _attention_backward(
+    tensors: tuple[Tensor, ...], lse_BHS: Tensor, table: Table, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v from q, k, v, out and its gradient."""
+    grad_q, grad_k, grad_v = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in tensors[:3])
+    _attend((*tensors[:4], _last_contiguous(tensors[4]), grad_q, grad_k, grad_v), lse_BHS, table, scale)
+    return grad_q, grad_k, grad_v
+
+
+def _attend(tensors: tuple[Tensor, ...], lse_BHS: Tensor, table: Table, scale: float) -> None:
     """tensors: q, k, v, out, and for the backward also out's gradient and those to be made, of q, k, v."""
-    q_SBHD, k_SBKD = tensors[:2]
+    q_SBHD, k_TBKD = tensors[:2]
     places = [*map(_place, tensors), *[NOWHERE] * (8 - len(tensors))]
-    first_row = 0 if first_BS is None or len(first_BS) == 1 else first_BS.stride(0)
-    length, batch, heads, width = q_SBHD.shape
-    sizes = (length, batch, heads, k_SBKD.shape[2], width)
-    _call("attention", q_SBHD.dtype, places, _address(lse_BHS), _address(first_BS), first_row, *sizes, scale)
+    first_BS, last_BS = table
+    table_row = 0 if first_BS is None or len(first_BS) == 1 else first_BS.stride(0)
+    queries, batch, heads, width = q_SBHD.shape
+    sizes = (queries, len(k_TBKD), batch, heads, k_TBKD.shape[2], width)
+    _call("attention", q_SBHD.dtype, places, *map(_address, (lse_BHS, first_BS, last_BS)), table_row, *sizes, scale)

@@ -185,6 +185,17 @@ class Group:
         assert work is not None
         return _Timed(self, work, *self._transfer_limit(tensor))
 
+    def pass_on(self, output: Tensor, tensor: Tensor) -> Work:
+        """Send `tensor` to the next rank of the ring while the previous one's arrives in `output`; all ranks call it
+        alike."""
+        after, before = (self.index + 1) % self.size, (self.index - 1) % self.size
+        if tensor.device.type != "cuda":
+            return _Direct((self.receive(output, before), self.send(tensor, after)), lambda: None)
+        # One launch for both: NCCL runs what two ranks exchange one after the other, and two sends would block.
+        arriving = dist.P2POp(dist.irecv, output, self.ranks[before], self.handle)
+        leaving = dist.P2POp(dist.isend, tensor, self.ranks[after], self.handle)
+        return _Direct([_Timed(self, work) for work in dist.batch_isend_irecv([leaving, arriving])], lambda: None)
+
     def exchange(self, tensor: Tensor, other: int) -> Tensor:
         """Swap tensors of the same shape with the rank at index `other`, which must call this too; complete on return.
 

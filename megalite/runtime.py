@@ -267,7 +267,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
         device=device,
         make_group=functools.partial(create_group, timeout=timeout),
     )
-    for axes in (("tp",), ("pp",), DATA_AXES):  # every rank makes its groups here, in one order
+    for axes in (("tp",), ("pp",), ("cp",), DATA_AXES):  # every rank makes its groups here, in one order
         mesh.group(*axes)
     _ = mesh.world
     return mesh

@@ -97,7 +97,7 @@ def test_resolved_configuration_round_trips(recipe, tmp_path):
         (["--paralel.tensor", "2"], "--paralel.tensor is unknown; did you mean parallel.tensor?"),
         (
             ["--xyzzy.q", "2"],
-            "--xyzzy.q is unknown; sections are run, model, parallel, data, train, kernels, recovery,",
+            "--xyzzy.q is unknown; sections are run, model, parallel, data, train, eval, kernels, recovery,",
         ),
         (["--log.qqqq", "2"], "--log.qqqq is unknown; [log] has interval, tensorboard, wandb"),
         (["--model.layers", "many"], "model.layers = 'many' is not a whole number"),

@@ -34,6 +34,16 @@ def layout(*overrides, world_size=1):
         (1, "--model.kv_heads 3", "model.kv_heads = 3 does not divide model.heads = 8; use one of 1, 2, 4, 8"),
         (1, "--model.heads 7", "model.hidden_size = 512 is not divisible by model.heads = 7; give model.head_dim"),
         (1, "--model.head_dim 33", "model.head_dim = 33 does not split into the pairs"),
+        (1, '--eval.tasks ["mmlu"]', "eval.tasks = ['mmlu'] has no effect with eval.interval = 0"),
+        (1, "--eval.interval 5", "eval.interval = 5 has no eval.tasks to measure"),
+        (1, '--eval.interval 5 --eval.tasks ["mmlu","mmlu"]', "names a task twice"),
+        (1, '--eval.interval 5 --eval.tasks ["mmlu"]', "eval.data =  is empty; give the tasks' data, or pip:"),
+        (1, '--eval.interval 5 --eval.tasks ["mmlu"] --eval.data x', "needs a tokenizer; give data.tokenizer"),
+        (
+            1,
+            '--eval.interval 5 --eval.tasks ["mmlu"] --eval.data x --data.tokenizer byte --objective.kind reward',
+            "needs a model of text, and objective.kind = reward has none",
+        ),
         (1, "--data.chat_template chatml", "data.chat_template = chatml has no effect on the token files"),
         (4, "--parallel.pipeline 4 --model.layers 3", "model.layers = 3 is fewer than the 4 stages"),
         (
@@ -132,7 +142,19 @@ def layout(*overrides, world_size=1):
         (1, "--parallel.zero 4", "parallel.zero = 4 is too large; it must be at least 0 and at most 3"),
         (1, "--train.fp8 row --train.precision fp32", "train.fp8 = row needs train.precision = bf16, not fp32"),
         (1, "--train.fp8 row --train.precision bf16 --model.ffn_hidden_size 40", "needs multiples of 16"),
-        (2, "--parallel.context 2", "parallel.context = 2 is not built yet"),
+        (
+            8,
+            "--parallel.context 8 --train.seq_length 15",
+            "train.seq_length = 15 has too few tokens for the 2 * parallel.context = 16 pieces that it is cut into",
+        ),
+        (
+            6,
+            "--parallel.context 3 --parallel.tensor 2 --parallel.context_mode ulysses",
+            "parallel.context = 3 does not divide the 4 query heads of each tensor rank, and ulysses gives every "
+            "context rank as many; use a parallel.context out of 1, 2, 4, or parallel.context_mode = gather or ring",
+        ),
+        (1, "--parallel.context_mode rings", "parallel.context_mode = 'rings'"),
+        (3, "--parallel.context 2", "3 processes are not divisible by parallel.tensor = 1 * parallel.pipeline = 1 *"),
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),
         (1, "--data.split [0,1]", "data.split = [0.0, 1.0] is out of range"),

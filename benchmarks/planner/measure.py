@@ -81,6 +81,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO-1, bf16": layout(2, zero=1, precision="bf16"),
     "data 2, ZeRO-2": layout(2, zero=2),
     "data 2, ZeRO-3": layout(2, zero=3),
+    "context 2, gather": layout(2, 4, context=2, context_mode="gather"),
+    "context 2, ring": layout(2, 4, context=2, context_mode="ring"),
+    "context 2, ulysses": layout(2, 4, context=2, context_mode="ulysses"),
 }
 
 
@@ -103,12 +106,12 @@ def _train(recipe: dict[str, Any], rank: int, size: int, steps: int) -> None:
 
     config = build_config(recipe)
     parallel, train = config.parallel, config.train
-    mesh = Mesh(pp=parallel.pipeline, tp=parallel.tensor, dp=config.data_parallel(size), rank=rank)
+    mesh = Mesh(pp=parallel.pipeline, dp=config.data_parallel(size), cp=parallel.context, tp=parallel.tensor, rank=rank)
     trainer = Trainer(config, mesh, select_kernels({}, torch.device("cpu")))
     for buckets in trainer.buckets.values():
         buckets.fill(functools.partial(torch.nn.init.normal_, std=0.02))
     trainer.optimizer.restart()
-    draw = torch.Generator().manual_seed(rank)
+    draw = torch.Generator().manual_seed(mesh.samples_index)
 
     def batch() -> Batch:
         shape = (train.micro_batch_size, train.seq_length + 1)

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..layout import next_power_of_two, obstacle
 from .flash_triton_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
+from .parts import PLAIN_PARTS, Seen
 from .reference import document_begins, read_options
 
 WIDEST = 256
@@ -245,3 +246,35 @@ def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) ->
     scale, softcap = asked.scale_for(q_SBHD), asked.softcap or 0.0
     pair = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, scale, softcap)
     return pair if asked.return_lse else pair[0]
+
+
+class FlashParts:
+    """As `parts.PlainParts`: the same kernels by the tables of `Seen`."""
+
+    def forward(
+        self, q_SBHD: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, seen: Seen, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if unsupported(q_SBHD):
+            return PLAIN_PARTS.forward(q_SBHD, k_TBKD, v_TBKD, seen, scale, softcap)
+        table, _ = seen.tables(q_SBHD.shape[1])
+        out, lse = _forward(q_SBHD, k_TBKD, v_TBKD, table, False, 0, scale, softcap or 0.0)
+        return out, lse
+
+    def backward(
+        self,
+        grad_SBHD: Tensor,
+        q_SBHD: Tensor,
+        k_TBKD: Tensor,
+        v_TBKD: Tensor,
+        out_SBHD: Tensor,
+        lse_BHS: Tensor,
+        seen: Seen,
+        scale: float,
+        softcap: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if unsupported(q_SBHD):
+            return PLAIN_PARTS.backward(grad_SBHD, q_SBHD, k_TBKD, v_TBKD, out_SBHD, lse_BHS, seen, scale, softcap)
+        tables = seen.tables(q_SBHD.shape[1])
+        given = (grad_SBHD, None, q_SBHD, k_TBKD, v_TBKD, out_SBHD, lse_BHS)
+        grad_q, grad_k, grad_v = _backward(*given, *tables, False, 0, scale, softcap or 0.0)
+        return grad_q, grad_k, grad_v

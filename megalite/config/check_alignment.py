@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megalite.config.schema import Config
+from megalite.errors import UserError
 
 Refuse = Callable[[Config, str, str, str], NoReturn]
 """(configuration, field, what is wrong with its value, what to do)."""
@@ -26,8 +27,10 @@ def check_alignment(config: Config, refuse: Refuse) -> None:
 def _check_rollout(config: Config, refuse: Refuse) -> None:
     rollout, kind = config.rollout, config.objective.kind
     if not rollout.reward and not rollout.reward_model:
-        remedy = "give it as module:function, or rollout.reward_model as a checkpoint"
-        refuse(config, "rollout.reward", f"leaves objective.kind = {kind} without a reward", remedy)
+        raise UserError(
+            f"rollout.reward and rollout.reward_model are empty, and objective.kind = {kind} needs a reward; name a "
+            "module:function or a checkpoint"
+        )
     everything = "cuts tokens off, and the probabilities of the losses are those of all tokens"
     if rollout.top_k:
         refuse(config, "rollout.top_k", everything, "use 0, and rollout.temperature")

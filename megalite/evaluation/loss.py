@@ -122,7 +122,8 @@ def score(windows: Windows, model: ShardedModel, *, micro_batch_size: int = 4, d
             losses = model.run(part, _loss, shape=(micro_batch_size, windows.seq_length))
             if losses and mesh.index("tp") == 0:  # tensor ranks hold the same sums
                 total[0] += torch.stack(list(losses.values())).sum()
-                total[1] += sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in part)
+                if mesh.index("cp") == 0:  # each has the loss of its own tokens, and all have the whole batch
+                    total[1] += sum(int((batch.labels_BS != IGNORE_INDEX).sum()) for batch in part)
     mesh.world.all_reduce(total).wait()
     nats, tokens = total.tolist()
     return Score(nats, int(tokens), len(windows))

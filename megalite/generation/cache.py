@@ -15,11 +15,12 @@ class DecoderCache:
     """One buffer of `capacity` positions for each tensor of a layer, allocated at its first write; see `KeyValueCache`.
 
     Memory in elements, for keys and values: 2 * layers of this rank * capacity * B * k * D. In memory a row's positions
-    are neighbours, [B, k, capacity, D], since one query reads all of them.
+    are neighbours, [B, k, capacity, D], since one query reads all of them. While `keeps` is False, new positions are
+    left to another rank of the sequence, and only those so far are returned.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity, self.keeps = capacity, True
         self._buffers: dict[int, tuple[Tensor, ...]] = {}
         self._lengths: dict[int, int] = {}
 
@@ -28,6 +29,8 @@ class DecoderCache:
         if layer not in self._buffers:
             self._buffers[layer] = tuple(self._allocate(tensor) for tensor in new)
         start = self._lengths.get(layer, 0)
+        if not self.keeps:
+            return tuple(buffer[:start] for buffer in self._buffers[layer])
         stop = self._lengths[layer] = start + new[0].shape[0]
         if stop > self.capacity:
             raise IndexError(f"layer {layer}: {stop} positions in a cache of {self.capacity}")

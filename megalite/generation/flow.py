@@ -47,8 +47,8 @@ class Flow:
     ) -> None:
         self._stages, self._owners, self._mesh, self._groups = stages, owners, mesh, groups
         self._draw, self._told = draw, told
-        self._pp, self._everyone = mesh.group("pp"), mesh.group("pp", "tp")
-        drawer = mesh.rank_at(pp=owners[-1], tp=0)
+        self._pp, self._everyone = mesh.group("pp"), mesh.group("pp", "cp", "tp")
+        drawer = mesh.rank_at(pp=owners[-1], cp=0, tp=0)  # the first context rank has the end of every prompt
         self._drawer, self._draws = self._everyone.ranks.index(drawer), mesh.rank == drawer
         self._ops = token_plan(owners, len(groups))[mesh.index("pp")]
         any_stage = next(iter(stages.values()))

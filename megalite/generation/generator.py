@@ -61,7 +61,8 @@ class Completion:
 
 
 class Generator:
-    """Generates with this rank's stages; all ranks of one copy of the model (tensor x pipeline) call `run` alike.
+    """Generates with this rank's stages; all ranks of one copy of the model (tensor x pipeline x context) call `run`
+    alike.
 
     `stages` are those of `ShardedModel.generating()`, by number, and `owners` says for each stage of the model which
     pipeline rank holds it. Copies along the data axes need not generate the same rows, or at the same time.
@@ -72,7 +73,8 @@ class Generator:
             raise ValueError("generation needs whole sequences: use the stages of ShardedModel.generating()")
         self.stages, self.owners, self.mesh, self.model = stages, tuple(owners), mesh, model
         self.look_every = _LOOK_EVERY if mesh.device.type == "cuda" else 1
-        mesh.group("pp", "tp")  # made now, on every rank
+        self._context = next(iter(stages.values())).context
+        mesh.group("pp", "cp", "tp")  # made now, on every rank
 
     @torch.no_grad()
     def run(
@@ -105,9 +107,9 @@ class Generator:
         numbers = range(len(prompts)) if rows is None else rows
         groups = []
         for part in self._parts(prompts, [row for row in range(len(prompts)) if own[row].max_new_tokens > 0]):
-            capacity = max(len(prompts[row]) for row in part) + max(own[row].max_new_tokens for row in part)
+            most_new = max(own[row].max_new_tokens for row in part)
             texts = {row: prompts[row] for row in part}
-            groups.append(RowGroup(texts, numbers, capacity, self.mesh.device, memory))
+            groups.append(RowGroup(texts, numbers, most_new, self._context, memory))
         unread: list[list[Tensor]] = [[] for _ in groups]
 
         def draw(group: RowGroup, logits_BV: Tensor) -> Tensor:

@@ -35,10 +35,18 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _EPILOG = (
-    "also: --parallel.tensor N --parallel.pipeline N --parallel.expert N --train.precision fp32|bf16 "
-    "--run.device cpu|cuda"
+    "also: --parallel.tensor N --parallel.pipeline N --parallel.context N --parallel.expert N "
+    "--train.precision fp32|bf16 --run.device cpu|cuda"
 )
-_OVERRIDES = ("parallel.tensor", "parallel.pipeline", "parallel.expert", "train.precision", "run.device", "kernels.")
+_OVERRIDES = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.expert",
+    "train.precision",
+    "run.device",
+    "kernels.",
+)
 
 
 def checkpoint_parser(description: str | None) -> Parser:
@@ -160,21 +168,21 @@ class Loaded:
 
 @contextmanager
 def load_model(
-    opened: Opened, overrides: Sequence[str], *, seq_length: int = 1, data_parallel: bool = False
+    opened: Opened, overrides: Sequence[str], *, seq_length: int | None = None, data_parallel: bool = False
 ) -> Iterator[Loaded]:
     """Join the other ranks, build this rank's stage and fill it. Raises UserError, the same on every rank.
 
-    `overrides` are `--parallel.tensor`, `--parallel.pipeline`, `--parallel.expert`, `--train.precision`,
-    `--run.device`, `--kernels.…`, as for the trainer. Only with `data_parallel` may there be more ranks than one copy
-    of the model takes; without it, ranks that share the experts do the same work on the rest.
+    `overrides` are those of `_OVERRIDES`, as for the trainer. `seq_length`: of the sequences to be scored. Only with
+    `data_parallel` may there be more ranks than one copy of the model takes; without it, ranks that share the experts
+    do the same work on the rest.
     """
     world = World.from_environment()
     config = _inference_config(opened, overrides, seq_length, world.size)
     needed = config.model_parallel * config.parallel.expert
     if not data_parallel and needed != world.size:
         raise UserError(
-            f"{world.size} process{'es' * (world.size > 1)}, but parallel.tensor * parallel.pipeline * parallel.expert "
-            f"= {needed}; "
+            f"{world.size} process{'es' * (world.size > 1)}, but parallel.tensor * parallel.pipeline * "
+            f"parallel.context * parallel.expert = {needed}; "
             "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
         )
     check_layout(config, world.size)
@@ -189,7 +197,7 @@ def load_model(
         dist.destroy_process_group()
 
 
-def _inference_config(opened: Opened, overrides: Sequence[str], seq_length: int, world_size: int) -> Config:
+def _inference_config(opened: Opened, overrides: Sequence[str], seq_length: int | None, world_size: int) -> Config:
     values = parse_overrides(overrides)
     for section, name in values:
         if not f"{section}.{name}".startswith(_OVERRIDES):
@@ -198,11 +206,13 @@ def _inference_config(opened: Opened, overrides: Sequence[str], seq_length: int,
         "model": opened.model,
         "adapter": opened.adapter,
         "parallel": {"sequence": False, "zero": 0},
-        "train": {"precision": opened.precision, "seq_length": seq_length, "global_batch_size": world_size},
+        "train": {"precision": opened.precision, "global_batch_size": world_size},
     }
     for (section, name), value in values.items():
         tables.setdefault(section, {})[name] = value
     config = build_config(tables)
     size = config.model_parallel
-    batch = dataclasses.replace(config.train, global_batch_size=max(1, world_size // size))
+    if seq_length is None:  # generation pads what it reads to as many as there are pieces
+        seq_length = 2 * config.parallel.context if config.parallel.context > 1 else 1
+    batch = dataclasses.replace(config.train, seq_length=seq_length, global_batch_size=max(1, world_size // size))
     return dataclasses.replace(config, train=batch)

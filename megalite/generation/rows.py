@@ -4,7 +4,12 @@ Prompts of different lengths are padded on the left, so that all rows grow at th
 its own, which no token of the prompt sees, and positions count from a row's first true token: a row's logits are those
 it would have alone.
 
-P longest prompt, S positions of one forward pass, C capacity, B rows that have not finished, U numbers drawn at once.
+Under context parallelism prompts are padded further, to what the ranks can share, and a rank has its part of each. A
+new token is computed on all ranks, each of which attends to its own part of the cache; the ranks take turns in caching
+new ones.
+
+P longest prompt with its padding, S positions of one forward pass, C positions at most, B rows that have not finished,
+U numbers drawn at once; t positions that this rank has.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ from megalite.generation.cache import DecoderCache, Memory
 from megalite.generation.sampling import uniforms
 from megalite.model.attention import Positions
 from megalite.model.decoder import Stage
+from megalite.parallel.context import ContextRegion
+from megalite.parallel.context_attention import CachedRows
 
 _NUMBERS_AT_ONCE = 64
 
@@ -33,23 +40,30 @@ class RowGroup:
         self,
         prompts: Mapping[int, Sequence[int]],
         numbers: Sequence[int],
-        capacity: int,
-        device: torch.device,
+        most_new: int,
+        context: ContextRegion,
         memory: Memory | None = None,
     ) -> None:
-        """`prompts` by the caller's name; `numbers[name]` is the row's global number, which its draws depend on. With
-        `memory`, for a single prompt, only the part of it that is not there is computed."""
+        """`prompts` by the caller's name; `numbers[name]` is the row's global number, which its draws depend on; no row
+        gets more than `most_new` tokens. With `memory`, for a single prompt, only the part of it that is not there is
+        computed; a split prompt is computed whole."""
+        device = context.device
         self.members = list(prompts)
         self.start = self.drawn = 0
-        self._numbers = numbers
-        longest = max(map(len, prompts.values()))
+        self._numbers, self._context = numbers, context
+        longest = context.padded(max(map(len, prompts.values())))
+        capacity = longest + most_new
         self._padding = [longest - len(prompt) for prompt in prompts.values()]
         padded = [[0] * pad + list(prompt) for pad, prompt in zip(self._padding, prompts.values())]
-        if memory is None:
-            self.cache = DecoderCache(capacity)
+        if memory is None or context.size > 1:
+            self.cache = DecoderCache(longest // context.size + -(-most_new // context.size))
         else:
             self.start, self.cache = memory.recall(padded[0], capacity), memory.cache
         self.tokens_BS = torch.tensor(padded, device=device)[:, self.start :]
+        self._length = longest - self.start  # of the sequences in the next forward pass
+        self._rows_t = context.rows(longest) if context.size > 1 else None
+        if self._rows_t is not None:
+            self.tokens_BS = self.tokens_BS[:, self._rows_t]
         # A row's place in its own text, and 1 where there is one.
         padding_B1 = torch.tensor(self._padding, device=device).unsqueeze(1)
         self._places_BC = torch.arange(capacity, device=device) - padding_B1
@@ -62,12 +76,15 @@ class RowGroup:
 
     def positions(self, stage: Stage) -> Positions:
         """Of the tokens in `tokens_BS`."""
-        length = self.tokens_BS.shape[1]
+        length, rows_t, stop = self._length, self._rows_t, self.start + self._length
+        documents_BT = self._documents_BC[:, :stop]
+        if rows_t is not None and self.start > 0:
+            positions = stage.positions(1, self.start, self._places_BC[:, self.start : stop])
+            return Positions(positions.cos, positions.sin, CachedRows(documents_BT.t(), rows_t))
         if not any(self._padding):
-            return stage.positions(length, self.start)
-        stop = self.start + length
-        places_BS = self._places_BC[:, self.start : stop].clamp(min=0)
-        return stage.positions(length, self.start, places_BS, self._documents_BC[:, :stop])
+            return stage.positions(length, self.start, rows_s=rows_t)
+        places_BS = self._places_BC[:, self.start : stop] if rows_t is None else self._places_BC[:, rows_t]
+        return stage.positions(length, self.start, places_BS.clamp(min=0), documents_BT)
 
     def uniforms(self, seed: int) -> Tensor:
         """The rows' numbers for the token that is due, float64 [B]."""
@@ -79,7 +96,12 @@ class RowGroup:
 
     def append(self, tokens_B: Tensor) -> None:
         """The tokens that have been drawn are those of the next forward pass."""
-        self.start += self.tokens_BS.shape[1]
+        self.start, self._length = self.start + self._length, 1
+        if self._rows_t is not None:
+            self.cache.keeps = self.drawn % self._context.size == self._context.group.index
+            if self.cache.keeps:
+                new_1 = torch.arange(self.start, self.start + 1, device=self._rows_t.device)
+                self._rows_t = torch.cat((self._rows_t, new_1))
         self.drawn += 1
         self.tokens_BS = tokens_B.unsqueeze(1)
 

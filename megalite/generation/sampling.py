@@ -120,10 +120,11 @@ def _draw(scaled_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     total_B = ends_BN[:, -1]
     targets_B = uniforms_B * total_B
     blocks_B = _pass(ends_BN, sums_BN, targets_B)
-    ids_BW = blocks_B.unsqueeze(1) * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
-    inside_BW = ids_BW < vocabulary
-    ids_BW = ids_BW.clamp_(max=vocabulary - 1)
-    weights_BW = weights_BV.gather(1, ids_BW).double().where(inside_BW, 0.0)
+    # The last block may be short: its last token is repeated, beyond all targets.
+    ids_BW = (blocks_B.unsqueeze(1) * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)).clamp_(
+        max=vocabulary - 1
+    )
+    weights_BW = weights_BV.gather(1, ids_BW).double()
     before_B = _take(ends_BN, blocks_B) - _take(sums_BN, blocks_B)
     tokens_B = _take(ids_BW, _pass(weights_BW.cumsum(-1), weights_BW, targets_B - before_B))
     return tokens_B, _take(scaled_BV, tokens_B) - total_B.log()

@@ -29,12 +29,13 @@ class Positions:
 
     cos: Tensor
     sin: Tensor
-    documents_SB: Tensor | None = None
+    documents_SB: Tensor | Documents | None = None
 
     @cached_property
     def documents(self) -> Documents | None:
         """The documents as attention takes them; built once and shared by all layers."""
-        return None if self.documents_SB is None else Documents(self.documents_SB)
+        numbers_SB = self.documents_SB
+        return Documents(numbers_SB) if isinstance(numbers_SB, Tensor) else numbers_SB
 
 
 class KeyValueCache(Protocol):

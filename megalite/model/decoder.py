@@ -23,6 +23,8 @@ from megalite.model.head import ScalarHead, VocabParallelHead
 from megalite.model.partition import layers_of_stage
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.context import ContextRegion
+from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.fp8 import products_of
 
@@ -40,7 +42,8 @@ class Stage(nn.Module):
     not initialised: fill them with `megalite.model.init.initialise` or from a checkpoint. `recompute` is `none`,
     `selective` (core attention and SwiGLU are recomputed in backward) or `full` (whole layers are); `fp8` is `none`,
     `tensor` or `row` (see `megalite.parallel.fp8`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to all
-    global names; `adapter` wraps linear layers. With `view_of`, the parameters are shared with that stage.
+    global names; `adapter` wraps linear layers. With `view_of`, the parameters are shared with that stage. With a
+    `context`, attention sees the sequence of all its ranks.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Stage(nn.Module):
         prefix: str = "",
         adapter: Adapter | None = None,
         view_of: Stage | None = None,
+        context: ContextRegion | None = None,
     ) -> None:
         super().__init__()
         stages = len(owners)
@@ -70,11 +74,15 @@ class Stage(nn.Module):
         if model.experts:  # on every rank, whatever layers it holds: groups must be as many everywhere
             mesh.group("ep")
             mesh.group(*EXPERT_DATA_AXES)
+        context = context or ContextRegion.alone(mesh)
+        self.kernels, self.context = kernels, context
+        if context.size > 1:
+            kernels = dataclasses.replace(kernels, attention=ContextAttention(context, kernels))
         if view_of is None:
             self.build = Build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, adapter)
         else:
             self.build = dataclasses.replace(
-                view_of.build, region=self.region, shared=view_of.build.parameters, parameters={}
+                view_of.build, region=self.region, kernels=kernels, shared=view_of.build.parameters, parameters={}
             )
         tied = model.tie_embeddings and head == "vocabulary"
         across = tied and stages > 1
@@ -113,20 +121,27 @@ class Stage(nn.Module):
         return Stage(
             build.model,
             build.mesh,
-            build.kernels,
+            self.kernels,
             stage=self.stage,
             owners=self.owners,
             embedding=self.embedding,
             head="vocabulary" if self.scalar is None else "scalar",
             view_of=self,
+            context=self.context,
         )
 
     def positions(
-        self, length: int, start: int = 0, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
+        self,
+        length: int,
+        start: int = 0,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        rows_s: Tensor | None = None,
     ) -> Positions:
-        """Rotary tables for `length` positions from `start` on, or for the given position of each token."""
+        """Rotary tables for `length` positions from `start` on, for these rows of the sequence, or for the given
+        position of each token. `documents_BS` are those of all tokens that attention sees."""
         if positions_BS is None:
-            window = slice(start, start + length)
+            window = slice(start, start + length) if rows_s is None else rows_s.clamp(max=len(self.cos) - 1)
             return Positions(self.cos[window], self.sin[window])
         index_SB = positions_BS.t()
         documents_SB = None if documents_BS is None else documents_BS.t()
@@ -156,6 +171,11 @@ class Stage(nn.Module):
         """Last stage, no gradient: [2, B, S], see `VocabParallelHead.label_stats`."""
         assert self.norm is not None and self.head is not None
         return self.head.label_stats(_cooled(self.norm(hidden_sBH), temperature), labels_BS)
+
+    def label_stats_at(self, hidden_sBH: Tensor, places_N: Tensor, labels_N: Tensor) -> Tensor:
+        """Last stage, no gradient: [2, N], see `VocabParallelHead.label_stats_at`."""
+        assert self.norm is not None and self.head is not None
+        return self.head.label_stats_at(self.norm(hidden_sBH), places_N, labels_N)
 
     def values(self, hidden_sBH: Tensor) -> Tensor:
         """Last stage with a scalar head: one fp32 value per position, [B, S], differentiable."""

@@ -209,14 +209,23 @@ class VocabParallelHead(nn.Module):
     @torch.no_grad()
     def label_stats(self, hidden_sBH: Tensor, labels_BS: Tensor) -> Tensor:
         """[2, B, S] fp32: log-probability of each label, and 1 where the label is the argmax; 0 for `IGNORE_INDEX`."""
-        hidden_NH, labels_N = self.region.gather(hidden_sBH).flatten(0, 1), labels_BS.t().flatten()
-        parts = []
+        stats_2N = self._label_stats(self.region.gather(hidden_sBH).flatten(0, 1), labels_BS.t().flatten())
+        return stats_2N.view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
+
+    @torch.no_grad()
+    def label_stats_at(self, hidden_sBH: Tensor, places_N: Tensor, labels_N: Tensor) -> Tensor:
+        """The same of N labels at places of the micro-batch, [2, N] fp32; place = position * B + row. Only these
+        places' logits are computed, and a place may have several labels."""
+        return self._label_stats(self.region.gather(hidden_sBH).flatten(0, 1)[places_N], labels_N)
+
+    def _label_stats(self, hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+        parts = [torch.empty((2, 0), device=hidden_NH.device)]
         for chunk in self.chunks(hidden_NH):
             stats = self.stats(self.local_logits(hidden_NH[chunk]), labels_N[chunk])
             loss_n = cross_entropy_loss(stats, labels_N[chunk], vocab_size=self.vocab_size)
             likeliest_n = (stats[..., 2] >= stats[..., 0]) & (labels_N[chunk] != IGNORE_INDEX)
             parts.append(torch.stack((-loss_n, likeliest_n.to(loss_n.dtype))))
-        return torch.cat(parts, dim=1).view(2, labels_BS.shape[1], labels_BS.shape[0]).transpose(1, 2)
+        return torch.cat(parts, dim=1)
 
     @torch.no_grad()
     def logits(self, hidden_sBH: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from megalite.config import AdapterConfig, Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
+from megalite.model.attention import Positions
 from megalite.model.balance import Balance
 from megalite.model.build import Adapter
 from megalite.model.decoder import Stage
@@ -28,6 +29,7 @@ from megalite.model.init import initialise_parameter
 from megalite.model.router import Router
 from megalite.model.shapes import model_shapes
 from megalite.optim.shard import Segment, segments_of
+from megalite.parallel.context import PADDING, ContextRegion
 from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
 from megalite.parallel.zero import StageBuckets
 from megalite.placement import PlacedParameter, placed_parameters
@@ -39,8 +41,8 @@ MicroBatches = Sequence[Batch | None]
 """The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
 
 Finish = Callable[[Stage, Tensor, Batch, int], Tensor]
-"""(last stage, its hidden [s, B, H] before the norm, micro-batch, its number) -> the pipeline's output: in training the
-loss (fp64 scalar)."""
+"""(last stage, its hidden [s, B, H] before the norm, part of the micro-batch, its number) -> the pipeline's output:
+in training the loss (fp64 scalar)."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,6 +73,8 @@ class ShardedModel:
         self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
         self.dtype = DTYPES[config.train.precision]
         self.head, self.prefix, self.adapter = head, prefix, adapter
+        split = mesh.tp if config.parallel.sequence else 1
+        self.context = ContextRegion.of(mesh, config.parallel.context_mode, split)
         self.tied = config.model.tie_embeddings and head == "vocabulary"
         self.stages: dict[int, Stage] = {}
         for number in (number for number, owner in enumerate(self.owners) if owner == mesh.index("pp")):
@@ -89,6 +93,7 @@ class ShardedModel:
                 head=head,
                 prefix=prefix,
                 adapter=adapter,
+                context=self.context,
             )
         parameters = [parameter for stage in self.stages.values() for parameter in placed_parameters(stage)]
         for parameter in parameters:
@@ -187,8 +192,8 @@ class ShardedModel:
             else:
                 plan = forward_only(self.owners, micro_batches)
             lowered = lower(plan, tied=self.tied)
-            split = next(iter(self.stages.values())).region.split
-            hidden = (length // split, batch, self.config.model.hidden_size)
+            context = self.context
+            hidden = (context.part_length(length) // context.split, batch, self.config.model.hidden_size)
             activation = Activation(hidden, self.dtype, self.mesh.device)
             self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.owners, self.mesh, activation)
         return self._engines[key]
@@ -203,21 +208,22 @@ class ShardedModel:
         observe: Observer = unobserved,
     ) -> dict[int, Tensor]:
         """Run micro-batches of `shape` (B, S) through the pipeline; returns the results of `finish` by micro-batch, on
-        the rank of the last stage. With `train`, also runs backward and reduces gradients."""
+        the rank of the last stage. With `train`, also runs backward and reduces gradients.
+
+        Under context parallelism, `finish` gets this rank's part of the micro-batch."""
         shape = shape or self.shape
 
         def forward(number: int, micro: int, hidden: Tensor | None) -> Tensor:
-            stage, batch = self.stages[number], batches[micro]
-            own = (batch.positions_BS, batch.documents_BS) if batch is not None else (None, None)
-            positions = stage.positions(shape[1], 0, *own)
+            stage, whole = self.stages[number], batches[micro]
+            part = None if whole is None else self.context.cut(whole)
             if hidden is None:
-                assert batch is not None
-                hidden = batch.tokens_BS
-            hidden = stage(hidden, positions)
+                assert part is not None
+                hidden = part.tokens_BS
+            hidden = stage(hidden, self._positions(stage, shape[1], whole, part))
             if not stage.last:
                 return hidden
-            assert batch is not None
-            return finish(stage, hidden, batch, micro)
+            assert part is not None
+            return finish(stage, hidden, part, micro)
 
         engine = self._engine(len(batches), shape, train)
         if train:
@@ -228,21 +234,36 @@ class ShardedModel:
         with torch.no_grad():
             return engine.run(forward, observe=observe)
 
+    def _positions(self, stage: Stage, length: int, whole: Batch | None, part: Batch | None) -> Positions:
+        """Positions of this rank's rows, with the documents of all that attention sees."""
+        positions = None if part is None else part.positions_BS
+        documents = None if whole is None else whole.documents_BS
+        if self.context.size == 1:
+            return stage.positions(length, 0, positions, documents)
+        documents = None if documents is None else self.context.pad(documents, PADDING)
+        return stage.positions(length, 0, positions, documents, self.context.rows(length))
+
     def score(
         self, batches: MicroBatches, *, shape: tuple[int, int] | None = None, temperature: float = 1.0
     ) -> list[Tensor]:
         """For each micro-batch [2, B, S] (fp32): log-probabilities of the labels, and 1 where the label is the argmax.
         On the rank of the last stage; an empty list on the others."""
-        outputs = self.run(
-            batches,
-            lambda stage, hidden, batch, _: stage.label_stats(hidden, batch.labels_BS, temperature),
-            shape=shape,
-        )
+        length = (shape or self.shape)[1]
+
+        def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
+            return self.context.gather(stage.label_stats(hidden, batch.labels_BS, temperature), length)
+
+        outputs = self.run(batches, finish, shape=shape)
         return [outputs[micro] for micro in sorted(outputs)]
 
     def values(self, batches: MicroBatches, *, shape: tuple[int, int] | None = None) -> list[Tensor]:
         """The same for a scalar head: [B, S] (fp32) of each micro-batch."""
-        outputs = self.run(batches, lambda stage, hidden, batch, _: stage.values(hidden), shape=shape)
+        length = (shape or self.shape)[1]
+
+        def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
+            return self.context.gather(stage.values(hidden), length)
+
+        outputs = self.run(batches, finish, shape=shape)
         return [outputs[micro] for micro in sorted(outputs)]
 
     @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -25,6 +25,11 @@ class Outputs:
     """fp32, differentiable: log-probability of each label, 0 where it is ignored."""
     values_BS: Tensor | None = None
     """fp32, differentiable: the scalar head's value at each position."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """The same with `change` applied to what is [B, S]."""
+        logprobs_BS, values_BS = (x if x is None else change(x) for x in (self.logprobs_BS, self.values_BS))
+        return Outputs(self.loss, logprobs_BS, values_BS)
 
 
 class Objective(Protocol):

@@ -22,6 +22,7 @@ import torch
 
 from megalite.kernels.attention.cpu import form as attention_form
 from megalite.kernels.cross_entropy import CHUNK_ELEMENTS, PRODUCT_BYTES
+from megalite.model.attention import split_heads
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 
@@ -60,6 +61,8 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     norms = _query_key_norm_kept(job, layer)
     if not grouped:  # every query head gets its own copy of keys and values
         return size * (4 * layer.query) + 4 * layer.queries + norms
+    if job.context > 1 and job.context_mode == "ulysses":
+        return _exchanged_kept(job, layer, norms)
     kept = 3 * layer.query + 3 * layer.key
     form = _attention_form(job, layer)
     if form == "explicit" and layer.kvs > 1 and job.micro_batch_size > 1:
@@ -73,12 +76,23 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     return size * kept + statistics + norms
 
 
+def _exchanged_kept(job: Job, layer: LayerShare, norms: float) -> float:
+    """The same where heads are exchanged: nobody but norms keeps the projection's output or rotated heads; attention
+    keeps its heads of all rows and their output, which is then exchanged back."""
+    size, ranks = job.element_bytes, job.context
+    width = layer.query // layer.queries
+    split = split_heads(layer.queries, layer.kvs, ranks, 0)
+    heads = ranks * width * (split.queries + 2 * split.kvs)
+    projection = layer.query + 2 * layer.key if norms else 0
+    return size * (projection + heads + 2 * layer.query) + 4.0 * layer.queries + norms
+
+
 def _attention_form(job: Job, layer: LayerShare) -> str:
     """Which form of attention computes the layer: `explicit`, `blocked`, or `fused` for all that keep log-sum-exps.
 
     CPUs are taken to have the compiled kernels, and matrix units for bf16 (AMX).
     """
-    if job.device.is_gpu:
+    if job.device.is_gpu or job.context > 1:
         return "fused"
     dtype = torch.float32 if job.element_bytes == 4 else torch.bfloat16
     sizes = (job.seq_length, job.seq_length, layer.queries, layer.kvs, job.architecture.model.head_dim)
@@ -129,7 +143,9 @@ def _layer_working(job: Job) -> tuple[float, float]:
     forward = size * (whole + hidden + layer.ffn * (extra + (1 if recomputes else 0)))
     swiglu = hidden + gathered + layer.ffn * ((4 if recomputes else 2) + extra)
     up = hidden + gathered + whole + hidden
-    backward = size * max(swiglu, up)
+    attention = _context_working(job, layer)
+    forward = max(forward, attention[0])
+    backward = max(size * max(swiglu, up), attention[1])
     if layer.copies:
         # Outputs of the experts in the order by expert and in that of the tokens; in backward their gradients, those
         # of SwiGLU's output and inputs, and its output once more.
@@ -146,6 +162,22 @@ def inference_bytes(job: Job) -> float:
     layer = job.layer
     rows = layer.copies * (2.0 * layer.hidden + 3.0 * layer.expert_ffn)
     return job.tokens * job.element_bytes * (3.0 * layer.hidden + 3.0 * layer.ffn + rows)
+
+
+def _context_working(job: Job, layer: LayerShare) -> tuple[float, float]:
+    """(forward, backward) bytes a token while attention talks to the other ranks of a sequence."""
+    size, ranks, key = job.element_bytes, job.context, 2.0 * layer.key
+    if ranks == 1:
+        return 0.0, 0.0
+    if job.context_mode == "gather":  # keys and values as they arrive and in order; in order, with two copies of grads
+        return 2 * size * ranks * key, 3 * size * ranks * key + size * layer.query
+    if job.context_mode == "ring":  # own and arriving ones, fp32 sums; and three of gradients
+        wide = 4.0
+        return 2 * size * key + (2 * wide + size) * layer.query, (2 * size + 3 * wide) * key + (
+            wide + size
+        ) * layer.query
+    heads = layer.query + key  # leaving and arriving, and in order
+    return 3 * size * heads, 3 * size * heads + size * layer.query
 
 
 def _fresh_gradient(job: Job, elements: float) -> float:

@@ -56,13 +56,14 @@ def rollout_bytes(job: Job, rank: int) -> dict[str, float]:
     rollout = job.rollout
     assert rollout is not None
     layers = sum(job.layers[stage] for stage in job.stages_of(rank))
-    cached = 2.0 * layers * job.layer.key * job.element_bytes * rollout.batch * (rollout.prompt + rollout.tokens)
+    length = (rollout.prompt + rollout.tokens) / job.context
+    cached = 2.0 * layers * job.layer.key * job.element_bytes * rollout.batch * length
     prompts = _prompt_job(job)
     work = inference_bytes(prompts)
     if job.stages - 1 in job.stages_of(rank):
         logits = prompts.micro_batch_size * job.architecture.model.vocab_size * (job.element_bytes + LOGIT_BYTES)
         work = max(work, logits)
-    whole = job.element_bytes * rank_parameters(job, rank) if job.zero == 3 and job.data > 1 else 0.0
+    whole = job.element_bytes * rank_parameters(job, rank) if job.zero == 3 and job.replicas > 1 else 0.0
     return {"whole weights": whole, "keys and values": cached, "rollout at work": work}
 
 
@@ -112,7 +113,7 @@ def _layer_token_seconds(job: Job, rows: int, length: float) -> float:
         max(size * matrix.elements / device.memory_bandwidth, product_seconds(job, rows, matrix.inputs, matrix.outputs))
         for matrix in layer.sizes.matrices
     )
-    cache = 2.0 * size * layer.key * length * rows / device.memory_bandwidth
+    cache = 2.0 * size * layer.key * length / job.context * rows / device.memory_bandwidth
     talk = 0.0
     if job.tensor > 1:  # an all-reduce after attention and one after the feed-forward
         moved = size * rows * layer.hidden
@@ -142,7 +143,7 @@ def token_seconds(job: Job, rollout: Rollout) -> float:
     layer = _layer_token_seconds(job, rows, rollout.prompt + rollout.tokens / 2)
     ranks = [layer * sum(job.layers[stage] for stage in job.stages_of(rank)) for rank in range(job.pipeline)]
     ranks[job.owners[-1]] += _draw_seconds(job, rows)
-    over = transfer_link(job.device, job.data * job.tensor)
+    over = transfer_link(job.device, job.replicas * job.tensor)
     transfer = over.latency + rows * job.element_bytes * job.architecture.model.hidden_size / over.bandwidth
     # A group's next token needs its last one: groups that are too few for the ranks wait for themselves.
     alone = sum(ranks) + (job.stages * transfer if job.pipeline > 1 else 0.0)
@@ -154,7 +155,7 @@ def rollout_parts(job: Job, forward: Forward) -> dict[str, float]:
     rollout = job.rollout
     assert rollout is not None
     gather = 0.0
-    if job.zero == 3 and job.data > 1:
+    if job.zero == 3 and job.replicas > 1:
         gather = max(sum(gather_parameters(job, stage) for stage in job.stages_of(r)) for r in range(job.pipeline))
     return {
         "rollout: gathering weights": gather,

@@ -88,6 +88,8 @@ class Plan:
             "layout": {
                 "tensor": job.tensor,
                 "pipeline": job.pipeline,
+                "context": job.context,
+                "context_mode": job.context_mode,
                 "data": job.data,
                 "expert": job.expert,
                 "sequence": job.sequence,

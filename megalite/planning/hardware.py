@@ -167,6 +167,25 @@ def transfer_link(device: Device, stride: int) -> Link:
     return Link(device.network_bandwidth * device.network_efficiency, device.network_latency, True)
 
 
+def ring_link(device: Device, size: int, stride: int) -> Link:
+    """Each of `size` ranks, `stride` apart, sends to the next. A step takes as long as the pair that leaves a node."""
+    over = link(device, size, stride)
+    if not over.crosses:
+        return over
+    return Link(device.network_bandwidth * device.network_efficiency, device.network_latency, True)
+
+
+def exchange_seconds(own_bytes: float, size: int, device: Device, stride: int) -> float:
+    """An all-to-all: every rank sends `own_bytes` in equal parts, those for other nodes by its adapter."""
+    if size == 1:
+        return 0.0
+    over, part = link(device, size, stride), own_bytes / size
+    near = min(size, max(1, device.per_node // stride)) if over.crosses else size
+    inside = (near - 1) * part / (device.link_bandwidth * device.link_efficiency)
+    outside = (size - near) * part / (device.network_bandwidth * device.network_efficiency) if over.crosses else 0.0
+    return over.latency + max(inside, outside)
+
+
 def gather_seconds(total_bytes: float, size: int, over: Link) -> float:
     """An all-gather to, or reduce-scatter of, `total_bytes` on each of `size` ranks (ring: (n-1)/n of them move)."""
     return over.latency + total_bytes * (size - 1) / size / over.bandwidth if size > 1 else 0.0

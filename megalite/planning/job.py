@@ -10,10 +10,10 @@ from typing import Literal
 
 from megalite.align.frozen import open_source
 from megalite.config import Config, ModelConfig
-from megalite.errors import UserError
 from megalite.model.partition import layers_of_stage
 from megalite.objective import Reads, build_objective
 from megalite.objective.work import Passes, has_critic, has_reference, passes_of
+from megalite.parallel.context import padded_length
 from megalite.planning.architecture import Architecture, LayerShare, layers_on
 from megalite.planning.hardware import Device
 from megalite.schedule.ops import Plan, stage_owners
@@ -104,6 +104,8 @@ class Job:
     data: int = 1
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
+    context_mode: str = "gather"
     sequence: bool = False
     zero: int = 1
     schedule: str = "1f1b"
@@ -126,8 +128,6 @@ class Job:
         `reward_model` is that of `reward_model_of`, where it is known already: it may have to be read from a file.
         """
         parallel, train = config.parallel, config.train
-        if parallel.context > 1:
-            raise UserError(f"parallel.context = {parallel.context} is not in the planner's model; use 1")
         reward_model = reward_model or reward_model_of(config)
         return Job(
             reads=build_objective(config).reads,
@@ -146,6 +146,8 @@ class Job:
             data=config.data_parallel(world_size),
             tensor=parallel.tensor,
             pipeline=parallel.pipeline,
+            context=parallel.context,
+            context_mode=parallel.context_mode,
             sequence=bool(parallel.sequence),
             zero=parallel.zero,
             schedule=parallel.schedule,
@@ -157,7 +159,12 @@ class Job:
 
     @property
     def world(self) -> int:
-        return self.data * self.tensor * self.pipeline
+        return self.replicas * self.tensor * self.pipeline
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same weights and train on different tokens; ZeRO shares out over them."""
+        return self.data * self.context
 
     @property
     def stages(self) -> int:
@@ -165,13 +172,13 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.seq_length * self.micro_batch_size
+        """Tokens of a micro-batch on one rank, padding included."""
+        return self.micro_batch_size * padded_length(self.seq_length, self.context, self.split) // self.context
 
     @property
     def tokens_per_step(self) -> int:
         minibatches = self.rollout.minibatches if self.rollout is not None else 1
-        return self.tokens * self.micro_batches * self.data * minibatches
+        return self.seq_length * self.micro_batch_size * self.micro_batches * self.data * minibatches
 
     @property
     def head(self) -> str:

@@ -115,7 +115,9 @@ def _update_memory(job: Job, rank: int, beside: dict[str, float]) -> RankMemory:
         hidden = job.architecture.model.hidden_size / job.split
         transfers = TRANSFER_BUFFERS * job.tokens * job.element_bytes * hidden
     # The optimizer's step: activations are gone, the new parameters are being gathered.
-    gather = job.element_bytes * rank_parameters(job, rank) / job.data if job.data > 1 and job.zero >= 1 else 0.0
+    gather = 0.0
+    if job.replicas > 1 and job.zero >= 1:
+        gather = job.element_bytes * rank_parameters(job, rank) / job.replicas
     if gather > worst.total + transfers:
         worst, transfers = _Moment(gather, 0.0, gather, 0.0, 0), 0.0
     parts["activations"] = worst.kept

@@ -1,8 +1,9 @@
 """All layouts of a job, ranked by predicted speed among those that fit.
 
-What is tried: tensor sizes within a node, pipeline sizes, shares of the experts, schedules with their virtual stages,
-ZeRO levels, micro-batch sizes and recomputation. The model, the global batch, the sequence and the number of devices
-stay. Whether a layout is allowed is asked of `check_combinations`, the trainer's own rules.
+What is tried: tensor sizes within a node, pipeline sizes, context sizes for long sequences, shares of the experts,
+schedules with their virtual stages, ZeRO levels, micro-batch sizes and recomputation. The model, the global batch, the
+sequence and the number of devices stay. Whether a layout is allowed is asked of `check_combinations`, the trainer's own
+rules.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from megalite.schedule.schedules import SCHEDULES
 VIRTUAL_STAGES = (1, 2, 3, 4, 5, 6, 8)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 RECOMPUTE = ("none", "selective", "full")
+LEAST_PART = 8192
+"""Tokens of a sequence that each context rank should get at least; shorter sequences are not worth a split."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +46,23 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
     """Configurations to try, allowed or not, none of them twice over."""
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     tensors = [size for size in sizes if size <= device.per_node]
-    for tensor, pipeline in itertools.product(tensors, sizes):
-        if devices % (tensor * pipeline) or pipeline > config.model.layers:
+    contexts = [size for size in sizes if size == 1 or config.train.seq_length // size >= LEAST_PART]
+    for tensor, pipeline, context in itertools.product(tensors, sizes, contexts):
+        if devices % (tensor * pipeline * context) or pipeline > config.model.layers:
             continue
         schedules = [
             (name, virtual)
             for name, virtual in itertools.product(SCHEDULES, VIRTUAL_STAGES)
             if (pipeline > 1 or name == "1f1b") and SCHEDULES[name].refusal(pipeline, pipeline, virtual) is None
         ]
-        levels = (0, 1, 2, 3) if devices // (tensor * pipeline) > 1 else (1,)
+        levels = (0, 1, 2, 3) if devices // (tensor * pipeline) > 1 else (1,)  # context ranks are copies, too
         experts = [size for size in sizes if config.model.experts % size == 0] if config.model.experts else [1]
         for schedule, virtual in schedules:
             for zero, micro, recompute, expert in itertools.product(levels, MICRO_BATCHES, RECOMPUTE, experts):
                 layout: dict[str, Any] = {
                     "tensor": tensor,
                     "pipeline": pipeline,
+                    "context": context,
                     "sequence": tensor > 1,
                     "schedule": schedule,
                     "virtual_stages": virtual,

@@ -16,7 +16,15 @@ from typing import NamedTuple
 from megalite.model.cost import Matrix
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
-from megalite.planning.hardware import Link, gather_seconds, link, product_rate, transfer_link
+from megalite.planning.hardware import (
+    Link,
+    exchange_seconds,
+    gather_seconds,
+    link,
+    product_rate,
+    ring_link,
+    transfer_link,
+)
 from megalite.planning.job import Job
 from megalite.planning.states import stage_elements, stage_expert_elements
 from megalite.schedule.ops import Plan
@@ -41,6 +49,7 @@ class TimeParts(NamedTuple):
     tensor: float = 0.0
     data: float = 0.0
     launch: float = 0.0
+    context: float = 0.0
     experts: float = 0.0
 
     def plus(self, other: TimeParts) -> TimeParts:
@@ -171,6 +180,36 @@ def expert_exchange(job: Job, layer: LayerShare) -> float:
     return exposed(once, shared) + once
 
 
+def _context_talk(job: Job, attention: tuple[float, float]) -> tuple[float, float]:
+    """Exposed seconds of context-parallel communication in a layer, forward and backward.
+
+    As `megalite.parallel.context_attention` does it: gather waits for keys and values, in backward again, and for the
+    sum of their gradients; ring moves them under attention to those of the rank before, gradients in fp32 a step
+    later; ulysses waits for its exchanges of heads.
+    """
+    ranks, layer = job.context, job.layer
+    if ranks == 1:
+        return 0.0, 0.0
+    own = 2.0 * job.tokens * layer.key * job.element_bytes  # keys and values of this rank's tokens
+    if job.context_mode == "gather":
+        once = gather_seconds(own * ranks, ranks, link(job.device, ranks, job.tensor))
+        return once, 2 * once
+    if job.context_mode == "ulysses":
+        heads, kvs = layer.queries // ranks, -(-layer.kvs // ranks)
+        width = layer.query / layer.queries
+        widths = (ranks * (heads + 2 * kvs) * width, float(layer.query))  # there, and back
+        sizes = [job.tokens * wide * job.element_bytes for wide in widths]
+        once = sum(exchange_seconds(size, ranks, job.device, job.tensor) for size in sizes)
+        return once, once
+    over = ring_link(job.device, ranks, job.tensor)
+    step = over.latency + own / over.bandwidth
+    summed = over.latency + 8.0 * job.tokens * layer.key / over.bandwidth
+    cost = job.practice.hiding_cost
+    forward = (ranks - 1) * max(cost * step, exposed(step, attention[0] / ranks))
+    backward = (ranks - 1) * max(cost * (step + summed), exposed(step + summed, attention[1] / ranks)) + summed
+    return forward, backward
+
+
 def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
@@ -179,15 +218,16 @@ def layer_work(job: Job) -> StageWork:
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
+    context = _context_talk(job, attention)
     weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = expert_exchange(job, layer)
-    forward = TimeParts(total, attention[0], elementwise[0], talk_forward, experts=moved)
-    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, experts=moved)
+    forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
+    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
     weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
         input_gradient = input_gradient.plus(forward)
     elif job.recompute == "selective":
-        input_gradient = input_gradient.plus(TimeParts(0.0, attention[0], 0.4 * elementwise[0]))
+        input_gradient = input_gradient.plus(TimeParts(0.0, attention[0], 0.4 * elementwise[0], context=context[0]))
     return StageWork(forward, input_gradient, weight_gradient)
 
 
@@ -237,7 +277,7 @@ def stage_work(job: Job, stage: int) -> StageWork:
     if stage == 0:
         forward = forward.plus(TimeParts(tensor=_exchange(job)))
         weights = weights.plus(TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0))
-    if job.zero >= 2 and job.data > 1:  # gradients are reduced for each micro-batch, and weights gathered
+    if job.zero >= 2 and job.replicas > 1:  # gradients are reduced for each micro-batch, and weights gathered
         talk = reduce_gradients(job, stage)
         if job.zero == 3:
             gather = gather_parameters(job, stage)
@@ -258,14 +298,14 @@ def stage_works(job: Job) -> list[StageWork]:
 
 
 def _data_link(job: Job) -> Link:
-    over = link(job.device, job.data, job.tensor)
+    over = link(job.device, job.replicas, job.tensor)
     efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
     return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
 
 def _expert_data_link(job: Job) -> Link:
     """Of the ranks that hold the same experts."""
-    over = link(job.device, job.data // job.expert, job.tensor * job.expert)
+    over = link(job.device, job.replicas // job.expert, job.tensor * job.expert)
     efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
     return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
@@ -273,8 +313,8 @@ def _expert_data_link(job: Job) -> Link:
 def gather_parameters(job: Job, stage: int) -> float:
     """All-gather of a stage's weights over the data-parallel ranks."""
     experts = stage_expert_elements(job, stage)
-    rest = gather_seconds(job.element_bytes * (stage_elements(job, stage) - experts), job.data, _data_link(job))
-    return rest + gather_seconds(job.element_bytes * experts, job.data // job.expert, _expert_data_link(job))
+    rest = gather_seconds(job.element_bytes * (stage_elements(job, stage) - experts), job.replicas, _data_link(job))
+    return rest + gather_seconds(job.element_bytes * experts, job.replicas // job.expert, _expert_data_link(job))
 
 
 def reduce_gradients(job: Job, stage: int) -> float:
@@ -282,12 +322,12 @@ def reduce_gradients(job: Job, stage: int) -> float:
     experts, once = stage_expert_elements(job, stage), 0.0
     rest = stage_elements(job, stage) - experts
     for elements, ranks, over in (
-        (rest, job.data, _data_link(job)),
-        (experts, job.data // job.expert, _expert_data_link(job)),
+        (rest, job.replicas, _data_link(job)),
+        (experts, job.replicas // job.expert, _expert_data_link(job)),
     ):
         buckets = -(-elements // BUCKET_ELEMENTS) if ranks > 1 else 0
         once += gather_seconds(4.0 * elements, ranks, over) + max(0, buckets - 1) * over.latency
-    return once * (2 if job.zero == 0 else 1) if job.data > 1 else 0.0
+    return once * (2 if job.zero == 0 else 1) if job.replicas > 1 else 0.0
 
 
 def pipeline_costs(job: Job, works: list[StageWork] | None = None) -> tuple[dict[str, list[float]], float]:
@@ -299,7 +339,7 @@ def pipeline_costs(job: Job, works: list[StageWork] | None = None) -> tuple[dict
         "I": [work.input_gradient.seconds for work in works],
         "W": [work.weight_gradient.seconds for work in works],
     }
-    over = transfer_link(job.device, job.data * job.tensor)
+    over = transfer_link(job.device, job.replicas * job.tensor)
     activation = job.tokens * job.element_bytes * job.architecture.model.hidden_size / job.split
     return costs, over.latency + activation / over.bandwidth
 

@@ -54,13 +54,13 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
     experts = sum(stage_expert_elements(job, stage) for stage in stages)
     parts: dict[str, float] = {}
-    for elements, copies in ((parameters - experts, job.data), (experts, job.data // job.expert)):
+    for elements, copies in ((parameters - experts, job.replicas), (experts, job.replicas // job.expert)):
         zero = job.zero if copies > 1 else 0
         states = state_bytes(elements, copies, zero, weight=job.element_bytes, master=master)
         if zero == 1:
             states["gradients"] += 4.0 * elements / copies  # the reduced shard has its own buffer
         parts = {name: parts.get(name, 0.0) + size for name, size in states.items()}
-    zero = job.zero if job.data > 1 else 0
+    zero = job.zero if job.replicas > 1 else 0
     whole = [_whole_buckets(job, stage) for stage in stages]
     if zero >= 2 and working:
         parts["gradients"] += 4.0 * max((IN_FLIGHT + 1) * layer + ends for layer, ends in whole)
@@ -70,7 +70,8 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     ends = bool({0, job.stages - 1} & set(stages))
     if job.shares_vocabulary and ends:  # the output layer's own gradients, until both are added
         parts["gradients"] += 4.0 * vocabulary_rows(job.architecture, job.tensor) * model.hidden_size
-    parts["tokens and tables"] = _tables(job, rank) + 16.0 * job.tokens * job.micro_batches * ends
+    read = job.seq_length * job.micro_batch_size  # every rank reads whole sequences
+    parts["tokens and tables"] = _tables(job, rank) + 16.0 * read * job.micro_batches * ends
     return parts
 
 
@@ -82,7 +83,7 @@ def _tables(job: Job, rank: int) -> float:
 def frozen_bytes(job: Job, rank: int) -> float:
     """A model that is not trained: its weights, shared out by ZeRO-3 alone, and its tables."""
     experts = sum(stage_expert_elements(job, stage) for stage in job.stages_of(rank))
-    copies, of_experts = (job.data, job.data // job.expert) if job.zero == 3 else (1, 1)
+    copies, of_experts = (job.replicas, job.replicas // job.expert) if job.zero == 3 else (1, 1)
     held = (rank_parameters(job, rank) - experts) / copies + experts / of_experts
     return job.element_bytes * held + _tables(job, rank)
 

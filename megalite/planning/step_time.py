@@ -57,7 +57,7 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
         gather = sum(gather_parameters(job, stage) for stage in stages)
         late += exposed(gather, sum(works[stage].forward.seconds for stage in stages))
     experts = sum(stage_expert_elements(job, stage) for stage in stages)
-    shares = (job.data, job.data // job.expert) if job.zero >= 1 else (1, 1)
+    shares = (job.replicas, job.replicas // job.expert) if job.zero >= 1 else (1, 1)
     updated = (elements - experts) / shares[0] + experts / shares[1]
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
@@ -103,6 +103,7 @@ def _update_time(job: Job) -> StepTime:
         "element-wise": work.elementwise,
         "waiting for the host": work.launch,
         "tensor-parallel communication": work.tensor,
+        "context-parallel communication": work.context,
         "pipeline idle and transfers": idle,
         "rows on their way to experts": work.experts,
         "data-parallel communication": work.data + late,

@@ -21,6 +21,8 @@ def layout_words(job: Job) -> str:
     if job.pipeline > 1:
         virtual = f", {job.virtual_stages} stages a rank" if job.virtual_stages > 1 else ""
         words.append(f"pipeline {job.pipeline} ({job.schedule}{virtual})")
+    if job.context > 1:
+        words.append(f"context {job.context} ({job.context_mode})")
     words.append(f"{job.data} {'copy' if job.data == 1 else 'copies'} of the model")
     words.append(f"ZeRO-{job.zero}")
     return ", ".join(words)
@@ -148,6 +150,7 @@ def overrides_toml(job: Job) -> str:
     parallel = {
         "tensor": job.tensor,
         "pipeline": job.pipeline,
+        "context": job.context,
         "sequence": job.sequence,
         "zero": job.zero,
         "schedule": job.schedule,
@@ -160,7 +163,7 @@ def overrides_toml(job: Job) -> str:
 
 def ranking_table(ranking: Ranking) -> Table:
     """The fastest layouts, one a row."""
-    table = _table("Fastest layouts that fit", "", "tp", "pp", "dp", "schedule", "zero", "mbs", "recompute")
+    table = _table("Fastest layouts that fit", "", "tp", "pp", "cp", "dp", "schedule", "zero", "mbs", "recompute")
     for column in ("tokens/s/device", "MFU", "idle", "GiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for place, plan in enumerate(ranking.plans, 1):
@@ -170,6 +173,7 @@ def ranking_table(ranking: Ranking) -> Table:
             str(place),
             str(job.tensor),
             str(job.pipeline),
+            str(job.context),
             str(job.data),
             schedule if job.pipeline > 1 else "",
             str(job.zero),

@@ -97,6 +97,27 @@ def draw_loss(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def draw_evaluations(runs: Sequence[Run]) -> Figure | None:
+    """Bits per byte of the tasks' answers during training (`eval.tasks`); None where no run measured any."""
+    ending = "_bits_per_byte"
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row if name.endswith(ending))
+    found = [(run, name, run.column(name)) for run in runs for name in names]
+    found = [(run, name, values) for run, name, values in found if any(map(math.isfinite, values))]
+    if not found:
+        return None
+    figure, axes = new_figure(WIDE)
+    for number, (run, name, values) in enumerate(found):
+        points = [(tokens, value) for tokens, value in zip(run.tokens, values) if math.isfinite(value)]
+        task = name.removesuffix(ending)
+        label = f"{task}, {plain(run.name)}" if len(runs) > 1 else task
+        axes.plot(*zip(*points), color=colour(number), marker="o", markersize=4, label=plain(label))
+    axes.set_title("Answers of evaluations")
+    axes.set_ylabel("bits per byte")
+    token_axis(axes)
+    axes.legend(loc="upper right")
+    return figure
+
+
 def _draw(runs: Sequence[Run], column: str, title: str, unit: str, shape: Callable[[Axes], None]) -> Figure:
     """One column of metrics.jsonl against tokens."""
     figure, axes = new_figure(HALF)

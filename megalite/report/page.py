@@ -20,6 +20,7 @@ from megalite.observe.metrics import whole
 from megalite.report import curves, timing
 from megalite.report.remarks import history, remarks
 from megalite.report.run_directory import Run
+from megalite.report.scores import Score, draw_scores, rows_of
 from megalite.report.style import styled, to_png, write_file
 
 _SUMMARY = (
@@ -31,8 +32,8 @@ _MOST_COMPLAINTS = 200
 _ABSENT = "–"
 
 
-def write_report(runs: Sequence[Run], output: Path) -> Path:
-    """Write report.html and its pictures to the directory `output`; the page's path."""
+def write_report(runs: Sequence[Run], output: Path, scores: Sequence[Score] = ()) -> Path:
+    """Write report.html and its pictures to the directory `output`; the page's path. Runs or scores may be missing."""
     template = _template()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -40,13 +41,13 @@ def write_report(runs: Sequence[Run], output: Path) -> Path:
         raise UserError(f"--output {output} cannot be made ({error.strerror}); name a directory") from error
     pictures: dict[str, str] = {}
     with styled():
-        for name, figure in _pictures(runs):
+        for name, figure in _pictures(runs, scores):
             if figure is None:
                 continue
             content = to_png(figure)
             write_file(output / f"{name}.png", content)
             pictures[name] = base64.b64encode(content).decode()
-    text = template.render(**_content(runs, pictures))
+    text = template.render(**_content(runs, pictures, scores))
     page = output / "report.html"
     write_file(page, text.encode("utf-8", "backslashreplace"))
     return page
@@ -60,7 +61,11 @@ def _template() -> Any:
     return environment.from_string(text)
 
 
-def _pictures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
+def _pictures(runs: Sequence[Run], scores: Sequence[Score]) -> Iterator[tuple[str, Figure | None]]:
+    yield "scores", draw_scores(scores)
+    if not runs:
+        return
+    yield "evaluations", curves.draw_evaluations(runs)
     yield "loss", curves.draw_loss(runs)
     yield from curves.draw_objective(runs)
     yield "gradient_norm", curves.draw_gradient_norm(runs)
@@ -84,14 +89,15 @@ def _timing_names(runs: Sequence[Run], number: int) -> list[str]:
     return [f"{name}{end}" for name in ("breakdown_ranks", "breakdown_steps", "pipeline")]
 
 
-def _content(runs: Sequence[Run], pictures: dict[str, str]) -> dict[str, Any]:
+def _content(runs: Sequence[Run], pictures: dict[str, str], scores: Sequence[Score]) -> dict[str, Any]:
     several = len(runs) > 1
     timed = [
         (run, [name for name in _timing_names(runs, number) if name in pictures]) for number, run in enumerate(runs)
     ]
     return {
-        "title": f"{len(runs)} runs" if several else runs[0].name,
-        "subtitle": "compared with each other" if several else _describe(runs[0]),
+        "title": _title(runs),
+        "subtitle": "compared with each other" if several else _describe(runs[0]) if runs else "",
+        "scores": rows_of(scores),
         "several": several,
         "names": [run.name for run in runs],
         "pictures": dict.fromkeys(["loss"], "") | pictures,
@@ -114,6 +120,12 @@ def _content(runs: Sequence[Run], pictures: dict[str, str]) -> dict[str, Any]:
             for run in runs
         ],
     }
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if not runs:
+        return "Evaluations"
+    return f"{len(runs)} runs" if len(runs) > 1 else runs[0].name
 
 
 def _describe(run: Run) -> str:

@@ -6,6 +6,7 @@ from megalite.config import Config
 from megalite.kernels.attention.choice import Call
 from megalite.model.attention import split_heads
 from megalite.model.sharded import DTYPES
+from megalite.parallel.context import padded_length
 
 
 def attention_calls(config: Config) -> list[Call]:
@@ -13,12 +14,19 @@ def attention_calls(config: Config) -> list[Call]:
     model, train, tensor = config.model, config.train, config.parallel.tensor
     splits = [split_heads(model.heads, model.kv_heads, tensor, index) for index in range(tensor)]
     # Without even groups, keys and values are expanded to one head per query head.
-    heads = sorted({(split.queries, split.kvs if split.grouped else split.queries) for split in splits})
+    heads = {(split.queries, split.kvs if split.grouped else split.queries) for split in splits}
+    context = config.parallel.context
+    if context > 1 and config.parallel.context_mode != "ulysses":
+        return []  # attention over parts of the keys has one form
+    if context > 1:
+        splits = [split_heads(*here, context, index) for here in heads for index in range(context)]
+        heads = {(split.queries, split.kvs if split.grouped else split.queries) for split in splits}
+    length = padded_length(train.seq_length, context, tensor if config.parallel.sequence else 1)
     passes = (True, False) if train.eval_interval else (True,)
     return [
         Call(
-            queries=train.seq_length,
-            keys=train.seq_length,
+            queries=length,
+            keys=length,
             batch=train.micro_batch_size,
             heads=queries,
             kv_heads=kvs,
@@ -28,6 +36,6 @@ def attention_calls(config: Config) -> list[Call]:
             window=model.sliding_window or None,
             documents=config.data.document_mask or config.objective.data_format in ("sft", "preference"),
         )
-        for queries, kvs in heads
+        for queries, kvs in sorted(heads)
         for gradients in passes
     ]

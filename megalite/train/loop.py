@@ -17,6 +17,7 @@ from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
 from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved
+from megalite.evaluation.during_training import Answers
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
 from megalite.objective.work import Work
@@ -109,6 +110,7 @@ class TrainingRun:
         self.state = RunState()
         self.detector = SpikeDetector(config.recovery.spike_threshold)
         task.open(train, valid, eod)
+        self.answers = Answers(config, task.trainer) if config.eval.interval else None
         self.checkpoints = CheckpointManager(config.run.dir, config, mesh, lock, peers)
         self.meter = SpeedMeter(mesh.size, mesh.device)
         observers.wrap_steps("profiler", lambda: Profiler(config, mesh, task.trainer, observers.recorder).step)
@@ -186,12 +188,13 @@ class TrainingRun:
             evaluate = every and (step % every == 0 or step == self.last_step) and not stopping
             validating = time.perf_counter()
             validation = self._validate() if evaluate else None
+            answers = self._measure_answers(step) if not stopping else {}
             validating = time.perf_counter() - validating
-            stopping = stopping or bool(evaluate and self._asked_to_stop())
+            stopping = stopping or bool((evaluate or answers) and self._asked_to_stop())
             interval = self.config.checkpoint.interval
             due = step == self.last_step or stopping or (interval and step % interval == 0)
             stall = self._save() if due else 0.0
-            self._report(outcome, seconds, validation, validating, stall)
+            self._report(outcome, seconds, validation, answers, validating, stall)
             self.watch.compare(step, self.observers.recorder.work_seconds)
             if stopping and step < self.last_step:
                 return self._saved(STOPPED, f"stopped on request at step {step}, with a checkpoint")
@@ -316,11 +319,18 @@ class TrainingRun:
             log.warning("step %d: no token of the validation samples counts, so there is no loss", self.state.step)
         return loss, metrics
 
+    def _measure_answers(self, step: int) -> Mapping[str, float]:
+        """The metrics of `eval.tasks`; none where they are not due."""
+        if self.answers is None or not self.answers.due(step, step == self.last_step):
+            return {}
+        return self.answers.measure()
+
     def _report(
         self,
         outcome: Outcome,
         seconds: float,
         validation: tuple[float, Mapping[str, float]] | None,
+        answers: Mapping[str, float],
         validating: float,
         stall: float,
     ) -> None:
@@ -339,7 +349,7 @@ class TrainingRun:
                 save_stall_seconds=stall,
                 skipped_samples=self.state.skipped_samples,
                 rollbacks=self.state.rollbacks,
-                extra=outcome.result.metrics | {"units": outcome.result.units} | dict(further),
+                extra=outcome.result.metrics | {"units": outcome.result.units} | dict(further) | dict(answers),
                 **self.meter.rates(outcome.work.tokens, outcome.work.flops, seconds),
             )
         )

@@ -6,8 +6,10 @@ order belong to the loop.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -92,7 +94,7 @@ class Trainer(ShardedModel):
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         if self.last_stage is not None:
             for batch in batches:
-                if batch is not None:
+                if batch is not None and self.context.group.index == 0:  # the ranks of a sequence all have it whole
                     total += objective.units(batch)
             self._data_group.all_reduce(total).wait()
         return total
@@ -108,15 +110,17 @@ class Trainer(ShardedModel):
         self._world.all_reduce(packed).wait()
         return packed.tolist()
 
-    def _share(self, losses: dict[int, Tensor]) -> Tensor | float:
+    def _share(self, losses: dict[int, Tensor], objective: Objective) -> Tensor | float:
         """This rank's term of a global sum: tensor ranks of the last stage hold the same value, so one of them counts.
+        So do context ranks, unless each has the fused loss of its own tokens.
 
         The others add 0 times theirs, so that a non-finite value on any one of them reaches all ranks.
         """
         if not losses:
             return 0.0
         share = torch.stack([losses[micro] for micro in sorted(losses)]).sum()
-        return share if self.mesh.index("tp") == 0 else 0.0 * share
+        counts = self.mesh.index("tp") == 0 and (objective.reads == "loss" or self.context.group.index == 0)
+        return share if counts else 0.0 * share
 
     def _share_of_units(self, units: Tensor) -> Tensor | float:
         """The unit count as a term of a global sum: every rank of the last stage knows it, and one contributes it."""
@@ -132,15 +136,19 @@ class Trainer(ShardedModel):
         sums: dict[str, dict[int, Tensor]] = {name: {} for name in objective.metrics}
 
         def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
-            loss, named = objective.loss(read_outputs(objective, stage, hidden, batch, scale), batch, scale)
+            outputs = read_outputs(objective, stage, hidden, batch, scale)
+            if self.context.size > 1 and objective.reads != "loss":  # what is made of whole sequences need not be a sum
+                batch = cast(Batch, batches[micro])
+                outputs = outputs.map(functools.partial(self.context.gather, length=batch.labels_BS.shape[1]))
+            loss, named = objective.loss(outputs, batch, scale)
             for name, value in named.items():
                 sums[name][micro] = value.detach().double()
             return loss
 
         losses = self.run(batches, finish, shape=shape, train=train, observe=self.observe if train else unobserved)
-        metrics = {name: self._share(values) for name, values in sorted(sums.items())}
+        metrics = {name: self._share(values, objective) for name, values in sorted(sums.items())}
         loads = self.balance.collect(self.config.model.layers) if train and self.config.model.experts else ()
-        return _Shares(self._share(losses), self._share_of_units(units), metrics, loads)
+        return _Shares(self._share(losses, objective), self._share_of_units(units), metrics, loads)
 
     def accumulate(
         self, batches: MicroBatches, objective: Objective | None = None, shape: tuple[int, int] | None = None
@@ -186,9 +194,10 @@ class Trainer(ShardedModel):
 
     def evaluate(self, batches: MicroBatches, shape: tuple[int, int] | None = None) -> tuple[float, int]:
         """(sum of the token losses, count of valid tokens) over this call's micro-batches of all ranks."""
-        share = self._share(
-            self.run(batches, lambda stage, hidden, batch, _: stage.loss(hidden, batch.labels_BS, 1.0), shape=shape)
+        losses = self.run(
+            batches, lambda stage, hidden, batch, _: stage.loss(hidden, batch.labels_BS, 1.0), shape=shape
         )
+        share = self._share(losses, NEXT_TOKEN)
         units = self._count_units(batches, NEXT_TOKEN)
         loss, count = self._agree(share, self._share_of_units(units))
         return loss, int(count)

@@ -163,3 +163,25 @@ def test_an_answer_weighs_one_whatever_its_length_under_the_mean_over_sequences(
     assert objective.units(batch) == 2  # the last row has no action
     loss, _ = objective.loss(Outputs(logprobs_BS=logp), batch, 0.5)
     same(loss, -(advantages[0, :3].mean() + advantages[1, 0]) / 2)
+
+
+def test_errors_that_others_made_are_seen() -> None:
+    """The score on another token, values off by one, and a probability that is not held fixed miss the goldens."""
+    mask, logp, ref = numbers("ppo_rewards", "mask"), numbers("kl", "logp"), numbers("kl", "ref")
+    score, expected = numbers("ppo_rewards", "score"), numbers("ppo_rewards", "rewards")
+    nothing = torch.zeros_like(score)
+    first = (mask > 0).int().argmax(1, keepdim=True)
+    moved = token_rewards(logp, ref, nothing, mask, 0.05).scatter_add(1, first, score.unsqueeze(1))
+    padding = token_rewards(logp, ref, nothing, mask, 0.05)
+    padding[:, -1] += score
+    for wrong in (moved, padding, token_rewards(logp, ref, score, mask, -0.05)):
+        assert (wrong - expected).abs().max() > 1e-3
+    values = numbers("gae", "values")
+    shifted, _ = generalised_advantages(values.roll(1, 1), expected, mask, 1.0, 0.95)
+    assert (shifted - numbers("gae", "adv")).abs().max() > 1e-3
+    logp = numbers("ppo_loss", "logp_new").requires_grad_()
+    attached = rows(mask, old=logp, advantages=numbers("gae", "adv_whitened"))
+    loss, _ = ClippedPolicy().loss(Outputs(logprobs_BS=logp), attached, 1.0)
+    loss.backward()
+    assert logp.grad is not None and not logp.grad.any()
+    assert numbers("ppo_loss", "d_pg_d_logp_new").any()

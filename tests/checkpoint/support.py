@@ -33,10 +33,11 @@ class Layout:
     sequence: bool = False
     schedule: str = "1f1b"
     expert: int = 1
+    context: int = 1
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def tables(self) -> Tables:
@@ -45,6 +46,7 @@ class Layout:
             "parallel": {
                 "tensor": self.tensor,
                 "pipeline": self.pipeline,
+                "context": self.context,
                 "zero": self.zero,
                 "sequence": self.sequence,
                 "virtual_stages": find_schedule(self.schedule).least_chunks,
@@ -79,7 +81,7 @@ def make_config(layout: Layout = Layout(), **sections: dict[str, Any]) -> Config
 
 def make_trainer(config: Config, layout: Layout, rank: int) -> Trainer:
     expert = layout.expert
-    mesh = Mesh(pp=layout.pipeline, dp=layout.data // expert, ep=expert, tp=layout.tensor, rank=rank)
+    mesh = Mesh(pp=layout.pipeline, dp=layout.data // expert, ep=expert, cp=layout.context, tp=layout.tensor, rank=rank)
     trainer = Trainer(config, mesh, select_kernels({"default": "reference"}, mesh.device))
     trainer.initialise()
     return trainer

@@ -33,6 +33,7 @@ LAYOUTS = [
     Layout(tensor=2, pipeline=2, sequence=True),
     Layout(tensor=2, data=2, zero=2),
     Layout(pipeline=2, schedule="zb_v"),
+    Layout(context=2, data=2, zero=3),
 ]
 
 
@@ -137,7 +138,7 @@ def losses_after_load(rank: int, layout: Layout, own_dir: str, run_dir: str) -> 
 def test_training_goes_on_alike_in_other_layouts(pool: Pool, tmp_path: Path) -> None:
     source, run_dir = Layout(tensor=3, sequence=True), str(tmp_path / "saved")
     pool.run(save_trained, source.world, source, {}, run_dir, 3)
-    layouts = [source, Layout(), Layout(pipeline=2, data=2)]
+    layouts = [source, Layout(), Layout(pipeline=2, data=2), Layout(tensor=2, context=2)]
     curves = [pool.run(losses_after_load, one.world, one, str(tmp_path / "own"), run_dir)[0] for one in layouts]
     for curve in curves[1:]:
         torch.testing.assert_close(torch.tensor(curve), torch.tensor(curves[0]), rtol=1e-5, atol=0)

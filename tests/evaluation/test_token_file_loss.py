@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def prefix(tmp_path: Path) -> str:
 def _score(rank: int, layout: dict[str, int], prefix: str, seq_length: int, **options: Any) -> Score:
     mesh = Mesh(rank=rank, **layout)
     with HuggingFaceSource(golden.folder(NAME)) as source:
-        parallel = {"tensor": mesh.tp, "pipeline": mesh.pp, "sequence": False}
+        parallel = {"tensor": mesh.tp, "pipeline": mesh.pp, "context": mesh.cp, "sequence": False}
         config = golden.training_config(source.model, **parallel)
         model = ShardedModel(config, mesh, select_kernels({}, golden.CPU), trained=False)
         fill_model(model, source)
@@ -79,11 +80,11 @@ def test_the_first_samples_only(prefix: str) -> None:
     assert _score(0, {}, prefix, 13, max_samples=1000).tokens == 94
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2, "dp": 2}, {"cp": 2, "dp": 2}], ids=str)
 def test_layouts_agree(pool: Pool, prefix: str, layout: dict[str, int]) -> None:
-    """Tensor, pipeline and data ranks, with a last global micro-batch that is not full."""
+    """Tensor, pipeline, data and context ranks, with a last global micro-batch that is not full."""
     alone = _score(0, {}, prefix, 13, micro_batch_size=3)
-    world_size = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("dp", 1)
+    world_size = math.prod(layout.values())
     for result in pool.run(_score_in_layout, world_size, layout, prefix):
         assert result.tokens == 94
         assert result.total == pytest.approx(alone.total, rel=1e-6)

@@ -7,6 +7,8 @@ import torch
 
 from megalite.generation.cache import DecoderCache
 from megalite.generation.rows import RowGroup
+from megalite.mesh import Mesh
+from megalite.parallel.context import ContextRegion
 
 pytestmark = pytest.mark.fast
 
@@ -22,7 +24,7 @@ def test_rows_keep_their_positions() -> None:
     """Rows are dropped at random; what is left is equal to the same rows of a plain list."""
     for _ in range(20):
         prompts = {row: [1] * int(torch.randint(1, 6, ())) for row in range(7)}
-        group = RowGroup(prompts, range(100, 107), 200, torch.device("cpu"))
+        group = RowGroup(prompts, range(100, 107), 200, ContextRegion.alone(Mesh()))
         longest = max(map(len, prompts.values()))
         expected = {layer: _new(longest, 7) for layer in (2, 5)}
         for layer, new in expected.items():

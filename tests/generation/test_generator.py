@@ -16,6 +16,7 @@ from megalite.generation.sampling import Sampling
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.parallel.context import ContextRegion
 from megalite.text.tokenizers import ByteTokenizer
 from tests.fixtures import golden
 from tests.support.pool import Pool
@@ -25,11 +26,12 @@ SHARED = ("llama3_gqa", "llama_tied_mha", "mistral_swa")
 """Models for the layouts: a key/value head on two tensor ranks, tied embeddings on two stages, one key/value head."""
 
 
-def _generator(name: str, rank: int = 0, **layout: int) -> Generator:
+def _generator(name: str, rank: int = 0, mode: str = "gather", **layout: int) -> Generator:
     mesh = Mesh(rank=rank, **layout)
     with HuggingFaceSource(golden.folder(name)) as source:
         kernels = select_kernels({}, golden.CPU)
-        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp))
+        context = ContextRegion.of(mesh, mode, 1)
+        stage = Stage(source.model, mesh, kernels, stage=mesh.index("pp"), owners=range(mesh.pp), context=context)
         load_weights([stage], source)
         return Generator({stage.stage: stage}, range(mesh.pp), mesh, source.model)
 
@@ -54,7 +56,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
     assert {completion.reason for completion in completions} == {"length"}
 
 
-def _generate(rank: int, layout: dict[str, int]) -> list[Any]:
+def _generate(rank: int, layout: dict[str, Any]) -> list[Any]:
     results = []
     for name in SHARED:
         generator, expected = _generator(name, rank, **layout), golden.golden(name)
@@ -63,10 +65,14 @@ def _generate(rank: int, layout: dict[str, int]) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("layout", [{"pp": 3}, {"tp": 2, "pp": 2}], ids=str)
-def test_layouts_agree(pool: Pool, layout: dict[str, int]) -> None:
-    """Greedy and sampled tokens on tensor and pipeline ranks; all ranks get all of them."""
-    world_size = layout.get("tp", 1) * layout.get("pp", 1)
+@pytest.mark.parametrize(
+    "layout",
+    [{"pp": 3}, {"tp": 2, "pp": 2}, {"cp": 2, "pp": 2}, {"cp": 3, "mode": "ring"}, {"cp": 2, "mode": "ulysses"}],
+    ids=str,
+)
+def test_layouts_agree(pool: Pool, layout: dict[str, Any]) -> None:
+    """Greedy and sampled tokens on tensor, pipeline and context ranks; all ranks get all of them."""
+    world_size = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
     alone = _generate(0, {})
     assert alone[::2] == [golden.golden(name)["greedy"][:, :17].tolist() for name in SHARED]
     for result in pool.run(_generate, world_size, layout):
@@ -139,7 +145,7 @@ def test_a_memory_spares_what_is_cached(name: str) -> None:
     stage.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     ids = golden.golden(name)["input_ids"].flatten().tolist()
     talk = ids[:9]
-    for prompt, computed in ((talk, 9), (None, 6), ([*ids[:7], 5, 6], 2), (ids[3:40], 37)):
+    for prompt, computed in ((talk, 9), (None, 6), (talk, 1), ([*ids[:7], 5, 6], 2), (ids[3:40], 37)):
         talk = prompt if prompt is not None else [*talk, *ids[20:25]]
         (alone,) = generator.run([talk], Sampling(0.8, seed=2), Limits(6))
         lengths.clear()

@@ -69,7 +69,7 @@ def with_experts(limit):
                 yield Layout(**{**vars(layout), "expert": expert})
 
 
-SPLIT = list(with_experts(4))
+SPLIT = [*with_experts(4), Layout(data=2, expert=2, context=2), Layout(data=2, expert=2, context=2, zero=3)]
 QUICK = [
     Layout(data=2, expert=2),
     Layout(data=2, expert=2, zero=3),
@@ -87,6 +87,8 @@ WHOLE = [
     Layout(data=2, zero=3),
     Layout(tensor=2, sequence=True, pipeline=2, schedule="zb_h1"),
     Layout(pipeline=2, data=2, zero=2),
+    Layout(context=2),
+    Layout(tensor=2, sequence=True, context=2, mode="ring"),
 ]
 LONG = [WHOLE[0], WHOLE[2], WHOLE[4], *WHOLE[6:]]
 
@@ -134,6 +136,7 @@ ACCUMULATIONS = {
     "2 tensor ranks": (Layout(tensor=2), {}),
     "2 sequence parts": (Layout(tensor=2, sequence=True), {}),
     "2 expert ranks": (Layout(data=2, expert=2), {}),
+    "2 context ranks": (Layout(context=2), {}),
 }
 
 

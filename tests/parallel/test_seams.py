@@ -39,6 +39,7 @@ LAYOUTS = [
     Layout(tensor=2, data=2, zero=3),
     Layout(pipeline=2, schedule="zb_h1", data=2, zero=2),
     Layout(pipeline=2, schedule="interleaved", data=2, zero=3),
+    Layout(context=2, mode="ring", tensor=2, sequence=True),
 ]
 in_layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ from megalite.config import ModelConfig
 from megalite.kernels import Kernels, select_kernels
 from megalite.mesh import Group, Mesh
 from megalite.model.decoder import Stage
+from megalite.parallel.context import ContextRegion
 
 META = torch.device("meta")
 
@@ -26,6 +28,12 @@ class SilentGroup(Group):
         return _Done()
 
     def reduce_scatter(self, output: Tensor, tensor: Tensor) -> Any:
+        return _Done()
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Any:
+        return _Done()
+
+    def pass_on(self, output: Tensor, tensor: Tensor) -> Any:
         return _Done()
 
 
@@ -55,6 +63,7 @@ def fused_kernels() -> Kernels:
         add_rms_norm=rms_norm_triton.add_rms_norm,
         rope=rope_triton.rope,
         attention=flash_triton.attention,
+        attention_parts=flash_triton.FlashParts(),
         swiglu=swiglu_triton.swiglu,
         grouped_product=grouped.grouped_product,
         grouped_input_gradient=grouped.grouped_input_gradient,
@@ -73,13 +82,25 @@ def plain_kernels() -> Kernels:
 
 
 def saved_bytes(
-    model: ModelConfig, mesh: Mesh, kernels: Kernels, *, tokens: tuple[int, int], recompute: str, dtype: torch.dtype
+    model: ModelConfig,
+    mesh: Mesh,
+    kernels: Kernels,
+    *,
+    tokens: tuple[int, int],
+    recompute: str,
+    dtype: torch.dtype,
+    mode: str = "gather",
 ) -> int:
     """Bytes that the middle one of three stages keeps of a micro-batch of `tokens` = (sequence, samples)."""
     sequence = mesh.tp > 1
     owners = (0, 1, 2)
-    stage = Stage(model, mesh, kernels, stage=1, owners=owners, sequence=sequence, dtype=dtype, recompute=recompute)
-    known = {tensor.untyped_storage()._cdata for tensor in (*stage.parameters(), *stage.buffers())}
+    context = ContextRegion.of(mesh, mode, mesh.tp)
+    layout = {"stage": 1, "owners": owners, "sequence": sequence, "context": context}
+    stage = Stage(model, mesh, kernels, dtype=dtype, recompute=recompute, **layout)
+    length, samples = tokens
+    positions = stage.positions(length, rows_s=context.rows(length) if mesh.cp > 1 else None)
+    tables = (positions.cos, positions.sin)  # shared by all layers
+    known = {tensor.untyped_storage()._cdata for tensor in (*stage.parameters(), *stage.buffers(), *tables)}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -87,10 +108,9 @@ def saved_bytes(
             kept[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    length, samples = tokens
-    local = length // mesh.tp if sequence else length
+    local = context.part_length(length) // mesh.tp
     x = torch.zeros(local, samples, model.hidden_size, dtype=dtype, device=mesh.device, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = stage(x, stage.positions(length))
+        out = stage(x, positions)
     assert out.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -23,6 +23,9 @@ pytestmark = [
         "data 2, ZeRO-0",
         "data 2, ZeRO-1",
         "data 2, ZeRO-3",
+        "context 2, gather",
+        "context 2, ring",
+        "context 2, ulysses",
     ],
 )
 def test_predicted_memory_is_what_a_rank_takes(name):

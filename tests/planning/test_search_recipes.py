@@ -22,6 +22,7 @@ DEVICES_OF = {  # recipe: numbers of devices
     "1b": (1, 8, 64),
     "llama3-8b-8gpu": (8,),
     "llama3-8b-64gpu": (64,),
+    "llama3-8b-128k-64gpu": (64,),
     "llama3-70b-256gpu": (256,),
     "llama3-405b-8192gpu": (8192,),
 }
@@ -52,7 +53,7 @@ def gain(config, devices: int, device: Device) -> float:
     return seconds / least
 
 
-LONG = ("llama3-70b-256gpu", "llama3-405b-8192gpu")
+LONG = ("llama3-8b-128k-64gpu", "llama3-70b-256gpu", "llama3-405b-8192gpu")
 
 
 @pytest.mark.parametrize(

@@ -78,15 +78,17 @@ class Layout:
     schedule: str = "1f1b"
     data: int = 1
     zero: int = 1
+    context: int = 1
+    mode: str = "gather"
     expert: int = 1
 
     @property
     def world(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     @property
     def pure_pipeline(self) -> bool:
-        return self.tensor == self.data == 1
+        return self.tensor == self.data == self.context == 1
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -97,6 +99,8 @@ class Layout:
             "parallel.schedule": self.schedule,
             "parallel.virtual_stages": find_schedule(self.schedule).least_chunks,
             "parallel.zero": self.zero,
+            "parallel.context": self.context,
+            "parallel.context_mode": self.mode,
             "parallel.expert": self.expert,
         }
 
@@ -105,7 +109,9 @@ class Layout:
         return (
             f"t{self.tensor}{'s' if self.sequence else ''}"
             f"-p{self.pipeline}{'-' + self.schedule if self.pipeline > 1 else ''}"
-            f"-d{self.data}{f'-z{self.zero}' if self.data > 1 else ''}{f'-e{self.expert}' if self.expert > 1 else ''}"
+            f"-d{self.data}{f'-z{self.zero}' if self.data * self.context > 1 else ''}"
+            f"{f'-c{self.context}-{self.mode}' if self.context > 1 else ''}"
+            f"{f'-e{self.expert}' if self.expert > 1 else ''}"
         )
 
 
@@ -215,6 +221,7 @@ def build_trainer(config: Config, rank: int, world: int, make_group: Any = creat
         pp=parallel.pipeline,
         dp=config.data_parallel(world) // parallel.expert,
         ep=parallel.expert,
+        cp=parallel.context,
         tp=parallel.tensor,
         rank=rank,
         make_group=make_group,
@@ -327,7 +334,8 @@ def combine(ranks: list[RankOutcome], layout: Layout) -> Outcome:
     for rank in ranks:
         shared = (rank.losses, rank.grad_norms, rank.evaluation, rank.metrics)
         assert shared == (first.losses, first.grad_norms, first.evaluation, first.metrics), "ranks disagree on a number"
-    copies, of_experts = layout.data, layout.data // layout.expert
+    copies = layout.data * layout.context
+    of_experts = copies // layout.expert
     whole = layout.zero == 0
     gradients = assemble([rank.gradients for rank in ranks], copies if whole else 1, of_experts if whole else 1)
     weights = assemble([rank.weights for rank in ranks], copies, of_experts)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,10 @@ class RecordingGroup(Group):
         if self.size == 1:
             return super().reduce_scatter(output, tensor)
         return self._record("reduce_scatter", output, tensor)
+
+    def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Work:
+        assert (sum(arriving), sum(leaving)) == (len(output), len(tensor)), "parts of an all-to-all do not fit"
+        return self._record("all_to_all", output, tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         return DONE if self.size == 1 else self._record("broadcast", tensor)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megalite.kernels.attention import Documents, attention_reference, visible_keys
 from megalite.kernels.attention import flash_triton as ours
+from tests.kernels.attention_part_checks import check as check_parts
 from tests.kernels.suite.kernel_checks import compare
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -98,6 +99,15 @@ def test_log_sum_exp_and_its_gradient(device):
     check(inputs(device, 60, 60, 2, 2, 1, 32), return_lse=True)
     out, lse = ours.attention(*inputs(device, 20, 12, 1, 2, 1, 32), return_lse=True)
     assert (lse[..., :8] == -torch.inf).all() and lse[..., 8:].isfinite().all() and (out[:8] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"packed": True, "window": 11}, {"softcap": 1.5}])
+def test_parts_of_the_keys(device, path, options):
+    """What context parallelism needs: some queries and some keys of a sequence, by tables of intervals."""
+    for dtype in DTYPES:
+        check_parts(
+            ours.FlashParts(), dtype=dtype, device=device, limit=1e-2 if dtype.itemsize == 2 else 2e-6, **options
+        )
 
 
 def test_views_of_a_fused_projection_and_odd_gradients(device):
