@@ -25,11 +25,15 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rope": ("rope",),
         "attention": ("attention",),
         "swiglu": ("swiglu",),
+        "grouped": ("grouped_product", "grouped_input_gradient", "grouped_weight_gradient_"),
         "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_", "cross_entropy_stats_grad_"),
         "adamw": ("adamw_", "square_sum"),
     }
 )
 """Operation as the configuration names it, and the module of its plain form -> the functions that it chooses."""
+
+_PLAIN_ON_CPUS = ("adamw", "grouped")
+"""Operations whose plain form is compiled code already: torch's fused AdamW, and one BLAS product for each group."""
 
 _KINDS = {"triton": "Triton", "native": "the compiled CPU kernel"}
 
@@ -47,6 +51,9 @@ class Kernels:
     attention: Callable[..., Any]
     attention_parts: AttentionParts
     swiglu: Callable[..., Any]
+    grouped_product: Callable[..., Any]
+    grouped_input_gradient: Callable[..., Any]
+    grouped_weight_gradient_: Callable[..., Any]
     cross_entropy_stats: Callable[..., Any]
     cross_entropy_grad_: Callable[..., Any]
     cross_entropy_stats_grad_: Callable[..., Any]
@@ -96,7 +103,7 @@ def _take(operation: str, wanted: str, device: torch.device) -> tuple[str, str]:
     if obstacle is None:
         return "triton", " (auto)"
     why, missing = obstacle.partition(":")[0], _missing_extension(device)
-    if operation == "adamw" or device.type != "cpu":
+    if operation in _PLAIN_ON_CPUS or device.type != "cpu":
         return "reference", f" (auto: {why})"
     return ("reference", f" (auto: {why}, and {missing})") if missing else ("native", f" (auto: {why})")
 

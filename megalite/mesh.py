@@ -27,7 +27,10 @@ CPU = torch.device("cpu")
 AXES = ("pp", "dp", "ep", "cp", "tp")
 
 DATA_AXES = ("dp", "ep", "cp")
-"""The axes along which ranks hold the same weights and train on different data (experts: all but `ep`)."""
+"""The axes along which ranks hold the same weights and train on different data."""
+
+EXPERT_DATA_AXES = ("dp", "cp")
+"""The same for experts, which are split over `ep`."""
 
 # Renamed in torch 2.13; both names are needed while older versions are supported.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

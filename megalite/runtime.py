@@ -259,7 +259,8 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline,
-        dp=config.data_parallel(world.size),
+        dp=config.data_parallel(world.size) // parallel.expert,
+        ep=parallel.expert,
         cp=parallel.context,
         tp=parallel.tensor,
         rank=world.rank,

@@ -1,7 +1,7 @@
 """Between megalite's checkpoints and Hugging Face directories, streaming: a 70B model needs a few GB of memory.
 
 python tools/convert_checkpoint.py to-hf CHECKPOINT_DIR HF_DIR [--dtype auto|float32|bfloat16|float16] [--shard-gb 5]
-                                                                [--role policy|critic]
+                                                                [--role policy|critic] [--stacked-experts]
 python tools/convert_checkpoint.py from-hf HF_DIR CHECKPOINT_DIR
 
 CHECKPOINT_DIR is, for `to-hf`, a run directory (its newest checkpoint) or one checkpoint inside it; `from-hf` makes a
@@ -36,9 +36,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--role", default="policy", choices=("policy", "critic"), help="to-hf: which model of a run of ppo"
     )
+    parser.add_argument(
+        "--stacked-experts", action="store_true", help="to-hf: all experts of a layer in one tensor, not one for each"
+    )
     options = parser.parse_args(argv)
-    if options.direction == "from-hf" and (options.dtype, options.shard_gb, options.role) != ("auto", 5.0, "policy"):
-        raise UserError("--dtype, --shard-gb and --role belong to to-hf; from-hf keeps the dtype of the weights")
+    given = (options.dtype, options.shard_gb, options.role, options.stacked_experts)
+    if options.direction == "from-hf" and given != ("auto", 5.0, "policy", False):
+        raise UserError(
+            "--dtype, --shard-gb, --role and --stacked-experts belong to to-hf; from-hf keeps the dtype of the weights"
+        )
     return options
 
 
@@ -62,7 +68,13 @@ def main() -> None:
         with CheckpointReader(options.source) as reader:
             shard_bytes = int(options.shard_gb * 10**9)
             result = export_huggingface(
-                reader, options.target, options.dtype, shard_bytes, progress_line(), role=options.role
+                reader,
+                options.target,
+                options.dtype,
+                shard_bytes,
+                progress_line(),
+                role=options.role,
+                stacked_experts=options.stacked_experts,
             )
             came_from = reader.directory
         size = f"{result.weight_bytes / 1e9:.3g} GB in {counted(len(result.files), 'file')}"

@@ -10,7 +10,7 @@ from megalite.planning.architecture import Architecture, vocabulary_rows
 class Gpt(Architecture):
     """Sizes of the same `ModelConfig` as a GPT; `max_positions` are learned."""
 
-    def sizes(self, tensor: int = 1, index: int = 0) -> ModelSizes:
+    def sizes(self, tensor: int = 1, index: int = 0, expert: int = 1) -> ModelSizes:
         model = self.model
         split = split_heads(model.heads, model.kv_heads, tensor, index)
         hidden, ffn = model.hidden_size, model.ffn_hidden_size // tensor

@@ -26,11 +26,12 @@ from megalite.checkpoint.source import (
 )
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
+from megalite.config.model import TRAINING_ONLY
 from megalite.errors import UserError
 from megalite.model.decoder import OUTPUT
 from megalite.placement import Region
 
-ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps")
+ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps", *TRAINING_ONLY)
 """Model fields that may differ from the checkpoint a new run starts from: no weight depends on them."""
 
 

@@ -285,7 +285,8 @@ def fill_model(model: ShardedModel, source: TensorSource) -> None:
 def _require_fit(stages: list[Stage], source: TensorSource, whole_model: Shapes | None) -> None:
     here = local_shapes(stages)
     found = needed(source.shapes(), here)
-    whole = bool(stages) and len(stages) == len(stages[0].owners)  # a rank may hold both ends and not the middle
+    # A rank may hold both ends and not the middle, or all layers and not all experts.
+    whole = bool(stages) and len(stages) == len(stages[0].owners) and stages[0].build.mesh.ep == 1
     if whole_model is None and not whole:
         found = {name: shape for name, shape in found.items() if name in here}
     compare_shapes(whole_model or here, found, _describe(source))

@@ -2,6 +2,7 @@
 
 from megalite.config.check import check
 from megalite.config.load import CommandLine, build_config, load_config, parse_command_line, to_toml
+from megalite.config.model import ModelConfig
 from megalite.config.schema import (
     AdapterConfig,
     CheckpointConfig,
@@ -10,7 +11,6 @@ from megalite.config.schema import (
     EvalConfig,
     KernelsConfig,
     LogConfig,
-    ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -26,6 +26,7 @@ _ANNOTATIONS = tuple(
 _MOST_INCREMENTS = 10_000  # of a batch ramp, each of which is checked
 _MOST_SAMPLES = 1 << 36  # of a plan; their order is held in memory
 _LONGEST_NAME = 255  # bytes of a file's name
+_OF_ROUTERS = ("aux_loss", "router_z_loss", "router_bias_rate")
 _FP8_ALIGNMENT = 16  # matrix sizes of the hardware's FP8 products
 
 
@@ -55,6 +56,7 @@ def check_combinations(config: Config, world_size: int) -> None:
             _refuse(config, path, "is not built yet", remedy)
     _check_data(config)
     _check_model(config)
+    _check_experts(config)
     _check_split(config)
     _check_fp8(config)
     check_alignment(config, _refuse)
@@ -156,6 +158,45 @@ def _check_model(config: Config) -> None:
         _refuse(config, "train.seq_length", f"exceeds model.max_positions = {model.max_positions}", remedy)
 
 
+def _check_experts(config: Config) -> None:
+    model = config.model
+    if model.experts == 0:
+        for path in ("model.shared_experts", "model.dense_layers", *(f"model.{name}" for name in _OF_ROUTERS)):
+            if _value(config, path):
+                _refuse(config, path, "has no effect without experts", "leave it out, or set model.experts")
+        if config.parallel.expert > 1:
+            _refuse(config, "parallel.expert", "splits experts, and model.experts = 0", "use 1")
+        return
+    if model.experts_per_token > model.experts:
+        _refuse(config, "model.experts_per_token", f"exceeds model.experts = {model.experts}", "use at most that")
+    if late := [layer for layer in model.dense_layers if layer >= model.layers]:
+        remedy = f"name layers from 0 to {model.layers - 1}"
+        _refuse(config, "model.dense_layers", f"names layer {late[0]} of {model.layers}", remedy)
+    if not model.sparse_layers:
+        remedy = "leave out one of them, or set model.experts = 0"
+        _refuse(config, "model.dense_layers", "leaves no layer for experts", remedy)
+    groups, chosen = model.router_groups, model.router_groups_per_token
+    if model.experts % groups:
+        remedy = f"use one of {_divisors(model.experts)}"
+        _refuse(config, "model.router_groups", f"does not divide model.experts = {model.experts}", remedy)
+    if chosen > groups:
+        _refuse(config, "model.router_groups_per_token", f"exceeds model.router_groups = {groups}", "use at most that")
+    if model.experts_per_token > chosen * (model.experts // groups):
+        problem = f"exceeds the {chosen * (model.experts // groups)} experts of {chosen} of {groups} groups"
+        _refuse(config, "model.experts_per_token", problem, "use fewer, or raise model.router_groups_per_token")
+    if config.parallel.expert > 1 and config.objective.data_format == "prompt":
+        problem = f"does not fit objective.kind = {config.objective.kind}, whose ranks answer each at its own pace"
+        _refuse(config, "parallel.expert", problem, "use 1, and parallel.tensor or parallel.pipeline")
+    parallel = config.parallel
+    unit = parallel.context * math.lcm(2, parallel.tensor if parallel.sequence else 1)
+    if parallel.context > 1 and config.train.seq_length % unit:
+        problem = f"would be padded for parallel.context = {parallel.context}, and routers would count the padding"
+        _refuse(config, "train.seq_length", problem, f"use {_nearest_multiples(config.train.seq_length, unit)}")
+    if model.experts % config.parallel.expert:
+        remedy = f"use one of {_divisors(model.experts)}"
+        _refuse(config, "parallel.expert", f"does not divide model.experts = {model.experts}", remedy)
+
+
 def _check_data(config: Config) -> None:
     split = config.data.split
     if split and (len(split) > 3 or split[0] == 0):
@@ -176,11 +217,13 @@ def _check_data(config: Config) -> None:
 def _check_split(config: Config) -> None:
     """Whether the model divides into the asked-for shards and stages."""
     model, parallel = config.model, config.parallel
-    for path in ("model.heads", "model.ffn_hidden_size"):
+    widths = ["model.ffn_hidden_size"] if len(model.sparse_layers) < model.layers else []
+    widths += ["model.expert_ffn_hidden_size"] if model.sparse_layers else []
+    for path in ("model.heads", *widths):
         size = _value(config, path)
         if size % parallel.tensor:
             remedy = f"use a parallel.tensor out of {_divisors(model.heads)}"
-            if path == "model.ffn_hidden_size":
+            if path != "model.heads":
                 remedy = f"use {_nearest_multiples(size, parallel.tensor)}, or another parallel.tensor"
             _refuse(config, path, f"is not divisible by parallel.tensor = {parallel.tensor}", remedy)
     if parallel.sequence and parallel.context == 1 and config.train.seq_length % parallel.tensor:
@@ -236,6 +279,10 @@ def _check_world(config: Config, world_size: int) -> None:
             f"{world_size} processes are not divisible by parallel.tensor = {parallel.tensor} * parallel.pipeline = "
             f"{parallel.pipeline} * parallel.context = {parallel.context}; start a multiple of {config.model_parallel}"
         )
+    copies = config.data_parallel(world_size)
+    if copies % parallel.expert:
+        problem = f"does not divide the {copies} ranks of {world_size} that read different data"
+        _refuse(config, "parallel.expert", problem, f"use one of {_divisors(copies)}, or other numbers of ranks")
 
 
 def _check_ramp(config: Config) -> None:

@@ -14,17 +14,11 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from megalite.config.bounds import Above, AtLeast, Named
-from megalite.config.rope_scaling import RopeScaling
+from megalite.config.fields import DERIVED, Count, CountOrNone, derive
+from megalite.config.model import ModelConfig
 from megalite.config.sources import Sources
 from megalite.registry import BUILT_IN
 from megalite.schedule.schedules import SCHEDULES
-
-DERIVED: Any = None
-"""Default of a field that `__post_init__` computes from others."""
-
-Count = Annotated[int, AtLeast(1, 2**31 - 1)]
-CountOrNone = Annotated[int, AtLeast(0, 2**31 - 1)]
-"""A number of things, and one where 0 means none; up to what 32-bit indices hold."""
 
 KernelChoice = Literal["auto", "triton", "reference"]
 DATA_FORMATS: Mapping[str, Literal["text", "sft", "preference", "prompt"]] = MappingProxyType(
@@ -33,13 +27,6 @@ DATA_FORMATS: Mapping[str, Literal["text", "sft", "preference", "prompt"]] = Map
 """What the objectives learn from, those apart that read token files."""
 
 AttentionChoice = Literal["auto", "triton", "sdpa", "cpu", "reference"]
-
-
-def _derive(section: object, **values: object) -> None:
-    """Give the still undefined fields of a frozen section their values."""
-    for name, value in values.items():
-        if getattr(section, name) is DERIVED:
-            object.__setattr__(section, name, value)
 
 
 @dataclass(frozen=True)
@@ -55,56 +42,6 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A decoder of the Llama family."""
-
-    layers: Annotated[int, AtLeast(1, 10_000)] = 8
-    """Decoder layers."""
-    hidden_size: Annotated[int, AtLeast(1, 2**20)] = 512
-    """Width of the residual stream."""
-    ffn_hidden_size: Annotated[int, AtLeast(1, 2**24)] = DERIVED
-    """Inner width of the SwiGLU feed-forward; by default 8/3 of hidden_size, rounded up to a multiple of 64."""
-    heads: Annotated[int, AtLeast(1, 2**16)] = 8
-    """Query heads."""
-    kv_heads: Annotated[int, AtLeast(1, 2**16)] = DERIVED
-    """Key/value heads: heads is multi-head attention (the default), 1 multi-query, between them grouped-query."""
-    head_dim: Annotated[int, AtLeast(0, 2**16)] = DERIVED
-    """Width of one head; by default hidden_size / heads."""
-    vocab_size: CountOrNone = 0
-    """Token ids run from 0 to vocab_size - 1; 0 takes the size from data.tokenizer."""
-    max_positions: Annotated[int, AtLeast(1, 2**27)] = 4096
-    """Longest sequence, in tokens, that the model is made for."""
-    rope_theta: Annotated[float, Above(1, 1e30)] = 10000.0
-    """Base of the rotary position frequencies."""
-    rope_scaling: Annotated[dict[str, Any], RopeScaling()] = field(default_factory=dict, hash=False)
-    """Scaling of the rotary frequencies, which extends the context; empty for none."""
-    norm_eps: Annotated[float, AtLeast(1e-37, 1.0)] = 1e-5
-    """Added to the mean square in RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the token embedding as output layer."""
-    qk_norm: bool = False
-    """RMSNorm over each query and key head before the rotation (Qwen3)."""
-    attention_bias: bool = False
-    """Biases on the query, key and value projections (Qwen2)."""
-    sliding_window: CountOrNone = 0
-    """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
-    block: Annotated[str, Named(tuple(BUILT_IN["model.block"]))] = "pre_norm"
-    """Decoder layer: `pre_norm` (attention, then feed-forward), or `module:Class` of your own (docs/extending.md)."""
-    attention: Annotated[str, Named(tuple(BUILT_IN["model.attention"]))] = "gqa"
-    """Attention layer: `gqa` (grouped queries), or `module:Class` of your own."""
-    feed_forward: Annotated[str, Named(tuple(BUILT_IN["model.feed_forward"]))] = "swiglu"
-    """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
-
-    def __post_init__(self) -> None:
-        _derive(
-            self,
-            ffn_hidden_size=-(-self.hidden_size * 8 // (3 * 64)) * 64,
-            kv_heads=self.heads,
-            head_dim=self.hidden_size // self.heads if self.heads > 0 and self.hidden_size % self.heads == 0 else 0,
-        )
-
-
-@dataclass(frozen=True)
 class ParallelConfig:
     """How the ranks share the work; data parallelism is what is left of the world size."""
 
@@ -116,6 +53,8 @@ class ParallelConfig:
     """Ranks that split each sequence."""
     context_mode: Literal["gather", "ring", "ulysses"] = "gather"
     """How attention sees all of a split sequence: keys and values gathered or passed round, or heads exchanged."""
+    expert: Annotated[int, AtLeast(1, 2**20)] = 1
+    """Ranks that split the experts of each sparse layer: a factor of data parallelism, for they read different data."""
     sequence: bool = DERIVED
     """Split the activations between the matrices along the sequence; by default on where tensor > 1, and off at 1."""
     zero: Annotated[int, AtLeast(0, 3)] = 1
@@ -126,7 +65,7 @@ class ParallelConfig:
     """Stages that each pipeline rank holds: 2 or more for schedule interleaved, 2 for zb_v."""
 
     def __post_init__(self) -> None:
-        _derive(self, sequence=self.tensor > 1)
+        derive(self, sequence=self.tensor > 1)
         if self.tensor == 1:
             object.__setattr__(self, "sequence", False)
 
@@ -179,7 +118,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
     fp8: Literal["none", "tensor", "row"] = "none"
-    """Linear layers' products in 8-bit floats with a scale for each tensor, or for each row; needs precision bf16."""
+    """Linear layers' products in 8-bit floats with a scale for each tensor, or for each row; needs precision bf16.
+    Experts and routers stay in bf16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping: nothing, the cheap large activations, whole layers."""
     deterministic: bool = False
@@ -225,13 +165,15 @@ class KernelsConfig:
     """Rotary positions of queries and keys."""
     swiglu: KernelChoice = DERIVED
     """silu(gate) * up."""
+    grouped: KernelChoice = DERIVED
+    """Products of tokens with the experts they chose."""
     cross_entropy: KernelChoice = DERIVED
     """Softmax cross-entropy over the (split) vocabulary."""
     adamw: KernelChoice = DERIVED
     """The optimizer's update."""
 
     def __post_init__(self) -> None:
-        _derive(self, **{operation.name: self.default for operation in fields(self)})
+        derive(self, **{operation.name: self.default for operation in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -277,7 +219,7 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        _derive(self, min_lr=self.lr / 10)
+        derive(self, min_lr=self.lr / 10)
 
 
 @dataclass(frozen=True)
@@ -370,7 +312,7 @@ class PolicyConfig:
     """ppo: the critic's highest learning rate; by default optimizer.lr."""
 
     def __post_init__(self) -> None:
-        _derive(self, clip_high=self.clip)
+        derive(self, clip_high=self.clip)
 
 
 @dataclass(frozen=True)
@@ -421,7 +363,7 @@ class LogConfig:
     """Report to Weights & Biases."""
 
     def __post_init__(self) -> None:
-        _derive(self, tensorboard=importlib.util.find_spec("tensorboard") is not None)
+        derive(self, tensorboard=importlib.util.find_spec("tensorboard") is not None)
 
 
 @dataclass(frozen=True)
@@ -445,10 +387,10 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _derive(self.policy, kl_in="loss" if self.objective.kind == "grpo" else "reward", critic_lr=self.optimizer.lr)
-        _derive(self.policy, kl_estimator="k1" if self.policy.kl_in == "reward" else "k3")
+        derive(self.policy, kl_in="loss" if self.objective.kind == "grpo" else "reward", critic_lr=self.optimizer.lr)
+        derive(self.policy, kl_estimator="k1" if self.policy.kl_in == "reward" else "k3")
         minibatch = max(1, self.answers_per_step // self.policy.minibatches)
-        _derive(self.train, global_batch_size=minibatch if self.objective.data_format == "prompt" else 8)
+        derive(self.train, global_batch_size=minibatch if self.objective.data_format == "prompt" else 8)
 
     @property
     def model_parallel(self) -> int:
@@ -466,7 +408,7 @@ class Config:
         return -(-self.model.vocab_size // self.parallel.tensor) * self.parallel.tensor
 
     def data_parallel(self, world_size: int) -> int:
-        """Copies of the model among `world_size` ranks."""
+        """Ranks among `world_size` that read different samples: copies of the model, its experts left out."""
         return world_size // self.model_parallel
 
     def micro_batches(self, world_size: int, batch_size: int | None = None) -> int:

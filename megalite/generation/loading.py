@@ -35,10 +35,18 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 _EPILOG = (
-    "also: --parallel.tensor N --parallel.pipeline N --parallel.context N --train.precision fp32|bf16 "
-    "--run.device cpu|cuda"
+    "also: --parallel.tensor N --parallel.pipeline N --parallel.context N --parallel.expert N "
+    "--train.precision fp32|bf16 --run.device cpu|cuda"
 )
-_OVERRIDES = ("parallel.tensor", "parallel.pipeline", "parallel.context", "train.precision", "run.device", "kernels.")
+_OVERRIDES = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.expert",
+    "train.precision",
+    "run.device",
+    "kernels.",
+)
 
 
 def checkpoint_parser(description: str | None) -> Parser:
@@ -165,14 +173,16 @@ def load_model(
     """Join the other ranks, build this rank's stage and fill it. Raises UserError, the same on every rank.
 
     `overrides` are those of `_OVERRIDES`, as for the trainer. `seq_length`: of the sequences to be scored. Only with
-    `data_parallel` may there be more ranks than one copy of the model takes.
+    `data_parallel` may there be more ranks than one copy of the model takes; without it, ranks that share the experts
+    do the same work on the rest.
     """
     world = World.from_environment()
     config = _inference_config(opened, overrides, seq_length, world.size)
-    if not data_parallel and config.model_parallel != world.size:
+    needed = config.model_parallel * config.parallel.expert
+    if not data_parallel and needed != world.size:
         raise UserError(
             f"{world.size} process{'es' * (world.size > 1)}, but parallel.tensor * parallel.pipeline * "
-            f"parallel.context = {config.model_parallel}; "
+            f"parallel.context * parallel.expert = {needed}; "
             "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
         )
     check_layout(config, world.size)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.build import Build
+from megalite.model.moe import MixtureOfExperts
 from megalite.registry import look_up
 
 
@@ -18,7 +19,9 @@ def build_attention(build: Build, layer: int) -> nn.Module:
 
 
 def build_feed_forward(build: Build, layer: int) -> nn.Module:
-    """The feed-forward layer that `model.feed_forward` names."""
+    """The experts of a sparse layer, or the feed-forward layer that `model.feed_forward` names."""
+    if build.model.is_sparse(layer):
+        return MixtureOfExperts(build, layer)
     return look_up("model.feed_forward", build.model.feed_forward)(build, layer)
 
 

@@ -75,13 +75,14 @@ class Build:
         std: float = STD,
         role: str = "matrix",
         reduce: tuple[str, ...] = DATA_AXES,
+        dtype: torch.dtype | None = None,
     ) -> PlacedParameter:
         """An uninitialised parameter of local `shape` that holds `boxes`; `key` is unique in the stage."""
         if self.shared is not None:
             self.parameters[key] = self.shared[key]
         else:
             boxes = tuple(dataclasses.replace(box, name=self.prefix + box.name) for box in boxes)
-            data = torch.empty(shape, dtype=self.dtype, device=self.mesh.device)
+            data = torch.empty(shape, dtype=dtype or self.dtype, device=self.mesh.device)
             self.parameters[key] = PlacedParameter(data, Placement(boxes, init, std, reduce, role))
         return self.parameters[key]
 
@@ -115,14 +116,25 @@ class Build:
         box = row_box(name, shape, 0, shape[0], 0, replicas, partial=summed)
         return self.parameter(name, shape, (box,), **options)
 
+    def state(self, name: str, shape: tuple[int, ...], *, init: str) -> PlacedParameter:
+        """fp32 numbers that are saved with the weights and that no gradient trains, the same on all ranks: what has
+        been learnt about the load of experts."""
+        parameter = self.replicated_parameter(name, shape, partial=False, init=init, role="vector", dtype=torch.float32)
+        parameter.requires_grad_(False)
+        return parameter
+
+    @property
+    def alone_region(self) -> TensorRegion:
+        """For what every tensor rank does by itself."""
+        return TensorRegion(Group((self.mesh.rank,), self.mesh.rank, None), False)
+
     def replicated(
         self, name: str, features: tuple[int, int], *, init: str = "normal", std: float = STD, role: str = "matrix"
     ) -> ColumnParallelLinear:
         """A linear layer that all tensor ranks hold whole, `features` = (O, I), for activations as they are between
         the tensor-parallel blocks: [s, B, I] -> [s, B, O]. Not quantised, and no adapter is put around it."""
         weight = self.replicated_parameter(name, features, init=init, std=std, role=role)
-        alone = TensorRegion(Group((self.mesh.rank,), self.mesh.rank, None), False)
-        return ColumnParallelLinear(weight, None, alone, PLAIN)
+        return ColumnParallelLinear(weight, None, self.alone_region, PLAIN)
 
     def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
         """A norm whose weight is replicated over the tensor ranks; `partial` as of `replicated_parameter`."""

@@ -40,15 +40,28 @@ PEAK_FLOPS = MappingProxyType(
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weight of one linear layer on one tensor rank; `rows`: its input features are split, not its outputs."""
+    """The weight of one linear layer on one rank; `rows`: its input features are split over the tensor ranks, not its
+    outputs; `split`: one of them is.
+
+    `count` matrices of these sizes are held, of which each token uses `used` (experts): over all ranks that share the
+    experts, as many tokens come here as go elsewhere.
+    """
 
     inputs: int
     outputs: int
     rows: bool
+    split: bool = True
+    count: int = 1
+    used: int = 1
 
     @property
     def elements(self) -> int:
-        return self.inputs * self.outputs
+        return self.inputs * self.outputs * self.count
+
+    @property
+    def active(self) -> int:
+        """Elements that one token is multiplied with."""
+        return self.inputs * self.outputs * self.used
 
 
 @dataclass(frozen=True)
@@ -63,53 +76,84 @@ class LayerSizes:
         return sum(matrix.elements for matrix in self.matrices)
 
     @property
+    def active(self) -> int:
+        """Elements of the matrices that one token is multiplied with."""
+        return sum(matrix.active for matrix in self.matrices)
+
+    @property
     def elements(self) -> int:
         return self.matrix_elements + self.vectors
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Elements on one tensor rank, padding of the vocabulary included; all layers are alike."""
+    """Elements on one tensor rank, padding of the vocabulary included; layers of a kind are alike."""
 
     layer: LayerSizes
+    """Of a layer with experts, where the model has any."""
     embedding: int
     """The first stage's parameters before its layers."""
     final: int
     """The last stage's parameters after its layers, without the output matrix."""
     output: int
     """The output matrix: a tensor of its own unless tied."""
+    dense: LayerSizes | None = None
+    """Of a layer without experts, where some have."""
+
+    def of_layer(self, model: ModelConfig, number: int) -> LayerSizes:
+        """Sizes of this layer."""
+        return self.layer if self.dense is None or model.is_sparse(number) else self.dense
 
     def parameters(self, model: ModelConfig) -> int:
         """All parameters, of the layers and both ends."""
         output = 0 if model.tie_embeddings else self.output
-        return model.layers * self.layer.elements + self.embedding + self.final + output
+        layers = sum(self.of_layer(model, number).elements for number in range(model.layers))
+        return layers + self.embedding + self.final + output
 
     def matmul_parameters(self, model: ModelConfig) -> int:
-        """Weights multiplied with every token: all matrices including the output layer, without the embedding."""
-        return model.layers * self.layer.matrix_elements + self.output
+        """Weights that a token is multiplied with: all matrices including the output layer, without the embedding, and
+        of the experts those that one token uses."""
+        return sum(self.of_layer(model, number).active for number in range(model.layers)) + self.output
 
 
 @functools.lru_cache(maxsize=1024)
-def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0) -> ModelSizes:
-    """Sizes on tensor rank `index` of `tensor`, counted on the modules of one layer and both ends."""
-    from megalite.model.block import build_block
-    from megalite.parallel.linear import RowParallelLinear
-
-    build = _build(model, tensor, index)
-    layer = build_block(build, 0)
-    matrices = tuple(
-        Matrix(weight.shape[1], weight.shape[0], isinstance(module, RowParallelLinear))
-        for module in layer.modules()
-        for weight in module.parameters(recurse=False)
-        if weight.dim() == 2
-    )
-    vectors = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() != 2)
+def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0, expert: int = 1) -> ModelSizes:
+    """Sizes on tensor rank `index` of `tensor`, with one of `expert` shares of the experts; counted on the modules of
+    one layer of each kind and both ends."""
+    build = _build(model, tensor, index, expert)
+    sparse = model.sparse_layers
+    dense = next((layer for layer in range(model.layers) if layer not in sparse), None) if sparse else None
+    layer = _layer_sizes(build, sparse[0] if sparse else 0)
+    other = None if dense is None else _layer_sizes(build, dense)
     vocabulary, _, _ = build.vocabulary("embedding", (index,), role="embedding")
     final = build.norm("norm", model.hidden_size).weight.numel()
-    return ModelSizes(LayerSizes(matrices, vectors), vocabulary.numel(), final, vocabulary.numel())
+    return ModelSizes(layer, vocabulary.numel(), final, vocabulary.numel(), other)
 
 
-def _build(model: ModelConfig, tensor: int, index: int) -> Build:
+def _layer_sizes(build: Build, number: int) -> LayerSizes:
+    from megalite.model.block import build_block
+    from megalite.model.router import Router
+    from megalite.parallel.experts import GroupedLinear
+    from megalite.parallel.linear import RowParallelLinear
+
+    layer, matrices = build_block(build, number), []
+    for module in layer.modules():
+        for weight in module.parameters(recurse=False):
+            if weight.dim() != 2:
+                continue
+            outputs, inputs = weight.shape
+            if isinstance(module, GroupedLinear):
+                experts = build.model.experts // build.mesh.ep
+                used = build.model.experts_per_token
+                matrices.append(Matrix(inputs, outputs // experts, module.rows, count=experts, used=used))
+            else:
+                split = not isinstance(module, Router)
+                matrices.append(Matrix(inputs, outputs, isinstance(module, RowParallelLinear), split))
+    vectors = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() != 2)
+    return LayerSizes(tuple(matrices), vectors)
+
+
+def _build(model: ModelConfig, tensor: int, index: int, expert: int) -> Build:
     """The build context of one tensor rank, on the meta device."""
     import torch
 
@@ -119,7 +163,7 @@ def _build(model: ModelConfig, tensor: int, index: int) -> Build:
     from megalite.parallel.collectives import TensorRegion
 
     meta = torch.device("meta")
-    mesh = Mesh(tp=tensor, rank=index, device=meta, make_group=lambda ranks, rank: Group(ranks, rank, None))
+    mesh = Mesh(ep=expert, tp=tensor, rank=index, device=meta, make_group=lambda ranks, rank: Group(ranks, rank, None))
     kernels = select_kernels({"default": "reference"}, torch.device("cpu"))
     return Build(dataclasses.replace(model, layers=1), mesh, TensorRegion(mesh.group("tp"), False), kernels)
 
@@ -130,9 +174,9 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def output_in_layers(model: ModelConfig) -> float:
-    """The cost of the output layer, in units of one decoder layer."""
+    """The cost of the output layer, in units of one decoder layer (their mean, where they differ)."""
     sizes = model_sizes(model)
-    return sizes.output / sizes.layer.matrix_elements
+    return sizes.output * model.layers / (sizes.matmul_parameters(model) - sizes.output)
 
 
 def attention_flops_per_token(model: ModelConfig, seq_length: int) -> float:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
-from megalite.mesh import Mesh
+from megalite.mesh import EXPERT_DATA_AXES, Mesh
 from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.block import build_block
 from megalite.model.build import Adapter, Build
@@ -71,6 +71,9 @@ class Stage(nn.Module):
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
         self.recompute, self.owners = recompute, tuple(owners)
         self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1)
+        if model.experts:  # on every rank, whatever layers it holds: groups must be as many everywhere
+            mesh.group("ep")
+            mesh.group(*EXPERT_DATA_AXES)
         context = context or ContextRegion.alone(mesh)
         self.kernels, self.context = kernels, context
         if context.size > 1:

@@ -11,13 +11,15 @@ from megalite.model.build import Build
 from megalite.placement import row_box, split_evenly
 
 
-class SwiGLU(nn.Module):
-    """hidden [s, B, H] -> down(silu(gate(x)) * up(x)) [s, B, H], gate and up in one product (Shazeer 2020)."""
+class GatedFeedForward(nn.Module):
+    """hidden [s, B, H] -> down(silu(gate(x)) * up(x)) [s, B, H], gate and up in one product (Shazeer 2020).
 
-    def __init__(self, build: Build, layer: int) -> None:
+    `prefix` begins the global names of its matrices, `ffn` is the inner width.
+    """
+
+    def __init__(self, build: Build, prefix: str, ffn: int) -> None:
         super().__init__()
-        prefix, hidden, ffn = f"model.layers.{layer}.mlp", build.model.hidden_size, build.model.ffn_hidden_size
-        mesh = build.mesh
+        hidden, mesh = build.model.hidden_size, build.mesh
         start, length = split_evenly(ffn, mesh.tp, mesh.index("tp"))
         boxes = tuple(
             row_box(f"{prefix}.{name}.weight", (ffn, hidden), start, length, row, (mesh.rank,))
@@ -32,3 +34,10 @@ class SwiGLU(nn.Module):
         if recompute:
             return self.down(gate_up_SBf, prologue=self.kernels.swiglu)
         return self.down(self.kernels.swiglu(gate_up_SBf))
+
+
+class SwiGLU(GatedFeedForward):
+    """The dense layer of the Llama family."""
+
+    def __init__(self, build: Build, layer: int) -> None:
+        super().__init__(build, f"model.layers.{layer}.mlp", build.model.ffn_hidden_size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -21,9 +22,11 @@ from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.attention import Positions
+from megalite.model.balance import Balance
 from megalite.model.build import Adapter
 from megalite.model.decoder import Stage
 from megalite.model.init import initialise_parameter
+from megalite.model.router import Router
 from megalite.model.shapes import model_shapes
 from megalite.optim.shard import Segment, segments_of
 from megalite.parallel.context import PADDING, ContextRegion
@@ -102,6 +105,8 @@ class ShardedModel:
             for number, stage in self.stages.items()
         }
         self.segments: list[Segment] = segments_of(self.buckets.values())
+        modules = (module for stage in self.stages.values() for module in stage.modules())
+        self.balance = Balance([module for module in modules if isinstance(module, Router)], mesh)
         self._inference_stages: dict[int, Stage] | None = None
         self._engines: dict[tuple[int, tuple[int, int], bool], PipelineEngine] = {}
 
@@ -154,8 +159,11 @@ class ShardedModel:
         return model_shapes(self.config.model, head=self.head, prefix=self.prefix, adapter=self.adapter)
 
     def fresh_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The subset of `shapes` that another run's checkpoint may lack: an adapter's, or another kind of head."""
-        plain = model_shapes(dataclasses.replace(self.config.model, tie_embeddings=False))
+        """The subset of `shapes` that another run's checkpoint may lack: an adapter's, another kind of head, or what
+        has been learnt about the load of experts."""
+        plain = model_shapes(
+            dataclasses.replace(self.config.model, tie_embeddings=False, router_bias_rate=0.0, aux_loss=0.0)
+        )
         return {name: shape for name, shape in self.shapes().items() if name.removeprefix(self.prefix) not in plain}
 
     def wait_for_all_gather(self) -> None:
@@ -219,6 +227,7 @@ class ShardedModel:
 
         engine = self._engine(len(batches), shape, train)
         if train:
+            self.balance.begin(len(batches) * math.prod(shape) * self.mesh.samples_size)
             for buckets in self.buckets.values():
                 buckets.begin(len(batches))
             return engine.run(forward, self.buckets, observe)

@@ -96,7 +96,9 @@ class StageBuckets:
 
         late = [parameter for parameter in reversed(own) if is_late(parameter)]
         prompt = [parameter for parameter in reversed(own) if not is_late(parameter)]
-        for (axes, frozen), alike in _grouped(prompt, lambda p: (p.placement.reduce, not p.requires_grad)):
+        for (axes, frozen, _), alike in _grouped(
+            prompt, lambda p: (p.placement.reduce, not p.requires_grad, str(p.dtype))
+        ):
             group = self.mesh.group(*axes)
             matrices = [parameter for parameter in alike if parameter.decays]
             sharded = group.size > 1 and (zero == 3 if frozen else zero > 1)

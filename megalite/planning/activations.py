@@ -7,6 +7,7 @@ feed-forward of this rank. Fused and plain kernels keep
     norm 1 of h: its input h, output h        projection: q + 2k        attention: rotated q + k, output q
     norm 2 of h: the sum h, output h          up and gate: 2f           SwiGLU: f
 
+A sparse layer keeps, for each of its `copies` of a token, h gathered and 2f of an expert, and a few numbers of routing.
 Attention adds the log-sum-exp of each head, or on a CPU in bf16 what its form there keeps. `selective` drops the
 rotated q + k, attention's statistics and SwiGLU's f; `full` keeps the layer's input alone.
 Source of the accounting: Korthikanti et al. 2022, sections 3 and 4.
@@ -112,7 +113,18 @@ def _inside_kept(job: Job, layer: LayerShare) -> float:
     size, hidden = job.element_bytes, layer.hidden / job.split
     norms = 2 * _norm_kept(job, layer.hidden) / job.split
     feed_forward = layer.ffn * (2 if job.recompute == "selective" else 3)
-    return norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer)
+    return norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer) + _experts_kept(job, layer)
+
+
+def _experts_kept(job: Job, layer: LayerShare) -> float:
+    """Bytes a token that its experts and their router keep: each copy's input, gate and up, weight and places in the
+    order by expert (once more on the experts' ranks); scores and choices."""
+    if not layer.copies:
+        return 0.0
+    orders = 16.0 * (2 if job.expert > 1 else 1)
+    rows = job.element_bytes * (layer.hidden + 2 * layer.expert_ffn) + 4.0 + orders
+    routing = 4.0 * layer.experts + 8.0 * layer.copies + 12.0 * layer.copies
+    return layer.copies * rows + routing / job.split
 
 
 def _layer_working(job: Job) -> tuple[float, float]:
@@ -134,6 +146,11 @@ def _layer_working(job: Job) -> tuple[float, float]:
     attention = _context_working(job, layer)
     forward = max(forward, attention[0])
     backward = max(size * max(swiglu, up), attention[1])
+    if layer.copies:
+        # Outputs of the experts in the order by expert and in that of the tokens; in backward their gradients, those
+        # of SwiGLU's output and inputs, and its output once more.
+        forward = max(forward, size * (layer.copies * (2 * whole + layer.expert_ffn) + whole))
+        backward = max(backward, size * (layer.copies * (whole + 4 * layer.expert_ffn) + whole))
     if job.recompute == "full":
         backward += _inside_kept(dataclasses.replace(job, recompute="none"), layer)
     return job.tokens * forward, job.tokens * backward + _fresh_gradient(job, layer.largest_matrix)
@@ -142,7 +159,9 @@ def _layer_working(job: Job) -> tuple[float, float]:
 def inference_bytes(job: Job) -> float:
     """Most bytes that a forward pass without gradients has at once, in the feed-forward of a layer: the stream, its
     norm, up, gate and SwiGLU's output, and the product of the down projection."""
-    return job.tokens * job.element_bytes * (3.0 * job.layer.hidden + 3.0 * job.layer.ffn)
+    layer = job.layer
+    rows = layer.copies * (2.0 * layer.hidden + 3.0 * layer.expert_ffn)
+    return job.tokens * job.element_bytes * (3.0 * layer.hidden + 3.0 * layer.ffn + rows)
 
 
 def _context_working(job: Job, layer: LayerShare) -> tuple[float, float]:
@@ -183,8 +202,9 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
     """What stage `stage` holds and needs for one micro-batch."""
     architecture, hidden = job.architecture, job.architecture.model.hidden_size / job.split
     stream = job.tokens * job.element_bytes * hidden
-    forward, backward = _layer_working(job)
-    kept = job.layers[stage] * layer_kept(job)
+    kinds = job.kinds(stage)
+    forward, backward = (max(parts) for parts in zip(*(_layer_working(kind) for kind, _ in kinds)))
+    kept = sum(count * layer_kept(kind) for kind, count in kinds)
     loss = 0.0
     if stage == 0:
         kept += job.tokens * (8 + 1)  # the ids, and which of them this rank holds
@@ -195,8 +215,14 @@ def stage_memory(job: Job, stage: int) -> StageMemory:
         loss = loss_working(job) if job.head == "vocabulary" else 0.0
     elif job.owners[stage] != job.owners[stage + 1]:
         kept += stream  # the output that was sent is held until its gradient comes back
-    layer = job.layer
-    # The four products' inputs and output gradients; those of the stream stay cut by sequence.
-    wide = 4 * layer.hidden / job.split + 2 * layer.query + 2 * layer.key + 3 * layer.ffn
-    postponed = job.layers[stage] * job.tokens * job.element_bytes * wide
+    postponed = job.tokens * job.element_bytes * sum(count * _postponed_width(kind) for kind, count in kinds)
     return StageMemory(kept, forward, backward, loss, postponed)
+
+
+def _postponed_width(job: Job) -> float:
+    """Elements a token that a layer's products need for weight gradients that are put off: their inputs and output
+    gradients; those of the stream stay cut by sequence."""
+    layer = job.layer
+    stream = (4 if layer.ffn else 2) * layer.hidden / job.split
+    experts = layer.copies * (2 * layer.hidden + 3 * layer.expert_ffn)
+    return stream + 2 * layer.query + 2 * layer.key + 3 * layer.ffn + experts

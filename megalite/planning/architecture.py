@@ -18,7 +18,8 @@ from megalite.model.partition import layers_of_stage
 class LayerShare:
     """One layer on one tensor rank: widths in elements a token, and weights.
 
-    `query`, `key` (keys alone; values are as many) and `ffn` are this rank's widths; `queries` its query heads.
+    `query`, `key` (keys alone; values are as many) and `ffn` are this rank's widths; `queries` its query heads. A token
+    of a sparse layer makes `copies` rows, for experts of width `expert_ffn`; `ffn` is then that of the shared ones.
     """
 
     hidden: int
@@ -28,10 +29,20 @@ class LayerShare:
     queries: int
     kvs: int
     sizes: LayerSizes
+    copies: int = 0
+    expert_ffn: int = 0
+    experts: int = 0
+    """Experts of the whole layer: the router's width."""
 
     @property
     def largest_matrix(self) -> int:
-        return max(matrix.elements for matrix in self.sizes.matrices)
+        return max(matrix.inputs * matrix.outputs for matrix in self.sizes.matrices)
+
+    @property
+    def expert_elements(self) -> int:
+        """Elements of this rank's experts: each has three matrices."""
+        here = max(matrix.count for matrix in self.sizes.matrices)
+        return 3 * here * self.hidden * self.expert_ffn
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,9 @@ class Architecture:
 
     model: ModelConfig
 
-    def sizes(self, tensor: int = 1, index: int = 0) -> ModelSizes:
-        """Elements on tensor rank `index` of `tensor`."""
-        return model_sizes(self.model, tensor, index)
+    def sizes(self, tensor: int = 1, index: int = 0, expert: int = 1) -> ModelSizes:
+        """Elements on tensor rank `index` of `tensor`, with one of `expert` shares of the experts."""
+        return model_sizes(self.model, tensor, index, expert)
 
     @property
     def matmul_parameters(self) -> int:
@@ -64,20 +75,27 @@ class Architecture:
             return flops + 2.0 * (self.matmul_parameters - self.sizes().output) + attention / 3
         return flops + (attention / 3 if recompute == "selective" else 0.0)
 
-    def layer(self, tensor: int, index: int = -1) -> LayerShare:
-        """The layer on tensor rank `index`; -1 takes the rank that holds most, where key/value heads are uneven."""
+    def layer(self, tensor: int, index: int = -1, expert: int = 1, *, dense: bool = False) -> LayerShare:
+        """The layer on tensor rank `index`; -1 takes the rank that holds most, where key/value heads are uneven. Where
+        the model has experts, a layer with one of `expert` shares of them, or, if `dense`, one without."""
         model = self.model
         splits = [split_heads(model.heads, model.kv_heads, tensor, part) for part in range(tensor)]
         index = index if index >= 0 else max(range(tensor), key=lambda part: splits[part].kvs)
         split, dim = splits[index], model.head_dim
+        sparse = model.experts > 0 and not dense
+        sizes = self.sizes(tensor, index, expert)
+        width = model.shared_experts * model.expert_ffn_hidden_size if sparse else model.ffn_hidden_size
         return LayerShare(
             hidden=model.hidden_size,
             query=split.queries * dim,
             key=split.kvs * dim,
-            ffn=model.ffn_hidden_size // tensor,
+            ffn=width // tensor,
             queries=split.queries,
             kvs=split.kvs,
-            sizes=self.sizes(tensor, index).layer,
+            sizes=sizes.dense if dense and sizes.dense else sizes.layer,
+            copies=model.experts_per_token if sparse else 0,
+            expert_ffn=model.expert_ffn_hidden_size // tensor if sparse else 0,
+            experts=model.experts if sparse else 0,
         )
 
 

@@ -91,6 +91,7 @@ class Plan:
                 "context": job.context,
                 "context_mode": job.context_mode,
                 "data": job.data,
+                "expert": job.expert,
                 "sequence": job.sequence,
                 "zero": job.zero,
                 "schedule": job.schedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from megalite.align.frozen import open_source
 from megalite.config import Config, ModelConfig
+from megalite.model.partition import layers_of_stage
 from megalite.objective import Reads, build_objective
 from megalite.objective.work import Passes, has_critic, has_reference, passes_of
 from megalite.parallel.context import padded_length
@@ -115,6 +117,9 @@ class Job:
     passes: tuple[Passes, ...] = ()
     beside: Beside = Beside()
     rollout: Rollout | None = None
+    expert: int = 1
+    dense: bool = False
+    """Look at the layers without experts, of a model in which others have some (`kinds`)."""
 
     @staticmethod
     def of(config: Config, world_size: int, device: Device, reward_model: ModelConfig | None = None) -> Job:
@@ -149,6 +154,7 @@ class Job:
             virtual_stages=parallel.virtual_stages,
             recompute=train.recompute,
             element_bytes=4 if train.precision == "fp32" else 2,
+            expert=parallel.expert,
         )
 
     @property
@@ -192,7 +198,25 @@ class Job:
     @functools.cached_property
     def layer(self) -> LayerShare:
         """One layer on the tensor rank that holds most."""
-        return self.architecture.layer(self.tensor)
+        return self.architecture.layer(self.tensor, expert=self.expert, dense=self.dense)
+
+    def kinds(self, stage: int) -> tuple[tuple[Job, int], ...]:
+        """This job and the number of layers of a stage; for a model that mixes layers, once for each kind."""
+        dense = self._dense_layers[stage]
+        pairs = ((self, self.layers[stage] - dense), (self._for_dense, dense))
+        return tuple(pair for pair in pairs if pair[1])
+
+    @functools.cached_property
+    def _for_dense(self) -> Job:
+        return dataclasses.replace(self, dense=True)
+
+    @functools.cached_property
+    def _dense_layers(self) -> tuple[int, ...]:
+        model = self.architecture.model
+        if not model.experts:
+            return (0,) * self.stages
+        ranges = (layers_of_stage(model, self.stages, stage) for stage in range(self.stages))
+        return tuple(sum(not model.is_sparse(layer) for layer in layers) for layers in ranges)
 
     @functools.cached_property
     def layers(self) -> tuple[int, ...]:
@@ -218,11 +242,11 @@ class Job:
     def stages_of(self, rank: int) -> list[int]:
         return [stage for stage, owner in enumerate(self.owners) if owner == rank]
 
-    def alike(self, stage: int) -> tuple[int, bool, bool, bool]:
+    def alike(self, stage: int) -> tuple[int, int, bool, bool, bool]:
         """Stages with equal answers cost the same: layers, first, last, whether the next one is elsewhere."""
         last = stage == self.stages - 1
         elsewhere = last or self.owners[stage] != self.owners[stage + 1]
-        return self.layers[stage], stage == 0, last, elsewhere
+        return self.layers[stage], self._dense_layers[stage], stage == 0, last, elsewhere
 
 
 @functools.lru_cache(maxsize=128)

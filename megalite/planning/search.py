@@ -1,8 +1,9 @@
 """All layouts of a job, ranked by predicted speed among those that fit.
 
-What is tried: tensor sizes within a node, pipeline sizes, context sizes for long sequences, schedules with their
-virtual stages, ZeRO levels, micro-batch sizes and recomputation. The model, the global batch, the sequence and the
-number of devices stay. Whether a layout is allowed is asked of `check_combinations`, the trainer's own rules.
+What is tried: tensor sizes within a node, pipeline sizes, context sizes for long sequences, shares of the experts,
+schedules with their virtual stages, ZeRO levels, micro-batch sizes and recomputation. The model, the global batch, the
+sequence and the number of devices stay. Whether a layout is allowed is asked of `check_combinations`, the trainer's own
+rules.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
             if (pipeline > 1 or name == "1f1b") and SCHEDULES[name].refusal(pipeline, pipeline, virtual) is None
         ]
         levels = (0, 1, 2, 3) if devices // (tensor * pipeline) > 1 else (1,)  # context ranks are copies, too
+        experts = [size for size in sizes if config.model.experts % size == 0] if config.model.experts else [1]
         for schedule, virtual in schedules:
-            for zero, micro, recompute in itertools.product(levels, MICRO_BATCHES, RECOMPUTE):
+            for zero, micro, recompute, expert in itertools.product(levels, MICRO_BATCHES, RECOMPUTE, experts):
                 layout: dict[str, Any] = {
                     "tensor": tensor,
                     "pipeline": pipeline,
@@ -65,6 +67,7 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
                     "schedule": schedule,
                     "virtual_stages": virtual,
                     "zero": zero,
+                    "expert": expert,
                 }
                 batches: dict[str, Any] = {"micro_batch_size": micro, "recompute": recompute}
                 parallel = dataclasses.replace(config.parallel, **layout)

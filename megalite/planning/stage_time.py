@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megalite.model.cost import Matrix
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.hardware import (
@@ -25,7 +26,7 @@ from megalite.planning.hardware import (
     transfer_link,
 )
 from megalite.planning.job import Job
-from megalite.planning.states import stage_elements
+from megalite.planning.states import stage_elements, stage_expert_elements
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
 
@@ -49,6 +50,7 @@ class TimeParts(NamedTuple):
     data: float = 0.0
     launch: float = 0.0
     context: float = 0.0
+    experts: float = 0.0
 
     def plus(self, other: TimeParts) -> TimeParts:
         return TimeParts(*map(operator.add, self, other))
@@ -107,6 +109,8 @@ def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
     hidden = layer.hidden / job.split
     forward = 9 * hidden + 2 * (layer.query + layer.key) + 3 * layer.ffn
     backward = 14 * hidden + 4 * layer.query + 6 * layer.key + 5 * layer.ffn
+    forward += layer.copies * (4 * layer.hidden + 4 * layer.expert_ffn)  # rows are moved, and moved back
+    backward += layer.copies * (4 * layer.hidden + 8 * layer.expert_ffn)
     scale = job.practice.elementwise * job.element_bytes * job.tokens / job.device.memory_bandwidth
     return forward * scale, backward * scale
 
@@ -133,7 +137,8 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
     """
     exchange, overlaps = _exchange(job), job.practice.overlaps_tensor
-    pairs = list(zip(products, job.layer.sizes.matrices, strict=True))
+    pairs = [pair for pair in zip(products, job.layer.sizes.matrices, strict=True) if pair[1].split]
+    products = [own for own, _ in pairs]
     columns, rows = ([own for own, matrix in pairs if matrix.rows is split] for split in (False, True))
 
     def hidden(seconds: float, beside: float) -> float:
@@ -153,6 +158,26 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     if job.splits_backward:
         return forward, gathered + once, len(products) * exchange
     return forward, gathered + once, once
+
+
+def _product(job: Job, matrix: Matrix) -> float:
+    """Seconds of one product of a layer; that of experts takes tiles of one expert's rows."""
+    if matrix.count * matrix.used == 1:
+        return product_seconds(job, job.tokens, matrix.inputs, matrix.outputs)
+    rows = job.tokens * matrix.used / matrix.count
+    return matrix.count * product_seconds(job, rows, matrix.inputs, matrix.outputs)
+
+
+def expert_exchange(job: Job, layer: LayerShare) -> float:
+    """Exposed seconds in which a sparse layer's rows travel to their experts and back, in one direction of the pass;
+    shared experts hide the way there."""
+    if not layer.copies or job.expert == 1:
+        return 0.0
+    over = link(job.device, job.expert, job.tensor)
+    size = job.tokens * layer.copies * layer.hidden * job.element_bytes
+    once = over.latency + size * (job.expert - 1) / job.expert / over.bandwidth
+    shared = 3 * product_seconds(job, job.tokens, layer.hidden, layer.ffn) if layer.ffn else 0.0
+    return exposed(once, shared) + once
 
 
 def _context_talk(job: Job, attention: tuple[float, float]) -> tuple[float, float]:
@@ -189,14 +214,15 @@ def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
     matrices = layer.sizes.matrices
-    products = [product_seconds(job, job.tokens, matrix.inputs, matrix.outputs) for matrix in matrices]
+    products = [_product(job, matrix) for matrix in matrices]
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
     context = _context_talk(job, attention)
     weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
-    forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0])
-    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1])
+    moved = expert_exchange(job, layer)
+    forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
+    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
     weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
         input_gradient = input_gradient.plus(forward)
@@ -235,10 +261,12 @@ def _with_launch(work: TimeParts, floor: float) -> TimeParts:
 def stage_work(job: Job, stage: int) -> StageWork:
     """One stage and micro-batch, what ZeRO moves for each micro-batch included."""
     layers = job.layers[stage]
-    layer, overhead = layer_work(job), job.device.layer_overhead * layers
-    recomputes = job.recompute == "full"
-    forward, inputs = layer.forward.times(layers), layer.input_gradient.times(layers)
-    weights = layer.weight_gradient.times(layers)
+    overhead, recomputes = job.device.layer_overhead * layers, job.recompute == "full"
+    forward = inputs = weights = TimeParts()
+    for kind, count in job.kinds(stage):
+        work = layer_work(kind)
+        forward, inputs = forward.plus(work.forward.times(count)), inputs.plus(work.input_gradient.times(count))
+        weights = weights.plus(work.weight_gradient.times(count))
     forward = _with_launch(forward, overhead)
     inputs = _with_launch(inputs, overhead * (2 if recomputes else 1))
     weights = _with_launch(weights, overhead / 2)
@@ -275,16 +303,30 @@ def _data_link(job: Job) -> Link:
     return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
 
+def _expert_data_link(job: Job) -> Link:
+    """Of the ranks that hold the same experts."""
+    over = link(job.device, job.replicas // job.expert, job.tensor * job.expert)
+    efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
+    return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
+
+
 def gather_parameters(job: Job, stage: int) -> float:
     """All-gather of a stage's weights over the data-parallel ranks."""
-    return gather_seconds(job.element_bytes * stage_elements(job, stage), job.replicas, _data_link(job))
+    experts = stage_expert_elements(job, stage)
+    rest = gather_seconds(job.element_bytes * (stage_elements(job, stage) - experts), job.replicas, _data_link(job))
+    return rest + gather_seconds(job.element_bytes * experts, job.replicas // job.expert, _expert_data_link(job))
 
 
 def reduce_gradients(job: Job, stage: int) -> float:
     """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
-    over, elements = _data_link(job), stage_elements(job, stage)
-    buckets = -(-elements // BUCKET_ELEMENTS)
-    once = gather_seconds(4.0 * elements, job.replicas, over) + (buckets - 1) * over.latency
+    experts, once = stage_expert_elements(job, stage), 0.0
+    rest = stage_elements(job, stage) - experts
+    for elements, ranks, over in (
+        (rest, job.replicas, _data_link(job)),
+        (experts, job.replicas // job.expert, _expert_data_link(job)),
+    ):
+        buckets = -(-elements // BUCKET_ELEMENTS) if ranks > 1 else 0
+        once += gather_seconds(4.0 * elements, ranks, over) + max(0, buckets - 1) * over.latency
     return once * (2 if job.zero == 0 else 1) if job.replicas > 1 else 0.0
 
 

@@ -29,13 +29,18 @@ def stage_elements(job: Job, stage: int) -> int:
     An output layer that shares the embedding's storage counts with the first stage.
     """
     sizes = job.architecture.sizes(job.tensor)
-    total = job.layers[stage] * job.layer.sizes.elements
+    total = sum(count * kind.layer.sizes.elements for kind, count in job.kinds(stage))
     if stage == 0:
         total += sizes.embedding
     if stage == job.stages - 1:
         head = job.architecture.model.hidden_size if job.head == "scalar" else sizes.output
         total += sizes.final + (0 if job.shares_vocabulary else head)
     return total
+
+
+def stage_expert_elements(job: Job, stage: int) -> int:
+    """Elements of the experts among them, of which fewer ranks hold the same."""
+    return sum(count * kind.layer.expert_elements for kind, count in job.kinds(stage) if kind.layer.copies)
 
 
 def rank_parameters(job: Job, rank: int) -> int:
@@ -47,10 +52,15 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     """Memory held throughout a step: model states, tables, and while the model is `working` what ZeRO unshards."""
     parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
+    experts = sum(stage_expert_elements(job, stage) for stage in stages)
+    parts: dict[str, float] = {}
+    for elements, copies in ((parameters - experts, job.replicas), (experts, job.replicas // job.expert)):
+        zero = job.zero if copies > 1 else 0
+        states = state_bytes(elements, copies, zero, weight=job.element_bytes, master=master)
+        if zero == 1:
+            states["gradients"] += 4.0 * elements / copies  # the reduced shard has its own buffer
+        parts = {name: parts.get(name, 0.0) + size for name, size in states.items()}
     zero = job.zero if job.replicas > 1 else 0
-    parts = state_bytes(parameters, job.replicas, zero, weight=job.element_bytes, master=master)
-    if zero == 1:
-        parts["gradients"] += 4.0 * parameters / job.replicas  # the reduced shard has its own buffer
     whole = [_whole_buckets(job, stage) for stage in stages]
     if zero >= 2 and working:
         parts["gradients"] += 4.0 * max((IN_FLIGHT + 1) * layer + ends for layer, ends in whole)
@@ -72,8 +82,10 @@ def _tables(job: Job, rank: int) -> float:
 
 def frozen_bytes(job: Job, rank: int) -> float:
     """A model that is not trained: its weights, shared out by ZeRO-3 alone, and its tables."""
-    copies = job.replicas if job.zero == 3 else 1
-    return job.element_bytes * rank_parameters(job, rank) / copies + _tables(job, rank)
+    experts = sum(stage_expert_elements(job, stage) for stage in job.stages_of(rank))
+    copies, of_experts = (job.replicas, job.replicas // job.expert) if job.zero == 3 else (1, 1)
+    held = (rank_parameters(job, rank) - experts) / copies + experts / of_experts
+    return job.element_bytes * held + _tables(job, rank)
 
 
 def _whole_buckets(job: Job, stage: int) -> tuple[float, float]:

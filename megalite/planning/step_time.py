@@ -22,7 +22,7 @@ from megalite.planning.stage_time import (
     reduce_gradients,
     stage_works,
 )
-from megalite.planning.states import stage_elements
+from megalite.planning.states import stage_elements, stage_expert_elements
 
 STEP_OVERHEAD = 3e-3
 """Seconds per step for the all-reduce of norm and loss, the host's wait for it, and fetching data."""
@@ -56,7 +56,9 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     if job.zero in (1, 2):
         gather = sum(gather_parameters(job, stage) for stage in stages)
         late += exposed(gather, sum(works[stage].forward.seconds for stage in stages))
-    updated = elements / (job.replicas if job.zero >= 1 else 1)
+    experts = sum(stage_expert_elements(job, stage) for stage in stages)
+    shares = (job.replicas, job.replicas // job.expert) if job.zero >= 1 else (1, 1)
+    updated = (elements - experts) / shares[0] + experts / shares[1]
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
     moved = updated * (32 + job.element_bytes) + 4.0 * elements
@@ -103,6 +105,7 @@ def _update_time(job: Job) -> StepTime:
         "tensor-parallel communication": work.tensor,
         "context-parallel communication": work.context,
         "pipeline idle and transfers": idle,
+        "rows on their way to experts": work.experts,
         "data-parallel communication": work.data + late,
         "optimizer": optimizer,
         "agreement": STEP_OVERHEAD,

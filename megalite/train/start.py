@@ -49,7 +49,7 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
     """The start-up log: what is trained, how it is laid out, what computes it."""
     log.info("%s parameters, %s tokens a step", f"{parameter_count(config.model):,}", f"{config.tokens_per_step:,}")
     log.info(
-        "%d ranks on %s: tensor %d%s x pipeline %d (%s) x context %d%s x data %d (zero %d), %s, recompute %s",
+        "%d ranks on %s: tensor %d%s x pipeline %d (%s) x context %d%s x data %d (zero %d%s), %s, recompute %s",
         mesh.size,
         mesh.device,
         mesh.tp,
@@ -58,8 +58,9 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
         config.parallel.schedule,
         mesh.cp,
         f" ({config.parallel.context_mode})" if mesh.cp > 1 else "",
-        mesh.dp,
+        mesh.samples_size,
         config.parallel.zero,
+        f", experts split over {mesh.ep}" if mesh.ep > 1 else "",
         config.train.precision,
         config.train.recompute,
     )

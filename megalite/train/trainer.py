@@ -19,6 +19,7 @@ from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
+from megalite.model.balance import expert_metrics
 from megalite.model.decoder import Stage
 from megalite.model.sharded import MicroBatches, ShardedModel
 from megalite.objective import Objective, Outputs, build_objective
@@ -35,7 +36,8 @@ class StepResult:
 
     `loss` is the objective's mean over the step's `units` (counted tokens, or pairs); with no units it is meaningless,
     and nothing was updated. `grad_norm` is the global norm before clipping, `flags` the sum of the ranks' `flag`
-    arguments (such as a request to stop), `metrics` the objective's own sums over the global batch.
+    arguments (such as a request to stop), `metrics` the objective's own sums over the global batch, and those of the
+    experts' load.
     """
 
     loss: float
@@ -53,6 +55,8 @@ class _Shares:
     loss: Tensor | float
     units: Tensor | float
     metrics: dict[str, Tensor | float]
+    loads: tuple[Tensor, ...] = ()
+    """Of `Balance.collect`."""
 
 
 class Trainer(ShardedModel):
@@ -143,7 +147,8 @@ class Trainer(ShardedModel):
 
         losses = self.run(batches, finish, shape=shape, train=train, observe=self.observe if train else unobserved)
         metrics = {name: self._share(values, objective) for name, values in sorted(sums.items())}
-        return _Shares(self._share(losses, objective), self._share_of_units(units), metrics)
+        loads = self.balance.collect(self.config.model.layers) if train and self.config.model.experts else ()
+        return _Shares(self._share(losses, objective), self._share_of_units(units), metrics, loads)
 
     def accumulate(
         self, batches: MicroBatches, objective: Objective | None = None, shape: tuple[int, int] | None = None
@@ -168,8 +173,9 @@ class Trainer(ShardedModel):
         """
         own = self.accumulate(batches, objective, shape)
         square, loss, flags, units, *sums = self._agree(
-            self.norm.local_square_sum(), own.loss, flag, own.units, *own.metrics.values()
+            self.norm.local_square_sum(), own.loss, flag, own.units, *own.metrics.values(), *own.loads
         )
+        metrics = dict(zip(own.metrics, sums)) | expert_metrics(sums[len(own.metrics) :])
         loss += getattr(objective or self.objective, "offset", 0.0)
         grad_norm = float(np.float32(math.sqrt(square))) if square >= 0 else math.nan
         accepted = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -177,7 +183,8 @@ class Trainer(ShardedModel):
             limit = self.config.optimizer.clip_grad
             scale = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
             self.optimizer.step(lr, scale)
-        return StepResult(loss, grad_norm, accepted, flags, units, dict(zip(own.metrics, sums)))
+            self.balance.update()
+        return StepResult(loss, grad_norm, accepted, flags, units, metrics)
 
     def measure(self, batches: MicroBatches) -> tuple[float, int, dict[str, float]]:
         """The objective without training: (its mean over these micro-batches of all ranks, units, metrics)."""

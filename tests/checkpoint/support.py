@@ -32,6 +32,7 @@ class Layout:
     zero: int = 1
     sequence: bool = False
     schedule: str = "1f1b"
+    expert: int = 1
     context: int = 1
 
     @property
@@ -50,6 +51,7 @@ class Layout:
                 "sequence": self.sequence,
                 "virtual_stages": find_schedule(self.schedule).least_chunks,
                 "schedule": self.schedule,
+                "expert": self.expert,
             }
         }
 
@@ -78,7 +80,8 @@ def make_config(layout: Layout = Layout(), **sections: dict[str, Any]) -> Config
 
 
 def make_trainer(config: Config, layout: Layout, rank: int) -> Trainer:
-    mesh = Mesh(pp=layout.pipeline, dp=layout.data, cp=layout.context, tp=layout.tensor, rank=rank)
+    expert = layout.expert
+    mesh = Mesh(pp=layout.pipeline, dp=layout.data // expert, ep=expert, cp=layout.context, tp=layout.tensor, rank=rank)
     trainer = Trainer(config, mesh, select_kernels({"default": "reference"}, mesh.device))
     trainer.initialise()
     return trainer
@@ -90,7 +93,7 @@ def train(trainer: Trainer, steps: int, seed: int) -> list[float]:
     for step in range(steps):
         generator = torch.Generator().manual_seed(1000 * seed + step)
         tokens = torch.randint(0, VOCABULARY, (4, SEQUENCE + 1), generator=generator)
-        own = range(trainer.mesh.index("dp"), 4, trainer.mesh.dp)
+        own = range(trainer.mesh.samples_index, 4, trainer.mesh.samples_size)
         batches = [Batch(tokens[i : i + 1, :-1], tokens[i : i + 1, 1:]) for i in own]
         losses.append(trainer.step(batches, 1e-2).loss)
     return losses

@@ -98,8 +98,8 @@ def test_sliding_windows(changes: dict[str, Any], window: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "model_type = 'mixtral'"),
-        ({"model_type": "qwen3_moe"}, "model_type = 'qwen3_moe'"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "model_type = 'deepseek_v3'"),
+        ({"model_type": "qwen3_next"}, "model_type = 'qwen3_next'"),
         ({"model_type": None}, "model_type = None"),
         ({"num_experts": 8}, "num_experts = 8"),
         ({"mlp_bias": True}, "mlp_bias = True"),

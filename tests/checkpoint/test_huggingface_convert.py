@@ -24,7 +24,7 @@ from megalite.checkpoint.huggingface.names import HuggingFaceSource
 from megalite.checkpoint.manifest import Entry, Piece
 from megalite.checkpoint.source import CheckpointReader, load_weights
 from megalite.checkpoint.writer import CheckpointWriter
-from megalite.config import Config, ModelConfig, RunConfig, TrainConfig, load_config, to_toml
+from megalite.config import Config, ModelConfig, RunConfig, TrainConfig, build_config, load_config, to_toml
 from megalite.errors import UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
@@ -179,7 +179,7 @@ def test_a_changed_model_is_not_described_by_the_old_configuration(tmp_path: Pat
     """A run that was imported and went on with a longer context exports what it is now."""
     import_huggingface(golden.folder("llama_yarn"), tmp_path / "run")
     with CheckpointReader(tmp_path / "run") as reader:
-        model = ModelConfig(**reader.manifest.model)
+        model = build_config({"model": reader.manifest.model}).model
     changed = replace(model, rope_theta=5e5, max_positions=256)
     _trained_run(tmp_path / "run", changed, _random_weights(changed))
     target = _export(tmp_path / "run", tmp_path / "target")

@@ -80,6 +80,30 @@ def test_interleaved_stages_load_elsewhere(pool: Pool, tmp_path: Path) -> None:
     walk(pool, {"model": {"layers": 4}, "train": {"global_batch_size": 4}}, layouts, str(tmp_path))
 
 
+@pytest.mark.fast
+def test_experts_load_wherever_they_are(pool: Pool, tmp_path: Path) -> None:
+    """Experts, the routers' biases and the loads they remember, among layouts that split experts or do not."""
+    sections: Tables = {
+        "model": {
+            "experts": 6,
+            "expert_ffn_hidden_size": 12,
+            "shared_experts": 1,
+            "router": "sigmoid",
+            "router_bias_rate": 0.1,
+            "aux_loss": 0.01,
+            "aux_loss_scope": "batch",
+        },
+        "train": {"precision": "bf16"},
+    }
+    layouts = [
+        Layout(),
+        Layout(data=2, expert=2, zero=3),
+        Layout(tensor=2, sequence=True, data=2, expert=2, zero=0),
+        Layout(pipeline=2, data=2, zero=2),
+    ]
+    walk(pool, sections, layouts, str(tmp_path))
+
+
 def resumed(rank: int, layout: Layout, run_dir: str) -> tuple[list[float], list[float], bool]:
     """Losses of four steps on end, of the last two after a load, and whether both ended with the same state."""
     config = make_config(layout)

@@ -25,7 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megalite.kernels import adamw_triton, cross_entropy_triton, rms_norm_triton, rope_triton, swiglu_triton
+from megalite.kernels import (
+    adamw_triton,
+    cross_entropy_triton,
+    grouped_triton,
+    rms_norm_triton,
+    rope_triton,
+    swiglu_triton,
+)
 from megalite.kernels.attention import flash_triton as launches
 from megalite.kernels.attention import flash_triton_kernels as flash
 
@@ -61,7 +68,10 @@ def compiled(case: Case, target: int) -> Any:
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, n in enumerate(names)
-        if signature[n].startswith("*") or "stride" in n or n in ("hidden", "width") or n.endswith(("_outer", "_inner"))
+        if signature[n].startswith("*")
+        or "stride" in n
+        or n in ("hidden", "width", "depth", "inputs", "outputs")
+        or n.endswith(("_outer", "_inner"))
     }
     constants = {(names.index(n),): value for n, value in case.constants.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -129,6 +139,20 @@ def loss_cases() -> Iterator[Case]:
             yield Case(f"cross_entropy {what}{name}", kernel, constants, warps, types=types)
 
 
+def grouped_cases() -> Iterator[Case]:
+    """Eight experts of Mixtral's size, and 128 of Qwen3's; tiles are the same for both."""
+    rows, columns, inner, warps, stages = grouped_triton.TILES
+    tile = {"PRECISION": "tf32", "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": inner}
+    types = {"ends_ptr": "*i64", "total_ptr": "*fp32"}
+    kernel = grouped_triton.grouped_rows_kernel
+    for groups, wide, special in ((8, True, {}), (8, False, {}), (128, True, {}), (1, True, ones("groups"))):
+        name = f"grouped {'product' if wide else 'input gradient'} of {groups}"
+        yield Case(
+            name, kernel, {**tile, "WIDE": wide, "GROUPS": groups, **special}, warps, stages, types, products=True
+        )
+    yield Case("grouped weight gradient", grouped_triton.grouped_weights_kernel, tile, warps, stages, types, True)
+
+
 MASKS: dict[str, dict[str, bool]] = {
     "full": {},
     "causal": {"CAUSAL": True},
@@ -188,7 +212,7 @@ def cases(target: int, quick: bool) -> list[Case]:
     if quick:
         wanted = [case for case in norm_cases() if "h4096" in case.name]
         return [*wanted, attention_case("forward", 128, target, "causal")]
-    return [*norm_cases(), *pointwise_cases(), *loss_cases(), *attention_cases(target)]
+    return [*norm_cases(), *pointwise_cases(), *loss_cases(), *grouped_cases(), *attention_cases(target)]
 
 
 def measured(target: int, quick: bool, index: int) -> dict[str, Any]:

@@ -33,6 +33,8 @@ PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the t
     "llama3-8b-ppo-64gpu": ((64,), None, 8030.3),
     "llama3-70b-256gpu": ((256,), None, 70553.7),
     "llama3-405b-8192gpu": ((8192,), None, 405853.4),
+    "mixtral-8x7b-16gpu": ((16,), None, 46702.8),
+    "qwen3-30b-a3b-32gpu": ((32,), None, 30532.1),
 }
 
 

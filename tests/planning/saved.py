@@ -51,6 +51,7 @@ def fused_kernels() -> Kernels:
     from megalite.kernels import (
         adamw,
         cross_entropy,
+        grouped,
         rms_norm_triton,
         rope_triton,
         swiglu_triton,
@@ -64,6 +65,9 @@ def fused_kernels() -> Kernels:
         attention=flash_triton.attention,
         attention_parts=flash_triton.FlashParts(),
         swiglu=swiglu_triton.swiglu,
+        grouped_product=grouped.grouped_product,
+        grouped_input_gradient=grouped.grouped_input_gradient,
+        grouped_weight_gradient_=grouped.grouped_weight_gradient_,
         cross_entropy_stats=cross_entropy.cross_entropy_stats,
         cross_entropy_grad_=cross_entropy.cross_entropy_grad_,
         cross_entropy_stats_grad_=cross_entropy.cross_entropy_stats_grad_,

@@ -80,6 +80,7 @@ class Layout:
     zero: int = 1
     context: int = 1
     mode: str = "gather"
+    expert: int = 1
 
     @property
     def world(self) -> int:
@@ -100,6 +101,7 @@ class Layout:
             "parallel.zero": self.zero,
             "parallel.context": self.context,
             "parallel.context_mode": self.mode,
+            "parallel.expert": self.expert,
         }
 
     @property
@@ -109,6 +111,7 @@ class Layout:
             f"-p{self.pipeline}{'-' + self.schedule if self.pipeline > 1 else ''}"
             f"-d{self.data}{f'-z{self.zero}' if self.data * self.context > 1 else ''}"
             f"{f'-c{self.context}-{self.mode}' if self.context > 1 else ''}"
+            f"{f'-e{self.expert}' if self.expert > 1 else ''}"
         )
 
 
@@ -168,6 +171,7 @@ class RankOutcome:
     losses: list[float]
     grad_norms: list[float]
     evaluation: tuple[float, int]
+    metrics: list[dict[str, float]] = field(default_factory=list)
     gradients: list[Piece] = field(default_factory=list)
     weights: list[Piece] = field(default_factory=list)
 
@@ -181,6 +185,7 @@ class Outcome:
     evaluation: tuple[float, int]
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
+    metrics: list[dict[str, float]]
 
 
 def sample(number: int, config: Config, documents: bool) -> tuple[Tensor, ...]:
@@ -205,7 +210,7 @@ def sample(number: int, config: Config, documents: bool) -> tuple[Tensor, ...]:
 def micro_batches(first: int, samples: int, config: Config, mesh: Mesh, documents: bool) -> list[Batch]:
     """This data rank's micro-batches of the samples [first, first + samples), as the data loader deals them."""
     size = config.train.micro_batch_size
-    starts = range(first + mesh.index("dp") * size, first + samples, size * mesh.dp)
+    starts = range(first + mesh.samples_index * size, first + samples, size * mesh.samples_size)
     rows = [[sample(number, config, documents) for number in range(start, start + size)] for start in starts]
     return [Batch(*(torch.stack(column) for column in zip(*block))) for block in rows]
 
@@ -214,7 +219,8 @@ def build_trainer(config: Config, rank: int, world: int, make_group: Any = creat
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline,
-        dp=config.data_parallel(world),
+        dp=config.data_parallel(world) // parallel.expert,
+        ep=parallel.expert,
         cp=parallel.context,
         tp=parallel.tensor,
         rank=rank,
@@ -275,6 +281,7 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
         assert result.accepted
         outcome.losses.append(result.loss)
         outcome.grad_norms.append(result.grad_norm)
+        outcome.metrics.append(result.metrics)
         first += samples
     if trainer.objective.reads != "values":
         outcome.evaluation = trainer.evaluate(batches(first, config.train.global_batch_size))
@@ -284,11 +291,11 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
     return outcome
 
 
-def assemble(ranks: list[list[Piece]], copies: int) -> dict[str, Tensor]:
+def assemble(ranks: list[list[Piece]], copies: int, of_experts: int) -> dict[str, Tensor]:
     """Whole tensors from all ranks' pieces.
 
     Fails unless every element is covered, exactly once by each of its replicas times `copies` (data-parallel ranks
-    that hold the same), and all of them hold the same bits.
+    that hold the same; `of_experts` for experts), and all of them hold the same bits.
     """
     whole: dict[str, Tensor] = {}
     missing: dict[str, Tensor] = {}
@@ -301,7 +308,8 @@ def assemble(ranks: list[list[Piece]], copies: int) -> dict[str, Tensor]:
         fresh = holders < 0
         assert torch.equal(there[~fresh], values[~fresh]), f"{box.name}: replicas differ"
         there.copy_(values)
-        holders.copy_(torch.where(fresh, copies * len(box.replicas), holders) - 1)
+        times = of_experts if ".experts." in box.name else copies
+        holders.copy_(torch.where(fresh, times * len(box.replicas), holders) - 1)
     for name, left in missing.items():
         assert not left.any(), f"{name}: not every element is held by all that should, and by them alone"
         assert not whole[name].isnan().any(), f"{name} holds NaN"
@@ -324,14 +332,16 @@ def train_alone(case: Case) -> Outcome:
 def combine(ranks: list[RankOutcome], layout: Layout) -> Outcome:
     first = ranks[0]
     for rank in ranks:
-        shared = (rank.losses, rank.grad_norms, rank.evaluation)
-        assert shared == (first.losses, first.grad_norms, first.evaluation), "ranks disagree on loss or gradient norm"
+        shared = (rank.losses, rank.grad_norms, rank.evaluation, rank.metrics)
+        assert shared == (first.losses, first.grad_norms, first.evaluation, first.metrics), "ranks disagree on a number"
     copies = layout.data * layout.context
-    gradients = assemble([rank.gradients for rank in ranks], copies if layout.zero == 0 else 1)
-    weights = assemble([rank.weights for rank in ranks], copies)
+    of_experts = copies // layout.expert
+    whole = layout.zero == 0
+    gradients = assemble([rank.gradients for rank in ranks], copies if whole else 1, of_experts if whole else 1)
+    weights = assemble([rank.weights for rank in ranks], copies, of_experts)
     norm = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
     assert math.isclose(first.grad_norms[0], norm, rel_tol=1e-6), "the gradient norm is not that of the gradients"
-    return Outcome(first.losses, first.grad_norms, first.evaluation, gradients, weights)
+    return Outcome(first.losses, first.grad_norms, first.evaluation, gradients, weights, first.metrics)
 
 
 def assert_same_bits(one: Outcome, other: Outcome) -> None:
@@ -342,6 +352,8 @@ def assert_same_bits(one: Outcome, other: Outcome) -> None:
         assert not differing, f"{what} differ: {differing}"
     assert one.losses == other.losses
     assert one.grad_norms == other.grad_norms
+    for ours, theirs in zip(one.metrics, other.metrics, strict=True):  # sums over stages, in another order
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0.0)
     assert one.evaluation == other.evaluation
 
 
@@ -361,5 +373,7 @@ def assert_close(one: Outcome, other: Outcome, relative: float = 1e-5) -> None:
         assert not far, f"{what} differ: {far}"
     torch.testing.assert_close(one.losses, other.losses, rtol=relative, atol=0.0)
     torch.testing.assert_close(one.grad_norms, other.grad_norms, rtol=relative, atol=0.0)
+    for ours, theirs in zip(one.metrics, other.metrics, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=relative, atol=1e-12)
     assert one.evaluation[1] == other.evaluation[1]
     torch.testing.assert_close(one.evaluation[0], other.evaluation[0], rtol=relative, atol=0.0)

@@ -108,6 +108,7 @@ def export_huggingface(
     progress: Progress | None = None,
     *,
     role: str = "policy",
+    stacked_experts: bool = False,
 ) -> Export:
     """Write `directory` (new, or empty) from a checkpoint. Raises UserError.
 
@@ -116,12 +117,16 @@ def export_huggingface(
 
     `dtype`: `float32`, `bfloat16`, `float16`, or `auto`: the run's precision, or, for imported weights that were never
     trained, their original dtype. More than `shard_bytes` of weights are split into several files with an index.
+    `stacked_experts` writes all experts of a layer as one tensor, as transformers 5 holds them in memory.
     """
     model = build_config({"model": reader.manifest.model}).model
     kept = _kept_files(reader)
     original = parse_json(kept[CONFIG], Path(KEPT) / CONFIG) if CONFIG in kept else {}
     family = family_of_model(model, original.get("model_type", ""))
-    tensors = list(family.tensors(model))
+    if stacked_experts and (family.stacked_tensors is None or not model.experts):
+        raise UserError(f"{reader.directory} has no experts that could be stacked; leave out --stacked-experts")
+    listed = family.stacked_tensors if stacked_experts and family.stacked_tensors else family.tensors
+    tensors = list(listed(model))
     scores = role == "critic" or SCORE in reader.shapes()
     if scores:
         tensors = list(scorer_tensors(tensors, model.hidden_size))
@@ -157,15 +162,17 @@ def _json_file(value: Mapping[str, Any]) -> bytes:
 
 def _dtypes(reader: CheckpointReader, tensors: Sequence[FileTensor], wanted: str) -> dict[str, torch.dtype]:
     """The dtype to write each tensor of the files in."""
+    wide = {tensor.name: torch.float32 for tensor in tensors if tensor.fp32}
     stored = {name: DTYPES[entry.dtype] for name, entry in reader.manifest.index[WEIGHT].items()}
     if wanted != "auto":
         by_name = {name: dtype for dtype, name in NAMES.items()}
         if wanted not in by_name:
             raise UserError(f"dtype {wanted!r} is not one of auto, {', '.join(by_name)}")
-        return dict.fromkeys((tensor.name for tensor in tensors), by_name[wanted])
+        return dict.fromkeys((tensor.name for tensor in tensors), by_name[wanted]) | wide
     if reader.manifest.step > 0:
         precision = recipe_of(reader).get("train", {}).get("precision", "fp32")
         stored = dict.fromkeys(stored, torch.float32 if precision == "fp32" else torch.bfloat16)
+        return {tensor.name: stored[tensor.parts[0].name] for tensor in tensors} | wide
     return {tensor.name: stored[tensor.parts[0].name] for tensor in tensors}
 
 

@@ -76,11 +76,12 @@ class HuggingFaceSource:
         self._declared = declared_dtype(self.config, where)
         self._files: dict[str, TensorFile] = {}
         try:
-            listed = self.family.tensors(self.model)
+            places = self._places()
+            listed = self.family.tensors_in(self.model, places)
             if is_scorer(self.config):
                 listed = scorer_tensors(listed, self.model.hidden_size)
             tensors = {tensor.name: tensor for tensor in listed}
-            self._where = self._locate(tensors)
+            self._where = self._locate(tensors, places)
             self._check_coverage(tensors)
         except BaseException:
             self.close()
@@ -93,13 +94,13 @@ class HuggingFaceSource:
 
     # Locating tensors
 
-    def _locate(self, expected: dict[str, FileTensor]) -> dict[str, tuple[TensorFile, str]]:
-        """File and name there of every tensor, by its name in the family.
+    def _locate(self, expected: dict[str, FileTensor], files: dict[str, str]) -> dict[str, tuple[TensorFile, str]]:
+        """File and name there of every tensor, by its name in the family; `files` as from `_places`.
 
         Opens all files, so that nothing is missing later. A model that was saved without its output layer's class has
         names without `model.`.
         """
-        places = {name: (self._open(file), name) for name, file in self._places().items()}
+        places = {name: (self._open(file), name) for name, file in files.items()}
         if any(name.startswith(_PREFIX) for name in places):
             return places
         known = {

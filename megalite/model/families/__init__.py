@@ -36,7 +36,7 @@ def family_of_config(config: Mapping[str, Any], where: str) -> Family:
         if family.model_type == kind:
             return family
     known = ", ".join(family.model_type for family in FAMILIES)
-    raise UserError(f"{where}: model_type = {reprlib.repr(kind)} is not supported; known are {known} (dense models)")
+    raise UserError(f"{where}: model_type = {reprlib.repr(kind)} is not supported; known are {known}")
 
 
 def family_of_model(model: ModelConfig, preferred: str = "") -> Family:

@@ -10,13 +10,17 @@ from __future__ import annotations
 import itertools
 import re
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megalite.config import ModelConfig
 from megalite.config.bounds import shown
+from megalite.config.model import TRAINING_ONLY
 from megalite.errors import UserError
+
+STACK = ".experts.gate_up_proj"
+"""How the names of stacked experts end."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class FileTensor:
     name: str
     shape: tuple[int, ...]
     parts: tuple[Rows, ...]
+    fp32: bool = False
+    """Written in fp32 whatever the dtype of the others."""
 
     def placed_parts(self) -> Iterator[tuple[int, Rows]]:
         """Each part with its first row in the file tensor."""
@@ -47,9 +53,9 @@ class FileTensor:
         return zip(starts, self.parts)
 
 
-def whole(name: str, *shape: int) -> FileTensor:
-    """A global tensor that the files hold under the same name."""
-    return FileTensor(name, shape, (Rows(name, shape, 0, shape[0]),))
+def whole(name: str, *shape: int, stored_as: str = "", fp32: bool = False) -> FileTensor:
+    """A global tensor that the files hold whole, under the same name or another."""
+    return FileTensor(stored_as or name, shape, (Rows(name, shape, 0, shape[0]),), fp32)
 
 
 class Fields:
@@ -92,6 +98,15 @@ class Fields:
             raise self.refusal(name, value, f"is not a number above {above}")
         return float(value)
 
+    def layers(self, name: str, most: int) -> tuple[int, ...]:
+        """A list of layer numbers below `most`, ascending; empty for null."""
+        value = self.value(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(type(each) is int and 0 <= each < most for each in value):
+            raise self.refusal(name, value, f"is not a list of layer numbers from 0 to {most - 1}")
+        return tuple(sorted(set(value)))
+
     def flag(self, name: str) -> bool:
         value = self.value(name)
         if type(value) is not bool:
@@ -127,7 +142,8 @@ class Family:
     its configuration class in transformers; `fixed` are fields of which megalite computes certain values only, and
     `without_effect` those that change no result, with the reason. `read` and `write` translate the rest; `tensors`
     lists what the architecture consists of, and `copies` which further tensors may lie in the files if they equal
-    another one. Names that match `ignored` are left out.
+    another one. Names that match `ignored` are left out. Files may instead hold the experts of a layer in stacks, as
+    transformers has them in memory: `stacked_tensors` lists those.
     """
 
     model_type: str
@@ -140,6 +156,13 @@ class Family:
     tensors: Callable[[ModelConfig], Iterator[FileTensor]]
     copies: Callable[[ModelConfig], Mapping[str, str]]
     ignored: re.Pattern[str]
+    stacked_tensors: Callable[[ModelConfig], Iterator[FileTensor]] | None = None
+
+    def tensors_in(self, model: ModelConfig, names: Iterable[str]) -> Iterator[FileTensor]:
+        """`tensors` or `stacked_tensors`, whichever files with these tensors are meant to hold."""
+        if self.stacked_tensors is not None and any(name.endswith(STACK) for name in names):
+            return self.stacked_tensors(model)
+        return self.tensors(model)
 
     def read_config(self, config: Mapping[str, Any], where: str) -> ModelConfig:
         """The model that a `config.json` of this family describes; raises UserError."""
@@ -165,7 +188,8 @@ class Family:
     def unlike(self, model: ModelConfig) -> str:
         """What keeps this family from being the model: fields that do not survive the way through its `config.json`.
 
-        Empty where the family computes just this model. A new field of `ModelConfig` is covered without being named.
+        Empty where the family computes just this model. A new field of `ModelConfig` is covered without being named;
+        those that only say how it is trained do not count.
         """
         try:
             again = self.read_config(self.write_config(model), self.architectures[0])
@@ -174,6 +198,6 @@ class Family:
         lost = [
             f"model.{name} = {reprlib.repr(value)}"
             for name, value in vars(model).items()
-            if value != getattr(again, name)
+            if value != getattr(again, name) and name not in TRAINING_ONLY
         ]
         return f"{self.architectures[0]} has no {' and no '.join(lost)}" if lost else ""

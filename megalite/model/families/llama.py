@@ -6,7 +6,7 @@ Fields and defaults: `LlamaConfig` of transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from megalite.config import ModelConfig
@@ -192,15 +192,29 @@ def write_decoder(model: ModelConfig, **fields: Any) -> dict[str, Any]:
     }
 
 
-def decoder_tensors(model: ModelConfig, *, bias: bool = False, qk_norm: bool = False) -> Iterator[FileTensor]:
+def dense_tensors(model: ModelConfig, layer: int) -> Iterator[FileTensor]:
+    """The feed-forward part of a layer."""
+    mlp, hidden, ffn = f"model.layers.{layer}.mlp.", model.hidden_size, model.ffn_hidden_size
+    yield whole(f"{mlp}gate_proj.weight", ffn, hidden)
+    yield whole(f"{mlp}up_proj.weight", ffn, hidden)
+    yield whole(f"{mlp}down_proj.weight", hidden, ffn)
+
+
+def decoder_tensors(
+    model: ModelConfig,
+    *,
+    bias: bool = False,
+    qk_norm: bool = False,
+    feed_forward: Callable[[ModelConfig, int], Iterator[FileTensor]] = dense_tensors,
+) -> Iterator[FileTensor]:
     """The tensors of the architecture, in the order of the model: from the numbers alone, not from megalite's layers,
-    so that what those have beyond it is found."""
-    hidden, ffn, vocabulary = model.hidden_size, model.ffn_hidden_size, model.vocab_size
+    so that what those have beyond it is found. `feed_forward` lists those of a layer's second part."""
+    hidden, vocabulary = model.hidden_size, model.vocab_size
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     yield whole(EMBEDDING, vocabulary, hidden)
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        attention = f"{prefix}self_attn."
         yield whole(f"{prefix}input_layernorm.weight", hidden)
         for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             yield whole(f"{attention}{name}.weight", rows, hidden)
@@ -211,9 +225,7 @@ def decoder_tensors(model: ModelConfig, *, bias: bool = False, qk_norm: bool = F
             yield whole(f"{attention}k_norm.weight", model.head_dim)
         yield whole(f"{attention}o_proj.weight", hidden, queries)
         yield whole(f"{prefix}post_attention_layernorm.weight", hidden)
-        yield whole(f"{mlp}gate_proj.weight", ffn, hidden)
-        yield whole(f"{mlp}up_proj.weight", ffn, hidden)
-        yield whole(f"{mlp}down_proj.weight", hidden, ffn)
+        yield from feed_forward(model, layer)
     yield whole("model.norm.weight", hidden)
     if not model.tie_embeddings:
         yield whole(OUTPUT, vocabulary, hidden)

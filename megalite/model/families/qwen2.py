@@ -34,9 +34,11 @@ QWEN_DEFAULTS = {
 }
 
 
-def read_window(fields: Fields) -> int:
-    """Tokens that a query sees, 0 for all; the same in every layer, or refused."""
-    used, layers = fields.flag("use_sliding_window"), fields.count("num_hidden_layers", MOST_LAYERS)
+def read_window(fields: Fields, used: bool | None = None) -> int:
+    """Tokens that a query sees, 0 for all; the same in every layer, or refused. Whether the window is `used` is a field
+    unless it is given."""
+    used = fields.flag("use_sliding_window") if used is None else used
+    layers = fields.count("num_hidden_layers", MOST_LAYERS)
     size = fields.count("sliding_window", MOST_POSITIONS, least=int(used), null=0)
     window = size if used else 0
     first = fields.count("max_window_layers", MOST_POSITIONS, least=0)

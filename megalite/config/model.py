@@ -1,0 +1,118 @@
+"""The configuration's section `model`: the architecture, without any layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from megalite.config.bounds import Above, AtLeast, Named
+from megalite.config.fields import DERIVED, Count, CountOrNone, derive
+from megalite.config.rope_scaling import RopeScaling
+from megalite.registry import BUILT_IN
+
+TRAINING_ONLY = ("aux_loss", "aux_loss_scope", "router_z_loss", "router_bias_rate")
+"""Fields that say how routers are trained, not what the model computes."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family, dense or with experts."""
+
+    layers: Annotated[int, AtLeast(1, 10_000)] = 8
+    """Decoder layers."""
+    hidden_size: Annotated[int, AtLeast(1, 2**20)] = 512
+    """Width of the residual stream."""
+    ffn_hidden_size: Annotated[int, AtLeast(1, 2**24)] = DERIVED
+    """Inner width of the SwiGLU feed-forward; by default 8/3 of hidden_size, rounded up to a multiple of 64 (or, where
+    every layer has experts of a given width, that)."""
+    heads: Annotated[int, AtLeast(1, 2**16)] = 8
+    """Query heads."""
+    kv_heads: Annotated[int, AtLeast(1, 2**16)] = DERIVED
+    """Key/value heads: heads is multi-head attention (the default), 1 multi-query, between them grouped-query."""
+    head_dim: Annotated[int, AtLeast(0, 2**16)] = DERIVED
+    """Width of one head; by default hidden_size / heads."""
+    vocab_size: CountOrNone = 0
+    """Token ids run from 0 to vocab_size - 1; 0 takes the size from data.tokenizer."""
+    max_positions: Annotated[int, AtLeast(1, 2**27)] = 4096
+    """Longest sequence, in tokens, that the model is made for."""
+    rope_theta: Annotated[float, Above(1, 1e30)] = 10000.0
+    """Base of the rotary position frequencies."""
+    rope_scaling: Annotated[dict[str, Any], RopeScaling()] = field(default_factory=dict, hash=False)
+    """Scaling of the rotary frequencies, which extends the context; empty for none."""
+    norm_eps: Annotated[float, AtLeast(1e-37, 1.0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the token embedding as output layer."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    sliding_window: CountOrNone = 0
+    """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
+    experts: CountOrNone = 0
+    """Experts of a sparse layer: feed-forward networks out of which every token uses a few; 0: all layers are dense."""
+    experts_per_token: Count = 2
+    """Experts that a token uses."""
+    expert_ffn_hidden_size: Annotated[int, AtLeast(1, 2**24)] = DERIVED
+    """Inner width of one expert; by default ffn_hidden_size."""
+    shared_experts: CountOrNone = 0
+    """Experts that every token uses besides, computed as one network of so many times the width (DeepSeekMoE)."""
+    dense_layers: tuple[Annotated[int, AtLeast(0, 10_000)], ...] = ()
+    """Numbers of the layers, from 0, that have no experts but one network of width ffn_hidden_size, as [0, 1]."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """What makes scores of the router's logits; `sigmoid` chooses by score plus a bias that balances the load
+    (DeepSeek-V3)."""
+    router_renormalise: bool = True
+    """Divide the weights of a token's experts by their sum (for softmax: take it over the chosen experts alone)."""
+    router_scale: Annotated[float, Above(0, 1e6)] = 1.0
+    """Factor of all weights of the experts."""
+    router_groups: Count = 1
+    """Groups of consecutive experts; a token's experts lie in its best router_groups_per_token of them."""
+    router_groups_per_token: Count = DERIVED
+    """Groups that a token chooses its experts from; by default half of them."""
+    aux_loss: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """Weight of the loss that balances the experts' load (Fedus et al. 2021), in each sparse layer; 0.001 to 0.01 are
+    usual."""
+    aux_loss_scope: Literal["sequence", "batch"] = "sequence"
+    """Over what the load is balanced: each sequence, or the global batch, with the loads of the step before."""
+    router_z_loss: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """Weight of the mean squared log of the normaliser of the router's logits (ST-MoE uses 0.001)."""
+    router_bias_rate: Annotated[float, AtLeast(0, 1.0)] = 0.0
+    """By how much a step moves the bias of each expert's score towards an even load, without a loss (Wang et al. 2024;
+    0.001 is usual); 0 leaves it as it is."""
+    block: Annotated[str, Named(tuple(BUILT_IN["model.block"]))] = "pre_norm"
+    """Decoder layer: `pre_norm` (attention, then feed-forward), or `module:Class` of your own (docs/extending.md)."""
+    attention: Annotated[str, Named(tuple(BUILT_IN["model.attention"]))] = "gqa"
+    """Attention layer: `gqa` (grouped queries), or `module:Class` of your own."""
+    feed_forward: Annotated[str, Named(tuple(BUILT_IN["model.feed_forward"]))] = "swiglu"
+    """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
+
+    def __post_init__(self) -> None:
+        only = self.expert_ffn_hidden_size if self.experts and not self.dense_layers else 0
+        derive(
+            self,
+            ffn_hidden_size=only or -(-self.hidden_size * 8 // (3 * 64)) * 64,
+            kv_heads=self.heads,
+            head_dim=self.hidden_size // self.heads if self.heads > 0 and self.hidden_size % self.heads == 0 else 0,
+            router_groups_per_token=max(1, self.router_groups // 2),
+        )
+        derive(self, expert_ffn_hidden_size=self.ffn_hidden_size)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the feed-forward part of this layer is a choice among experts."""
+        return self.experts > 0 and layer not in self.dense_layers
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The numbers of all layers with experts."""
+        return tuple(layer for layer in range(self.layers) if self.is_sparse(layer))
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether experts are chosen by score plus bias; the bias is a tensor of the model."""
+        return self.router == "sigmoid" or self.router_bias_rate > 0
+
+    @property
+    def remembers_load(self) -> bool:
+        """Whether the loads of the last step are a tensor of the model: the balancing loss reads them."""
+        return self.aux_loss > 0 and self.aux_loss_scope == "batch"

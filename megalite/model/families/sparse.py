@@ -1,0 +1,70 @@
+"""What families with experts share: their fields' limits, and a layer's experts, one by one or all in stacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalite.config import ModelConfig
+from megalite.model.families.family import STACK, Fields, FileTensor, Rows, whole
+from megalite.model.families.llama import WITHOUT_EFFECT, dense_tensors
+
+MOST_EXPERTS = 1 << 16
+
+SPARSE_WITHOUT_EFFECT = WITHOUT_EFFECT | {
+    "router_aux_loss_coef": "says how the router is trained: model.aux_loss",
+    "output_router_logits": "says what to return",
+}
+
+
+def read_experts(fields: Fields, *names: str) -> int:
+    """The number of experts, which goes by several names; those that are given must agree."""
+    given = [name for name in names if fields.given(name)] or [names[0]]
+    counts = [fields.count(name, MOST_EXPERTS) for name in given]
+    if len(set(counts)) > 1:
+        raise fields.refusal(given[0], counts[0], f"contradicts {given[1]} = {counts[1]}")
+    return counts[0]
+
+
+def read_chosen(fields: Fields, experts: int) -> int:
+    """Experts of a token."""
+    return fields.count("num_experts_per_tok", experts)
+
+
+def expert_tensors(
+    model: ModelConfig, layer: int, stored: str, parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterator[FileTensor]:
+    """Router and experts of a layer, each expert's three matrices by themselves; `stored` begins their names in the
+    files, where gate, up and down are called `parts`."""
+    own, hidden, ffn = f"model.layers.{layer}.mlp.", model.hidden_size, model.expert_ffn_hidden_size
+    yield whole(f"{own}gate.weight", model.experts, hidden, stored_as=f"{stored}gate.weight")
+    for expert in range(model.experts):
+        for name, part in zip(("gate_proj", "up_proj", "down_proj"), parts):
+            shape = (hidden, ffn) if name == "down_proj" else (ffn, hidden)
+            place = f"experts.{expert}."
+            yield whole(f"{own}{place}{name}.weight", *shape, stored_as=f"{stored}{place}{part}.weight")
+
+
+def stacked_expert_tensors(model: ModelConfig, layer: int) -> Iterator[FileTensor]:
+    """The same with all experts in two stacks, [E, 2 F, H] (each expert's gate above its up) and [E, H, F]."""
+    own, hidden, ffn = f"model.layers.{layer}.mlp.", model.hidden_size, model.expert_ffn_hidden_size
+    yield whole(f"{own}gate.weight", model.experts, hidden)
+
+    def rows(expert: int, name: str, *shape: int) -> Rows:
+        return Rows(f"{own}experts.{expert}.{name}.weight", shape, 0, shape[0])
+
+    inner = [rows(e, name, ffn, hidden) for e in range(model.experts) for name in ("gate_proj", "up_proj")]
+    outer = [rows(e, "down_proj", hidden, ffn) for e in range(model.experts)]
+    yield FileTensor(f"{own[:-1]}{STACK}", (model.experts, 2 * ffn, hidden), tuple(inner))
+    yield FileTensor(f"{own}experts.down_proj", (model.experts, hidden, ffn), tuple(outer))
+
+
+def mixed_tensors(model: ModelConfig, layer: int) -> Iterator[FileTensor]:
+    """The feed-forward part of a layer where some are dense, under megalite's own names."""
+    if not model.is_sparse(layer):
+        return dense_tensors(model, layer)
+    return expert_tensors(model, layer, f"model.layers.{layer}.mlp.")
+
+
+def mixed_stacked_tensors(model: ModelConfig, layer: int) -> Iterator[FileTensor]:
+    """The same with the experts in stacks."""
+    return stacked_expert_tensors(model, layer) if model.is_sparse(layer) else dense_tensors(model, layer)
