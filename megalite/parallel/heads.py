@@ -1,4 +1,4 @@
-"""Which query and key/value heads a rank holds, where heads are split over ranks."""
+"""Which heads a rank holds where several share the heads of an attention."""
 
 from __future__ import annotations
 
