@@ -24,9 +24,10 @@ gpu_is_seen() {
 base_python() {
     local candidate
     for candidate in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "${CONDA_PREFIX:+$CONDA_PREFIX/bin/python}" \
-        python3 python3.14 python3.13 python3.12 python3.11; do
+        $(type -aP python3) python3.14 python3.13 python3.12 python3.11; do
         [ -n "$candidate" ] || continue
-        [ "${candidate%/bin/python}" != "$ROOT/.venv" ] || continue
+        # .venv itself may be first on the path, without being active
+        [ "$(dirname "$(command -v "$candidate" || true)")" != "$ROOT/.venv/bin" ] || continue
         if "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2> /dev/null; then
             command -v "$candidate"
             return

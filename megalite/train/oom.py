@@ -109,6 +109,10 @@ def planned_bytes(config: Config, mesh: Mesh) -> Mapping[str, float]:
 def _remedy(config: Config) -> str:
     train, parallel = config.train, config.parallel
     steps = [f"train.micro_batch_size = {train.micro_batch_size} lower"] if train.micro_batch_size > 1 else []
+    if config.objective.data_format == "prompt":
+        steps.append(
+            f"rollout.batch_size = {config.rollout.batch_size} {'lower' if config.rollout.batch_size else 'set'}"
+        )
     if train.recompute != "full":
         steps.append(
             f"train.recompute = {train.recompute} to {'selective or ' if train.recompute == 'none' else ''}full"

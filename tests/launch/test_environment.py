@@ -64,6 +64,9 @@ def test_the_active_environment_comes_first(programs, tmp_path):
     # .venv itself is what is to be made, not what it is made from
     done = shell("base_python", PATH=programs.path, VIRTUAL_ENV=str(ROOT / ".venv"))
     assert done.stdout.strip() == f"{programs.path}/python3"
+    # nor where it is first on the path without being active: making it anew would begin by removing it
+    done = shell("base_python", PATH=f"{ROOT}/.venv/bin:{programs.path}")
+    assert done.stdout.strip() == f"{programs.path}/python3"
 
 
 def test_only_a_python_with_this_checkout_installed_runs_it(programs, tmp_path):

@@ -1,13 +1,17 @@
 """Every recipe that ships is complete: it reads, its layout works on the machines it names, its size is the model's."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from launch.recipes.rewards import last_number
+from megalite.align.rewards import call_reward
 from megalite.config import load_config
 from megalite.config.check import check_layout
 from megalite.model.cost import parameter_count
 from megalite.model.partition import layers_of_stage
+from megalite.planning import DEVICES, estimate
 
 pytestmark = pytest.mark.fast
 
@@ -20,6 +24,13 @@ PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the t
     "1b": ((1, 8, 64), None, 1235.8),
     "llama3-8b-8gpu": ((8,), None, 8030.3),
     "llama3-8b-64gpu": ((64,), None, 8030.3),
+    "llama3-8b-sft-8gpu": ((8,), None, 8030.3),
+    "llama3-8b-reward-8gpu": ((8,), None, 8030.3),
+    "llama3-8b-dpo-8gpu": ((8,), None, 8030.3),
+    "llama3-8b-dpo-64gpu": ((64,), None, 8030.3),
+    "llama3-8b-grpo-8gpu": ((8,), None, 8030.3),
+    "llama3-8b-grpo-64gpu": ((64,), None, 8030.3),
+    "llama3-8b-ppo-64gpu": ((64,), None, 8030.3),
     "llama3-70b-256gpu": ((256,), None, 70553.7),
     "llama3-405b-8192gpu": ((8192,), None, 405853.4),
     "mixtral-8x7b-16gpu": ((16,), None, 46702.8),
@@ -41,6 +52,24 @@ def test_recipe(name):
     assert parameter_count(config.model) / 1e6 == pytest.approx(millions, rel=1e-3)
     stages = [layers_of_stage(config.model, config.stages, stage) for stage in range(config.stages)]
     assert [layer for stage in stages for layer in stage] == list(range(config.model.layers)) and all(stages)
+
+
+@pytest.mark.parametrize("name", [name for name in PLANS if "planner's word" in (RECIPES / f"{name}.toml").read_text()])
+def test_the_planners_word_in_a_recipe_is_what_it_says(name):
+    text = (RECIPES / f"{name}.toml").read_text()
+    memory, seconds = re.search(r"planner's word for H100: (\d+) GiB, ([\d.]+) s a step", text).groups()
+    plan = estimate(load_config(RECIPES / f"{name}.toml"), PLANS[name][0][0], DEVICES["h100"])
+    assert round(plan.memory.total / 2**30) == int(memory)
+    assert plan.time.seconds == pytest.approx(float(seconds), abs=0.5 if float(seconds) > 5 else 0.05)
+
+
+def test_the_recipes_reward_reads_the_last_number():
+    texts = ["so 3 + 4 = 7.", "1,200 apples", "no idea", "it is 5, not 6", "-2.5"]
+    answers = [7, "1200", 0, 5, "so -2.5"]
+    scores = call_reward(
+        "rewards:last_number", last_number, [""] * 5, texts, [[]] * 5, {"answer": answers, "more": answers}
+    )
+    assert scores == [1, 1, 0, 0, 1]
 
 
 def test_stages_are_as_the_70b_recipe_tells_them():

@@ -23,6 +23,13 @@ DEVICES_OF = {  # recipe: numbers of devices
     "llama3-8b-8gpu": (8,),
     "llama3-8b-64gpu": (64,),
     "llama3-8b-128k-64gpu": (64,),
+    "llama3-8b-sft-8gpu": (8,),
+    "llama3-8b-reward-8gpu": (8,),
+    "llama3-8b-dpo-8gpu": (8,),
+    "llama3-8b-dpo-64gpu": (64,),
+    "llama3-8b-grpo-8gpu": (8,),
+    "llama3-8b-grpo-64gpu": (64,),
+    "llama3-8b-ppo-64gpu": (64,),
     "llama3-70b-256gpu": (256,),
     "llama3-405b-8192gpu": (8192,),
 }
@@ -53,7 +60,14 @@ def gain(config, devices: int, device: Device) -> float:
     return seconds / least
 
 
-LONG = ("llama3-8b-128k-64gpu", "llama3-70b-256gpu", "llama3-405b-8192gpu")
+LONG = (
+    "llama3-8b-128k-64gpu",
+    "llama3-8b-dpo-64gpu",
+    "llama3-8b-grpo-64gpu",
+    "llama3-8b-ppo-64gpu",
+    "llama3-70b-256gpu",
+    "llama3-405b-8192gpu",
+)
 
 
 @pytest.mark.parametrize(
