@@ -69,7 +69,13 @@ def with_experts(limit):
                 yield Layout(**{**vars(layout), "expert": expert})
 
 
-SPLIT = [*with_experts(4), Layout(data=2, expert=2, context=2), Layout(data=2, expert=2, context=2, zero=3)]
+SPLIT = [
+    *(layout for layout in with_experts(4) if layout.zero in (1, 3)),  # 0 and 2 take the same paths
+    Layout(data=2, expert=2, zero=0),
+    Layout(data=2, expert=2, zero=2),
+    Layout(data=2, expert=2, context=2),
+    Layout(data=2, expert=2, context=2, zero=3),
+]
 QUICK = [
     Layout(data=2, expert=2),
     Layout(data=2, expert=2, zero=3),
