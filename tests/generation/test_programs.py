@@ -204,6 +204,6 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert refused.stdout == ""
     assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: 4 processes, but parallel.tensor * parallel.pipeline * parallel.context * parallel.expert = 1; make them "
-        "equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
+        "error: 4 processes, but parallel.tensor * parallel.pipeline * parallel.context * parallel.expert = 1; "
+        "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
     ]
