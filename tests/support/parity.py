@@ -291,7 +291,7 @@ def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
     return outcome
 
 
-def assemble(ranks: list[list[Piece]], copies: int, of_experts: int) -> dict[str, Tensor]:
+def assemble(ranks: list[list[Piece]], copies: int, of_experts: int = 1) -> dict[str, Tensor]:
     """Whole tensors from all ranks' pieces.
 
     Fails unless every element is covered, exactly once by each of its replicas times `copies` (data-parallel ranks
