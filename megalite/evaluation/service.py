@@ -230,7 +230,7 @@ class Service:
         self.check(cut)
         order = sorted(range(len(cut)), key=lambda number: -len(cut[number]))
         texts = [""] * len(cut)
-        together = self.batch_size * self.mesh.samples_size
+        together = self.batch_size * self.mesh.dp
         limits = Limits(max_new_tokens, frozenset(stop_ids), tuple(stop_strings))
         for start in range(0, len(order), together):
             part = order[start : start + together]
@@ -259,7 +259,7 @@ class Service:
         """Every rank: the new tokens of every prompt, each behind their number, in the order of the prompts."""
         prompts = np.split(ids, np.cumsum(message["lengths"])[:-1])
         new, stop_ids, stop_strings = message["limits"]
-        dp, me = self.mesh.samples_size, self.mesh.samples_index
+        dp, me = self.mesh.dp, self.mesh.index("dp")  # ranks that share the experts generate the same
         mine = prompts[me::dp]
         completions: list[list[int]] = []
         if mine:
@@ -273,7 +273,7 @@ class Service:
                     rows=message["numbers"][me::dp],
                 )
                 completions = [one.new_ids for one in found]
-        speaks = all(self.mesh.index(axis) == 0 for axis in ("tp", "pp", "cp"))
+        speaks = all(self.mesh.index(axis) == 0 for axis in ("tp", "pp", "cp", "ep"))
         own = _joined(completions) if speaks else np.empty(0, np.int64)
         parts = [list(_unjoined(part)) for part in self._channel.gather(own)]
         by_rank = [part for part in parts if part]
