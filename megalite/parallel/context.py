@@ -52,11 +52,12 @@ class ContextRegion:
     @staticmethod
     def of(mesh: Mesh, mode: str, split: int) -> ContextRegion:
         """The region of a mesh's `cp` axis."""
-        return ContextRegion(mesh.group("cp"), mode, split, mesh.device) if mesh.cp > 1 else ContextRegion.alone(mesh)
+        group = mesh.group("cp") if mesh.cp > 1 else Group((mesh.rank,), mesh.rank, None)
+        return ContextRegion(group, mode, split, mesh.device)
 
     @staticmethod
     def alone(mesh: Mesh) -> ContextRegion:
-        """One rank with all of the sequence."""
+        """One rank with all rows of the sequence."""
         return ContextRegion(Group((mesh.rank,), mesh.rank, None), device=mesh.device)
 
     @property
