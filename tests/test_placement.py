@@ -10,10 +10,10 @@ import torch
 from megalite.config import ModelConfig
 from megalite.kernels import select_kernels
 from megalite.mesh import Group, Mesh
-from megalite.model.attention import split_heads
 from megalite.model.decoder import Stage
 from megalite.model.init import initial_values, initialise
 from megalite.model.partition import layers_of_stage
+from megalite.parallel.heads import split_heads
 from megalite.placement import (
     Box,
     Placement,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megalite.model.attention import split_heads
 from megalite.model.cost import LayerSizes, Matrix, ModelSizes
+from megalite.parallel.heads import split_heads
 from megalite.planning.architecture import Architecture, vocabulary_rows
 
 

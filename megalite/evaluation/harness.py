@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +98,9 @@ def _manager(options: Options) -> Any:
 
 @contextlib.contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Warnings only, and no progress bars of its own: the library tells every setting that it reads."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "httpx")]
+    """Errors only: the library tells every setting that it reads."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub", "httpx")]
     before = [logger.level for logger in loggers]
-    os.environ["TQDM_DISABLE"] = "1"
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:

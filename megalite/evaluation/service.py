@@ -169,7 +169,11 @@ class Service:
         row, place, label = labels.reshape(3, -1)
         dp, me = self.mesh.samples_size, self.mesh.samples_index
         count = -(-rows // dp)
-        mine = [np.flatnonzero(row == micro * dp + me) for micro in range(count)]
+        # Under context parallelism each rank has some places of every row, and answers for these.
+        own = self.model.context.rows(length).cpu().numpy()
+        at = np.full(self.model.context.padded(length), -1)
+        at[own] = np.arange(len(own))
+        mine = [np.flatnonzero((row == micro * dp + me) & (at[place] >= 0)) for micro in range(count)]
         batches: MicroBatches = [
             self._batch(parts, micro * dp + me, message["packed"]) if self.model.needs_batches else None
             for micro in range(count)
@@ -177,7 +181,7 @@ class Service:
 
         def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
             chosen = mine[micro]
-            return stage.label_stats_at(hidden, self._indices(place[chosen]), self._indices(label[chosen]))
+            return stage.label_stats_at(hidden, self._indices(at[place[chosen]]), self._indices(label[chosen]))
 
         found = self.model.run(batches, finish, shape=(1, length))
         stats = np.zeros((2, len(row)))

@@ -29,9 +29,9 @@ from megalite.kernels.attention import Documents, Options
 from megalite.kernels.attention.parts import AttentionParts, Seen, merge
 from megalite.kernels.attention.reference import document_begins
 from megalite.mesh import Group
-from megalite.model.attention import HeadSplit, split_heads
 from megalite.parallel.collectives import all_gather_stacked
 from megalite.parallel.context import ContextRegion
+from megalite.parallel.heads import HeadSplit, split_heads
 
 
 class CachedRows(Documents):

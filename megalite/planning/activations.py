@@ -22,7 +22,7 @@ import torch
 
 from megalite.kernels.attention.cpu import form as attention_form
 from megalite.kernels.cross_entropy import CHUNK_ELEMENTS, PRODUCT_BYTES
-from megalite.model.attention import split_heads
+from megalite.parallel.heads import split_heads
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 

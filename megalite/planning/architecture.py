@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megalite.config import ModelConfig
-from megalite.model.attention import split_heads
 from megalite.model.cost import LayerSizes, ModelSizes, attention_flops_per_token, model_sizes
 from megalite.model.partition import layers_of_stage
+from megalite.parallel.heads import split_heads
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megalite.config import Config
 from megalite.kernels.attention.choice import Call
-from megalite.model.attention import split_heads
 from megalite.model.sharded import DTYPES
 from megalite.parallel.context import padded_length
+from megalite.parallel.heads import split_heads
 
 
 def attention_calls(config: Config) -> list[Call]:

@@ -39,6 +39,7 @@ LAYOUTS = (
     Layout(pipeline=2, schedule="interleaved", data=2),
     Layout(pipeline=2, schedule="zb_h1"),
     Layout(pipeline=2, schedule="zb_v"),
+    Layout(context=2, mode="ring", tensor=2),
 )
 KINDS = ("sft", "dpo", "reward")
 
@@ -103,7 +104,8 @@ def run_rank(
             rows = rows + [[]] * extra
             config = config_of(layout, len(rows), model=dataclasses.asdict(theirs.model))
             options: dict[str, Any] = {"make_group": groups} if chaos else {}
-            mesh = Mesh(pp=layout.pipeline, dp=layout.data, tp=layout.tensor, rank=rank, **options)
+            sizes = {"pp": layout.pipeline, "dp": layout.data, "cp": layout.context, "tp": layout.tensor}
+            mesh = Mesh(**sizes, rank=rank, **options)
             kernels = select_kernels({}, mesh.device)
             objective = {"sft": NextToken(), "dpo": DPO(BETA), "reward": BradleyTerry()}[kind]
             trainer = Trainer(config, mesh, kernels, objective=objective)
@@ -154,7 +156,7 @@ def expected(models: tuple[Path, Path]) -> dict[str, tuple[float, dict[str, Tens
 def gather(ranks: list[dict[str, Any]], kind: str, layout: Layout) -> tuple[float, dict[str, Tensor]]:
     assert all(rank[kind][0] == ranks[0][kind][0] for rank in ranks), "ranks disagree"
     pieces: list[list[Piece]] = [rank[kind][1] for rank in ranks]
-    return ranks[0][kind][0][0], assemble(pieces, layout.data if layout.zero == 0 else 1)
+    return ranks[0][kind][0][0], assemble(pieces, layout.data * layout.context if layout.zero == 0 else 1)
 
 
 def compare(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:

@@ -24,6 +24,7 @@ LAYOUTS = (
     Layout(tensor=2, data=2, zero=2),
     Layout(pipeline=2, schedule="zb_v"),
     Layout(pipeline=2, schedule="interleaved", data=2),
+    Layout(context=2, pipeline=2),
 )
 SMALL: dict[str, dict[str, Any]] = {
     "model": {"layers": 4},
@@ -79,7 +80,7 @@ def run_rank(
         if task._reference is not None:
             task._reference.model.wait_for_all_gather()
         groups.verify()
-    first = task.mesh.rank == task.mesh.rank_at(pp=0, tp=0)
+    first = task.mesh.rank == task.mesh.rank_at(pp=0, cp=0, tp=0)
     return {"answers": answers if first else [], "results": results, "weights": weights}
 
 
@@ -96,7 +97,7 @@ def run(
     steps_of_ranks = [rank["answers"] for rank in ranks if rank["answers"]]
     size = len(steps_of_ranks[0]) // steps
     answers = [row for step in range(steps) for own in steps_of_ranks for row in own[step * size : (step + 1) * size]]
-    weights = assemble([rank["weights"] for rank in ranks], layout.data)
+    weights = assemble([rank["weights"] for rank in ranks], layout.data * layout.context)
     return {
         "answers": answers,
         "metrics": keep,

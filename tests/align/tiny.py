@@ -99,7 +99,8 @@ def config_of(layout: Layout, **sections: dict[str, Any]) -> Config:
 def build_task(
     config: Config, layout: Layout, rank: int, make_group: Any = create_group, shortest: int = PROMPT
 ) -> PolicyTask:
-    mesh = Mesh(pp=layout.pipeline, dp=layout.data, tp=layout.tensor, rank=rank, make_group=make_group)
+    sizes = {"pp": layout.pipeline, "dp": layout.data, "cp": layout.context, "tp": layout.tensor}
+    mesh = Mesh(**sizes, rank=rank, make_group=make_group)
     task = PolicyTask(config, mesh, select_kernels({}, mesh.device))
     task.open(RandomPrompts(shortest), RandomPrompts(shortest), None)
     task.begin(None)  # type: ignore[arg-type]

@@ -33,7 +33,8 @@ def ask(rank: int, layout: dict[str, int], folder: str, call: Callable[[Service]
     """The result of `call` on rank 0 of a layout; None on the others."""
     mesh = Mesh(rank=rank, **layout)
     with open_checkpoint(folder) as opened:
-        config = golden.training_config(ModelConfig(**opened.model), tensor=mesh.tp, pipeline=mesh.pp, sequence=False)
+        parallel = {"tensor": mesh.tp, "pipeline": mesh.pp, "context": mesh.cp, "sequence": False}
+        config = golden.training_config(ModelConfig(**opened.model), **parallel)
         model = ShardedModel(config, mesh, select_kernels({}, golden.CPU), trained=False)
         fill_model(model, opened.source)
         with serving(model, opened.tokenizer, batch_size=3) as service:
@@ -96,7 +97,7 @@ def likelihoods(service: Service, requests: Requests) -> tuple[list[tuple[float,
     return service.loglikelihoods(requests), service.cut
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, {"cp": 2}, {"cp": 2, "pp": 2}], ids=str)
 def test_loglikelihoods(pool: Pool, checkpoint: Path, peer: Any, layout: dict[str, int]) -> None:
     """Sums, greedy flags, cut contexts; equal requests have equal bits wherever they were asked."""
     requests = make_requests()
@@ -144,7 +145,7 @@ def texts_of(service: Service, prompts: list[list[int]], stops: list[str], tempe
     return service.generate(prompts, Sampling(temperature, seed=3), 12, stops, [EOS])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, {"cp": 2, "tp": 2}], ids=str)
 def test_greedy_texts(pool: Pool, checkpoint: Path, peer: Any, layout: dict[str, int]) -> None:
     """Prompts of any length, too long ones among them; stop strings cut."""
     random = np.random.default_rng()

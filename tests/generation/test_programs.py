@@ -111,7 +111,7 @@ def test_text_in_and_out(run: Program, talker: Path) -> None:
         (("--prompt", "hello"), "carries no tokenizer; give --tokenizer FILE"),
         (
             ("--prompt-ids", "[1]", "--parallel.tensor", "2"),
-            "1 process, but parallel.tensor * parallel.pipeline * parallel.context = 2",
+            "1 process, but parallel.tensor * parallel.pipeline * parallel.context * parallel.expert = 2",
         ),
         (("--prompt-ids", "[1]", "--train.steps", "2"), "--train.steps has no effect here"),
         (("--prompt-ids", "[1]", "--parallel.tenser", "2"), "did you mean parallel.tensor"),
@@ -204,7 +204,6 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert refused.stdout == ""
     assert [line for line in refused.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: 4 processes, but parallel.tensor * parallel.pipeline * parallel.context = 1; make them equal, as in "
-        "--parallel.tensor 2 "
-        "with torchrun --nproc-per-node 2"
+        "error: 4 processes, but parallel.tensor * parallel.pipeline * parallel.context * parallel.expert = 1; "
+        "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
     ]
