@@ -108,6 +108,29 @@ def test_in_and_out_gives_the_same_bytes(tmp_path: Path, name: str, config: str)
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("name", [name for name in golden.NAMES if name.endswith("_experts")])
+def test_experts_go_out_and_come_in_as_stacks(tmp_path: Path, name: str) -> None:
+    """One tensor for all experts of a layer, as transformers holds them; read again, the same bytes as before."""
+    import_huggingface(golden.folder(name), tmp_path / "run")
+    stacked = _export(tmp_path / "run", tmp_path / "stacked", stacked_experts=True)
+    single, stacks = (load_file(folder / "model.safetensors") for folder in (golden.folder(name), stacked))
+    (place,) = {key for key in stacks if key.endswith("layers.1.mlp.experts.gate_up_proj")}
+    gate = "block_sparse_moe.experts.2.w1" if name.startswith("mixtral") else "mlp.experts.2.gate_proj"
+    expected = single[f"model.layers.1.{gate}.weight"]
+    assert torch.equal(stacks[place][2, : len(expected)], expected)
+    import_huggingface(stacked, tmp_path / "again")
+    back = _export(tmp_path / "again", tmp_path / "back")
+    assert (back / "model.safetensors").read_bytes() == (golden.folder(name) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.fast
+def test_models_without_experts_have_none_to_stack(tmp_path: Path) -> None:
+    import_huggingface(golden.folder("llama3_gqa"), tmp_path / "run")
+    with pytest.raises(UserError, match="has no experts that could be stacked; leave out --stacked-experts"):
+        _export(tmp_path / "run", tmp_path / "target", stacked_experts=True)
+
+
+@pytest.mark.fast
 def test_imported_weights_keep_their_dtypes(tmp_path: Path) -> None:
     """fp16 matrices beside fp32 norms, which no precision of training is, come back as they came."""
     source = tmp_path / "source"

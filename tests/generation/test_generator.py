@@ -79,6 +79,18 @@ def test_layouts_agree(pool: Pool, layout: dict[str, Any]) -> None:
         assert result == alone
 
 
+def _greedy(rank: int, name: str, layout: dict[str, int]) -> list[list[int]]:
+    generator = _generator(name, rank, **layout)
+    return _rows(generator.run(golden.golden(name)["prompts"].tolist(), GREEDY, Limits(6)))
+
+
+@pytest.mark.parametrize("name", ["mixtral_experts", "dots1_experts"])
+def test_experts_on_two_ranks(pool: Pool, name: str) -> None:
+    """Both ranks read the same prompts and get the same tokens, through experts of which each has half."""
+    expected = golden.golden(name)["greedy"][:, :14].tolist()
+    assert pool.run(_greedy, 2, name, {"ep": 2}) == [expected, expected]
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_a_row_does_not_see_the_others(name: str) -> None:
