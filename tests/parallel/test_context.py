@@ -113,7 +113,8 @@ def step_on(rank: int, world: int, case: Case, kept: Mapping[int, list[int]], ch
     result = trainer.step(batches, 1e-2)
     assert result.accepted
     evaluation = trainer.evaluate(batches)
-    outcome = RankOutcome([result.loss], [result.grad_norm], evaluation, gradients, pieces_of_weights(trainer))
+    pieces = {"gradients": gradients, "weights": pieces_of_weights(trainer)}
+    outcome = RankOutcome([result.loss], [result.grad_norm], evaluation, **pieces)
     return outcome, result.units, result.metrics
 
 
