@@ -30,6 +30,8 @@ DEVICES_OF = {  # recipe: numbers of devices
     "llama3-8b-grpo-8gpu": (8,),
     "llama3-8b-grpo-64gpu": (64,),
     "llama3-8b-ppo-64gpu": (64,),
+    "mixtral-8x7b-16gpu": (16,),
+    "qwen3-30b-a3b-32gpu": (32,),
     "llama3-70b-256gpu": (256,),
     "llama3-405b-8192gpu": (8192,),
 }
@@ -65,6 +67,8 @@ LONG = (
     "llama3-8b-dpo-64gpu",
     "llama3-8b-grpo-64gpu",
     "llama3-8b-ppo-64gpu",
+    "mixtral-8x7b-16gpu",
+    "qwen3-30b-a3b-32gpu",
     "llama3-70b-256gpu",
     "llama3-405b-8192gpu",
 )
