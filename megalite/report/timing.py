@@ -228,8 +228,8 @@ def draw_goodput(runs: Sequence[tuple[str, Goodput]]) -> Figure | None:
             continue
         axes.barh(range(len(runs)), shares, left=left, color=colour, height=0.62, label=part)
         for place, share in enumerate(shares):
-            if share > 5:
-                middle = left[place] + share / 2
+            middle = left[place] + share / 2
+            if share > 5 and middle < 100:  # parts of a damaged file may add up to far more
                 axes.text(middle, place, f"{share:.0f} %", ha="center", va="center", fontsize=8, color=INK)
         left += shares
     names = [f"{plain(name)}\n{timedelta(seconds=round(each.wall))}" for name, each in runs]

@@ -121,7 +121,7 @@ def make_page(folder, metrics, events, timeline, config, complaint):
 def test_words_of_damaged_files(tmp_path_factory, **files):
     """Summary, remarks and history are always made, and no value becomes a tag or an attribute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "_pictures", lambda runs: ())
+        patch.setattr(page, "_pictures", lambda runs, scores: ())
         seen, attributes = tags(make_page(tmp_path_factory.mktemp("damage"), **files))
     own = "html head meta title style body main h1 h2 p section img div table tr th td span ul li details summary pre"
     assert seen <= set(own.split())
