@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         if self._check_overrides is not None:
             words, overrides = self._take_overrides(words)
         if not {"-h", "--help"} & set(words):
-            self._refuse_unknown(words)
+            self.refuse_unknown(words)
             if self._check_overrides is not None:
                 self._check_overrides(overrides)
         options = super().parse_args(words, namespace)
@@ -164,14 +164,16 @@ class Parser(argparse.ArgumentParser):
                 others.append(word)
                 continue
             overrides.append(word)
-            if match[1] is None and words and not self._is_option(words[0]):
+            if match[1] is None and words and not self.is_option(words[0]):
                 overrides.append(words.pop(0))
         return others, overrides
 
-    def _is_option(self, word: str) -> bool:
+    def is_option(self, word: str) -> bool:
+        """Whether a word begins an option or an override."""
         return word == "--" or word.partition("=")[0] in self._option_string_actions or bool(_OVERRIDE.fullmatch(word))
 
-    def _refuse_unknown(self, words: Iterable[str]) -> None:
+    def refuse_unknown(self, words: Iterable[str]) -> None:
+        """Refuse the first option that this parser does not know, with the nearest one that it does."""
         for word in words:
             name = word.partition("=")[0]
             if word == "--":

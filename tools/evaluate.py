@@ -49,18 +49,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options of the measure that the words name; `overrides` holds the `--section.field value`."""
     words = sys.argv[1:] if argv is None else argv
     measure = next((word for word in words if word in MEASURES), None)
-    if measure is None:  # what is missing or mistyped is the measure, not the options that belong to it
-        words = [word for word in words if word in ("-h", "--help") or not word.startswith("-")][:1]
-    parser = Parser(__doc__) if measure is None else checkpoint_parser(__doc__)
-    parser.add_argument("measure", choices=MEASURES, help="what to compute")
     if measure is not None:
-        parser.add_argument("--tokenizer", default="", metavar="FILE", help="instead of the checkpoint's own")
+        return _parser(measure).parse_args(words)
+    # What is missing or mistyped is an option's name, or the measure: not the options that belong to it.
+    known = [_parser(each) for each in ("loss", "mmlu", "harness")]
+    for word in words:
+        if word.startswith("--") and not any(parser.is_option(word) for parser in known):
+            known[0].refuse_unknown([word])
+    parser = Parser(__doc__)
+    parser.add_argument("measure", choices=MEASURES, help="what to compute")
+    return parser.parse_args([word for word in words if word in ("-h", "--help") or not word.startswith("-")][:1])
+
+
+def _parser(measure: str) -> Parser:
+    parser = checkpoint_parser(__doc__)
+    parser.add_argument("measure", choices=MEASURES, help="what to compute")
+    parser.add_argument("--tokenizer", default="", metavar="FILE", help="instead of the checkpoint's own")
     if measure == "loss":
         _loss_options(parser)
-    elif measure is not None:
+    else:
         _common_options(parser)
         (_harness_options if measure == "harness" else _task_options)(parser)
-    return parser.parse_args(words)
+    return parser
 
 
 def _loss_options(parser: Parser) -> None:
