@@ -111,3 +111,38 @@ def _with_model(config: Config, mesh: Mesh, other: ModelConfig, field: str, plac
     changed = dataclasses.replace(config, model=other)
     check_combinations(changed, mesh.size)
     return changed
+
+
+class Reference:
+    """The frozen model that a policy is compared with: `objective.reference`, else `checkpoint.load`, else the initial
+    weights of `run.seed`."""
+
+    def __init__(self, config: Config, mesh: Mesh, kernels: Kernels, peers: Peers) -> None:
+        self._config, self._mesh, self._kernels, self._peers = config, mesh, kernels, peers
+        self._model: ShardedModel | None = None
+        self._identity: dict[str, str] = {}
+
+    @property
+    def model(self) -> ShardedModel:
+        assert self._model is not None, "the reference is loaded by `prepare`"
+        return self._model
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Load it, once; `state` is the task's of the checkpoint, if any."""
+        if self._model is not None:
+            return
+        config = self._config
+        path = config.objective.reference or config.checkpoint.load
+        known = state.get("reference") or None
+        if path or known:
+            field = "objective.reference" if config.objective.reference else "checkpoint.load"
+            place = path or known["source"]  # type: ignore[index]
+            self._model, self._identity = load_frozen(
+                config, self._mesh, self._kernels, self._peers, place, field=field, known=known
+            )
+            return
+        self._model = ShardedModel(config, self._mesh, self._kernels, trained=False)
+        self._model.initialise()
+
+    def state(self) -> dict[str, Any]:
+        return {"reference": self._identity}

@@ -70,7 +70,7 @@ class Rollouts:
         return (self.labels_RS != IGNORE_INDEX).sum(1)
 
 
-def padded_length(longest: int, config: Config) -> int:
+def row_length(longest: int, config: Config) -> int:
     """The row length for answers of up to `longest` tokens with their prompts."""
     multiple = int(np.lcm(LENGTH_MULTIPLE, config.parallel.tensor * config.parallel.context * 2))
     return -(-longest // multiple) * multiple
@@ -80,7 +80,7 @@ def share_answers(answers: Sequence[Answer], group: Group, config: Config, devic
     """Put together the answers of all data-parallel ranks, each of which gives as many, in rank order."""
     longest = max(len(answer.prompt_ids) + len(answer.ids) for answer in answers)
     longest = _largest(longest, group, device)
-    length = padded_length(longest, config)
+    length = row_length(longest, config)
     own = _rows(answers, length)
     gathered = []
     for part in own:

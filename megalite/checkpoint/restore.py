@@ -28,7 +28,6 @@ from megalite.checkpoint.state import Checkpointable
 from megalite.config import ModelConfig
 from megalite.config.model import TRAINING_ONLY
 from megalite.errors import UserError
-from megalite.model.decoder import OUTPUT
 from megalite.placement import Region
 
 ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps", *TRAINING_ONLY)
@@ -120,14 +119,15 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
     hold an output layer, a score or a critic that is not needed. `finish_load` must follow on all ranks. Raises
     `DamagedFile` or another `UserError`; the trainer's state is then partly overwritten.
     """
-    expected, found = trainer.shapes(), source.shapes()
+    whole, found = trainer.shapes(), source.shapes()
+    expected = whole
     if not resume:
         if trainer.prefix and not any(name.startswith(trainer.prefix) for name in found):
             source = Prefixed(source, trainer.prefix)
-            found = {name: shape for name, shape in source.shapes().items() if name != trainer.prefix + OUTPUT}
+            found = source.shapes()
         fresh = trainer.fresh_shapes().keys() - found.keys()
-        expected = {name: shape for name, shape in expected.items() if name not in fresh}
-        found = needed(found, trainer.shapes())
+        expected = {name: shape for name, shape in whole.items() if name not in fresh}
+        found = needed(found, whole)
     compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
     trainer.wait_for_all_gather()
     targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]

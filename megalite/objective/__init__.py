@@ -37,9 +37,9 @@ class Objective(Protocol):
 
     The count is known before the first forward pass, so accumulation and layouts cannot disagree about it.
 
-    Three more attributes are optional: `unit` names a unit for the metrics ("token" unless given); `offset` is added to
-    the reported mean, so that a loss can be computed as its excess over a constant without rounding it; `temperature`
-    divides the logits before the log-probabilities that the objective reads.
+    Two more attributes are optional: `offset` is added to the reported mean, so that a loss can be computed as its
+    excess over a constant without rounding it; `temperature` divides the logits before the log-probabilities that the
+    objective reads.
     """
 
     @property

@@ -56,10 +56,6 @@ class ClippedPolicy:
     def metrics(self) -> tuple[str, ...]:
         return ("clip_fraction", "ratio_deviation", "approx_kl")
 
-    @property
-    def unit(self) -> str:
-        return "token" if self.loss_over == "token" else "answer"
-
     @classmethod
     def from_config(cls, config: Config) -> ClippedPolicy:
         policy = config.policy

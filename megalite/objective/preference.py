@@ -59,7 +59,6 @@ class BradleyTerry:
 
     reads: Reads = "values"
     metrics: tuple[str, ...] = ("accuracy", "margin")
-    unit = "pair"
 
     def __init__(self, center: float = 0.0) -> None:
         self.center = center
@@ -94,7 +93,6 @@ class DPO:
 
     reads: Reads = "logprobs"
     metrics: tuple[str, ...] = ("accuracy", "margin", "chosen_reward", "rejected_reward")
-    unit = "pair"
 
     def __init__(self, beta: float = 0.1, loss: str = "sigmoid", label_smoothing: float = 0.0) -> None:
         self.beta, self.kind, self.label_smoothing = beta, loss, label_smoothing

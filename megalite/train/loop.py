@@ -115,7 +115,7 @@ class TrainingRun:
         self.meter = SpeedMeter(mesh.size, mesh.device)
         observers.wrap_steps("profiler", lambda: Profiler(config, mesh, task.trainer, observers.recorder).step)
         task.observe(observers.recorder)
-        self._refused, self._saved_at = 0, -1
+        self._refused = 0
         self._recent: deque[int] = deque(maxlen=MAX_REFUSED_STEPS)
         """First samples of the latest steps: a spike is detected some steps after it began."""
 
@@ -159,12 +159,11 @@ class TrainingRun:
     def _take_up(self, state: dict[str, Any]) -> None:
         """Continue from a saved `state`; empty for a new run. It was compared with this run when it was loaded."""
         chosen = self.state.attention
-        own = {"fingerprint": self.fingerprint, "planned_samples": self.planned}
-        own["objective"] = self.config.objective.kind
-        self.state = RunState(**state | own)
+        own = {"planned_samples": self.planned, "objective": self.config.objective.kind}
+        self.state = RunState(**state | {"fingerprint": self.fingerprint, **own})
         self.state.attention = chosen or self.state.attention
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.state.losses, self.state.lr)
-        self.task.prepare(self.checkpoints, self.state.task)
+        self.task.prepare(self.state.task)
 
     def _train(self) -> int:
         self.observers.event("ready", step=self.state.step)
@@ -209,15 +208,15 @@ class TrainingRun:
         failures = self.checkpoints.failures
         self.state.task = self.task.state()
         stall = self.checkpoints.save(self.task.saved, asdict(self.state))
-        self._saved_at = self.state.step
         self._tell_failures(failures)
         return stall
 
     def _save_before_the_end(self) -> None:
         """After an error on all ranks that came before anything of the step was updated: no finished step is lost."""
-        if self.state.step > 0 and self._saved_at != self.state.step:
-            self._save()
         self.checkpoints.wait()
+        if self.state.step > 0 and self.state.step not in self.checkpoints.steps():
+            self._save()
+            self.checkpoints.wait()
 
     def _tell_failures(self, before: int) -> None:
         if self.checkpoints.failures > before:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megalite.align.advantages import adapted_kl, generalised_advantages, group_advantages, token_rewards, whiten
-from megalite.align.frozen import load_frozen
+from megalite.align.frozen import Reference, load_frozen
 from megalite.align.rewards import call_reward, reward_function
 from megalite.align.rollout import Answer, Dealer, Rollouts, answer_of, columns_of, epoch_order, share_answers
 from megalite.checkpoint.manager import CheckpointManager
@@ -44,7 +44,6 @@ from megalite.objective.work import Work, flops_per_token, has_critic, has_refer
 from megalite.observe.timeline import Recorder
 from megalite.text.tokenizers import Tokenizer, load_tokenizer
 from megalite.train.example_inputs import find_template
-from megalite.train.preference_task import Reference
 from megalite.train.task import Flag, Phase
 from megalite.train.together import Together
 from megalite.train.trainer import StepResult, Trainer
@@ -119,7 +118,7 @@ class PolicyTask:
                 checkpoints.load(self.critic, start, optimizer=False)
         return {}
 
-    def prepare(self, checkpoints: CheckpointManager, state: Mapping[str, Any]) -> None:
+    def prepare(self, state: Mapping[str, Any]) -> None:
         if self._reference is not None:
             self._reference.prepare(state)
         path = self.config.rollout.reward_model

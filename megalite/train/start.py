@@ -19,7 +19,7 @@ from megalite.checkpoint.lock import RunLock
 from megalite.config import Config, to_toml
 from megalite.errors import FAULT, INTERRUPTED, STOPPED, UNUSABLE, UserError
 from megalite.files import write_atomically
-from megalite.kernels import select_kernels
+from megalite.kernels import Kernels, select_kernels
 from megalite.mesh import Mesh
 from megalite.model.cost import FORMULA, parameter_count
 from megalite.observe.events import EventLog
@@ -27,7 +27,7 @@ from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
 from megalite.runtime import RunLog, StopRequest, World, choose_device, connect
 from megalite.train.loop import TrainingRun
-from megalite.train.task import Task, build_task
+from megalite.train.task import GradientTask, Task
 from megalite.train.trainer import Trainer
 
 log = logging.getLogger("megalite")
@@ -67,6 +67,19 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
     log.info("optimizer: %s; FLOPs: %s", trainer.optimizer.name, FORMULA)
     log.info("kernels: %s", ", ".join(line.removeprefix("kernels.") for line in kernels.splitlines()))
     log.info("TensorBoard: %s", f"{config.run.dir}/tensorboard" if config.log.tensorboard else "off")
+
+
+def build_task(config: Config, mesh: Mesh, kernels: Kernels) -> Task:
+    """The task of `objective.kind`."""
+    if config.objective.kind == "dpo":
+        from megalite.train.preference_task import PreferenceTask
+
+        return PreferenceTask(config, mesh, kernels)
+    if config.objective.data_format == "prompt":
+        from megalite.train.policy_task import PolicyTask  # loads Jinja
+
+        return PolicyTask(config, mesh, kernels)
+    return GradientTask(config, mesh, kernels)
 
 
 def what_is_kept(config: Config) -> str:

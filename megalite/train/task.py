@@ -1,8 +1,8 @@
 """What one step of the training loop does: its trainers and frozen models, its data, its state.
 
 The loop, recovery, checkpoints, stop requests and the report serve all tasks unchanged. `GradientTask` is pretraining,
-supervised fine-tuning and the reward model: one trainer, one optimizer step from a batch. Others are chosen by
-`build_task`.
+supervised fine-tuning and the reward model: one trainer, one optimizer step from a batch. `megalite.train.start`
+chooses among the tasks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from megalite.train.trainer import StepResult, Trainer
 
 Flag = Callable[[], float]
 """A rank's request to stop, 1 or 0; the sum over the ranks comes back as `StepResult.flags`."""
-
 
 Phase = Callable[[str], AbstractContextManager[None]]
 """Times a named part of a step."""
@@ -54,7 +53,7 @@ class Task(Protocol):
         has one, else an empty table."""
         ...
 
-    def prepare(self, checkpoints: CheckpointManager, state: Mapping[str, Any]) -> None:
+    def prepare(self, state: Mapping[str, Any]) -> None:
         """Called once the trained models are filled, after `begin` or from a checkpoint whose `state` of the task was
         saved by `state()` (empty for a new run): load frozen models."""
         ...
@@ -102,7 +101,7 @@ class GradientTask:
             return {}
         return checkpoints.load(self.trainer, source, optimizer=self.config.checkpoint.load_optimizer)
 
-    def prepare(self, checkpoints: CheckpointManager, state: Mapping[str, Any]) -> None:
+    def prepare(self, state: Mapping[str, Any]) -> None:
         pass
 
     def state(self) -> dict[str, Any]:
@@ -131,16 +130,3 @@ class GradientTask:
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
-
-
-def build_task(config: Config, mesh: Mesh, kernels: Kernels) -> Task:
-    """The task of `objective.kind`."""
-    if config.objective.kind == "dpo":
-        from megalite.train.preference_task import PreferenceTask
-
-        return PreferenceTask(config, mesh, kernels)
-    if config.objective.data_format == "prompt":
-        from megalite.train.policy_task import PolicyTask
-
-        return PolicyTask(config, mesh, kernels)
-    return GradientTask(config, mesh, kernels)

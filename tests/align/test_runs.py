@@ -177,7 +177,7 @@ def load_rank(rank: int, folder: str, layout: Layout, more: int) -> Any:
     with CheckpointManager(folder, task.config, task.mesh) as manager:
         state = manager.load_latest(task.saved)
         assert state is not None
-        task.prepare(manager, state["task"])
+        task.prepare(state["task"])
     tiny.train(task, more, first=1)
     return pieces_of_trainers(task)
 

@@ -104,7 +104,7 @@ def build_task(
     task = PolicyTask(config, mesh, select_kernels({}, mesh.device))
     task.open(RandomPrompts(shortest), RandomPrompts(shortest), None)
     task.begin(None)  # type: ignore[arg-type]
-    task.prepare(None, {})  # type: ignore[arg-type]
+    task.prepare({})
     return task
 
 

@@ -22,7 +22,7 @@ from megalite.planning.memory import rank_memory
 from megalite.planning.stage_time import stage_work
 from megalite.planning.states import frozen_bytes, rank_parameters
 from megalite.planning.step_time import least_step_seconds, step_time
-from megalite.train.task import build_task as task_of
+from megalite.train.start import build_task as task_of
 from tests.align import tiny
 from tests.support.parity import Layout
 from tools.plan import main
