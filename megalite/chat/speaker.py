@@ -5,6 +5,7 @@ What is cached of one turn is used in the next, so an answer costs its own token
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Prompt:
 class Speaker:
     """See the module. Every rank makes one; rank 0 calls `prompt`, `answer`, `waiting`, `leave`, the others `follow`.
 
-    `room` is the number of tokens kept free for an answer, at most `max_new_tokens`.
+    `room` is the number of tokens kept free for an answer, at most `max_new_tokens`. Rank 0's seed counts: ranks that
+    share the experts draw for themselves, and must draw the same tokens.
     """
 
     def __init__(
@@ -84,7 +86,8 @@ class Speaker:
     def answer(self, prompt: Prompt, listener: Listener, stop: threading.Event) -> Completion:
         """Rank 0: the model's answer, told to `listener` piece by piece; ends early once `stop` is set."""
         self._answers += 1
-        self._channel.send({"do": "answer", "number": self._answers}, np.array(prompt.ids, np.int32))
+        message = {"do": "answer", "number": self._answers, "seed": self.sampling.seed}
+        self._channel.send(message, np.array(prompt.ids, np.int32))
         return self._answer(prompt.ids, self._answers, listener, stop)
 
     def follow(self) -> None:
@@ -94,6 +97,7 @@ class Speaker:
             if message["do"] == "leave":
                 return
             if message["do"] == "answer":
+                self.sampling = dataclasses.replace(self.sampling, seed=message["seed"])
                 self._answer(ids.tolist(), message["number"], lambda piece: None, threading.Event())
 
     def leave(self) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import threading
-from collections.abc import Iterator
-from types import FrameType
 
+from megalite.chat.interrupt import on_interrupt
 from megalite.chat.speaker import Speaker, opening
 from megalite.errors import UserError
 
@@ -45,7 +43,8 @@ def talk(speaker: Speaker, system: str) -> None:
         if prompt.left_out > told:
             told = prompt.left_out
             print(f"(The conversation is too long for the model: the first {told} messages are left out.)")
-        with _stopping() as stop:
+        stop = threading.Event()
+        with on_interrupt(stop.set):
             completion = speaker.answer(prompt, _show, stop)
         print({"length": " (cut off)", "interrupted": " (stopped)"}.get(completion.reason, ""), flush=True)
         messages = [*asked, {"role": "assistant", "content": completion.text}]
@@ -62,18 +61,3 @@ def _read(interactive: bool) -> str | None:
 def _show(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, instead of ending the program."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -13,22 +13,19 @@ says where it comes from, as its origin: pages of other sites can neither ask no
 
 from __future__ import annotations
 
-import contextlib
 import html
 import json
 import queue
 import secrets
-import signal
 import sys
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
-from types import FrameType
 from typing import Any
 
+from megalite.chat.interrupt import on_interrupt
 from megalite.chat.speaker import Speaker
 from megalite.errors import UserError
 
@@ -55,6 +52,8 @@ class Site(ThreadingHTTPServer):
 
     def __init__(self, name: str, system: str, port: int) -> None:
         self.questions: queue.SimpleQueue[Question | None] = queue.SimpleQueue()  # a signal may put something
+        self.current: Question | None = None
+        """The one that is being answered."""
         self.ending = False
         text = resources.files("megalite.chat").joinpath("page.html").read_text(encoding="utf-8")
         self.page = text.replace("{{ name }}", html.escape(name)).replace("{{ system }}", html.escape(system))
@@ -65,6 +64,13 @@ class Site(ThreadingHTTPServer):
         port = self.server_address[1]
         self.names = {f"{host}:{port}" for host in (ADDRESS, "localhost")}
         self.url = f"http://{ADDRESS}:{port}/"
+
+    def end(self) -> None:
+        """End the answer that is being written, and then the program."""
+        self.ending = True
+        if self.current is not None:
+            self.current.stop.set()
+        self.questions.put(None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that leaves is no error."""
@@ -174,9 +180,9 @@ def serve(speaker: Speaker, name: str, system: str, port: int) -> None:
     with Site(name, system, port) as site:
         threading.Thread(target=site.serve_forever, daemon=True).start()
         print(f"{name} answers at {site.url} (Ctrl-C ends)", flush=True)
-        with _ending(site) as current:
+        with on_interrupt(site.end):
             while (question := speaker.waiting(site.questions.get)) is not None:
-                current[:] = [question]
+                site.current = question
                 _answer(speaker, question, site.ending)
         site.shutdown()
 
@@ -194,21 +200,3 @@ def _answer(speaker: Speaker, question: Question, ending: bool) -> None:
         question.events.put({"error": str(error)})
     finally:
         question.events.put(None)
-
-
-@contextlib.contextmanager
-def _ending(site: Site) -> Iterator[list[Question]]:
-    """Ctrl-C ends the answer that is being written (what is yielded) and then the program."""
-    current: list[Question] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        site.ending = True
-        for question in current:
-            question.stop.set()
-        site.questions.put(None)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield current
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -49,13 +49,14 @@ class DecoderCache:
 
         No memory is freed or allocated, but for the copies.
         """
-        for layer, buffers in self._buffers.items():
-            if moves:
-                targets = torch.tensor(list(moves), device=buffers[0].device)
-                sources = torch.tensor(list(moves.values()), device=buffers[0].device)
+        if moves and self._buffers:
+            device = next(iter(self._buffers.values()))[0].device
+            targets, sources = torch.tensor([list(moves), list(moves.values())], device=device)
+            for layer, buffers in self._buffers.items():
                 for buffer in buffers:
                     written = buffer[: self._lengths[layer]]
                     written.index_copy_(1, targets, written.index_select(1, sources))
+        for layer, buffers in self._buffers.items():
             self._buffers[layer] = tuple(buffer[:, :rows] for buffer in buffers)
 
     def truncate(self, length: int) -> None:

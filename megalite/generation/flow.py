@@ -18,6 +18,7 @@ from torch import Tensor
 from megalite.generation.rows import RowGroup
 from megalite.mesh import DONE, Mesh, Work
 from megalite.model.decoder import Stage
+from megalite.schedule.lowering import with_transfers
 from megalite.schedule.ops import Op
 from megalite.schedule.schedules import forward_only
 from megalite.schedule.simulate import completions
@@ -120,12 +121,10 @@ def token_plan(owners: Sequence[int], groups: int) -> tuple[tuple[Op, ...], ...]
     if transfers and broadcasts share a queue. That holds for tokens one after the other, and where groups have ended.
     """
     lists: list[list[Op]] = [[] for _ in range(max(owners) + 1)]
-    for op, rank, _, _ in completions(forward_only(owners, groups)):
-        lists[rank].append(op)
+    for op, *_ in completions(forward_only(owners, groups)):
+        for rank, listed in with_transfers(op, owners):
+            lists[rank].append(listed)
         if op.stage == len(owners) - 1:
             for ops in lists:
                 ops.append(Op("T", op.stage, op.micro))
-        elif owners[op.stage + 1] != rank:
-            lists[rank].append(Op("SF", op.stage, op.micro))
-            lists[owners[op.stage + 1]].append(Op("RF", op.stage + 1, op.micro))
     return tuple(map(tuple, lists))

@@ -130,9 +130,9 @@ class Generator:
 
         if groups:
             Flow(self.stages, self.owners, self.mesh, groups, draw, told).run()
-        if memory is not None:
-            (completion,) = results.completions
-            memory.ids = (completion.prompt_ids + completion.new_ids)[:-1]
+            if memory is not None:
+                (completion,) = results.completions
+                memory.ids = (completion.prompt_ids + completion.new_ids)[:-1]
         return results.completions
 
     def run_all(

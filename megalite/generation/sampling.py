@@ -137,7 +137,8 @@ def _draw_top_p(scaled_BV: Tensor, top_p: float, uniforms_B: Tensor) -> tuple[Te
     open_B, count = torch.arange(len(limit_B), device=limit_B.device), _FIRST_CUT
     while len(open_B):
         count = min(count, scaled_BV.shape[1])
-        values_BK, order_BK = scaled_BV[open_B].topk(count)
+        open_BV = scaled_BV if len(open_B) == len(scaled_BV) else scaled_BV[open_B]  # at first: no copy
+        values_BK, order_BK = open_BV.topk(count)
         weights_BK = values_BK.double().exp()
         places_B, logprobs_B[open_B] = _draw_nucleus(weights_BK, limit_B[open_B], uniforms_B[open_B])
         tokens_B[open_B] = _take(order_BK, places_B)

@@ -1,6 +1,7 @@
 """Lowering: from a schedule's compute operations to a rank's full list of operations, including communication."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from megalite.schedule.ops import NO_MICRO, Op, Plan, counterpart, stage_owners
 from megalite.schedule.simulate import completions
@@ -36,13 +37,8 @@ def lower(plan: Plan, *, tied: bool = False) -> Plan:
     backwards_left = Counter(op.stage for ops in plan for op in ops if op.kind in ("B", "W"))
     lowered: list[list[Op]] = [[] for _ in plan]
     for op, rank, _, _ in completions(plan):
-        lowered[rank].append(op)
-        if op.kind in _SEND_AFTER:
-            send = Op(_SEND_AFTER[op.kind], op.stage, op.micro)
-            receive = counterpart(send, last_stage)
-            if 0 <= receive.stage <= last_stage and owner[receive.stage] != rank:
-                lowered[rank].append(send)
-                lowered[owner[receive.stage]].append(receive)
+        for place, listed in with_transfers(op, owner):
+            lowered[place].append(listed)
         if op.kind not in ("B", "W"):
             continue
         backwards_left[op.stage] -= 1
@@ -56,3 +52,18 @@ def lower(plan: Plan, *, tied: bool = False) -> Plan:
             for stage in sorted(ends):
                 lowered[owner[stage]].append(Op("R", stage, NO_MICRO))
     return tuple(map(tuple, lowered))
+
+
+def with_transfers(op: Op, owner: Sequence[int]) -> Iterator[tuple[int, Op]]:
+    """A compute operation and, where its result goes to another rank, the send and the receive; each with its rank.
+
+    `owner` is the rank of each stage. Appended at once to the ranks' lists, they keep one total order (see `lower`).
+    """
+    rank, last_stage = owner[op.stage], len(owner) - 1
+    yield rank, op
+    if op.kind in _SEND_AFTER:
+        send = Op(_SEND_AFTER[op.kind], op.stage, op.micro)
+        receive = counterpart(send, last_stage)
+        if 0 <= receive.stage <= last_stage and owner[receive.stage] != rank:
+            yield rank, send
+            yield owner[receive.stage], receive

@@ -8,6 +8,8 @@ Communication (added by `lowering`); `stage` is always the stage of the rank tha
     SB RB  send / receive a gradient backwards:  3SB0 on one rank meets 2RB0 on the other
     T      sum the gradients of the tied embedding between the first and the last stage (no micro-batch: 0T)
     R      data-parallel reduction of a stage's gradient buckets (no micro-batch: 2R)
+Generation (`megalite.generation.flow`) has no gradients, and uses T for something else: all ranks are told the next
+tokens of a group, whose number stands for the micro-batch (3T0). Such lists are neither read from text nor simulated.
 """
 
 import re

@@ -168,6 +168,14 @@ def test_a_memory_spares_what_is_cached(name: str) -> None:
 
 
 @pytest.mark.fast
+def test_a_memory_holds_nothing_of_a_prompt_that_was_not_computed() -> None:
+    generator, memory, prompt = _generator("llama3_gqa"), Memory(), [5, 6, 7]
+    (before,) = generator.run([prompt], GREEDY, Limits(0), memory=memory)
+    assert (before.new_ids, before.reason, memory.ids) == ([], "length", [])
+    assert generator.run([prompt], GREEDY, Limits(4), memory=memory) == generator.run([prompt], GREEDY, Limits(4))
+
+
+@pytest.mark.fast
 def test_an_interruption_ends_all_rows() -> None:
     generator, asked = _generator("mistral_swa"), []
 
