@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from megalite.config import ModelConfig
 from megalite.model.cost import output_in_layers
 from megalite.placement import split_evenly
 
 
+@functools.lru_cache(maxsize=4096)
 def layers_of_stage(model: ModelConfig, stages: int, stage: int) -> range:
     """The global layer numbers of a stage.
 

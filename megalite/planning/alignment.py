@@ -15,8 +15,8 @@ from megalite.planning.activations import inference_bytes
 from megalite.planning.architecture import vocabulary_rows
 from megalite.planning.hardware import gather_seconds, link, transfer_link
 from megalite.planning.job import Job, Rollout
-from megalite.planning.stage_time import gather_parameters, makespan, pipeline_costs, product_seconds
-from megalite.planning.states import frozen_bytes, rank_parameters, rank_states
+from megalite.planning.stage_time import gather_parameters, makespan, matrix_seconds, pipeline_costs, product_seconds
+from megalite.planning.states import frozen_bytes, rank_shares, rank_states
 from megalite.schedule.ops import Plan
 from megalite.schedule.schedules import forward_only
 
@@ -59,11 +59,12 @@ def rollout_bytes(job: Job, rank: int) -> dict[str, float]:
     length = (rollout.prompt + rollout.tokens) / job.context
     cached = 2.0 * layers * job.layer.key * job.element_bytes * rollout.batch * length
     prompts = _prompt_job(job)
-    work = inference_bytes(prompts)
+    work = max(inference_bytes(kind) for stage in job.stages_of(rank) for kind, _ in prompts.kinds(stage))
     if job.stages - 1 in job.stages_of(rank):
         logits = prompts.micro_batch_size * job.architecture.model.vocab_size * (job.element_bytes + LOGIT_BYTES)
         work = max(work, logits)
-    whole = job.element_bytes * rank_parameters(job, rank) if job.zero == 3 and job.replicas > 1 else 0.0
+    shared = sum(own for own, copies in rank_shares(job, rank) if copies > 1)  # what one rank alone holds is whole
+    whole = job.element_bytes * shared if job.zero == 3 else 0.0
     return {"whole weights": whole, "keys and values": cached, "rollout at work": work}
 
 
@@ -110,7 +111,7 @@ def _layer_token_seconds(job: Job, rows: int, length: float) -> float:
     """One layer's forward pass for one token of each of `rows` rows, `length` tokens of which are cached."""
     layer, device, size = job.layer, job.device, job.element_bytes
     products = sum(
-        max(size * matrix.elements / device.memory_bandwidth, product_seconds(job, rows, matrix.inputs, matrix.outputs))
+        max(size * matrix.elements / device.memory_bandwidth, matrix_seconds(job, matrix, rows))
         for matrix in layer.sizes.matrices
     )
     cache = 2.0 * size * layer.key * length / job.context * rows / device.memory_bandwidth
@@ -140,8 +141,13 @@ def token_seconds(job: Job, rollout: Rollout) -> float:
     """The time of one token of each row of a batch, at the mean length of the cache."""
     groups = _groups(job, rollout)
     rows = -(-rollout.batch // groups)
-    layer = _layer_token_seconds(job, rows, rollout.prompt + rollout.tokens / 2)
-    ranks = [layer * sum(job.layers[stage] for stage in job.stages_of(rank)) for rank in range(job.pipeline)]
+    length = rollout.prompt + rollout.tokens / 2
+    kinds = {kind.dense: kind for stage in range(job.stages) for kind, _ in job.kinds(stage)}
+    layer = {dense: _layer_token_seconds(kind, rows, length) for dense, kind in kinds.items()}
+    ranks = [
+        sum(count * layer[kind.dense] for stage in job.stages_of(rank) for kind, count in job.kinds(stage))
+        for rank in range(job.pipeline)
+    ]
     ranks[job.owners[-1]] += _draw_seconds(job, rows)
     over = transfer_link(job.device, job.replicas * job.tensor)
     transfer = over.latency + rows * job.element_bytes * job.architecture.model.hidden_size / over.bandwidth

@@ -188,4 +188,6 @@ def exchange_seconds(own_bytes: float, size: int, device: Device, stride: int) -
 
 def gather_seconds(total_bytes: float, size: int, over: Link) -> float:
     """An all-gather to, or reduce-scatter of, `total_bytes` on each of `size` ranks (ring: (n-1)/n of them move)."""
-    return over.latency + total_bytes * (size - 1) / size / over.bandwidth if size > 1 else 0.0
+    if size == 1 or total_bytes == 0:  # nothing is sent
+        return 0.0
+    return over.latency + total_bytes * (size - 1) / size / over.bandwidth

@@ -10,10 +10,10 @@ from typing import Literal
 
 from megalite.align.frozen import open_source
 from megalite.config import Config, ModelConfig
+from megalite.config.lengths import padded_length
 from megalite.model.partition import layers_of_stage
-from megalite.objective import Reads, build_objective
+from megalite.objective import Reads, build_objective, head_for
 from megalite.objective.work import Passes, has_critic, has_reference, passes_of
-from megalite.parallel.context import padded_length
 from megalite.planning.architecture import Architecture, LayerShare, layers_on
 from megalite.planning.hardware import Device
 from megalite.schedule.ops import Plan, stage_owners
@@ -183,7 +183,7 @@ class Job:
     @property
     def head(self) -> str:
         """The head of the trained model, as `megalite.model.sharded.ShardedModel` names it."""
-        return "scalar" if self.reads == "values" else "vocabulary"
+        return head_for(self.reads)
 
     @property
     def split(self) -> int:
@@ -203,6 +203,8 @@ class Job:
     def kinds(self, stage: int) -> tuple[tuple[Job, int], ...]:
         """This job and the number of layers of a stage; for a model that mixes layers, once for each kind."""
         dense = self._dense_layers[stage]
+        if not dense:
+            return ((self, self.layers[stage]),)
         pairs = ((self, self.layers[stage] - dense), (self._for_dense, dense))
         return tuple(pair for pair in pairs if pair[1])
 

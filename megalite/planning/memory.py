@@ -15,7 +15,7 @@ from megalite.planning.activations import stage_memory
 from megalite.planning.alignment import bytes_beside, rollout_bytes
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
-from megalite.planning.states import rank_parameters, rank_states
+from megalite.planning.states import rank_shares, rank_states
 from megalite.schedule.ops import Op
 
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.02}
@@ -116,8 +116,8 @@ def _update_memory(job: Job, rank: int, beside: dict[str, float]) -> RankMemory:
         transfers = TRANSFER_BUFFERS * job.tokens * job.element_bytes * hidden
     # The optimizer's step: activations are gone, the new parameters are being gathered.
     gather = 0.0
-    if job.replicas > 1 and job.zero >= 1:
-        gather = job.element_bytes * rank_parameters(job, rank) / job.replicas
+    if job.zero >= 1:
+        gather = job.element_bytes * sum(own / ranks for own, ranks in rank_shares(job, rank) if ranks > 1)
     if gather > worst.total + transfers:
         worst, transfers = _Moment(gather, 0.0, gather, 0.0, 0), 0.0
     parts["activations"] = worst.kept

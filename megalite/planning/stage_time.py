@@ -26,7 +26,7 @@ from megalite.planning.hardware import (
     transfer_link,
 )
 from megalite.planning.job import Job
-from megalite.planning.states import stage_elements, stage_expert_elements
+from megalite.planning.states import stage_shares
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
 
@@ -160,22 +160,20 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     return forward, gathered + once, once
 
 
-def _product(job: Job, matrix: Matrix) -> float:
-    """Seconds of one product of a layer; that of experts takes tiles of one expert's rows."""
+def matrix_seconds(job: Job, matrix: Matrix, rows: float) -> float:
+    """Seconds of one product of a layer with `rows` tokens; that of experts takes tiles of one expert's rows."""
     if matrix.count * matrix.used == 1:
-        return product_seconds(job, job.tokens, matrix.inputs, matrix.outputs)
-    rows = job.tokens * matrix.used / matrix.count
-    return matrix.count * product_seconds(job, rows, matrix.inputs, matrix.outputs)
+        return product_seconds(job, rows, matrix.inputs, matrix.outputs)
+    return matrix.count * product_seconds(job, rows * matrix.used / matrix.count, matrix.inputs, matrix.outputs)
 
 
-def expert_exchange(job: Job, layer: LayerShare) -> float:
+def _expert_exchange(job: Job, layer: LayerShare) -> float:
     """Exposed seconds in which a sparse layer's rows travel to their experts and back, in one direction of the pass;
     shared experts hide the way there."""
     if not layer.copies or job.expert == 1:
         return 0.0
-    over = link(job.device, job.expert, job.tensor)
     size = job.tokens * layer.copies * layer.hidden * job.element_bytes
-    once = over.latency + size * (job.expert - 1) / job.expert / over.bandwidth
+    once = gather_seconds(size, job.expert, link(job.device, job.expert, job.tensor * job.context))
     shared = 3 * product_seconds(job, job.tokens, layer.hidden, layer.ffn) if layer.ffn else 0.0
     return exposed(once, shared) + once
 
@@ -214,13 +212,13 @@ def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
     matrices = layer.sizes.matrices
-    products = [_product(job, matrix) for matrix in matrices]
+    products = [matrix_seconds(job, matrix, job.tokens) for matrix in matrices]
     total = sum(products)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
     context = _context_talk(job, attention)
     weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
-    moved = expert_exchange(job, layer)
+    moved = _expert_exchange(job, layer)
     forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
     input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
     weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
@@ -236,7 +234,7 @@ def _output_work(job: Job) -> StageWork:
 
     Where log-probabilities are read, backward makes the logits again.
     """
-    if job.reads == "values":
+    if job.head == "scalar":
         gathered = TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0)
         return StageWork(gathered, TimeParts(), TimeParts())
     hidden, rows = job.architecture.model.hidden_size, vocabulary_rows(job.architecture, job.tensor)
@@ -297,34 +295,26 @@ def stage_works(job: Job) -> list[StageWork]:
     return [known[job.alike(stage)] for stage in range(job.stages)]
 
 
-def _data_link(job: Job) -> Link:
-    over = link(job.device, job.replicas, job.tensor)
-    efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
-    return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
-
-
-def _expert_data_link(job: Job) -> Link:
-    """Of the ranks that hold the same experts."""
-    over = link(job.device, job.replicas // job.expert, job.tensor * job.expert)
+def _data_link(job: Job, expert: int = 1) -> Link:
+    """Of the ranks that hold the same weights, or the same one of `expert` shares of the experts."""
+    over = link(job.device, job.replicas // expert, job.tensor * expert)
     efficiency = job.practice.gather_efficiency if job.zero == 3 else 1.0
     return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
 
 def gather_parameters(job: Job, stage: int) -> float:
     """All-gather of a stage's weights over the data-parallel ranks."""
-    experts = stage_expert_elements(job, stage)
-    rest = gather_seconds(job.element_bytes * (stage_elements(job, stage) - experts), job.replicas, _data_link(job))
-    return rest + gather_seconds(job.element_bytes * experts, job.replicas // job.expert, _expert_data_link(job))
+    return sum(
+        gather_seconds(job.element_bytes * elements, ranks, _data_link(job, job.replicas // ranks))
+        for elements, ranks in stage_shares(job, stage)
+    )
 
 
 def reduce_gradients(job: Job, stage: int) -> float:
     """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
-    experts, once = stage_expert_elements(job, stage), 0.0
-    rest = stage_elements(job, stage) - experts
-    for elements, ranks, over in (
-        (rest, job.replicas, _data_link(job)),
-        (experts, job.replicas // job.expert, _expert_data_link(job)),
-    ):
+    once = 0.0
+    for elements, ranks in stage_shares(job, stage):
+        over = _data_link(job, job.replicas // ranks)
         buckets = -(-elements // BUCKET_ELEMENTS) if ranks > 1 else 0
         once += gather_seconds(4.0 * elements, ranks, over) + max(0, buckets - 1) * over.latency
     return once * (2 if job.zero == 0 else 1) if job.replicas > 1 else 0.0

@@ -38,23 +38,29 @@ def stage_elements(job: Job, stage: int) -> int:
     return total
 
 
-def stage_expert_elements(job: Job, stage: int) -> int:
-    """Elements of the experts among them, of which fewer ranks hold the same."""
-    return sum(count * kind.layer.expert_elements for kind, count in job.kinds(stage) if kind.layer.copies)
+def stage_shares(job: Job, stage: int) -> tuple[tuple[int, int], ...]:
+    """(elements, ranks that hold the same) of a stage: of all but the experts, and of the experts."""
+    experts = sum(count * kind.layer.expert_elements for kind, count in job.kinds(stage) if kind.layer.copies)
+    return (stage_elements(job, stage) - experts, job.replicas), (experts, job.replicas // job.expert)
+
+
+def rank_shares(job: Job, rank: int) -> tuple[tuple[int, int], ...]:
+    """The same of all stages of a pipeline rank."""
+    alike = zip(*(stage_shares(job, stage) for stage in job.stages_of(rank)))
+    return tuple((sum(elements for elements, _ in shares), shares[0][1]) for shares in alike)
 
 
 def rank_parameters(job: Job, rank: int) -> int:
-    """The same of all stages of a pipeline rank."""
-    return sum(stage_elements(job, stage) for stage in job.stages_of(rank))
+    """Elements of the parameters of all stages of a pipeline rank."""
+    return sum(elements for elements, _ in rank_shares(job, rank))
 
 
 def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float]:
     """Memory held throughout a step: model states, tables, and while the model is `working` what ZeRO unshards."""
-    parameters, stages = rank_parameters(job, rank), job.stages_of(rank)
+    stages = job.stages_of(rank)
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
-    experts = sum(stage_expert_elements(job, stage) for stage in stages)
     parts: dict[str, float] = {}
-    for elements, copies in ((parameters - experts, job.replicas), (experts, job.replicas // job.expert)):
+    for elements, copies in rank_shares(job, rank):
         zero = job.zero if copies > 1 else 0
         states = state_bytes(elements, copies, zero, weight=job.element_bytes, master=master)
         if zero == 1:
@@ -82,9 +88,7 @@ def _tables(job: Job, rank: int) -> float:
 
 def frozen_bytes(job: Job, rank: int) -> float:
     """A model that is not trained: its weights, shared out by ZeRO-3 alone, and its tables."""
-    experts = sum(stage_expert_elements(job, stage) for stage in job.stages_of(rank))
-    copies, of_experts = (job.replicas, job.replicas // job.expert) if job.zero == 3 else (1, 1)
-    held = (rank_parameters(job, rank) - experts) / copies + experts / of_experts
+    held = sum(elements / (copies if job.zero == 3 else 1) for elements, copies in rank_shares(job, rank))
     return job.element_bytes * held + _tables(job, rank)
 
 

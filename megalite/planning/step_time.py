@@ -22,7 +22,7 @@ from megalite.planning.stage_time import (
     reduce_gradients,
     stage_works,
 )
-from megalite.planning.states import stage_elements, stage_expert_elements
+from megalite.planning.states import rank_shares
 
 STEP_OVERHEAD = 3e-3
 """Seconds per step for the all-reduce of norm and loss, the host's wait for it, and fetching data."""
@@ -47,7 +47,8 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     The reductions run under the last backwards, the new parameters' gathering under the next step's first forwards.
     """
     stages = job.stages_of(0)
-    elements = sum(stage_elements(job, stage) for stage in stages)
+    shares = rank_shares(job, 0)
+    elements = sum(own for own, _ in shares)
     late = 0.0
     if job.zero < 2:
         reduce = sum(reduce_gradients(job, stage) for stage in stages)
@@ -56,9 +57,7 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     if job.zero in (1, 2):
         gather = sum(gather_parameters(job, stage) for stage in stages)
         late += exposed(gather, sum(works[stage].forward.seconds for stage in stages))
-    experts = sum(stage_expert_elements(job, stage) for stage in stages)
-    shares = (job.replicas, job.replicas // job.expert) if job.zero >= 1 else (1, 1)
-    updated = (elements - experts) / shares[0] + experts / shares[1]
+    updated = sum(own / (ranks if job.zero >= 1 else 1) for own, ranks in shares)
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
     moved = updated * (32 + job.element_bytes) + 4.0 * elements

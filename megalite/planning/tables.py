@@ -23,6 +23,8 @@ def layout_words(job: Job) -> str:
         words.append(f"pipeline {job.pipeline} ({job.schedule}{virtual})")
     if job.context > 1:
         words.append(f"context {job.context} ({job.context_mode})")
+    if job.expert > 1:
+        words.append(f"experts over {job.expert}")
     words.append(f"{job.data} {'copy' if job.data == 1 else 'copies'} of the model")
     words.append(f"ZeRO-{job.zero}")
     return ", ".join(words)
@@ -151,6 +153,7 @@ def overrides_toml(job: Job) -> str:
         "tensor": job.tensor,
         "pipeline": job.pipeline,
         "context": job.context,
+        **({"expert": job.expert} if job.architecture.model.experts else {}),
         "sequence": job.sequence,
         "zero": job.zero,
         "schedule": job.schedule,
@@ -163,7 +166,9 @@ def overrides_toml(job: Job) -> str:
 
 def ranking_table(ranking: Ranking) -> Table:
     """The fastest layouts, one a row."""
-    table = _table("Fastest layouts that fit", "", "tp", "pp", "cp", "dp", "schedule", "zero", "mbs", "recompute")
+    splits = any(plan.job.expert > 1 for plan in ranking.plans)
+    sizes = ("tp", "pp", "cp", *(("ep",) if splits else ()), "dp")
+    table = _table("Fastest layouts that fit", "", *sizes, "schedule", "zero", "mbs", "recompute")
     for column in ("tokens/s/device", "MFU", "idle", "GiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for place, plan in enumerate(ranking.plans, 1):
@@ -174,6 +179,7 @@ def ranking_table(ranking: Ranking) -> Table:
             str(job.tensor),
             str(job.pipeline),
             str(job.context),
+            *((str(job.expert),) if splits else ()),
             str(job.data),
             schedule if job.pipeline > 1 else "",
             str(job.zero),
