@@ -51,8 +51,7 @@ def program(main: Callable[..., Result]) -> Callable[..., Result]:
             except UserError as error:
                 fail(str(error))
             except RunFailed as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-                raise SystemExit(FAULT) from None
+                fail(str(error), FAULT)
             except KeyboardInterrupt:
                 print("interrupted", file=sys.stderr, flush=True)
                 raise SystemExit(INTERRUPTED) from None

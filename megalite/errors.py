@@ -33,7 +33,7 @@ class NotSaved(RunFailed):
     """The last checkpoint could not be written."""
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line on standard error and leave with exit code 2."""
+def fail(message: str, code: int = UNUSABLE) -> NoReturn:
+    """Print one line on standard error and leave."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(UNUSABLE)
+    raise SystemExit(code)

@@ -23,7 +23,7 @@ import json
 import sys
 from typing import Any
 
-from megalite.cli import Parser, file_path, nonempty, number, program, whole
+from megalite.cli import Parser, file_path, flush_output, nonempty, number, program, whole
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import FINISHED, UserError
 from megalite.evaluation import gsm8k, humaneval, mmlu
@@ -174,7 +174,11 @@ def evaluate_texts(options: argparse.Namespace, opened: Opened) -> list[dict[str
     opened.require_tokenizer(NO_TOKENIZER)
     tasks = TASKS if options.measure == "all" else (options.measure,)
     check_options(options, tasks)
+    if options.measure == "harness" and options.chat:
+        opened.chat_template()
     asks = World.from_environment().rank == 0
+    if asks:
+        check_output(options.output)
     data = {task: load(task, options.data) for task in tasks if asks and task in TASKS}
     with (
         load_model(opened, options.overrides, data_parallel=True) as loaded,
@@ -198,7 +202,6 @@ def evaluate_texts(options: argparse.Namespace, opened: Opened) -> list[dict[str
 
 def check_options(options: argparse.Namespace, tasks: tuple[str, ...]) -> None:
     """Raise UserError for what would fail only after the model has been loaded."""
-    check_output(options.output)
     if "humaneval" not in tasks:
         return
     humaneval.check_allowed(options.allow_code_execution)
@@ -249,6 +252,7 @@ def main() -> None:
     for line in lines:
         print(json.dumps(line))
     if World.from_environment().size > 1:
+        flush_output()
         leave(FINISHED)  # threads of a library that waits for peers can abort an ordinary end
 
 

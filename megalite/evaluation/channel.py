@@ -13,21 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalite.mesh import Mesh
+from megalite.checkpoint.peers import Peers
 
 Message = Mapping[str, Any]
 
 
-class Channel:
-    """All ranks of a mesh; every rank must create it and call its methods in the same order."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.rank, self.size = mesh.rank, mesh.size
-        self._group = mesh.background_group() if mesh.size > 1 else None
+class Channel(Peers):
+    """`Peers`, with messages of rank 0 that hold arrays; the methods are called in the same order on every rank."""
 
     def send(self, message: Message, ids: np.ndarray) -> None:
         """Rank 0: give all others a JSON message and an int32 array [n]."""
-        if self._group is None:
+        if self.size == 1:
             return
         text = json.dumps(message).encode()
         content = np.frombuffer(text + ids.astype(np.int32).tobytes(), np.uint8).copy()
@@ -36,7 +32,6 @@ class Channel:
 
     def receive(self) -> tuple[dict[str, Any], np.ndarray]:
         """The other ranks: what rank 0 sent; waits for it."""
-        assert self._group is not None
         sizes = torch.zeros(2, dtype=torch.int64)
         self._group.broadcast(sizes, 0).wait()
         text_bytes, size = sizes.tolist()
@@ -47,19 +42,7 @@ class Channel:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of every rank's float64 array of the same shape, on all ranks."""
-        if self._group is not None:
+        if self.size > 1:
             total = torch.from_numpy(values)
             self._group.all_reduce(total).wait()
         return values
-
-    def gather(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Every rank's int64 array [n], in rank order, on all ranks; n may differ."""
-        if self._group is None:
-            return [ids]
-        sizes = torch.empty(self.size, dtype=torch.int64)
-        self._group.all_gather(sizes, torch.tensor([len(ids)])).wait()
-        width = max(1, int(sizes.max()))
-        own, everything = torch.zeros(width, dtype=torch.int64), torch.empty(self.size * width, dtype=torch.int64)
-        own[: len(ids)] = torch.from_numpy(ids)
-        self._group.all_gather(everything, own).wait()
-        return [row[:size].numpy() for row, size in zip(everything.view(self.size, width), sizes.tolist())]

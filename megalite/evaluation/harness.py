@@ -136,16 +136,13 @@ def _reachable() -> Iterator[None]:
 
 
 def _result(name: str, found: Mapping[str, Any]) -> Result:
-    metrics = {
+    numbers = {
         key.removesuffix(",none").replace(",", "/"): value
         for key, value in found["results"][name].items()
-        if isinstance(value, int | float) and "_stderr" not in key and key != "sample_len"
+        if isinstance(value, int | float)
     }
-    errors = {
-        key.replace("_stderr", "").removesuffix(",none").replace(",", "/"): value
-        for key, value in found["results"][name].items()
-        if "_stderr" in key and isinstance(value, int | float)
-    }
+    metrics = {key: value for key, value in numbers.items() if "_stderr" not in key and key != "sample_len"}
+    errors = {key.replace("_stderr", ""): value for key, value in numbers.items() if "_stderr" in key}
     first = next(iter(metrics), "")
     samples = found.get("samples", {}).get(name, [])
     records = list(_records(name, samples))

@@ -56,6 +56,13 @@ def examples(data: Splits, subject: str, shots: int) -> list[Row]:
     return found
 
 
+def prompts(data: Splits, subjects: Sequence[str], shots: int, limit: int | None) -> list[tuple[Row, str]]:
+    """The questions that `choose` takes, with the text before their answers. Raises UserError for too few examples."""
+    rows = choose(data, subjects, limit)
+    worked = {subject: examples(data, subject, shots) for subject in dict.fromkeys(row["subject"] for row in rows)}
+    return [(row, prompt(row, worked[row["subject"]])) for row in rows]
+
+
 def evaluate(
     model: TextModel,
     data: Splits,
@@ -67,16 +74,14 @@ def evaluate(
 ) -> Result:
     """Accuracy over all questions; ties go to the earlier letter. Raises UserError for data or subjects missing."""
     shots = SHOTS if shots is None else shots
-    rows = choose(data, subjects, limit)
-    worked = {subject: examples(data, subject, shots) for subject in dict.fromkeys(row["subject"] for row in rows)}
-    prompts = [prompt(row, worked[row["subject"]]) for row in rows]
-    model.check_fit([(row["subject"], prompt(row, ())) for row in rows])
-    pairs = [(text, f" {letter}") for text in prompts for letter in LETTERS]
+    asked = prompts(data, subjects, shots, limit)
+    model.check_fit([(row["subject"], prompt(row, ())) for row, _ in asked])
+    pairs = [(text, f" {letter}") for _, text in asked for letter in LETTERS]
     with progress.task("mmlu", len(pairs)) as advance:
         found = model.loglikelihoods(pairs, advance)
     correct: dict[str, list[float]] = {}
     records = []
-    for number, (row, text) in enumerate(zip(rows, prompts)):
+    for number, (row, text) in enumerate(asked):
         logprobs = [logprob for logprob, _ in found[4 * number : 4 * number + 4]]
         answer = max(range(4), key=lambda choice: logprobs[choice])
         of_subject = correct.setdefault(row["subject"], [])
@@ -95,4 +100,4 @@ def evaluate(
     score, _ = mean_and_error([value for values in correct.values() for value in values])
     by_subject = {subject: (mean_and_error(values)[0], len(values)) for subject, values in correct.items()}
     error = pooled_error(list(correct.values()))
-    return Result("mmlu", score, error, len(rows), shots, {"subjects": by_subject}, records)
+    return Result("mmlu", score, error, len(asked), shots, {"subjects": by_subject}, records)

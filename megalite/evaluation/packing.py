@@ -8,12 +8,12 @@ attention keeps apart. So equal requests have answers of equal bits, and a tie b
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from megalite.data.packing import best_fit
 from megalite.errors import UserError
 
 Ids = Sequence[int] | np.ndarray
@@ -75,18 +75,9 @@ def collect(requests: Sequence[Request], longest: int) -> Work:
 
 def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
     """Numbers of documents by row of `length` positions: the longest first, each into the fullest row it still fits."""
-    rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []
-    for number in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
-        place = bisect.bisect_left(free, (lengths[number], -1))
-        if place < len(free):
-            left, row = free.pop(place)
-        else:
-            left, row = length, len(rows)
-            rows.append([])
-        rows[row].append(number)
-        bisect.insort(free, (left - lengths[number], row))
-    return rows
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    rows = best_fit([lengths[number] for number in order], length, open_rows=len(order))
+    return [[order[place] for place in row] for row in rows]
 
 
 def pack(lengths: Sequence[int], ranks: int, most: int) -> tuple[int, list[list[int]]]:

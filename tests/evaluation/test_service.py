@@ -181,6 +181,7 @@ def test_requests_that_cannot_be(checkpoint: Path) -> None:
 
     refused(lambda service: service.loglikelihoods([([1], [3] * (POSITIONS + 1))]), "97 tokens is longer than .* = 96")
     refused(lambda service: service.loglikelihoods([([1, 101], [3])]), "token id 101 .* model.vocab_size = 101")
+    refused(lambda service: service.loglikelihoods([([1], [3, 101])]), "token id 101 .* model.vocab_size = 101")
     refused(lambda service: service.generate([[5]], Sampling(0.0), POSITIONS), "96 new tokens leave no room")
     assert ask(0, {}, str(checkpoint), lambda service: service.loglikelihoods([])) == []
 

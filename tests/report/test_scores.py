@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megalite.errors import UserError
-from megalite.report import style
+from megalite.report import curves, style
 from megalite.report.page import write_report
+from megalite.report.run_directory import Run
 from megalite.report.scores import draw_scores, read_scores
 from tools.report import main
 
@@ -75,7 +76,13 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.parametrize(
     "content",
-    ["no json\n", "[1]\n", '{"task": "mmlu"}\n', '{"task": "m", "score": NaN}\n', '{"task": 1, "score": 2}\n'],
+    [
+        *("no json\n", "[1]\n", '{"task": "mmlu"}\n', '{"task": "m", "score": NaN}\n', '{"task": 1, "score": 2}\n'),
+        '{"task": "m", "score": 1' + "0" * 400 + "}\n",
+        *(f'{{"task": "m", "score": 1, "n": {value}}}\n' for value in ("null", "NaN", "Infinity", "1e999", "-1")),
+        *(f'{{"task": "m", "score": 1, "stderr": {value}}}\n' for value in ("NaN", "Infinity", "1" + "0" * 400, "-1")),
+        *(f'{{"task": "m", "score": 1, "shots": {value}}}\n' for value in ("NaN", "Infinity", "[]")),
+    ],
 )
 def test_damaged_files(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
@@ -83,3 +90,12 @@ def test_damaged_files(tmp_path: Path, content: str) -> None:
         read_scores([tmp_path / "a.jsonl"])
     with pytest.raises(UserError, match="cannot be read"):
         read_scores([tmp_path / "missing.jsonl"])
+
+
+def test_names_in_the_picture_of_evaluations() -> None:
+    """A run's name is made a label once: what shows is the name."""
+    rows = [{"tokens": 1, "mmlu_bits_per_byte": 2.0}]
+    figure = curves.draw_evaluations([Run(Path(name), name, {}, rows, []) for name in ("$5", "_b")])
+    assert figure is not None
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert shown == [r"mmlu, \$5", "mmlu, _b"]

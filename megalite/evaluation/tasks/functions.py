@@ -23,11 +23,8 @@ def _load(task: str, given: Mapping[str, Any]) -> Splits:
 
 def mmlu(**given: Any) -> dict[str, Dataset]:
     data, shots = _load("mmlu", given), given.get("shots")
-    shots = mmlu_task.SHOTS if shots is None else shots
-    rows = mmlu_task.choose(data, (), None)
-    worked = {subject: mmlu_task.examples(data, subject, shots) for subject in {row["subject"] for row in rows}}
-    prompts = [row | {"prompt": mmlu_task.prompt(row, worked[row["subject"]])} for row in rows]
-    return {"test": Dataset.from_list(prompts)}
+    asked = mmlu_task.prompts(data, (), mmlu_task.SHOTS if shots is None else shots, None)
+    return {"test": Dataset.from_list([row | {"prompt": text} for row, text in asked])}
 
 
 def gsm8k(**given: Any) -> dict[str, Dataset]:
