@@ -48,7 +48,7 @@ from megalite.checkpoint.tensor_file import DamagedFile, write_durably, write_te
 from megalite.config import Config, to_toml
 from megalite.errors import UserError
 from megalite.mesh import Mesh
-from megalite.text.tokenizers import load_tokenizer
+from megalite.text.tokenizers import TEMPLATE_FILE, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ class CheckpointManager:
         data = self.config.data
         if self.config.objective.data_format == "text" or not data.tokenizer:
             return []
-        from megalite.text.chat import TEMPLATE_FILE, ChatTemplate  # loads Jinja
+        from megalite.text.chat import ChatTemplate  # loads Jinja
 
         template = ChatTemplate.find(load_tokenizer(data.tokenizer), data.chat_template)
         return [] if template is None else [(TEMPLATE_FILE, template.source.encode())]

@@ -21,7 +21,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
 BLOCK_TOKENS = 1 << 22
-MEASURES_FORMAT = 1  # part of the cache key: raise it when the arrays' meaning changes
+MEASURES_FORMAT = 2  # part of the cache key: raise it when the arrays' meaning changes
 TEXT_ENDING = "text_document"
 REMEDY = "make it again with tools/preprocess_data.py"
 
@@ -45,8 +45,8 @@ class ExampleFile:
         tokens, learn: the ids, and the learn mask, by document.
         columns: JSON lines by record, or None.
         parts: documents of an example: 2 for pairs, else 1.
-        lengths, learned, first: of each document its tokens, how many of its labels are learned, and the place of the
-            first learned token (its length where there is none), int32 [documents].
+        learned, first: of each document how many of its labels are learned, and the place of the first learned token
+            (its length where there is none), int32 [documents].
 
     Raises `UserError` if files are missing, damaged, do not belong together, or were made for something else.
     """
@@ -65,7 +65,7 @@ class ExampleFile:
         if not fits or documents % self.parts or (self.columns is not None and records * self.parts != documents):
             raise UserError(f"{self.prefix}: its files do not have the same documents; {REMEDY}")
         measures = self._measures(cache_dir)
-        self.lengths, self.learned, self.first = (measures[name] for name in ("lengths", "learned", "first"))
+        self.learned, self.first = measures["learned"], measures["first"]
 
     def __len__(self) -> int:
         """Number of examples: conversations, pairs or prompts."""
@@ -99,11 +99,11 @@ class ExampleFile:
 
 
 def measure(tokens: IndexedDataset, learn: IndexedDataset) -> Arrays:
-    """`lengths`, `learned` and `first` of every document (see `ExampleFile`), int32, in bounded memory.
+    """`learned` and `first` of every document (see `ExampleFile`), int32, in bounded memory.
 
     No label stands before an example's first token, so that one is never learned.
     """
-    lengths = np.array(tokens.lengths)
+    lengths = tokens.lengths
     starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
     learned, first = np.zeros_like(lengths), lengths.copy()
     begin = 0
@@ -117,7 +117,7 @@ def measure(tokens: IndexedDataset, learn: IndexedDataset) -> Arrays:
         opening = np.flatnonzero(np.diff(documents, prepend=-1))
         first[documents[opening]] = places[opening] - starts[documents[opening]]
         begin = end
-    return {"lengths": lengths, "learned": learned, "first": first}
+    return {"learned": learned, "first": first}
 
 
 @dataclass(frozen=True)
@@ -151,20 +151,13 @@ def select(file: ExampleFile, span: range, room: int, truncate: bool = False) ->
     """
     documents = slice(span.start * file.parts, span.stop * file.parts)
     lengths, first, learned = (
-        array[documents].reshape(-1, file.parts) for array in (file.lengths, file.first, file.learned)
+        array[documents].reshape(-1, file.parts) for array in (file.tokens.lengths, file.first, file.learned)
     )
     long = lengths.sum(1, dtype=np.int64) > room
-    used, kept = lengths.copy(), ~long
+    used, kept = lengths, ~long
     if truncate:
-        if file.parts == 2:
-            shorter = np.minimum(lengths.min(1), room // 2)[:, None]
-            limit = np.where(lengths <= room // 2, lengths, room - shorter)
-            both = (lengths > room // 2).all(1)
-            limit[both] = room // 2
-        else:
-            limit = np.full_like(lengths, room)
-        used = np.where(long[:, None], np.minimum(lengths, limit), lengths).astype(np.int32)
-        kept = np.ones(len(lengths), bool)
+        limit = room if file.parts == 1 else np.maximum(room - lengths[:, ::-1], room // 2)
+        used, kept = np.minimum(lengths, limit), np.ones(len(lengths), bool)
     teaches = kept if file.form == "prompt" else (first < used).all(1)
     chosen = kept & teaches
     count = int(learned[chosen].sum(dtype=np.int64))

@@ -139,9 +139,6 @@ class PackedExamples:
         """See `Examples.fields`."""
         return self.examples.fields()
 
-    def fingerprint(self) -> str:
-        return self._key
-
     def plan(self, epoch: int) -> Plan:
         """The rows of an epoch; computed alone, or read from the cache."""
 
@@ -171,10 +168,6 @@ class PackedExamples:
         epoch, row = self.locate(number)
         plan = self._plans[epoch]
         return plan.members[plan.starts[row] : plan.starts[row + 1]].tolist()
-
-    def examples_in(self, first: int, rows: int) -> int:
-        """How many examples the rows from `first` on hold."""
-        return sum(len(self.members(number)) for number in range(first, first + rows))
 
     def fill(self, number: int, row: Row) -> None:
         """Write row `number`. Raises `UserError` for an id outside the vocabulary."""
@@ -232,9 +225,6 @@ class PromptDataset:
     def fields(self) -> dict[str, Any]:
         """See `Examples.fields`."""
         return self.examples.fields()
-
-    def fingerprint(self) -> str:
-        return self.fields()["order"]
 
     def prompt(self, number: int) -> Prompt:
         """Prompt `number`. Raises `UserError` for an id outside the vocabulary."""

@@ -92,22 +92,32 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _store(folder: Path, arrays: Arrays) -> None:
+    with publishing(folder, lambda folder: _load(folder) is not None) as temporary, write_errors_named(folder):
+        temporary.mkdir()
+        for name, array in arrays.items():
+            with open(temporary / f"{name}.npy", "wb") as file:
+                write_array(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        description = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
+        write_atomically(temporary / "arrays.json", json.dumps(description))
+
+
+@contextlib.contextmanager
+def publishing(folder: Path, is_complete: Callable[[Path], bool]) -> Iterator[Path]:
+    """A path beside `folder` at which to make a folder; it becomes `folder` when the block ends without an exception.
+
+    What was left of an incomplete one is replaced. Where another process made a complete one first, that one is kept.
+    """
     temporary = folder.with_suffix(f".tmp-{socket.gethostname()}-{os.getpid()}")
     try:
+        yield temporary
         with write_errors_named(folder):
-            temporary.mkdir()
-            for name, array in arrays.items():
-                with open(temporary / f"{name}.npy", "wb") as file:
-                    write_array(file, array)
-                    file.flush()
-                    os.fsync(file.fileno())
-            description = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
-            write_atomically(temporary / "arrays.json", json.dumps(description))
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 os.rename(temporary, folder)
             except OSError:
-                if _load(folder) is None:  # another node, whose lock is invisible here, may have been first
+                if not is_complete(folder):  # another node, whose lock is invisible here, may have been first
                     raise
             sync_directory(folder.parent)
     finally:

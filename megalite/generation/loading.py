@@ -27,7 +27,7 @@ from megalite.mesh import Mesh
 from megalite.model.sharded import ShardedModel
 from megalite.runtime import SILENCE_SECONDS, World, choose_device, connect
 from megalite.text.leading import leading_ids
-from megalite.text.tokenizers import Tokenizer, load_tokenizer
+from megalite.text.tokenizers import TEMPLATE_FILE, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from megalite.text.chat import ChatTemplate
@@ -100,7 +100,7 @@ class Opened:
 
     def chat_template(self, name: str = "") -> ChatTemplate:
         """The template that the model was trained with (or another, by file or name). Raises UserError."""
-        from megalite.text.chat import TEMPLATE_FILE, ChatTemplate  # loads Jinja, which text alone does not need
+        from megalite.text.chat import ChatTemplate  # loads Jinja, which text alone does not need
 
         tokenizer = self.require_tokenizer("a conversation needs one")
         kept = self.directory / TEMPLATE_FILE

@@ -34,12 +34,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from megalite.errors import UserError
 from megalite.text.foreign import read_small_file, shorten
 from megalite.text.huggingface_tokenizer import HuggingFaceTokenizer
-from megalite.text.tokenizers import Tokenizer
+from megalite.text.tokenizers import TEMPLATE_FILE, Tokenizer
 
 LARGEST_TEMPLATE = 4 << 20
 BUILT_IN = "chatml"
-TEMPLATE_FILE = "chat_template.jinja"
-"""Name of the template beside a tokenizer, and in a checkpoint."""
 
 # Characters that Unicode reserves for a program's own use; those in a message become U+FFFD before it is rendered.
 _BROKEN, _BEGIN, _END, _PROBE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
@@ -191,7 +189,10 @@ class ChatTemplate:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> list[int]:
         """Token ids of a conversation; with `add_generation_prompt` up to where the assistant's answer begins."""
-        rendered = self.render(messages, add_generation_prompt, tools)
+        return self.encode(self.render(messages, add_generation_prompt, tools))
+
+    def encode(self, rendered: Rendered) -> list[int]:
+        """Token ids of what `render` returned."""
         return self._encode(rendered.raw, _BROKEN in rendered.raw).tolist()
 
     def example(

@@ -80,9 +80,7 @@ class ExampleEncoder:
         """The examples of a record. Raises `Unusable`."""
         try:
             if self.form == "sft":
-                return Encoded(
-                    [self._learnable(self._sft(record), "messages" if "messages" in record else "completion")]
-                )
+                return Encoded([self._sft(record)])
             return self._pair(record) if self.form == "preference" else self._prompt(record)
         except TemplateProblem as problem:
             raise Unusable(NO_TEMPLATE, str(problem)) from None
@@ -93,11 +91,12 @@ class ExampleEncoder:
             messages = self._messages(record, "messages")
             if not any(message["role"] == "assistant" for message in messages):
                 raise Unusable(NOTHING_TO_LEARN, "field 'messages' holds no message of the assistant")
-            return Example(*self._template("messages").example(messages, tools=tools))
+            return self._learnable(Example(*self._template("messages").example(messages, tools=tools)), "messages")
         if "prompt" not in record and "completion" not in record:
             _missing(record, "'messages', or 'prompt' and 'completion'")
         prompt = _field(record, "prompt")
-        return self._answer(record, prompt, _field(record, "completion"), "completion", tools)
+        answer = _field(record, "completion")
+        return self._learnable(self._answer(record, prompt, answer, "completion", tools), "completion")
 
     def _pair(self, record: Mapping[str, Any]) -> Encoded:
         chosen, rejected = _field(record, "chosen"), _field(record, "rejected")
@@ -128,8 +127,8 @@ class ExampleEncoder:
         if _is_messages(prompt):
             messages = self._messages(record, "prompt")
             template, tools = self._template("prompt"), record.get("tools") or None
-            asks = messages[-1]["role"] != "assistant"
-            ids, text = template.ids(messages, asks, tools), template.render(messages, asks, tools).text
+            rendered = template.render(messages, messages[-1]["role"] != "assistant", tools)
+            ids, text = template.encode(rendered), rendered.text
         else:
             ids = self._ids(prompt, "prompt", self._leading)
             text = prompt if isinstance(prompt, str) else self.tokenizer.decode(ids) if self.tokenizer else ""

@@ -105,6 +105,11 @@ class HuggingFaceTokenizer:
     def count_special(self, text: str) -> int:
         return self._special_tokens.count(text)
 
+    def puts_bos(self) -> bool:
+        """Whether the library's own processing begins every text with `bos`."""
+        with library_errors(self.files[0], "it cannot encode this text"):
+            return self.bos is not None and self._tokenizer.encode("").ids[:1] == [self.bos]
+
     def token_id(self, piece: str) -> int | None:
         """The id of this very token, such as a chat marker; None if there is none."""
         return self._tokenizer.token_to_id(without_surrogates(piece))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import reprlib
 
-import tokenizers
-
 from megalite.errors import UserError
 from megalite.text.foreign import read_small_file, shorten
 from megalite.text.tokenizers import Tokenizer
@@ -18,8 +16,7 @@ def leading_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """What a Hugging Face tokenizer puts before a text: its own processing, or `add_bos_token` of its settings."""
     if tokenizer is None or tokenizer.bos is None or not tokenizer.files:
         return ()
-    path = tokenizer.files[0]
-    settings = path.with_name("tokenizer_config.json")
+    settings = tokenizer.files[0].with_name("tokenizer_config.json")
     if settings.is_file():
         try:
             content = json.loads(read_small_file(settings, LARGEST_SETTINGS))
@@ -32,5 +29,6 @@ def leading_ids(tokenizer: Tokenizer | None) -> tuple[int, ...]:
             return (tokenizer.bos,) if wanted else ()
     if tokenizer.kind != "huggingface":
         return ()
-    ids = tokenizers.Tokenizer.from_file(str(path)).encode("").ids
-    return (tokenizer.bos,) if ids[:1] == [tokenizer.bos] else ()
+    from megalite.text.huggingface_tokenizer import HuggingFaceTokenizer  # loads the library, which others do not need
+
+    return (tokenizer.bos,) if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.puts_bos() else ()

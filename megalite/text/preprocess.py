@@ -20,11 +20,8 @@ import megalite
 from megalite.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from megalite.errors import UserError
 from megalite.files import locked, write_errors_named
-from megalite.text.chat import ChatTemplate
-from megalite.text.examples import ExampleEncoder, Format
 from megalite.text.input_files import expand_inputs
 from megalite.text.jobs import ProgressBar, Unit, begin_notes, fingerprint, known_fingerprint, note_path, run_tasks
-from megalite.text.preprocess_examples import PARTS, ExampleTask, encode_examples
 from megalite.text.preprocess_shard import STAGE, EncodeOptions, EncodeTask, ShardTask, encode_unit, plan_shards
 from megalite.text.quarantine import Quarantine, read_quarantine
 from megalite.text.records import DAMAGED, MAX_RECORD_BYTES
@@ -119,6 +116,10 @@ def _text_job(options: PreprocessOptions, key: str, tokenizer: Tokenizer, paths:
 
 
 def _examples_job(options: PreprocessOptions) -> "_Job":
+    from megalite.text.chat import ChatTemplate  # loads Jinja, which text alone does not need
+    from megalite.text.examples import ExampleEncoder, Format
+    from megalite.text.preprocess_examples import PARTS, ExampleTask, encode_examples
+
     text_only = {"--json-keys": options.json_keys != ("text",), "--append-eod": options.append_eod}
     for name, given in {**text_only, "--keep-empty": options.keep_empty}.items():
         if given:

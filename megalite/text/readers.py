@@ -10,8 +10,7 @@ it, so ranges that tile a file give every document exactly once, and processes n
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -73,10 +72,9 @@ def read_documents(
     """
     path = Path(path)
     on_bad = on_bad or _refuse
+    counter = counter if counter is not None else ReadCounter()
     take = partial(_document, path, key, on_bad)
-    source = _Source(path, on_bad, counter if counter is not None else ReadCounter(), max_record_bytes)
-    for document in source.read(take, byte_range, [key], with_extra):
-        assert isinstance(document, Document)
+    for document in _read(path, take, on_bad, counter, max_record_bytes, byte_range, key, with_extra):
         if not document.text:
             on_bad(BadRecord(path, document.line, EMPTY, "the text has no characters"))
         elif len(document.text) > max_record_bytes:  # of a table, whose rows have no size before they are read
@@ -95,57 +93,48 @@ def read_records(
     """The records of a JSON-lines, JSON or parquet file, whatever their fields; see `read_documents`."""
     path = Path(path)
     on_bad = on_bad or _refuse
-    source = _Source(path, on_bad, counter if counter is not None else ReadCounter(), max_record_bytes)
-    for record in source.read(partial(_record, path, on_bad), byte_range):
-        assert isinstance(record, Record)
-        yield record
+    counter = counter if counter is not None else ReadCounter()
+    yield from _read(path, partial(_record, path, on_bad), on_bad, counter, max_record_bytes, byte_range)
 
 
-@dataclass
-class _Source:
-    """One file, and where what cannot be used of it goes."""
+def _read(
+    path: Path,
+    take: Take,
+    on_bad: OnBad,
+    counter: ReadCounter,
+    limit: int,
+    byte_range: tuple[int, int] | None,
+    key: str | None = None,
+    with_extra: bool = True,
+) -> Iterator[Any]:
+    """What `take` makes of the file's records. `key` is the column that a table must have, and all that is read of it
+    without `with_extra`; without a key only files of records can be read, not texts."""
+    kind, compression = file_format(path)
+    if byte_range is not None and not is_splittable(kind, compression):
+        if byte_range[0] > 0:
+            return  # the file is one piece, which begins at byte 0
+        byte_range = None
+    try:
+        if kind == "jsonl":
+            yield from _json_lines(path, compression, take, byte_range, on_bad, counter, limit)
+        elif kind == "json":
+            yield from _json_value(path, compression, take, on_bad, counter, limit)
+        elif kind == "parquet":
+            yield from _parquet(path, compression, take, byte_range, on_bad, counter, key, with_extra)
+        elif key is None:
+            on_bad(BadRecord(path, 1, NOT_AN_OBJECT, "holds no records; give .jsonl or .parquet files"))
+        elif kind == "warc":
+            from megalite.text.warc import read_warc
 
-    path: Path
-    on_bad: OnBad
-    counter: ReadCounter
-    limit: int
-
-    def read(
-        self,
-        take: Take,
-        byte_range: tuple[int, int] | None,
-        required: list[str] | None = None,
-        with_extra: bool = True,
-    ) -> Iterator[Found]:
-        """What `take` makes of the file's records. `required` are the columns that a table must have, and all that are
-        read of it without `with_extra`; without them only files of records can be read, not texts."""
-        path, on_bad, counter, limit = self.path, self.on_bad, self.counter, self.limit
-        kind, compression = file_format(path)
-        if byte_range is not None and not is_splittable(kind, compression):
-            if byte_range[0] > 0:
-                return  # the file is one piece, which begins at byte 0
-            byte_range = None
-        try:
-            if kind == "jsonl":
-                yield from _json_lines(path, compression, take, byte_range, on_bad, counter, limit)
-            elif kind == "json":
-                yield from _json_value(path, compression, take, on_bad, counter, limit)
-            elif kind == "parquet":
-                yield from _parquet(path, compression, take, byte_range, on_bad, counter, required, with_extra)
-            elif required is None:
-                on_bad(BadRecord(path, 1, NOT_AN_OBJECT, "holds no records; give .jsonl or .parquet files"))
-            elif kind == "warc":
-                from megalite.text.warc import read_warc
-
-                yield from read_warc(path, on_bad, counter, limit)
-            elif kind in ("text", "unknown"):
-                yield from _text_file(path, compression, kind == "unknown", on_bad, counter, limit)
-            else:
-                on_bad(_unread(path, kind))
-        except Damaged as damage:
-            on_bad(BadRecord(path, counter.lines + 1, DAMAGED, str(damage)))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+            yield from read_warc(path, on_bad, counter, limit)
+        elif kind in ("text", "unknown"):
+            yield from _text_file(path, compression, kind == "unknown", on_bad, counter, limit)
+        else:
+            on_bad(_unread(path, kind))
+    except Damaged as damage:
+        on_bad(BadRecord(path, counter.lines + 1, DAMAGED, str(damage)))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _refuse(record: BadRecord) -> NoReturn:
@@ -335,7 +324,7 @@ def _parquet(
     byte_range: tuple[int, int] | None,
     on_bad: OnBad,
     counter: ReadCounter,
-    required: list[str] | None,
+    key: str | None,
     with_extra: bool,
 ) -> Iterator[Found]:
     import pyarrow
@@ -345,19 +334,18 @@ def _parquet(
         try:
             table = pyarrow.parquet.ParquetFile(file)
             names = table.schema_arrow.names
-            for key in required or ():
-                if key not in names:
-                    detail = f"no column {key!r}; columns there: {', '.join(map(repr, names))}"
-                    counter.lines += table.metadata.num_rows
-                    on_bad(BadRecord(path, 1, MISSING_KEY, detail))
-                    return
+            if key is not None and key not in names:
+                detail = f"no column {key!r}; columns there: {', '.join(map(repr, names))}"
+                counter.lines += table.metadata.num_rows
+                on_bad(BadRecord(path, 1, MISSING_KEY, detail))
+                return
             groups = [
                 group
                 for group in range(table.num_row_groups)
                 if byte_range is None or byte_range[0] <= _group_offset(table, group) < byte_range[1]
             ]
-            for batch in table.iter_batches(PARQUET_ROWS, groups, None if with_extra else required):
-                yield from _rows(path, batch, take, required or (), on_bad, counter)
+            for batch in table.iter_batches(PARQUET_ROWS, groups, None if with_extra or key is None else [key]):
+                yield from _rows(path, batch, take, key, on_bad, counter)
         except pyarrow.ArrowException as error:
             raise Damaged(f"not readable as parquet ({str(error).splitlines()[0]})") from error
         start, end = byte_range or (0, path.stat().st_size)
@@ -385,10 +373,8 @@ def _group_offset(table: Any, group: int) -> int:
     return min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
 
 
-def _rows(
-    path: Path, batch: Any, take: Take, texts: Sequence[str], on_bad: OnBad, counter: ReadCounter
-) -> Iterator[Found]:
-    """What `take` makes of the rows; the columns `texts` must be strings."""
+def _rows(path: Path, batch: Any, take: Take, key: str | None, on_bad: OnBad, counter: ReadCounter) -> Iterator[Found]:
+    """What `take` makes of the rows; the column `key` must hold strings."""
     try:
         rows = batch.to_pylist()
     except UnicodeDecodeError:
@@ -402,8 +388,7 @@ def _rows(
                 detail = f"byte 0x{error.object[error.start]:02x} at {error.start} of the row's text"
                 on_bad(BadRecord(path, counter.lines, INVALID_UTF8, detail))
                 continue
-        key = next((key for key in texts if row[key] is not None and type(row[key]) is not str), None)
-        if key is not None:
+        if key is not None and row[key] is not None and type(row[key]) is not str:
             kind = batch.schema.field(key).type
             on_bad(BadRecord(path, counter.lines, NOT_TEXT, f"column {key!r} is of type {kind}, not string"))
         elif (found := take(counter.lines, row, b"")) is not None:

@@ -11,6 +11,8 @@ from megalite.errors import UserError
 from megalite.text.unicode import without_surrogates
 
 KINDS = ("sentencepiece", "huggingface", "byte")
+TEMPLATE_FILE = "chat_template.jinja"
+"""Name of the chat template beside a tokenizer, and in a checkpoint."""
 
 
 class Tokenizer(Protocol):

@@ -52,16 +52,19 @@ class _Opener:
     def __init__(self, config: Config, cache_dir: Path) -> None:
         self.config, self.cache_dir = config, cache_dir
         self.form = config.objective.data_format
-        template = find_template(config)
-        sha256 = tokenizer_hash(load_tokenizer(config.data.tokenizer)) if config.data.tokenizer else ""
+        # a prompt that is cut is another question
+        self.overlong = "drop" if self.form == "prompt" else config.data.overlong
+        tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        template = ChatTemplate.find(tokenizer, config.data.chat_template) if tokenizer else None
         self.maker = Maker(
             self.form,
             config.data.tokenizer,
-            sha256,
+            tokenizer_hash(tokenizer) if tokenizer else "",
             template.name if template else "",
             template.sha256 if template else "",
         )
         self.vocab_size = config.model.vocab_size or None
+        self._files: dict[str, ExampleFile] = {}
 
     def open(
         self, sources: Sequence[Source], planned: int, split: Sequence[float] = (), part: int = 0
@@ -76,7 +79,7 @@ class _Opener:
             config.train.seq_length,
             config.run.seed,
             config.data.packing and not prompts,
-            "drop" if prompts else config.data.overlong,
+            self.overlong,
             self.maker.tokenizer_sha256,
             self.maker.template_sha256,
             self.vocab_size,
@@ -85,16 +88,21 @@ class _Opener:
         return PromptDataset(examples) if prompts else PackedExamples(examples, planned, self.cache_dir)
 
     def _part(self, source: Source, share: float | None, split: Sequence[float], part: int) -> Part:
-        config, prefix = self.config, source.prefix
-        if is_record_file(prefix):
-            data = config.data
-            prefix = tokenised(prefix, self.form, data.tokenizer, data.chat_template, self.vocab_size, self.cache_dir)
-        file = ExampleFile(prefix, self.maker, self.cache_dir)
+        config, file = self.config, self._file(source.prefix)
         span = split_spans(split, len(file))[part] if split else range(len(file))
         room = config.train.seq_length
         if self.form == "prompt":
             room -= config.rollout.max_new_tokens
-        return Part(file, span, select(file, span, room, config.data.overlong == "truncate"), share)
+        return Part(file, span, select(file, span, room, self.overlong == "truncate"), share)
+
+    def _file(self, prefix: str) -> ExampleFile:
+        """The file, opened once: training and validation may be parts of one."""
+        if prefix not in self._files:
+            made = prefix
+            if is_record_file(prefix):
+                made = tokenised(prefix, self.maker, self.config.data.chat_template, self.vocab_size, self.cache_dir)
+            self._files[prefix] = ExampleFile(made, self.maker, self.cache_dir)
+        return self._files[prefix]
 
 
 def describe_examples(config: Config, data: AlignmentData) -> tuple[str, ...]:

@@ -23,16 +23,15 @@ class Reader:
         self._batches: Batches | None = None
         if dataset is None or isinstance(dataset, PromptDataset):
             return
-        documents = config.data.document_mask or dataset.separate
-        if trainer.needs_batches or documents:
+        if trainer.needs_batches or config.data.document_mask or dataset.separate:
             self._batches = Batches(
                 dataset,
                 micro_batch_size=config.train.micro_batch_size,
                 dp_rank=mesh.samples_index,
                 dp_size=mesh.samples_size,
                 device=mesh.device,
-                document_mask=documents,
-                end_of_document=eod if config.data.mask_end_of_document and not dataset.separate else None,
+                document_mask=config.data.document_mask,
+                end_of_document=eod if config.data.mask_end_of_document else None,
             )
 
     def read(self, first: int, samples: int) -> list[Batch] | list[None]:

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +13,16 @@ import torch
 
 from megalite.config import build_config
 from megalite.config.check import _check_data, check_bounds, check_machine
+from megalite.data import index_cache
 from megalite.data.batches import Batches
 from megalite.data.examples import PackedExamples, PromptDataset
 from megalite.errors import UserError
 from megalite.kernels.cross_entropy import IGNORE_INDEX
+from megalite.text import example_cache
 from megalite.text.preprocess import PreprocessOptions, preprocess
-from megalite.train.example_inputs import describe_examples
+from megalite.text.tokenizers import ByteTokenizer
+from megalite.train import example_inputs
+from megalite.train.example_inputs import describe_examples, open_examples
 from megalite.train.inputs import open_data
 
 pytestmark = pytest.mark.fast
@@ -128,7 +134,7 @@ def test_rows_go_on_through_epochs_and_any_one_is_computed_alone(tmp_path, rng):
     data, _ = open_data(config)
     epochs = [len(data.plan(epoch)) for epoch in range(4)]
     assert [data.locate(number)[0] for number in (0, epochs[0] - 1, epochs[0], sum(epochs[:3]))] == [0, 0, 1, 3]
-    assert data.examples_in(epochs[0], epochs[1]) == 30
+    assert sum(len(data.members(number)) for number in range(epochs[0], sum(epochs[:2]))) == 30
     number = int(rng.integers(sum(epochs)))
     alone = open_data(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=99)))[0]
     assert torch.equal(batch_of(alone, 1, number).tokens_BS, batch_of(data, 1, number).tokens_BS)
@@ -171,6 +177,77 @@ def test_overlong_examples_are_dropped_or_cut(tmp_path):
         open_data(recipe(tmp_path, "preference", [str(tmp_path / "b.jsonl")], 4))
 
 
+@pytest.mark.parametrize("room", [20, 21])
+def test_of_a_pair_the_longer_answer_is_cut_first(tmp_path, rng, room):
+    pairs = [
+        {"prompt": "p", "chosen": "c" * chosen, "rejected": "r" * rejected}
+        for chosen, rejected in rng.integers(1, 30, (60, 2))
+    ]
+    config = recipe(tmp_path, "preference", [write(tmp_path / "a.jsonl", pairs)], room, data={"overlong": "truncate"})
+    selection = open_data(config)[0].examples.parts[0].selection
+    assert selection.lengths.dtype == np.int32 and len(selection) == 60
+    for pair, used in zip(pairs, selection.lengths.tolist(), strict=True):
+        expected = [2 + len(pair["chosen"]), 2 + len(pair["rejected"])]
+        while sum(expected) > room:
+            expected = [length - (length == max(expected)) for length in expected]
+        assert used == expected
+
+
+def test_prompts_are_never_cut(tmp_path):
+    rows = [{"prompt": "x" * 60}, {"prompt": "y" * 5}]
+    source = write(tmp_path / "a.jsonl", rows)
+    for overlong in ("drop", "truncate"):
+        config = recipe(tmp_path, "prompt", [source], data={"overlong": overlong}, rollout={"max_new_tokens": 8})
+        data, _ = open_data(config)
+        assert [data.prompt(number).text for number in range(len(data))] == ["y" * 5]
+        assert "1 prompt, 1 too long left out" in check_inputs_of(config)
+
+
+def test_a_file_that_is_split_is_opened_once(tmp_path, rng, monkeypatch):
+    source = write(tmp_path / "a.jsonl", records(rng, "sft", 40))
+    split = {"data": {"split": [3, 1]}, "train": {"eval_interval": 2, "eval_samples": 4}}
+    done = []
+
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: done.append(name) or function(*given))
+
+    count(example_inputs, "ExampleFile")
+    count(example_cache, "file_sha256")
+    for again in (False, True):
+        done.clear()
+        train, valid = open_data(recipe(tmp_path, "sft", [source], **split))
+        assert sorted(done) == ["ExampleFile", "file_sha256"], again
+    assert train.examples.parts[0].file is valid.examples.parts[0].file
+
+
+def test_the_tokenizer_is_loaded_once(tmp_path, rng, monkeypatch):
+    names = ["a.jsonl", "b.jsonl"]
+    config = recipe(tmp_path, "sft", [write(tmp_path / name, records(rng, "sft", 5)) for name in names])
+    open_data(config)  # tokenised from now on
+    loaded = []
+    make = ByteTokenizer.__init__
+    monkeypatch.setattr(ByteTokenizer, "__init__", lambda tokenizer: loaded.append(make(tokenizer)))
+    open_examples(config, 24, tmp_path / "megalite_cache")
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("kind", ["examples_text_document.json", "arrays.json"])
+def test_a_folder_that_another_node_made_first_is_kept(tmp_path, rng, monkeypatch, kind):
+    config = recipe(tmp_path, "sft", [write(tmp_path / "a.jsonl", records(rng, "sft", 9))])
+    rename, beaten = os.rename, []
+
+    def late(made, final):
+        if (Path(made) / kind).is_file():
+            shutil.copytree(made, final)
+            beaten.append(final)
+        rename(made, final)
+
+    monkeypatch.setattr(index_cache.os, "rename", late)
+    assert open_data(config)[0].examples.per_epoch == 9
+    assert beaten and not list((tmp_path / "megalite_cache").glob("*.tmp-*"))
+
+
 def check_inputs_of(config) -> str:
     """What `--check` says of a recipe's data."""
     check_bounds(config)
@@ -185,7 +262,7 @@ def test_prefixes_and_raw_files_give_the_same_rows(tmp_path, rng):
     fields = [open_data(recipe(tmp_path, "preference", [train]))[0].fields() for train in (source, prefix)]
     assert fields[0] == fields[1]
     shuffled = open_data(recipe(tmp_path, "preference", [source], run={"dir": str(tmp_path / "run"), "seed": 6}))[0]
-    assert shuffled.fingerprint() != fields[0]["order"]
+    assert shuffled.fields()["order"] != fields[0]["order"]
     made = list((tmp_path / "megalite_cache").glob("*/examples_text_document.json"))
     assert len(made) == 1
     stamp = made[0].stat().st_mtime_ns
@@ -328,7 +405,7 @@ def test_fields_without_an_effect_are_refused(tmp_path):
 
 def wait_and_read(rank: int, folder: str, source: str) -> tuple[str, int]:
     data, _ = open_data(recipe(Path(folder), "sft", [source]))
-    return data.fingerprint(), sum(data.members(0))
+    return data.fields()["order"], sum(data.members(0))
 
 
 def test_ranks_that_start_together_tokenise_once(tmp_path, rng, pool):

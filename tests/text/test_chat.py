@@ -3,9 +3,11 @@
 import random
 
 import pytest
+import tokenizers
 
 from megalite.errors import UserError
 from megalite.text.chat import ChatTemplate, TemplateProblem
+from megalite.text.leading import leading_ids
 from megalite.text.tokenizers import ByteTokenizer, load_tokenizer
 from tests.text.chat_templates import FAMILIES, MARKS, STOPS, marked, unmarked, write_tokenizer
 
@@ -154,3 +156,20 @@ def test_a_file_that_is_no_template_is_refused(tmp_path):
         ChatTemplate.load(ByteTokenizer(), tmp_path / "bad.jinja")
     with pytest.raises(UserError, match="cannot be read"):
         ChatTemplate.load(ByteTokenizer(), tmp_path / "none.jinja")
+
+
+def test_what_stands_before_every_text_follows_from_the_tokenizer_as_loaded(tmp_path):
+    file = write_tokenizer(tmp_path / "t") / "tokenizer.json"
+    file.with_name("tokenizer_config.json").unlink(missing_ok=True)
+    plain = load_tokenizer(file)
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", plain.bos)])
+    library.save(str(file))
+    for allow_special in (True, False):
+        puts = load_tokenizer(file, allow_special=allow_special)
+        bytes_of_it = file.read_bytes()
+        file.unlink()  # what was loaded is all that is needed
+        assert (leading_ids(plain), leading_ids(puts)) == ((), (plain.bos,))
+        file.write_bytes(bytes_of_it)
+    file.with_name("tokenizer_config.json").write_text('{"add_bos_token": false, "bos_token": "<s>"}')
+    assert leading_ids(load_tokenizer(file)) == ()

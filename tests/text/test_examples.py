@@ -85,6 +85,15 @@ def test_a_prompt_keeps_its_columns_and_its_text():
     assert encoded.columns["prompt"].endswith("<|assistant|>\n")
 
 
+def test_a_prompt_of_messages_is_rendered_once(monkeypatch):
+    encode, rendered = encoder("prompt").encode, []
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda *given: rendered.append(render(*given)) or rendered[-1])
+    encoded = encode({"prompt": talk("2+2?")})
+    assert [one.text for one in rendered] == [encoded.columns["prompt"]]
+    assert encoded.examples[0].ids == encoder("prompt").template.ids(talk("2+2?"), True)
+
+
 @pytest.mark.parametrize(
     ("form", "record", "why"),
     [
@@ -98,6 +107,7 @@ def test_a_prompt_keeps_its_columns_and_its_text():
         ("sft", {"prompt": [1, 300], "completion": [2]}, "token id 300 is outside the vocabulary of 257"),
         ("sft", {"prompt": 5, "completion": "x"}, "field 'prompt' holds 5; give a text, messages or token ids"),
         ("sft", {"prompt": [], "completion": [2]}, "no token of it can be learned"),
+        ("sft", {"messages": None, "prompt": [], "completion": [2]}, "field 'completion': no token of it can be"),
         ("preference", {"prompt": "x", "chosen": "y"}, "no field 'rejected'"),
         ("preference", {"prompt": "x", "chosen": "y", "rejected": ""}, "field 'rejected' is empty"),
         ("preference", {"chosen": "y", "rejected": "z"}, "do not begin alike"),

@@ -366,3 +366,16 @@ def test_tools_start_without_torch() -> None:
     code = f"import sys, tyro, {modules}; print('torch' in sys.modules, 'pyarrow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_texts_need_neither_templates_nor_the_library_of_another_tokenizer(tmp_path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["one"])
+    code = (
+        "import sys; from megalite.text.preprocess import PreprocessOptions, preprocess\n"
+        "from megalite.text.leading import leading_ids; from megalite.text.tokenizers import ByteTokenizer\n"
+        "preprocess(PreprocessOptions(sys.argv[1:2], sys.argv[2], tokenizer_type='byte'))\n"
+        "print(leading_ids(ByteTokenizer()), 'jinja2' in sys.modules, 'tokenizers' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.jsonl"), str(tmp_path / "p")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "() False False"

@@ -28,7 +28,6 @@ from megalite.checkpoint.huggingface.names import (
     INDEX,
     MAX_SMALL_FILE,
     SINGLE,
-    TEMPLATE,
     TOKENIZER_FILES,
     read_json,
 )
@@ -59,7 +58,7 @@ from megalite.errors import UserError
 from megalite.files import TEMPORARY_SUFFIX, atomic_file, sync_directory, write_atomically, write_errors_named
 from megalite.model.decoder import CRITIC, SCORE
 from megalite.model.families import FileTensor, Rows, family_of_model
-from megalite.text.tokenizers import Tokenizer, load_tokenizer
+from megalite.text.tokenizers import TEMPLATE_FILE, Tokenizer, load_tokenizer
 
 KEPT = "huggingface"
 """Folder in a run directory with the small files of the model it was imported from."""
@@ -169,11 +168,12 @@ def _dtypes(reader: CheckpointReader, tensors: Sequence[FileTensor], wanted: str
         if wanted not in by_name:
             raise UserError(f"dtype {wanted!r} is not one of auto, {', '.join(by_name)}")
         return dict.fromkeys((tensor.name for tensor in tensors), by_name[wanted]) | wide
-    if reader.manifest.step > 0:
+    if reader.manifest.step == 0:
+        wide = {}  # imported weights keep their own dtype
+    else:
         precision = recipe_of(reader).get("train", {}).get("precision", "fp32")
         stored = dict.fromkeys(stored, torch.float32 if precision == "fp32" else torch.bfloat16)
-        return {tensor.name: stored[tensor.parts[0].name] for tensor in tensors} | wide
-    return {tensor.name: stored[tensor.parts[0].name] for tensor in tensors}
+    return {tensor.name: stored[tensor.parts[0].name] for tensor in tensors} | wide
 
 
 def recipe_of(reader: CheckpointReader) -> dict[str, Any]:
@@ -273,8 +273,8 @@ def _small_files(reader: CheckpointReader, kept: Mapping[str, bytes]) -> dict[st
     files = {name: content for name, content in kept.items() if name != CONFIG}
     if not any(name in files for name in TOKENIZER_FILES[:2]):
         files |= _tokenizer_files(reader)
-    if TEMPLATE in reader.manifest.extras:
-        files[TEMPLATE] = reader.extra(TEMPLATE)
+    if TEMPLATE_FILE in reader.manifest.extras:
+        files[TEMPLATE_FILE] = reader.extra(TEMPLATE_FILE)
     return files
 
 

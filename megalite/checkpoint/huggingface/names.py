@@ -23,9 +23,10 @@ from megalite.checkpoint.tensor_file import DamagedFile, TensorFile, parse_json,
 from megalite.errors import UserError
 from megalite.model.families import FileTensor, Rows, family_of_config
 from megalite.placement import Region
+from megalite.text.tokenizers import TEMPLATE_FILE
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -34,7 +35,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    TEMPLATE,
+    TEMPLATE_FILE,
 )
 
 MAX_SMALL_FILE = 1 << 28
