@@ -311,6 +311,11 @@ class Mesh:
         return self._groups[axes]
 
     @property
+    def alone(self) -> Group:
+        """This rank by itself."""
+        return Group((self.rank,), self.rank, None)
+
+    @property
     def samples_size(self) -> int:
         """The number of ranks that a batch's samples are divided among."""
         return self.dp * self.ep

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..layout import next_power_of_two, obstacle
 from .flash_triton_kernels import delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
-from .parts import PLAIN_PARTS, Seen
+from .parts import PLAIN_PARTS, Seen, seeing_queries
 from .reference import document_begins, read_options
 
 WIDEST = 256
@@ -94,10 +94,7 @@ def _intervals(
     key."""
     hi = torch.minimum(torch.maximum(here + 1, begin), end) if causal else end
     lo = begin if window is None else torch.minimum(torch.maximum(here - window + 1, begin), end)
-    j = torch.arange(keys, device=here.device).expand(here.shape[0], keys).contiguous()
-    first = torch.searchsorted(hi.contiguous(), j, right=True)
-    last = torch.searchsorted(lo.contiguous(), j, right=True)
-    return torch.stack([lo, hi]).int(), torch.stack([first, last]).int()
+    return torch.stack([lo, hi]).int(), seeing_queries(lo, hi, keys)
 
 
 def _source(x_SBHD: Tensor, rows: int, use_descriptors: bool) -> Any:
@@ -248,6 +245,11 @@ def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) ->
     return pair if asked.return_lse else pair[0]
 
 
+def _for_batch(table: Tensor, q_SBHD: Tensor) -> Tensor:
+    """A table of `Seen` with a row for each sequence of the batch."""
+    return table.expand(2, q_SBHD.shape[1], -1).contiguous()
+
+
 class FlashParts:
     """As `parts.PlainParts`: the same kernels by the tables of `Seen`."""
 
@@ -256,7 +258,7 @@ class FlashParts:
     ) -> tuple[Tensor, Tensor]:
         if unsupported(q_SBHD):
             return PLAIN_PARTS.forward(q_SBHD, k_TBKD, v_TBKD, seen, scale, softcap)
-        table, _ = seen.tables(q_SBHD.shape[1])
+        table = _for_batch(seen.seen_2BS, q_SBHD)
         out, lse = _forward(q_SBHD, k_TBKD, v_TBKD, table, False, 0, scale, softcap or 0.0)
         return out, lse
 
@@ -274,7 +276,7 @@ class FlashParts:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if unsupported(q_SBHD):
             return PLAIN_PARTS.backward(grad_SBHD, q_SBHD, k_TBKD, v_TBKD, out_SBHD, lse_BHS, seen, scale, softcap)
-        tables = seen.tables(q_SBHD.shape[1])
+        tables = (_for_batch(seen.seen_2BS, q_SBHD), _for_batch(seen.seeing_2BT, q_SBHD))
         given = (grad_SBHD, None, q_SBHD, k_TBKD, v_TBKD, out_SBHD, lse_BHS)
         grad_q, grad_k, grad_v = _backward(*given, *tables, False, 0, scale, softcap or 0.0)
         return grad_q, grad_k, grad_v

@@ -52,17 +52,22 @@ class Seen:
         return Seen(first_BS, last_BS, len(key_rows_T))
 
     @cached_property
-    def seeing_BT(self) -> tuple[Tensor, Tensor]:
-        """The same for the keys: the first query that sees each, and the one after the last."""
-        keys_BT = torch.arange(self.keys, device=self.first_BS.device).expand(len(self.first_BS), -1).contiguous()
-        first_BT, last_BT = (torch.searchsorted(x, keys_BT, right=True) for x in (self.last_BS, self.first_BS))
-        return first_BT, last_BT
+    def seen_2BS(self) -> Tensor:
+        """Both bounds as one int32 table, for kernels."""
+        return torch.stack((self.first_BS, self.last_BS)).int()
 
-    def tables(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Both as int32 [2, B, S] and [2, B, T]."""
-        pairs = ((self.first_BS, self.last_BS), self.seeing_BT)
-        seen, seeing = (torch.stack(pair).int().expand(2, batch, -1).contiguous() for pair in pairs)
-        return seen, seeing
+    @cached_property
+    def seeing_2BT(self) -> Tensor:
+        """The same for the keys; see `seeing_queries`."""
+        return seeing_queries(self.first_BS, self.last_BS, self.keys)
+
+
+def seeing_queries(first_BS: Tensor, last_BS: Tensor, keys: int) -> Tensor:
+    """For each key the first query that sees it and the one after the last, int32 [2, B, T], where query i sees the
+    keys [first[i], last[i])."""
+    keys_BT = torch.arange(keys, device=first_BS.device).expand(len(first_BS), -1).contiguous()
+    bounds = (torch.searchsorted(x.contiguous(), keys_BT, right=True) for x in (last_BS, first_BS))
+    return torch.stack(tuple(bounds)).int()
 
 
 class AttentionParts(Protocol):
@@ -95,8 +100,7 @@ def merge(out_SBHD: Tensor, lse_BHS: Tensor, other_SBHD: Tensor, other_lse_BHS: 
     total_BHS = torch.logaddexp(lse_BHS, other_lse_BHS)
     # Over nothing at all the weights would be exp(-inf - -inf).
     base_BHS = total_BHS.where(total_BHS > -torch.inf, 0)
-    weights = ((lse - base_BHS).exp().permute(2, 0, 1).unsqueeze(-1) for lse in (lse_BHS, other_lse_BHS))
-    one, other = weights
+    one, other = ((lse - base_BHS).exp().permute(2, 0, 1).unsqueeze(-1) for lse in (lse_BHS, other_lse_BHS))
     return out_SBHD * one + other_SBHD * other, total_BHS
 
 
@@ -157,15 +161,15 @@ def _scores(
     q_BKGsD: Tensor, k_BK1TD: Tensor, seen: Seen, rows: slice, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | float]:
     """(masked scores, the factor by which the soft cap damps their gradient)"""
-    scores_BKGsT, damp = q_BKGsD @ k_BK1TD.mT * scale, 1.0
-    bent: Tensor | None = None
+    scores_BKGsT = q_BKGsD @ k_BK1TD.mT * scale
+    damp: Tensor | float = 1.0
     if softcap is not None:
-        bent = torch.tanh(scores_BKGsT / softcap)
-        scores_BKGsT = softcap * bent
+        bent_BKGsT = torch.tanh(scores_BKGsT / softcap)
+        scores_BKGsT, damp = softcap * bent_BKGsT, 1 - bent_BKGsT * bent_BKGsT
     key_T = torch.arange(seen.keys, device=q_BKGsD.device)
     first_Bs1, last_Bs1 = (x[:, rows].unsqueeze(-1) for x in (seen.first_BS, seen.last_BS))
     visible_B11sT = ((key_T >= first_Bs1) & (key_T < last_Bs1))[:, None, None]
-    return scores_BKGsT.masked_fill(~visible_B11sT, -torch.inf), damp if bent is None else 1 - bent * bent
+    return scores_BKGsT.masked_fill(~visible_B11sT, -torch.inf), damp
 
 
 PLAIN_PARTS: AttentionParts = PlainParts()

@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
+from megalite.config.lengths import sequence_unit
 from megalite.config.schema import Config
 from megalite.config.sources import is_record_file, parse_sources
 from megalite.errors import UserError
 from megalite.schedule.schedules import find_schedule
-
-# Fields that the schema knows and the trainer does not act on yet: (field, the value is asked for, what to do instead).
-NOT_BUILT: tuple[tuple[str, Callable[[Any], bool], str], ...] = ()
 
 _ANNOTATIONS = tuple(
     (section, name, annotation)
@@ -51,9 +48,6 @@ def check_bounds(config: Config) -> None:
 
 def check_combinations(config: Config, world_size: int) -> None:
     """Whether fields that are right alone fit each other and `world_size` ranks."""
-    for path, asked_for, remedy in NOT_BUILT:
-        if asked_for(_value(config, path)):
-            _refuse(config, path, "is not built yet", remedy)
     _check_data(config)
     _check_model(config)
     _check_experts(config)
@@ -188,8 +182,8 @@ def _check_experts(config: Config) -> None:
         problem = f"does not fit objective.kind = {config.objective.kind}, whose ranks answer each at its own pace"
         _refuse(config, "parallel.expert", problem, "use 1, and parallel.tensor or parallel.pipeline")
     parallel = config.parallel
-    unit = parallel.context * math.lcm(2, parallel.tensor if parallel.sequence else 1)
-    if parallel.context > 1 and config.train.seq_length % unit:
+    unit = sequence_unit(parallel.context, parallel.tensor if parallel.sequence else 1)
+    if config.train.seq_length % unit:
         problem = f"would be padded for parallel.context = {parallel.context}, and routers would count the padding"
         _refuse(config, "train.seq_length", problem, f"use {_nearest_multiples(config.train.seq_length, unit)}")
     if model.experts % config.parallel.expert:

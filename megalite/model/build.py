@@ -17,7 +17,7 @@ from torch import nn
 
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels
-from megalite.mesh import DATA_AXES, Group, Mesh
+from megalite.mesh import DATA_AXES, Mesh
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
@@ -126,7 +126,7 @@ class Build:
     @property
     def alone_region(self) -> TensorRegion:
         """For what every tensor rank does by itself."""
-        return TensorRegion(Group((self.mesh.rank,), self.mesh.rank, None), False)
+        return TensorRegion(self.mesh.alone, False)
 
     def replicated(
         self, name: str, features: tuple[int, int], *, init: str = "normal", std: float = STD, role: str = "matrix"

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from megalite.config import ModelConfig
 from megalite.model.build import STD, Build
-from megalite.parallel.linear import add_weight_gradient
+from megalite.parallel.linear import add_weight_gradient, now_or_later
 from megalite.placement import PlacedParameter
 
 _SMALLEST_SUM = 1e-20
@@ -47,12 +47,7 @@ class _Logits(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (x_TH,), (grad_TE,), weight = ctx.saved_tensors, grads, ctx.weight
         grad_x = (grad_TE @ weight.gathered().float()).to(x_TH.dtype)
-        grad_weight = None
-        if weight.requires_grad and weight.delay is not None:
-            weight.delay(lambda: add_weight_gradient(weight, grad_TE, x_TH.float()))
-        elif weight.requires_grad:
-            grad_weight = add_weight_gradient(weight, grad_TE, x_TH.float())
-        return grad_x, grad_weight
+        return grad_x, now_or_later(weight, lambda: add_weight_gradient(weight, grad_TE, x_TH.float()))
 
 
 class _Attach(Function):
@@ -106,7 +101,7 @@ class Router(nn.Module):
             self.bias = build.state(f"{prefix}.gate.e_score_correction_bias", (model.experts,), init="zeros")
         if model.remembers_load:
             self.load = build.state(f"{prefix}.gate.expert_load", (model.experts,), init="ones")
-        cut = [axis for axis in ("cp",) if build.mesh.cp > 1] + (["tp"] if build.region.sequence else [])
+        cut = ("cp", "tp") if build.region.sequence else ("cp",)
         self.sequence_groups = [build.mesh.group(axis) for axis in cut]
         self.tokens = 0
         self.counts_E: Tensor | None = None

@@ -15,6 +15,11 @@ from megalite.registry import look_up
 Reads = Literal["loss", "logprobs", "values"]
 
 
+def head_for(reads: Reads) -> str:
+    """The head of a model whose objective reads this, as `megalite.model.sharded.ShardedModel` names it."""
+    return "scalar" if reads == "values" else "vocabulary"
+
+
 @dataclass(frozen=True)
 class Outputs:
     """The last stage's outputs for an objective: the one that it `reads`, equal on all tensor ranks."""

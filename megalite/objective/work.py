@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megalite.config import Config, ModelConfig
 from megalite.model.cost import training_flops_per_token
-from megalite.objective import build_objective
+from megalite.objective import build_objective, head_for
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def has_critic(config: Config) -> bool:
 
 def head_of(config: Config) -> str:
     """The head of the model that is trained."""
-    return "scalar" if build_objective(config).reads == "values" else "vocabulary"
+    return head_for(build_objective(config).reads)
 
 
 def passes_of(config: Config, reward_model: ModelConfig | None = None) -> tuple[Passes, ...]:

@@ -12,7 +12,6 @@ Shapes: n ranks, S tokens of a sequence with padding, s = S / n those of this ra
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +21,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megalite.config.lengths import padded_length
 from megalite.data.batch import Batch
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import CPU, Group, Mesh
 
 PADDING = -1
 """The document number of padding."""
-
-
-def padded_length(length: int, ranks: int, split: int = 1) -> int:
-    """`length` or the next one that `ranks` can share, each with two equal pieces that together divide by `split`."""
-    unit = ranks * math.lcm(2, split) if ranks > 1 else 1
-    return -(-length // unit) * unit
 
 
 @dataclass(frozen=True)
@@ -52,13 +46,12 @@ class ContextRegion:
     @staticmethod
     def of(mesh: Mesh, mode: str, split: int) -> ContextRegion:
         """The region of a mesh's `cp` axis."""
-        group = mesh.group("cp") if mesh.cp > 1 else Group((mesh.rank,), mesh.rank, None)
-        return ContextRegion(group, mode, split, mesh.device)
+        return ContextRegion(mesh.group("cp"), mode, split, mesh.device)
 
     @staticmethod
     def alone(mesh: Mesh) -> ContextRegion:
         """One rank with all rows of the sequence."""
-        return ContextRegion(Group((mesh.rank,), mesh.rank, None), device=mesh.device)
+        return ContextRegion(mesh.alone, device=mesh.device)
 
     @property
     def size(self) -> int:

@@ -238,12 +238,16 @@ class _HeadExchange:
         """Rows for heads, `attention` of the whole sequence in any form, heads for rows."""
         own = self.own
         fused_sBED = torch.cat((q_sBHD, k_sBKD, v_sBKD), 2).index_select(2, self.order)
-        fused_SBeD: Tensor = _ToHeads.apply(fused_sBED, self.fused, self.region)
+        fused_SBeD: Tensor = _Exchanged.apply(fused_sBED, _to_heads, _to_rows, self.fused, self.region)
         q_SBhD, k_SBkD, v_SBkD = fused_SBeD.split((own.queries, own.kvs, own.kvs), 2)
         if self.kv_index is not None:
             k_SBkD, v_SBkD = (x.index_select(2, self.kv_index) for x in (k_SBkD, v_SBkD))
-        result: Tensor = _ToRows.apply(attention(q_SBhD, k_SBkD, v_SBkD, **options), self.queries, self.region)
+        out_SBhD = attention(q_SBhD, k_SBkD, v_SBkD, **options)
+        result: Tensor = _Exchanged.apply(out_SBhD, _to_rows, _to_heads, self.queries, self.region)
         return result
+
+
+_Way = Callable[[Tensor, Sequence[int], ContextRegion], Tensor]
 
 
 def _fused_heads(split: HeadSplit, heads: int, kv_heads: int) -> list[int]:
@@ -271,25 +275,15 @@ def _to_rows(x_SBeD: Tensor, counts: Sequence[int], region: ContextRegion) -> Te
     return arriving_EsBD.permute(1, 2, 0, 3)
 
 
-class _ToHeads(Function):
+class _Exchanged(Function):
+    """`there` of x, with `back` of the gradient: the two exchanges undo each other."""
+
     @staticmethod
-    def forward(ctx: Any, x_sBED: Tensor, counts: Sequence[int], region: ContextRegion) -> Tensor:
-        ctx.way = counts, region
-        return _to_heads(x_sBED, counts, region)
+    def forward(ctx: Any, x: Tensor, there: _Way, back: _Way, counts: Sequence[int], region: ContextRegion) -> Tensor:
+        ctx.back, ctx.way = back, (counts, region)
+        return there(x, counts, region)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SBeD: Tensor) -> Any:
-        return _to_rows(grad_SBeD, *ctx.way), None, None
-
-
-class _ToRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x_SBeD: Tensor, counts: Sequence[int], region: ContextRegion) -> Tensor:
-        ctx.way = counts, region
-        return _to_rows(x_SBeD, counts, region)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_sBED: Tensor) -> Any:
-        return _to_heads(grad_sBED, *ctx.way), None, None
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.back(grad, *ctx.way), None, None, None, None

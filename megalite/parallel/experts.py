@@ -20,7 +20,7 @@ from torch.autograd import Function
 from megalite.kernels import Kernels
 from megalite.mesh import DONE, Group, Work
 from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.linear import Prologue
+from megalite.parallel.linear import Prologue, now_or_later, replay
 from megalite.placement import PlacedParameter
 
 
@@ -186,15 +186,9 @@ class _GroupedLinear(Function):
         grad_MI = kernels.grouped_input_gradient(grad_MO, _by_expert(weight.gathered(), ends_G), ends_G)
         x_MI = inputs[0]
         if ctx.prologue is not None:
-            with torch.enable_grad():
-                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-                output = ctx.prologue(*inputs)
+            inputs, output = replay(ctx.prologue, inputs)
             x_MI = output.detach()
-        grad_weight = None
-        if weight.requires_grad and weight.delay is not None:
-            weight.delay(lambda: _add_gradient(weight, ends_G, kernels, grad_MO, x_MI))
-        elif weight.requires_grad:
-            grad_weight = _add_gradient(weight, ends_G, kernels, grad_MO, x_MI)
+        grad_weight = now_or_later(weight, lambda: _add_gradient(weight, ends_G, kernels, grad_MO, x_MI))
         grad_inputs = (grad_MI,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_MI)
         return grad_weight, None, None, None, *grad_inputs
 
@@ -209,12 +203,11 @@ def _add_gradient(
 ) -> Tensor | None:
     """Add the weight's gradient to its buffer, also where no row came: the bucket waits for every parameter. Without a
     buffer, return it for autograd."""
-    total = weight.grad_buffer()
-    if total is None:
-        total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        kernels.grouped_weight_gradient_(_by_expert(total, ends_G), grad_MO, x_MI, ends_G)
-        return total.to(weight.dtype)
+    buffer = weight.grad_buffer()
+    total = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if buffer is None else buffer
     kernels.grouped_weight_gradient_(_by_expert(total, ends_G), grad_MO, x_MI, ends_G)
+    if buffer is None:
+        return total.to(weight.dtype)
     weight.gradient_added()
     return None
 

@@ -10,7 +10,7 @@ weight-gradient GEMM. Weight gradients are accumulated straight into the paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +67,23 @@ def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Te
     accumulate_product(total, grad_NO, input_NI)
     weight.gradient_added()
     return None
+
+
+def now_or_later(weight: PlacedParameter, add: Callable[[], Tensor | None]) -> Tensor | None:
+    """Call `add`, which adds the weight's gradient, now, or when the schedule asks for it; its result, if now."""
+    if not weight.requires_grad:
+        return None
+    if weight.delay is None:
+        return add()
+    weight.delay(add)
+    return None
+
+
+def replay(prologue: Prologue, inputs: Iterable[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(fresh inputs, `prologue` of them) with a graph between the two, for the backward pass of what was not saved."""
+    with torch.enable_grad():
+        inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
+        return inputs, prologue(*inputs)
 
 
 def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor) -> Tensor | None:
@@ -145,9 +162,7 @@ class _RowLinear(Function):
         grad_x = ctx.products.input_gradient(grad_SBO, weight.gathered())
         x_SBi = inputs[0]
         if ctx.prologue is not None:
-            with torch.enable_grad():
-                inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-                output = ctx.prologue(*inputs)
+            inputs, output = replay(ctx.prologue, inputs)
             x_SBi = output.detach()
         grad_weight = None
         if weight.requires_grad and weight.delay is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megalite.config import Config
+from megalite.config.lengths import padded_length
 from megalite.kernels.attention.choice import Call
 from megalite.model.sharded import DTYPES
-from megalite.parallel.context import padded_length
 from megalite.parallel.heads import split_heads
 
 

@@ -22,7 +22,7 @@ from megalite.mesh import Mesh
 from megalite.model.balance import expert_metrics
 from megalite.model.decoder import Stage
 from megalite.model.sharded import MicroBatches, ShardedModel
-from megalite.objective import Objective, Outputs, build_objective
+from megalite.objective import Objective, Outputs, build_objective, head_for
 from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
@@ -76,8 +76,7 @@ class Trainer(ShardedModel):
         objective: Objective | None = None,
     ) -> None:
         self.objective = objective or build_objective(config)
-        head = "scalar" if self.objective.reads == "values" else "vocabulary"
-        super().__init__(config, mesh, kernels, head=head, prefix=prefix)
+        super().__init__(config, mesh, kernels, head=head_for(self.objective.reads), prefix=prefix)
         rule = build_rule(config.optimizer, kernels, mesh)
         self.optimizer = Optimizer(list(self.buckets.values()), self.segments, rule)
         self.norm = GradientNorm(list(self.buckets.values()), mesh.rank, kernels)

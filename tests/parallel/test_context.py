@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite.config.lengths import padded_length
 from megalite.data.batch import Batch
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Group
-from megalite.parallel.context import PADDING, ContextRegion, padded_length
+from megalite.parallel.context import PADDING, ContextRegion
 from megalite.schedule.schedules import SCHEDULES
 from tests.parallel.test_seams import FOCAL
 from tests.support.chaos import ChaosGroups

@@ -15,6 +15,7 @@ from megalite.model.families.llama import (
     MOST_LAYERS,
     ROTARY_FREQUENCIES,
     decoder_tensors,
+    gated_tensors,
     read_decoder,
     tied_output,
     write_decoder,
@@ -85,12 +86,9 @@ def _feed_forward(
     yield from experts(model, layer)
     if not model.is_sparse(layer):
         return
-    mlp, hidden, width = f"model.layers.{layer}.mlp.", model.hidden_size, model.expert_ffn_hidden_size
+    mlp, width = f"model.layers.{layer}.mlp.", model.shared_experts * model.expert_ffn_hidden_size
     yield whole(f"{mlp}gate.e_score_correction_bias", model.experts, fp32=True)
-    width *= model.shared_experts
-    yield whole(f"{mlp}shared_experts.gate_proj.weight", width, hidden)
-    yield whole(f"{mlp}shared_experts.up_proj.weight", width, hidden)
-    yield whole(f"{mlp}shared_experts.down_proj.weight", hidden, width)
+    yield from gated_tensors(f"{mlp}shared_experts.", model.hidden_size, width)
 
 
 def _tensors(model: ModelConfig, experts: Callable[[ModelConfig, int], Iterator[FileTensor]]) -> Iterator[FileTensor]:

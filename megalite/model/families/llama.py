@@ -194,10 +194,14 @@ def write_decoder(model: ModelConfig, **fields: Any) -> dict[str, Any]:
 
 def dense_tensors(model: ModelConfig, layer: int) -> Iterator[FileTensor]:
     """The feed-forward part of a layer."""
-    mlp, hidden, ffn = f"model.layers.{layer}.mlp.", model.hidden_size, model.ffn_hidden_size
-    yield whole(f"{mlp}gate_proj.weight", ffn, hidden)
-    yield whole(f"{mlp}up_proj.weight", ffn, hidden)
-    yield whole(f"{mlp}down_proj.weight", hidden, ffn)
+    return gated_tensors(f"model.layers.{layer}.mlp.", model.hidden_size, model.ffn_hidden_size)
+
+
+def gated_tensors(prefix: str, hidden: int, width: int) -> Iterator[FileTensor]:
+    """The three matrices of a gated feed-forward layer."""
+    yield whole(f"{prefix}gate_proj.weight", width, hidden)
+    yield whole(f"{prefix}up_proj.weight", width, hidden)
+    yield whole(f"{prefix}down_proj.weight", hidden, width)
 
 
 def decoder_tensors(
