@@ -255,13 +255,16 @@ def describe(annotation: Any) -> str:
     if get_origin(expected) is Literal:
         return f"one of {', '.join(get_args(expected))}"
     if get_origin(expected) is tuple:
+        item, _ = split_annotation(get_args(expected)[0])
+        if get_origin(item) is Literal:
+            return f"a list of names among {', '.join(get_args(item))}"
         kinds = {
             int: "whole numbers, as [1, 2]",
             float: "numbers, as [0.9, 0.1]",
             str: 'names, as ["a", "b"]',
             Any: 'prefixes, as ["a", "b"]',
         }
-        return f"a list of {kinds[split_annotation(get_args(expected)[0])[0]]}"
+        return f"a list of {kinds[item]}"
     if get_origin(expected) is dict:
         return 'a table, as {type = "llama3", factor = 8.0}'
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text in quotes"}[expected]

@@ -261,6 +261,7 @@ def _work(
 ) -> None:
     """Do the tasks whose positions come, until None does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the parent alone answers it
+    signal.signal(signal.SIGTERM, _stop)  # the half-written file goes, which death by the signal itself would leave
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         while (position := channel.recv()) is not None:
@@ -268,6 +269,10 @@ def _work(
             channel.send(("done", (position, result)))
     except UserError as error:
         channel.send(("error", str(error)))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _end_with_parent() -> None:

@@ -121,16 +121,25 @@ def wait_for_none_of(recipe, seconds=120):
         time.sleep(0.2)
 
 
+def listens(pid):
+    """Whether a process answers SIGTERM, or lets it wait: it is past the moment at which bash does not yet."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigCgt", "SigBlk"))]
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
 def moment_of(recipe, process, moment):
     """Wait for a moment of the start-up: so many ranks, and so many seconds afterwards."""
     ranks, seconds = moment
+    while not listens(process.pid) and process.poll() is None:
+        time.sleep(0.001)
     while len(ranks_of(recipe)) < 1 + ranks and process.poll() is None:
         time.sleep(0.01)
     time.sleep(seconds)
 
 
 MOMENTS = [(-1, 0.0), (0, 0.0), (0, 0.3), (1, 0.0), (2, 0.0), (2, 1.0)]
-"""(ranks that have been started, seconds later); with -1 ranks nothing is there but bash."""
+"""(ranks that have been started, seconds later); with -1 ranks nothing is there but bash, in its first line."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

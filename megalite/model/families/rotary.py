@@ -8,6 +8,7 @@ version of transformers would compute something else.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,7 +75,8 @@ def _kind(fields: Fields, table_name: str, table: Mapping[str, Any]) -> str:
         table[key] if isinstance(table[key], str) else repr(table[key]) for key in ("rope_type", "type") if key in table
     }
     if len(named) > 1:
-        raise fields.refusal(f"{table_name}.type", table["type"], f"contradicts rope_type = {table['rope_type']!r}")
+        other = reprlib.repr(table["rope_type"])
+        raise fields.refusal(f"{table_name}.type", table["type"], f"contradicts rope_type = {other}")
     kind = next(iter(named), "default")
     if kind != "default" and kind not in ROPE_SCALINGS:
         raise fields.refusal("rope_type", kind, f"is not supported; known are default, {', '.join(ROPE_SCALINGS)}")
@@ -84,7 +86,8 @@ def _kind(fields: Fields, table_name: str, table: Mapping[str, Any]) -> str:
 def _original(fields: Fields, inside: Any, outside: int | None, positions: int) -> Any:
     """The original length: transformers 5 looks beside the table first; without any, it is that of the model."""
     if outside is not None and inside is not None and inside != outside:
-        raise fields.refusal(_ORIGINAL, outside, f"contradicts {_ORIGINAL} = {inside!r} in the rotary table")
+        other = reprlib.repr(inside)
+        raise fields.refusal(_ORIGINAL, outside, f"contradicts {_ORIGINAL} = {other} in the rotary table")
     return next(value for value in (inside, outside, positions) if value is not None)
 
 
