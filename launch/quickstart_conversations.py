@@ -1,0 +1,143 @@
+"""Small conversations for the quickstart, made by a pure function of a seed and a number: sums, lists, and questions
+about a text of a few sentences.
+
+Whether a problem is held out follows from the problem alone, so none that the evaluation asks is in the training data,
+whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from megalite.files import write_atomically
+
+HELD_OUT_SHARE = 8
+"""One problem in this many is kept for the evaluation."""
+LARGEST_SUM = 12
+WORDS = ("name", "file", "line", "list", "map", "path", "key", "row", "set", "word", "table", "time", "test", "star")
+PEOPLE = ("Ann", "Ben", "Eva", "Max", "Tom", "Sam")
+ORDINALS = ("first", "second", "third", "fourth")
+
+Message = dict[str, str]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, its only right answer, and its kind: `sum`, `list` or `text`."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Some questions in a row; the later ones may need what was said before.
+
+    `problems` name what must be thought of to answer, in words that are equal for equal problems.
+    """
+
+    turns: tuple[Turn, ...]
+    problems: tuple[str, ...]
+
+
+def held_out(problem: str) -> bool:
+    """Whether a problem is kept for the evaluation."""
+    return hashlib.sha256(problem.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def sums(random: Random) -> Topic:
+    """A sum or a difference, and perhaps further steps from its result."""
+    total, turns, problems = random.randint(0, LARGEST_SUM), [], []
+    for step in range(random.randint(1, 3)):
+        changes = [change for change in range(-5, 6) if change and 0 <= total + change <= LARGEST_SUM]
+        change = random.choice(changes)
+        words = f"{'plus' if change > 0 else 'minus'} {abs(change)}"
+        problems.append(f"{total} {words}")
+        turns.append(Turn("sum", f"And {words}?" if step else f"What is {total} {words}?", f"It is {total + change}."))
+        total += change
+    return Topic(tuple(turns), tuple(problems))
+
+
+def lists(random: Random) -> Topic:
+    """A list of words, and questions about its length, its order and its members."""
+    words = random.sample(WORDS, random.randint(2, 4))
+    text = f"Here is a list: {', '.join(words)}."
+    asked = {
+        "How many words are in it?": str(len(words)),
+        "What is it backwards?": ", ".join(reversed(words)),
+        "Which word is last?": words[-1],
+    }
+    asked |= {f"Which word is {ordinal}?": word for ordinal, word in zip(ORDINALS, words[:-1])}
+    asked |= {f"Which word comes after {one}?": other for one, other in pairwise(words)}
+    return _about(text, "list", asked, random)
+
+
+def texts(random: Random) -> Topic:
+    """Who has what, and questions about it."""
+    people = random.sample(PEOPLE, random.randint(2, 3))
+    things = random.sample(WORDS, len(people))
+    text = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things))
+    asked = {f"Who has the {thing}?": person for person, thing in zip(people, things)}
+    asked |= {f"What has {person}?": f"the {thing}" for person, thing in zip(people, things)}
+    return _about(text, "text", asked, random)
+
+
+def _about(text: str, kind: str, asked: dict[str, str], random: Random) -> Topic:
+    """One to three of the questions, the text before the first."""
+    chosen = random.sample(sorted(asked), random.randint(1, min(3, len(asked))))
+    questions = [f"{text} {chosen[0]}", *chosen[1:]]
+    turns = [Turn(kind, question, f"It is {asked[short]}.") for question, short in zip(questions, chosen)]
+    return Topic(tuple(turns), (text,))
+
+
+TOPICS: tuple[Callable[[Random], Topic], ...] = (sums, lists, texts)
+
+
+def conversation(seed: int, number: int, *, kept: bool = False) -> tuple[Topic, ...]:
+    """Conversation `number` of a seed: one to three topics of problems to train on or, if `kept`, of held-out ones."""
+    random = Random(f"{seed} {number} {kept}")
+    return tuple(draw(topic, random, kept) for topic in random.sample(TOPICS, random.randint(1, 3)))
+
+
+def draw(topic: Callable[[Random], Topic], random: Random, kept: bool) -> Topic:
+    """A topic all of whose problems are held out (`kept`), or none."""
+    while True:
+        drawn = topic(random)
+        if all(held_out(problem) == kept for problem in drawn.problems):
+            return drawn
+
+
+def messages(topics: Sequence[Topic]) -> list[Message]:
+    """The conversation with all its answers."""
+    said: list[Message] = []
+    for turn in (turn for topic in topics for turn in topic.turns):
+        said += ({"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer})
+    return said
+
+
+def examples(seed: int, count: int) -> Iterator[Record]:
+    """Records for supervised fine-tuning: `messages`."""
+    for number in range(count):
+        yield {"messages": messages(conversation(seed, number))}
+
+
+def prompts(seed: int, count: int, *, kept: bool = False) -> Iterator[Record]:
+    """Conversations on one topic that end with a question: `prompt`, and for the reward `answer` and `kind`."""
+    for number in range(count):
+        topic = conversation(seed, number, kept=kept)[0]
+        last = topic.turns[-1]
+        yield {"prompt": messages([topic])[:-1], "answer": last.answer, "kind": last.kind}
+
+
+def write(path: Path, records: Iterator[Record]) -> None:
+    """As JSON lines."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode(), durable=False)
