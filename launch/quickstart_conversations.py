@@ -20,9 +20,10 @@ from megalite.files import write_atomically
 
 HELD_OUT_SHARE = 8
 """One problem in this many is kept for the evaluation."""
-LARGEST_SUM = 12
-WORDS = ("name", "file", "line", "list", "map", "path", "key", "row", "set", "word", "table", "time", "test", "star")
-PEOPLE = ("Ann", "Ben", "Eva", "Max", "Tom", "Sam")
+LARGEST_SUM, LARGEST_STEP = 10, 4
+WORDS = ("name", "file", "line", "list", "map", "path", "key", "row", "set", "word")
+PEOPLE = ("Ann", "Ben", "Max", "Tom")
+AGAIN = "Say it again."
 ORDINALS = ("first", "second", "third", "fourth")
 
 Message = dict[str, str]
@@ -57,12 +58,14 @@ def held_out(problem: str) -> bool:
 def sums(random: Random) -> Topic:
     """A sum or a difference, and perhaps further steps from its result."""
     total, turns, problems = random.randint(0, LARGEST_SUM), [], []
-    for step in range(random.randint(1, 3)):
-        changes = [change for change in range(-5, 6) if change and 0 <= total + change <= LARGEST_SUM]
-        change = random.choice(changes)
+    for number in range(random.randint(1, 3)):
+        steps = (step for step in range(-LARGEST_STEP, LARGEST_STEP + 1) if step)
+        change = random.choice([step for step in steps if 0 <= total + step <= LARGEST_SUM])
         words = f"{'plus' if change > 0 else 'minus'} {abs(change)}"
         problems.append(f"{total} {words}")
-        turns.append(Turn("sum", f"And {words}?" if step else f"What is {total} {words}?", f"It is {total + change}."))
+        turns.append(
+            Turn("sum", f"And {words}?" if number else f"What is {total} {words}?", f"It is {total + change}.")
+        )
         total += change
     return Topic(tuple(turns), tuple(problems))
 
@@ -70,15 +73,15 @@ def sums(random: Random) -> Topic:
 def lists(random: Random) -> Topic:
     """A list of words, and questions about its length, its order and its members."""
     words = random.sample(WORDS, random.randint(2, 4))
-    text = f"Here is a list: {', '.join(words)}."
     asked = {
+        AGAIN: ", ".join(words),
         "How many words are in it?": str(len(words)),
         "What is it backwards?": ", ".join(reversed(words)),
         "Which word is last?": words[-1],
     }
     asked |= {f"Which word is {ordinal}?": word for ordinal, word in zip(ORDINALS, words[:-1])}
     asked |= {f"Which word comes after {one}?": other for one, other in pairwise(words)}
-    return _about(text, "list", asked, random)
+    return _about(f"Here is a list: {', '.join(words)}.", "list", _sentences(asked), random)
 
 
 def texts(random: Random) -> Topic:
@@ -88,14 +91,21 @@ def texts(random: Random) -> Topic:
     text = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things))
     asked = {f"Who has the {thing}?": person for person, thing in zip(people, things)}
     asked |= {f"What has {person}?": f"the {thing}" for person, thing in zip(people, things)}
-    return _about(text, "text", asked, random)
+    return _about(f"Here is a text: {text}", "text", {AGAIN: text} | _sentences(asked), random)
+
+
+def _sentences(asked: dict[str, str]) -> dict[str, str]:
+    return {question: f"It is {answer}." for question, answer in asked.items()}
 
 
 def _about(text: str, kind: str, asked: dict[str, str], random: Random) -> Topic:
-    """One to three of the questions, the text before the first."""
+    """One to three of the questions, the text before the first. Half of the topics begin with AGAIN: whoever can repeat
+    a text has found out how to look things up in it."""
     chosen = random.sample(sorted(asked), random.randint(1, min(3, len(asked))))
+    if random.random() < 0.5:
+        chosen = [AGAIN, *(question for question in chosen[1:] if question != AGAIN)]
     questions = [f"{text} {chosen[0]}", *chosen[1:]]
-    turns = [Turn(kind, question, f"It is {asked[short]}.") for question, short in zip(questions, chosen)]
+    turns = [Turn(kind, question, asked[short]) for question, short in zip(questions, chosen)]
     return Topic(tuple(turns), (text,))
 
 

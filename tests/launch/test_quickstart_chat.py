@@ -22,16 +22,21 @@ RECIPES = ROOT / "launch" / "recipes"
 def solve(history: list[dict[str, str]]) -> str:
     """The answer to the last question, found again from the words of the conversation alone."""
     total, words, owners = 0, [], {}
-    answer = ""
+    answer = latest = whole = ""
     for message in history:
         said = message["content"]
         if message["role"] == "assistant":
             continue
         if found := re.search(r"Here is a list: (.*?)[.]", said):
-            words = found[1].split(", ")
+            latest, words = "list", found[1].split(", ")
         if pairs := re.findall(r"(\w+) has the (\w+)[.]", said):
-            owners = dict(pairs)
+            latest, owners = "text", dict(pairs)
         question = re.split(r"(?<=[.]) ", said)[-1]
+        if question == "Say it again.":
+            repeated = " ".join(f"{person} has the {thing}." for person, thing in owners.items())
+            whole = repeated if latest == "text" else f"It is {', '.join(words)}."
+            continue
+        whole = ""
         if found := re.search(r"(?:What is (\d+)|And) (plus|minus) (\d)", question):
             total = int(found[1]) if found[1] else total
             total += int(found[3]) if found[2] == "plus" else -int(found[3])
@@ -49,7 +54,7 @@ def solve(history: list[dict[str, str]]) -> str:
         else:
             place = re.search(r"Which word is (\w+)", question)[1]
             answer = words[-1 if place == "last" else ["first", "second", "third", "fourth"].index(place)]
-    return f"It is {answer}."
+    return whole or f"It is {answer}."
 
 
 @pytest.mark.fast
