@@ -43,11 +43,11 @@ class Turn:
 class Topic:
     """Some questions in a row; the later ones may need what was said before.
 
-    `problems` name what must be thought of to answer, in words that are equal for equal problems.
+    `problem` says what they are about, in words that are equal for equal problems.
     """
 
     turns: tuple[Turn, ...]
-    problems: tuple[str, ...]
+    problem: str
 
 
 def held_out(problem: str) -> bool:
@@ -56,30 +56,30 @@ def held_out(problem: str) -> bool:
 
 
 def sums(random: Random) -> Topic:
-    """A sum or a difference, and perhaps further steps from its result."""
-    total, turns, problems = random.randint(0, LARGEST_SUM), [], []
-    for number in range(random.randint(1, 3)):
-        steps = (step for step in range(-LARGEST_STEP, LARGEST_STEP + 1) if step)
-        change = random.choice([step for step in steps if 0 <= total + step <= LARGEST_SUM])
+    """A sum or a difference, and one or two further steps from its result. The first two steps are the problem: single
+    steps are so few that holding some out would ask for what was never told."""
+    total, turns, steps = random.randint(0, LARGEST_SUM), [], []
+    for number in range(random.randint(2, 3)):
+        changes = (change for change in range(-LARGEST_STEP, LARGEST_STEP + 1) if change)
+        change = random.choice([change for change in changes if 0 <= total + change <= LARGEST_SUM])
         words = f"{'plus' if change > 0 else 'minus'} {abs(change)}"
-        problems.append(f"{total} {words}")
-        turns.append(
-            Turn("sum", f"And {words}?" if number else f"What is {total} {words}?", f"It is {total + change}.")
-        )
+        question = f"And {words}?" if number else f"What is {total} {words}?"
+        turns.append(Turn("sum", question, f"It is {total + change}."))
+        steps.append(question)
         total += change
-    return Topic(tuple(turns), tuple(problems))
+    return Topic(tuple(turns), " ".join(steps[:2]))
 
 
 def lists(random: Random) -> Topic:
     """A list of words, and questions about its length, its order and its members."""
-    words = random.sample(WORDS, random.randint(2, 4))
+    words = random.sample(WORDS, random.randint(3, 6))
     asked = {
         AGAIN: ", ".join(words),
         "How many words are in it?": str(len(words)),
         "What is it backwards?": ", ".join(reversed(words)),
         "Which word is last?": words[-1],
     }
-    asked |= {f"Which word is {ordinal}?": word for ordinal, word in zip(ORDINALS, words[:-1])}
+    asked |= {f"Which word is {ordinal}?": word for ordinal, word in zip(ORDINALS, words[:-1], strict=False)}
     asked |= {f"Which word comes after {one}?": other for one, other in pairwise(words)}
     return _about(f"Here is a list: {', '.join(words)}.", "list", _sentences(asked), random)
 
@@ -106,7 +106,7 @@ def _about(text: str, kind: str, asked: dict[str, str], random: Random) -> Topic
         chosen = [AGAIN, *(question for question in chosen[1:] if question != AGAIN)]
     questions = [f"{text} {chosen[0]}", *chosen[1:]]
     turns = [Turn(kind, question, asked[short]) for question, short in zip(questions, chosen)]
-    return Topic(tuple(turns), (text,))
+    return Topic(tuple(turns), text)
 
 
 TOPICS: tuple[Callable[[Random], Topic], ...] = (sums, lists, texts)
@@ -119,10 +119,10 @@ def conversation(seed: int, number: int, *, kept: bool = False) -> tuple[Topic, 
 
 
 def draw(topic: Callable[[Random], Topic], random: Random, kept: bool) -> Topic:
-    """A topic all of whose problems are held out (`kept`), or none."""
+    """A topic whose problem is held out (`kept`), or not."""
     while True:
         drawn = topic(random)
-        if all(held_out(problem) == kept for problem in drawn.problems):
+        if held_out(drawn.problem) == kept:
             return drawn
 
 

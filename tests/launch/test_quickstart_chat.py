@@ -78,7 +78,7 @@ def test_no_held_out_problem_is_trained_on_whatever_the_seeds():
     def problems(kept):
         seeds = (random.randrange(10**9) for _ in range(3))
         drawn = (conversations.conversation(seed, number, kept=kept) for seed in seeds for number in range(300))
-        return {problem for topics in drawn for topic in topics for problem in topic.problems}
+        return {topic.problem for topics in drawn for topic in topics}
 
     trained, kept = problems(False), problems(True)
     assert not trained & kept
