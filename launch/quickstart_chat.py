@@ -19,7 +19,7 @@ from launch import quickstart_conversations as conversations
 from launch.stages import ROOT, Ranks, run
 from megalite.config import Config, load_config
 
-EXAMPLES, PROMPTS, QUESTIONS = 6000, 4000, 400
+EXAMPLES, PROMPTS, QUESTIONS = 6000, 4000, 300
 SEED = 1
 SECTIONS = ("model", "kernels", "parallel")
 """What the later stages take over from the pretrained model's configuration, with `train.precision`."""

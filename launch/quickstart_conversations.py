@@ -24,7 +24,6 @@ LARGEST_SUM, LARGEST_STEP = 10, 4
 WORDS = ("name", "file", "line", "list", "map", "path", "key", "row", "set", "word")
 PEOPLE = ("Ann", "Ben", "Max", "Tom")
 AGAIN = "Say it again."
-ORDINALS = ("first", "second", "third", "fourth")
 
 Message = dict[str, str]
 Record = dict[str, Any]
@@ -71,22 +70,22 @@ def sums(random: Random) -> Topic:
 
 
 def lists(random: Random) -> Topic:
-    """A list of words, and questions about its length, its order and its members."""
-    words = random.sample(WORDS, random.randint(3, 6))
+    """A list of words, and questions about its order."""
+    words = random.sample(WORDS, 3)
     asked = {
         AGAIN: ", ".join(words),
-        "How many words are in it?": str(len(words)),
         "What is it backwards?": ", ".join(reversed(words)),
-        "Which word is last?": words[-1],
+        "Which word is first?": words[0],
+        "Which word is second?": words[1],
+        "Which word is last?": words[2],
     }
-    asked |= {f"Which word is {ordinal}?": word for ordinal, word in zip(ORDINALS, words[:-1], strict=False)}
     asked |= {f"Which word comes after {one}?": other for one, other in pairwise(words)}
     return _about(f"Here is a list: {', '.join(words)}.", "list", _sentences(asked), random)
 
 
 def texts(random: Random) -> Topic:
     """Who has what, and questions about it."""
-    people = random.sample(PEOPLE, random.randint(2, 3))
+    people = random.sample(PEOPLE, 2)
     things = random.sample(WORDS, len(people))
     text = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things))
     asked = {f"Who has the {thing}?": person for person, thing in zip(people, things)}
