@@ -8,25 +8,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch import quickstart_chat
+from launch.stages import Ranks, run
 from megalite.cli import Parser, file_path, program, whole
 from megalite.config.load import parse_overrides
-from megalite.errors import FINISHED, STOPPED, UserError
+from megalite.errors import UserError
 from megalite.observe.formatting import counted
-from megalite.processes import Processes, outcome
 from megalite.text.input_files import expand_inputs
 from megalite.text.readers import read_documents
 
-ROOT = Path(__file__).resolve().parent.parent
 MARKER = "quickstart.json"
 """Lies in every directory that a quickstart made, and lets the next one clear it; at the end it holds the results."""
 HELD_OUT_SHARE = 40
@@ -54,7 +54,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=whole(1, 65535), metavar="N", help="ranks (default: one a GPU, or 4 on the CPU)"
     )
-    parser.add_argument("--steps", type=whole(1, 10**9), metavar="N", help="optimizer steps")
+    parser.add_argument(
+        "--steps", type=whole(1, 10**9), metavar="N", help="optimizer steps (with --chat: of each stage)"
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="then fine-tune it on conversations, improve its answers and talk to it"
+    )
     parser.add_argument(
         "--out", type=file_path, default=Path("runs/quickstart"), metavar="DIR", help="directory of the run"
     )
@@ -127,30 +132,6 @@ def split(texts: Sequence[str], folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def layout(processes: int) -> list[str]:
-    """All three kinds of parallelism as far as the number of ranks allows: tensor 2, then pipeline 2, the rest data."""
-    tensor = 2 if processes % 2 == 0 else 1
-    pipeline = 2 if processes % 4 == 0 else 1
-    return ["--parallel.tensor", str(tensor), "--parallel.pipeline", str(pipeline)]
-
-
-def run(title: str, *command: str | Path, capture: bool = False) -> str:
-    """Show and run one command; its failure, whose message it has printed itself, ends the quickstart with its code."""
-    words = [str(word) for word in command]
-    print(f"\n== {title}\n$ {shlex.join(words)}", flush=True)
-    program = [sys.executable, *words[1:]] if words[0] == "python" else words
-    environment = os.environ | {"VIRTUAL_ENV": sys.prefix}
-    processes = Processes()
-    with processes.listening():
-        child = processes.start(program, cwd=ROOT, env=environment, stdout=subprocess.PIPE if capture else None)
-        said = child.stdout.read() if child.stdout else ""
-        code = outcome([code for _, code in processes.wait()], processes.requests)
-    if code != FINISHED or processes.requests:
-        print(f"the stage “{title}” ended with exit code {code}", file=sys.stderr)
-        raise SystemExit(code or STOPPED)
-    return said
-
-
 def count_gpus(device: str) -> int:
     if device == "cpu":
         return 0
@@ -159,6 +140,24 @@ def count_gpus(device: str) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def results_of(out: Path, device: str, held_out: str, prompt: str) -> dict[str, Any]:
+    """Bits per byte of the held-out files, and a sample."""
+    checkpoint = ("--checkpoint", out, "--run.device", device)
+    scored = run(
+        "held-out bits per byte",
+        *("python", "tools/evaluate.py", "loss", *checkpoint, "--data", held_out, "--seq-length", "256"),
+        capture=True,
+    )
+    sample = run(
+        "sample",
+        *("python", "tools/generate.py", *checkpoint, "--prompt", prompt, "--max-new-tokens", "120"),
+        *("--temperature", "0.7", "--top-p", "0.95"),
+        capture=True,
+    )
+    print(sample)
+    return json.loads(scored.splitlines()[-1]) | {"sample": sample}
 
 
 @program
@@ -173,45 +172,29 @@ def main() -> None:
     print("== text")
     train, held_out = split(texts, data)
     vocabulary = min(4096, max(512, sum(map(len, texts)) // 100))
-    prefix = tokenizer.with_suffix("")
-    sizes = ("--vocab-size", str(vocabulary), "--output-prefix", prefix)
-    run("tokenizer", "python", "tools/train_tokenizer.py", "--input", train, *sizes)
+    read = [train, quickstart_chat.write_data(data)] if options.chat else [train]
+    sizes = ("--vocab-size", str(vocabulary), "--output-prefix", tokenizer.with_suffix(""))
+    run("tokenizer", "python", "tools/train_tokenizer.py", "--input", *read, *sizes)
     for path in (train, held_out):
         target = ("--output-prefix", path.with_suffix(""), "--tokenizer-model", tokenizer, "--append-eod")
         run(f"token file of {path.name}", "python", "tools/preprocess_data.py", "--input", path, *target)
     token_files = {name: f"{data / name}_text_document" for name in ("train", "heldout")}
 
-    processes = options.processes or gpus or 4
-    recipe = "launch/recipes/quickstart-gpu.toml" if gpus else "launch/recipes/quickstart.toml"
-    command = ["bash", "launch/local.sh", recipe, "--processes", str(processes), *layout(processes)]
-    command += ["--run.dir", str(out), "--run.device", "cuda" if gpus else "cpu", "--data.tokenizer", str(tokenizer)]
-    command += [
-        "--data.train",
-        json.dumps([token_files["train"]]),
-        "--data.valid",
-        json.dumps([token_files["heldout"]]),
-    ]
+    ranks = Ranks(options.processes or gpus or 4, "cuda" if gpus else "cpu")
+    command = ranks.training("quickstart-gpu" if gpus else "quickstart", out, tokenizer)
+    command += ["--data.train", json.dumps([token_files["train"]])]
+    command += ["--data.valid", json.dumps([token_files["heldout"]])]
     if options.steps:
         command += ["--train.steps", str(options.steps), "--optimizer.warmup_steps", str(options.steps // 10)]
     run("training", *command, *options.overrides)
-    checkpoint = ("--checkpoint", out, "--run.device", "cuda" if gpus else "cpu")
-    scored = run(
-        "held-out bits per byte",
-        *("python", "tools/evaluate.py", "loss", *checkpoint, "--data", token_files["heldout"], "--seq-length", "256"),
-        capture=True,
-    )
     prompt = "def main(" if options.input is None else texts[0][:40]
-    sample = run(
-        "sample",
-        *("python", "tools/generate.py", *checkpoint, "--prompt", prompt, "--max-new-tokens", "120"),
-        *("--temperature", "0.7", "--top-p", "0.95"),
-        capture=True,
-    )
-    results = json.loads(scored.splitlines()[-1]) | {"sample": sample, "seconds": round(time.monotonic() - started)}
+    results = results_of(out, ranks.device, token_files["heldout"], prompt)
+    if options.chat:
+        results |= quickstart_chat.chat(out, ranks, tokenizer, options.steps)
+    results["seconds"] = round(time.monotonic() - started)
     (out / MARKER).write_text(json.dumps(results, indent=1) + "\n")
-    print(sample)
     print(f"== done in {results['seconds']} s: {results['bits_per_byte']:.3f} bits per byte on the held-out files")
-    for name in ("loss.png", "metrics.jsonl", "config.toml", "checkpoints", "log"):
+    for name in ("loss.png", "metrics.jsonl", "config.toml", "checkpoints", "log", *(("sft", "grpo") * options.chat)):
         print(f"   {out / name}")
 
 

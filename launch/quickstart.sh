@@ -5,7 +5,8 @@
 #                              Python's standard library, which every machine with Python has
 #   --device auto|cpu|cuda     where to train (default auto: the GPUs if there are any)
 #   --processes N              ranks (default: one for each GPU, or 4 on the CPU, as tensor 2 x pipeline 2)
-#   --steps N                  optimizer steps
+#   --chat                     then fine-tune the model on conversations, improve its answers with GRPO, print a dialogue
+#   --steps N                  optimizer steps (of each stage)
 #   --out DIR                  where everything goes (default runs/quickstart); a second call starts afresh
 #
 # Makes .venv if it is missing, trains a tokenizer, writes token files, trains a small Llama, draws the loss curve, prints

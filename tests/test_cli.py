@@ -19,6 +19,7 @@ PROGRAMS = [
     *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "tools").glob("*.py"))),
     "launch/slurm.py",
     "launch/quickstart.py",
+    "launch/quickstart_answers.py",
     "launch/local.py",
     "megalite.train",
 ]
@@ -41,6 +42,7 @@ MISTYPED = {  # an option of each, one letter wrong; nothing else is given, thou
     "tools/train_tokenizer.py": "--vocab_size",
     "launch/slurm.py": "--node",
     "launch/quickstart.py": "--proceses",
+    "launch/quickstart_answers.py": "--promts",
     "launch/local.py": "--proceses",
     "megalite.train": "--chek",
 }

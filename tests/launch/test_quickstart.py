@@ -96,7 +96,7 @@ def test_a_request_reaches_the_stage_and_nobody_is_left_behind(tmp_path, number,
         "(here / 'running').touch()\n"
         "while True: time.sleep(0.1)\n"
     )
-    program = f"from launch import quickstart; quickstart.run('one', 'python', {str(stage)!r})"
+    program = f"from launch import stages; stages.run('one', 'python', {str(stage)!r})"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     while not (tmp_path / "running").exists():
         assert process.poll() is None

@@ -20,6 +20,8 @@ RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the tokenizer, parameters in millions
     "quickstart": ((1, 4), 4096, 5.05),
     "quickstart-gpu": ((1, 8), 4096, 81.8),
+    "quickstart-sft": ((1, 4), 4096, 5.05),
+    "quickstart-grpo": ((1, 4), 4096, 5.05),
     "124m": ((1, 8), 50304, 123.6),
     "1b": ((1, 8, 64), None, 1235.8),
     "llama3-8b-8gpu": ((8,), None, 8030.3),
@@ -80,7 +82,7 @@ def test_stages_are_as_the_70b_recipe_tells_them():
 
 
 def test_the_quickstart_lays_out_any_number_of_processes():
-    from launch.quickstart import layout
+    from launch.stages import layout
 
     for processes in (1, 2, 3, 4, 6, 8, 16):
         steps = [] if 16 % processes in (0, 1) else ["--train.global_batch_size", str(48 * 4)]

@@ -1,0 +1,110 @@
+"""The second half of `bash launch/quickstart.sh --chat`: from a pretrained model to one that answers.
+
+    runs/quickstart -> fine-tuning on conversations -> runs/quickstart/sft -> GRPO -> runs/quickstart/grpo
+
+The same held-out questions are asked of all three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from launch import quickstart_conversations as conversations
+from launch.stages import ROOT, Ranks, run
+from megalite.config import Config, load_config
+
+EXAMPLES, PROMPTS, QUESTIONS = 6000, 4000, 300
+SEED = 1
+SECTIONS = ("model", "kernels", "parallel")
+"""What the later stages take over from the pretrained model's configuration, with `train.precision`."""
+
+
+def write_data(folder: Path) -> Path:
+    """Make the conversations, the questions to train on and the held-out ones; returns a file of their texts."""
+    conversations.write(folder / "conversations.jsonl", conversations.examples(SEED, EXAMPLES))
+    conversations.write(folder / "prompts.jsonl", conversations.prompts(SEED + 1, PROMPTS))
+    conversations.write(folder / "questions.jsonl", conversations.prompts(SEED + 2, QUESTIONS, kept=True))
+    texts = folder / "conversations_text.jsonl"
+    conversations.write(texts, _texts())
+    return texts
+
+
+def _texts() -> Iterator[conversations.Record]:
+    """The conversations without roles, from which the tokenizer learns their words."""
+    for example in itertools.islice(conversations.examples(SEED, EXAMPLES), EXAMPLES // 4):
+        yield {"text": "\n".join(message["content"] for message in example["messages"])}
+
+
+def chat(out: Path, ranks: Ranks, tokenizer: Path, steps: int | None) -> dict[str, Any]:
+    """Fine-tune and improve the model of run `out`; returns what is to be kept: accuracies, and a dialogue."""
+    pretrained = load_config(out / "config.toml")
+    scores = {"pretrained": ask("answers before", out, ranks, out / "data")}
+    start = out
+    for kind, title, file in (
+        ("sft", "fine-tuning on conversations", "conversations.jsonl"),
+        ("grpo", "better answers by GRPO", "prompts.jsonl"),
+    ):
+        command = ranks.training(f"quickstart-{kind}", out / kind, tokenizer)
+        command += ["--data.train", json.dumps([str(out / "data" / file)]), "--checkpoint.load", str(start)]
+        command += differences(
+            pretrained, load_config(ROOT / "launch" / "recipes" / f"quickstart-{kind}.toml"), command
+        )
+        if steps:
+            command += ["--train.steps", str(steps), "--optimizer.warmup_steps", str(steps // 10)]
+        run(title, *command)
+        start = out / kind
+        scores[kind] = ask(f"answers after {title}", start, ranks, out / "data")
+    print(f"\n{table(scores)}")
+    said = run("a dialogue on held-out problems", *answers(start, ranks), "--say", *dialogue(), capture=True)
+    print(said)
+    return {"answers": scores, "dialogue": said.splitlines()}
+
+
+def differences(pretrained: Config, recipe: Config, given: list[str]) -> list[str]:
+    """The fields in which a recipe must follow the pretrained model, as options; not those that are given already."""
+    options: list[str] = []
+    for section in SECTIONS:
+        ours, theirs = getattr(recipe, section), getattr(pretrained, section)
+        for field in dataclasses.fields(ours):
+            value, name = getattr(theirs, field.name), f"{section}.{field.name}"
+            derived = name == "model.vocab_size"  # the tokenizer's
+            if value != getattr(ours, field.name) and not derived and f"--{name}" not in given:
+                options += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    if pretrained.train.precision != recipe.train.precision:
+        options += ["--train.precision", pretrained.train.precision]
+    return options
+
+
+def answers(checkpoint: Path, ranks: Ranks) -> list[str | Path]:
+    program = ("python", "launch/quickstart_answers.py", "--checkpoint", checkpoint)
+    return [*program, "--chat-template", "chatml", "--run.device", ranks.device]
+
+
+def ask(title: str, checkpoint: Path, ranks: Ranks, data: Path) -> dict[str, Any]:
+    """The shares of right answers to the held-out questions."""
+    said = run(title, *answers(checkpoint, ranks), "--prompts", data / "questions.jsonl", capture=True)
+    print(said, end="")
+    return dict(json.loads(said.splitlines()[-1]))
+
+
+def table(scores: dict[str, dict[str, Any]]) -> str:
+    """Right answers by stage and kind of question, in per cent."""
+    kinds = sorted(next(iter(scores.values()))["of_kind"])
+    lines = [f"{'right answers':<16}{'all':>8}" + "".join(f"{kind:>8}" for kind in kinds)]
+    for stage, score in scores.items():
+        shares = [score["accuracy"], *(score["of_kind"][kind] for kind in kinds)]
+        lines.append(f"{stage:<16}" + "".join(f"{share:>8.1%}" for share in shares))
+    return "\n".join(lines)
+
+
+def dialogue() -> list[str]:
+    """What a user says about held-out problems of every kind."""
+    random = Random(SEED)
+    topics = [conversations.draw(topic, random, kept=True) for topic in conversations.TOPICS]
+    return [turn.question for topic in topics for turn in topic.turns]

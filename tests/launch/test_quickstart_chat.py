@@ -1,0 +1,194 @@
+"""The quickstart's conversations, rewards and scores, and one whole short run from text to a dialogue."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import quickstart_answers, quickstart_chat, stages
+from launch import quickstart_conversations as conversations
+from launch.recipes.quickstart_rewards import exact, is_right
+from megalite.config import load_config
+from megalite.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "launch" / "recipes"
+
+
+def solve(history: list[dict[str, str]]) -> str:
+    """The answer to the last question, found again from the words of the conversation alone."""
+    total, words, owners = 0, [], {}
+    answer = latest = whole = ""
+    for message in history:
+        said = message["content"]
+        if message["role"] == "assistant":
+            continue
+        if found := re.search(r"Here is a list: (.*?)[.]", said):
+            latest, words = "list", found[1].split(", ")
+        if pairs := re.findall(r"(\w+) has the (\w+)[.]", said):
+            latest, owners = "text", dict(pairs)
+        question = re.split(r"(?<=[.]) ", said)[-1]
+        if question == "Say it again.":
+            repeated = " ".join(f"{person} has the {thing}." for person, thing in owners.items())
+            whole = repeated if latest == "text" else f"It is {', '.join(words)}."
+            continue
+        whole = ""
+        if found := re.search(r"(?:What is (\d+)|And) (plus|minus) (\d)", question):
+            total = int(found[1]) if found[1] else total
+            total += int(found[3]) if found[2] == "plus" else -int(found[3])
+            answer = str(total)
+        elif found := re.search(r"Who has the (\w+)", question):
+            answer = next(person for person, thing in owners.items() if thing == found[1])
+        elif found := re.search(r"What has (\w+)", question):
+            answer = f"the {owners[found[1]]}"
+        elif "backwards" in question:
+            answer = ", ".join(words[::-1])
+        elif found := re.search(r"comes after (\w+)", question):
+            answer = words[words.index(found[1]) + 1]
+        else:
+            place = re.search(r"Which word is (\w+)", question)[1]
+            answer = words[-1 if place == "last" else ["first", "second", "third", "fourth"].index(place)]
+    return whole or f"It is {answer}."
+
+
+@pytest.mark.fast
+def test_every_answer_follows_from_what_was_said_before_it():
+    seed = random.randrange(10**9)
+    kinds = set()
+    for record in conversations.prompts(seed, 400, kept=bool(seed % 2)):
+        assert solve(record["prompt"]) == record["answer"]
+        assert record["prompt"][-1]["role"] == "user"
+        kinds.add(record["kind"])
+    assert kinds == {"sum", "list", "text"}
+    for record in conversations.examples(seed, 200):
+        said = record["messages"]
+        assert [message["role"] for message in said] == ["user", "assistant"] * (len(said) // 2)
+        for number in range(1, len(said), 2):
+            assert solve(said[:number]) == said[number]["content"]
+
+
+@pytest.mark.fast
+def test_no_held_out_problem_is_trained_on_whatever_the_seeds():
+    def problems(kept):
+        seeds = (random.randrange(10**9) for _ in range(3))
+        drawn = (conversations.conversation(seed, number, kept=kept) for seed in seeds for number in range(300))
+        return {topic.problem for topics in drawn for topic in topics}
+
+    trained, kept = problems(False), problems(True)
+    assert not trained & kept
+    sums = {problem for problem in kept if "minus" in problem or "plus" in problem}
+    assert len(sums) >= 8 and len(kept) > len(sums)
+
+
+@pytest.mark.fast
+def test_the_data_is_a_function_of_seed_and_number(tmp_path):
+    one, two = (list(conversations.examples(seed, 40)) for seed in (7, 8))
+    assert one == list(conversations.examples(7, 50))[:40] and one != two
+    conversations.write(tmp_path / "x.jsonl", iter(one))
+    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()] == one
+
+
+@pytest.mark.fast
+def test_only_the_right_answer_earns_all():
+    answers = {
+        "It is 12.": "It is 12.",
+        " It is 12.\n": "It is 12.",
+        "It is 1.": "It is 12.",
+        "It is map, key.": "It is key, map.",
+        "It is key, map. It is key, map.": "It is key, map.",
+        "": "It is 3.",
+    }
+    rewards = exact(prompts=[], completions=list(answers), completion_ids=[], answer=list(answers.values()), kind=[])
+    assert rewards[:2] == [1.0, 1.0] and rewards[5] == 0.0
+    assert all(0 < reward <= 0.5 for reward in rewards[2:5])
+    assert rewards[2] == pytest.approx(0.5 * 2 / 3) and rewards[4] == pytest.approx(0.25)
+    assert not is_right("it is 12.", "It is 12.")
+    with pytest.raises(ValueError):
+        exact(completions=["a", "b"], answer=["a"])
+
+
+@pytest.mark.fast
+def test_scores_by_kind():
+    records = [{"kind": kind, "answer": answer} for kind, answer in (("sum", "1"), ("sum", "2"), ("list", "x"))]
+    found = quickstart_answers.score(records, ["1", "3", "x"])
+    assert found == {"accuracy": pytest.approx(2 / 3, abs=1e-4), "of_kind": {"list": 1.0, "sum": 0.5}, "questions": 3}
+    shown = quickstart_chat.table({"pretrained": found, "grpo": found}).splitlines()
+    assert shown[0].split() == ["right", "answers", "all", "list", "sum"]
+    assert shown[2].split() == ["grpo", "66.7%", "100.0%", "50.0%"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no question"),
+        ('{"prompt": []}\n', "line 1: has no answer"),
+        ("{", "cannot be read"),
+        ("[1]\n", "line 1: is no record"),
+    ],
+)
+def test_questions_that_cannot_be_asked(tmp_path, content, message):
+    (tmp_path / "q.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        quickstart_answers.read_questions(tmp_path / "q.jsonl")
+    with pytest.raises(UserError, match="cannot be read"):
+        quickstart_answers.read_questions(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="either --prompts FILE or --say"):
+        quickstart_answers.parse(["--checkpoint", "x"])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_later_stages_follow_the_model_of_the_first(kind):
+    recipe = load_config(RECIPES / f"quickstart-{kind}.toml")
+    same = load_config(RECIPES / "quickstart.toml", ["--model.vocab_size", "4096"])
+    assert quickstart_chat.differences(same, recipe, []) == []
+    given = ["--model.layers", "6", "--parallel.tensor", "2", "--parallel.schedule", "zb_h1", "--model.qk_norm", "true"]
+    other = load_config(RECIPES / "quickstart-gpu.toml", [*given, "--kernels.rope", "reference"])
+    options = quickstart_chat.differences(other, recipe, ["--parallel.tensor", "2"])
+    assert "--parallel.tensor" not in options
+    found = load_config(RECIPES / f"quickstart-{kind}.toml", [*options, "--parallel.tensor", "2"])
+    assert (found.model, found.kernels, found.parallel) == (other.model, other.kernels, other.parallel)
+    assert found.train.precision == "bf16" and found.train.seq_length == recipe.train.seq_length
+
+
+@pytest.mark.fast
+def test_the_dialogue_asks_held_out_problems_of_every_kind():
+    said = quickstart_chat.dialogue()
+    assert said == quickstart_chat.dialogue() and len(said) >= 3
+    text = " ".join(said)
+    assert "What is " in text and "Here is a list" in text and " has the " in text
+
+
+@pytest.mark.fast
+def test_the_layouts_divide_the_recipes_batches():
+    for processes in (1, 2, 4, 8):
+        for kind in ("sft", "grpo"):
+            config = load_config(RECIPES / f"quickstart-{kind}.toml", stages.layout(processes))
+            assert config.micro_batches(processes) >= config.parallel.pipeline
+
+
+@pytest.mark.slow
+def test_from_text_to_a_dialogue(tmp_path):
+    source = Path(subprocess.__file__).parent
+    files = [str(source / name) for name in ("subprocess.py", "argparse.py", "typing.py", "inspect.py")]
+    out = tmp_path / "run"
+    small = ["--model.layers", "2", "--model.hidden_size", "64", "--train.seq_length", "64"]
+    command = [sys.executable, str(ROOT / "launch/quickstart.py"), "--chat", "--out", str(out), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--input", *files, *small], capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "quickstart.json").read_text())
+    assert set(results["answers"]) == {"pretrained", "sft", "grpo"}
+    assert all(score["questions"] == quickstart_chat.QUESTIONS for score in results["answers"].values())
+    said = results["dialogue"]
+    assert len(said) == 2 * len(quickstart_chat.dialogue())
+    assert said[0] == f"user: {quickstart_chat.dialogue()[0]}" and said[1].startswith("assistant: ")
+    for stage in ("sft", "grpo"):
+        assert load_config(out / stage / "config.toml").model.hidden_size == 64
+        assert len((out / stage / "metrics.jsonl").read_text().splitlines()) == 2
