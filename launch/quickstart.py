@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import quickstart_chat
-from launch.stages import Ranks, run
+from launch.stages import Ranks, layout, run
 from megalite.cli import Parser, file_path, program, whole
 from megalite.config.load import parse_overrides
 from megalite.errors import UserError
@@ -181,7 +181,7 @@ def main() -> None:
     token_files = {name: f"{data / name}_text_document" for name in ("train", "heldout")}
 
     ranks = Ranks(options.processes or gpus or 4, "cuda" if gpus else "cpu")
-    command = ranks.training("quickstart-gpu" if gpus else "quickstart", out, tokenizer)
+    command = ranks.training("quickstart-gpu" if gpus else "quickstart", out, tokenizer, *layout(ranks.processes))
     command += ["--data.train", json.dumps([token_files["train"]])]
     command += ["--data.valid", json.dumps([token_files["heldout"]])]
     if options.steps:
@@ -196,6 +196,8 @@ def main() -> None:
     print(f"== done in {results['seconds']} s: {results['bits_per_byte']:.3f} bits per byte on the held-out files")
     for name in ("loss.png", "metrics.jsonl", "config.toml", "checkpoints", "log", *(("sft", "grpo") * options.chat)):
         print(f"   {out / name}")
+    if options.chat:
+        print(quickstart_chat.farewell(out))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -19,9 +21,14 @@ from launch import quickstart_conversations as conversations
 from launch.stages import ROOT, Ranks, run
 from megalite.config import Config, load_config
 
-EXAMPLES, PROMPTS, QUESTIONS = 6000, 4000, 300
+EXAMPLES, PROMPTS, QUESTIONS = 8000, 2000, 400
 SEED = 1
-SECTIONS = ("model", "kernels", "parallel")
+STAGES = {
+    "sft": ("fine-tuning on conversations", "conversations.jsonl"),
+    "grpo": ("better answers by GRPO", "prompts.jsonl"),
+}
+"""The recipe `quickstart-…` of each stage, what it is called, and its data."""
+SECTIONS = ("model", "kernels")
 """What the later stages take over from the pretrained model's configuration, with `train.precision`."""
 
 
@@ -43,38 +50,40 @@ def _texts() -> Iterator[conversations.Record]:
 
 def chat(out: Path, ranks: Ranks, tokenizer: Path, steps: int | None) -> dict[str, Any]:
     """Fine-tune and improve the model of run `out`; returns what is to be kept: accuracies, and a dialogue."""
-    pretrained = load_config(out / "config.toml")
-    scores = {"pretrained": ask("answers before", out, ranks, out / "data")}
+    pretrained, copies = load_config(out / "config.toml"), ranks.copies()
+    scores = {"pretrained": ask("answers before", out, copies, out / "data")}
     start = out
-    for kind, title, file in (
-        ("sft", "fine-tuning on conversations", "conversations.jsonl"),
-        ("grpo", "better answers by GRPO", "prompts.jsonl"),
-    ):
-        command = ranks.training(f"quickstart-{kind}", out / kind, tokenizer)
+    for stage, (title, file) in STAGES.items():
+        command = copies.training(f"quickstart-{stage}", out / stage, tokenizer)
         command += ["--data.train", json.dumps([str(out / "data" / file)]), "--checkpoint.load", str(start)]
-        command += differences(
-            pretrained, load_config(ROOT / "launch" / "recipes" / f"quickstart-{kind}.toml"), command
-        )
+        command += differences(pretrained, load_config(ROOT / "launch" / "recipes" / f"quickstart-{stage}.toml"))
         if steps:
             command += ["--train.steps", str(steps), "--optimizer.warmup_steps", str(steps // 10)]
         run(title, *command)
-        start = out / kind
-        scores[kind] = ask(f"answers after {title}", start, ranks, out / "data")
+        start = out / stage
+        scores[stage] = ask(f"answers after {title}", start, copies, out / "data")
     print(f"\n{table(scores)}")
-    said = run("a dialogue on held-out problems", *answers(start, ranks), "--say", *dialogue(), capture=True)
-    print(said)
+    said = run("a dialogue about held-out problems", *answers(start, copies), "--say", *dialogue(), capture=True)
+    print(said, end="")
     return {"answers": scores, "dialogue": said.splitlines()}
 
 
-def differences(pretrained: Config, recipe: Config, given: list[str]) -> list[str]:
-    """The fields in which a recipe must follow the pretrained model, as options; not those that are given already."""
+def farewell(out: Path) -> str:
+    """How to go on talking to the model."""
+    python = Path(sys.executable)
+    python = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    command = shlex.join(map(str, (python, "tools/chat.py", "--checkpoint", out / "grpo", "--temperature", "0")))
+    return f"== talk to it, here or, with --web at the end, in your browser\n$ {command}"
+
+
+def differences(pretrained: Config, recipe: Config) -> list[str]:
+    """The fields in which a recipe must follow the pretrained model, as options."""
     options: list[str] = []
     for section in SECTIONS:
         ours, theirs = getattr(recipe, section), getattr(pretrained, section)
         for field in dataclasses.fields(ours):
             value, name = getattr(theirs, field.name), f"{section}.{field.name}"
-            derived = name == "model.vocab_size"  # the tokenizer's
-            if value != getattr(ours, field.name) and not derived and f"--{name}" not in given:
+            if value != getattr(ours, field.name) and name != "model.vocab_size":  # which is the tokenizer's
                 options += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     if pretrained.train.precision != recipe.train.precision:
         options += ["--train.precision", pretrained.train.precision]

@@ -20,9 +20,11 @@ from megalite.files import write_atomically
 
 HELD_OUT_SHARE = 8
 """One problem in this many is kept for the evaluation."""
-LARGEST_SUM, LARGEST_STEP = 10, 4
-WORDS = ("name", "file", "line", "list", "map", "path", "key", "row", "set", "word")
-PEOPLE = ("Ann", "Ben", "Max", "Tom")
+LARGEST_NUMBER, LARGEST_SUM, LARGEST_STEP = 99, 10, 5
+PEOPLE = ("Anna", "Ben", "Eva", "Leo", "Max", "Mia", "Sam", "Tom")
+COLOURS = ("black", "blue", "green", "red", "white", "yellow")
+THINGS = ("bag", "ball", "book", "box", "car", "cup", "hat", "key")
+ANIMALS = ("bear", "bird", "cat", "cow", "dog", "fish", "fox", "horse")
 AGAIN = "Say it again."
 
 Message = dict[str, str]
@@ -31,7 +33,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its only right answer, and its kind: `sum`, `list` or `text`."""
+    """A question, its only right answer, and its kind: `sum`, `number`, `list` or `text`."""
 
     kind: str
     question: str
@@ -57,58 +59,68 @@ def held_out(problem: str) -> bool:
 def sums(random: Random) -> Topic:
     """A sum or a difference, and one or two further steps from its result. The first two steps are the problem: single
     steps are so few that holding some out would ask for what was never told."""
-    total, turns, steps = random.randint(0, LARGEST_SUM), [], []
+    total, turns = random.randint(0, LARGEST_SUM), []
     for number in range(random.randint(2, 3)):
         changes = (change for change in range(-LARGEST_STEP, LARGEST_STEP + 1) if change)
         change = random.choice([change for change in changes if 0 <= total + change <= LARGEST_SUM])
         words = f"{'plus' if change > 0 else 'minus'} {abs(change)}"
-        question = f"And {words}?" if number else f"What is {total} {words}?"
-        turns.append(Turn("sum", question, f"It is {total + change}."))
-        steps.append(question)
         total += change
-    return Topic(tuple(turns), " ".join(steps[:2]))
+        question = f"And {words}?" if number else f"What is {total - change} {words}?"
+        turns.append(Turn("sum", question, str(total)))
+    return Topic(tuple(turns), " ".join(turn.question for turn in turns[:2]))
+
+
+def numbers(random: Random) -> Topic:
+    """Which number comes next, which is larger, odd or even, counting."""
+    one, other = random.sample(range(LARGEST_NUMBER - 4), 2)
+    last = one + random.randint(2, 4)
+    asked = [
+        [(f"Which number comes after {one}?", one + 1), ("And then?", one + 2)],
+        [(f"Which number comes before {one + 1}?", one)],
+        [(f"Which is larger, {one} or {other}?", max(one, other)), ("And smaller?", min(one, other))],
+        [(f"Is {one} odd or even?", "odd" if one % 2 else "even")],
+        [(f"Count from {one} to {last}.", ", ".join(map(str, range(one, last + 1))))],
+    ]
+    chosen = random.choice(asked)
+    return Topic(tuple(Turn("number", question, str(answer)) for question, answer in chosen), chosen[0][0])
 
 
 def lists(random: Random) -> Topic:
     """A list of words, and questions about its order."""
-    words = random.sample(WORDS, 3)
+    words = random.sample(ANIMALS, random.randint(3, 4))
     asked = {
-        AGAIN: ", ".join(words),
         "What is it backwards?": ", ".join(reversed(words)),
         "Which word is first?": words[0],
-        "Which word is second?": words[1],
-        "Which word is last?": words[2],
+        "Which word is last?": words[-1],
+        "How many words are there?": str(len(words)),
     }
     asked |= {f"Which word comes after {one}?": other for one, other in pairwise(words)}
-    return _about(f"Here is a list: {', '.join(words)}.", "list", _sentences(asked), random)
+    return _about(f"Here is a list: {', '.join(words)}.", "list", ", ".join(words), asked, random)
 
 
 def texts(random: Random) -> Topic:
     """Who has what, and questions about it."""
-    people = random.sample(PEOPLE, 2)
-    things = random.sample(WORDS, len(people))
-    text = " ".join(f"{person} has the {thing}." for person, thing in zip(people, things))
-    asked = {f"Who has the {thing}?": person for person, thing in zip(people, things)}
-    asked |= {f"What has {person}?": f"the {thing}" for person, thing in zip(people, things)}
-    return _about(f"Here is a text: {text}", "text", {AGAIN: text} | _sentences(asked), random)
+    text, asked = [], {}
+    for person, colour, thing in zip(*(random.sample(words, 2) for words in (PEOPLE, COLOURS, THINGS))):
+        text.append(f"{person} has a {colour} {thing}.")
+        asked[f"What does {person} have?"] = f"a {colour} {thing}"
+        asked[f"Who has the {thing}?"] = person
+        asked[f"What colour is the {thing}?"] = colour
+    return _about(" ".join(text), "text", " ".join(text), asked, random)
 
 
-def _sentences(asked: dict[str, str]) -> dict[str, str]:
-    return {question: f"It is {answer}." for question, answer in asked.items()}
-
-
-def _about(text: str, kind: str, asked: dict[str, str], random: Random) -> Topic:
-    """One to three of the questions, the text before the first. Half of the topics begin with AGAIN: whoever can repeat
+def _about(text: str, kind: str, again: str, asked: dict[str, str], random: Random) -> Topic:
+    """Two or three of the questions, the text before the first. Half of the topics begin with AGAIN: whoever can repeat
     a text has found out how to look things up in it."""
-    chosen = random.sample(sorted(asked), random.randint(1, min(3, len(asked))))
+    chosen = random.sample(sorted(asked.items()), random.randint(2, 3))
     if random.random() < 0.5:
-        chosen = [AGAIN, *(question for question in chosen[1:] if question != AGAIN)]
-    questions = [f"{text} {chosen[0]}", *chosen[1:]]
-    turns = [Turn(kind, question, asked[short]) for question, short in zip(questions, chosen)]
+        chosen[0] = (AGAIN, again)
+    turns = [Turn(kind, question, answer) for question, answer in chosen]
+    turns[0] = Turn(kind, f"{text} {turns[0].question}", turns[0].answer)
     return Topic(tuple(turns), text)
 
 
-TOPICS: tuple[Callable[[Random], Topic], ...] = (sums, lists, texts)
+TOPICS: tuple[Callable[[Random], Topic], ...] = (sums, numbers, lists, texts)
 
 
 def conversation(seed: int, number: int, *, kept: bool = False) -> tuple[Topic, ...]:

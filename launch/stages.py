@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -9,10 +10,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalite.affinity import own_cores
 from megalite.errors import FINISHED, STOPPED
 from megalite.processes import Processes, outcome
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_COPIES = 2
+"""So many have a part in each of the small batches of quickstart-sft.toml and quickstart-grpo.toml."""
 
 
 def layout(processes: int) -> list[str]:
@@ -29,10 +33,15 @@ class Ranks:
     processes: int
     device: str
 
-    def training(self, recipe: str, run_dir: Path, tokenizer: Path) -> list[str]:
+    def copies(self) -> Ranks:
+        """Fewer ranks, for small batches: each a copy of the model, on the CPU at most one a core."""
+        most = self.processes if self.device == "cuda" else min(self.processes, len(own_cores()))
+        return Ranks(math.gcd(most, MOST_COPIES), self.device)
+
+    def training(self, recipe: str, run_dir: Path, tokenizer: Path, *layout: str) -> list[str]:
         """The command that trains as `launch/recipes/RECIPE.toml` says, but for the data."""
         command = ["bash", "launch/local.sh", f"launch/recipes/{recipe}.toml", "--processes", str(self.processes)]
-        command += [*layout(self.processes), "--run.dir", str(run_dir), "--run.device", self.device]
+        command += [*layout, "--run.dir", str(run_dir), "--run.device", self.device]
         return [*command, "--data.tokenizer", str(tokenizer)]
 
 

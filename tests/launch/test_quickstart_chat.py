@@ -20,39 +20,52 @@ RECIPES = ROOT / "launch" / "recipes"
 
 
 def solve(history: list[dict[str, str]]) -> str:
-    """The answer to the last question, found again from the words of the conversation alone."""
-    total, words, owners = 0, [], {}
-    answer = latest = whole = ""
-    for message in history:
-        said = message["content"]
-        if message["role"] == "assistant":
-            continue
+    """The answer to the last question, found again from what the user said alone."""
+    total = following = 0
+    pair, words, owned, listed, answer = (0, 0), [], {}, False, ""
+    for said in (message["content"] for message in history if message["role"] == "user"):
         if found := re.search(r"Here is a list: (.*?)[.]", said):
-            latest, words = "list", found[1].split(", ")
-        if pairs := re.findall(r"(\w+) has the (\w+)[.]", said):
-            latest, owners = "text", dict(pairs)
-        question = re.split(r"(?<=[.]) ", said)[-1]
-        if question == "Say it again.":
-            repeated = " ".join(f"{person} has the {thing}." for person, thing in owners.items())
-            whole = repeated if latest == "text" else f"It is {', '.join(words)}."
-            continue
-        whole = ""
+            listed, words = True, found[1].split(", ")
+        if found := re.findall(r"(\w+) has a (\w+) (\w+)[.]", said):
+            listed, owned = False, {person: (colour, thing) for person, colour, thing in found}
+        question = re.split(r"(?<=[.]) (?=[A-Z])", said)[-1]
+        of_thing = {thing: (person, colour) for person, (colour, thing) in owned.items()}
         if found := re.search(r"(?:What is (\d+)|And) (plus|minus) (\d)", question):
             total = int(found[1]) if found[1] else total
             total += int(found[3]) if found[2] == "plus" else -int(found[3])
             answer = str(total)
+        elif found := re.search(r"Which number comes after (\d+)|And then", question):
+            following = int(found[1] or following) + 1
+            answer = str(following)
+        elif found := re.search(r"Which number comes before (\d+)", question):
+            answer = str(int(found[1]) - 1)
+        elif found := re.search(r"Which is larger, (\d+) or (\d+)", question):
+            pair = int(found[1]), int(found[2])
+            answer = str(max(pair))
+        elif question == "And smaller?":
+            answer = str(min(pair))
+        elif found := re.search(r"Is \d*(\d) odd or even", question):
+            answer = "even" if found[1] in "02468" else "odd"
+        elif found := re.search(r"Count from (\d+) to (\d+)", question):
+            answer = ", ".join(map(str, range(int(found[1]), int(found[2]) + 1)))
+        elif question == "Say it again.":
+            sentences = (f"{person} has a {colour} {thing}." for person, (colour, thing) in owned.items())
+            answer = ", ".join(words) if listed else " ".join(sentences)
         elif found := re.search(r"Who has the (\w+)", question):
-            answer = next(person for person, thing in owners.items() if thing == found[1])
-        elif found := re.search(r"What has (\w+)", question):
-            answer = f"the {owners[found[1]]}"
+            answer = of_thing[found[1]][0]
+        elif found := re.search(r"What colour is the (\w+)", question):
+            answer = of_thing[found[1]][1]
+        elif found := re.search(r"What does (\w+) have", question):
+            answer = "a " + " ".join(owned[found[1]])
         elif "backwards" in question:
             answer = ", ".join(words[::-1])
-        elif found := re.search(r"comes after (\w+)", question):
+        elif "How many" in question:
+            answer = str(len(words))
+        elif found := re.search(r"Which word comes after (\w+)", question):
             answer = words[words.index(found[1]) + 1]
         else:
-            place = re.search(r"Which word is (\w+)", question)[1]
-            answer = words[-1 if place == "last" else ["first", "second", "third", "fourth"].index(place)]
-    return whole or f"It is {answer}."
+            answer = words[{"first": 0, "last": -1}[re.search(r"Which word is (\w+)", question)[1]]]
+    return answer
 
 
 @pytest.mark.fast
@@ -63,7 +76,7 @@ def test_every_answer_follows_from_what_was_said_before_it():
         assert solve(record["prompt"]) == record["answer"]
         assert record["prompt"][-1]["role"] == "user"
         kinds.add(record["kind"])
-    assert kinds == {"sum", "list", "text"}
+    assert kinds == {"sum", "number", "list", "text"}
     for record in conversations.examples(seed, 200):
         said = record["messages"]
         assert [message["role"] for message in said] == ["user", "assistant"] * (len(said) // 2)
@@ -80,7 +93,7 @@ def test_no_held_out_problem_is_trained_on_whatever_the_seeds():
 
     trained, kept = problems(False), problems(True)
     assert not trained & kept
-    sums = {problem for problem in kept if "minus" in problem or "plus" in problem}
+    sums = {problem for problem in kept if " plus " in problem or " minus " in problem}
     assert len(sums) >= 8 and len(kept) > len(sums)
 
 
@@ -142,18 +155,17 @@ def test_questions_that_cannot_be_asked(tmp_path, content, message):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_later_stages_follow_the_model_of_the_first(kind):
-    recipe = load_config(RECIPES / f"quickstart-{kind}.toml")
-    same = load_config(RECIPES / "quickstart.toml", ["--model.vocab_size", "4096"])
-    assert quickstart_chat.differences(same, recipe, []) == []
-    given = ["--model.layers", "6", "--parallel.tensor", "2", "--parallel.schedule", "zb_h1", "--model.qk_norm", "true"]
-    other = load_config(RECIPES / "quickstart-gpu.toml", [*given, "--kernels.rope", "reference"])
-    options = quickstart_chat.differences(other, recipe, ["--parallel.tensor", "2"])
-    assert "--parallel.tensor" not in options
-    found = load_config(RECIPES / f"quickstart-{kind}.toml", [*options, "--parallel.tensor", "2"])
-    assert (found.model, found.kernels, found.parallel) == (other.model, other.kernels, other.parallel)
+@pytest.mark.parametrize("stage", quickstart_chat.STAGES)
+def test_later_stages_follow_the_model_of_the_first(stage):
+    recipe = load_config(RECIPES / f"quickstart-{stage}.toml")
+    same = load_config(RECIPES / "quickstart.toml", ["--model.vocab_size", "4096", "--parallel.tensor", "2"])
+    assert quickstart_chat.differences(same, recipe) == []
+    given = ["--model.layers", "6", "--parallel.tensor", "2", "--model.qk_norm", "true", "--kernels.rope", "reference"]
+    other = load_config(RECIPES / "quickstart-gpu.toml", given)
+    found = load_config(RECIPES / f"quickstart-{stage}.toml", quickstart_chat.differences(other, recipe))
+    assert (found.model, found.kernels) == (other.model, other.kernels)
     assert found.train.precision == "bf16" and found.train.seq_length == recipe.train.seq_length
+    assert found.parallel == recipe.parallel
 
 
 @pytest.mark.fast
@@ -165,11 +177,15 @@ def test_the_dialogue_asks_held_out_problems_of_every_kind():
 
 
 @pytest.mark.fast
-def test_the_layouts_divide_the_recipes_batches():
-    for processes in (1, 2, 4, 8):
-        for kind in ("sft", "grpo"):
-            config = load_config(RECIPES / f"quickstart-{kind}.toml", stages.layout(processes))
-            assert config.micro_batches(processes) >= config.parallel.pipeline
+def test_the_copies_divide_the_recipes_batches(monkeypatch):
+    monkeypatch.setattr(stages, "own_cores", lambda: set(range(16)))
+    for device in ("cpu", "cuda"):
+        assert [stages.Ranks(processes, device).copies().processes for processes in (1, 2, 3, 4, 8)] == [1, 2, 1, 2, 2]
+    for stage in quickstart_chat.STAGES:
+        config = load_config(RECIPES / f"quickstart-{stage}.toml")
+        assert all(config.micro_batches(processes) >= 1 for processes in (1, 2))
+    monkeypatch.setattr(stages, "own_cores", lambda: {3})
+    assert stages.Ranks(4, "cpu").copies() == stages.Ranks(1, "cpu")
 
 
 @pytest.mark.slow

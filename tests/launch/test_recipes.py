@@ -20,8 +20,8 @@ RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the tokenizer, parameters in millions
     "quickstart": ((1, 4), 4096, 5.05),
     "quickstart-gpu": ((1, 8), 4096, 81.8),
-    "quickstart-sft": ((1, 4), 4096, 5.05),
-    "quickstart-grpo": ((1, 4), 4096, 5.05),
+    "quickstart-sft": ((1, 2), 4096, 5.05),
+    "quickstart-grpo": ((1, 2), 4096, 5.05),
     "124m": ((1, 8), 50304, 123.6),
     "1b": ((1, 8, 64), None, 1235.8),
     "llama3-8b-8gpu": ((8,), None, 8030.3),

@@ -18,8 +18,8 @@ RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 DEVICES_OF = {  # recipe: numbers of devices
     "quickstart": (1, 4),
     "quickstart-gpu": (1, 8),
-    "quickstart-sft": (1, 4),
-    "quickstart-grpo": (1, 4),
+    "quickstart-sft": (1, 2),
+    "quickstart-grpo": (1, 2),
     "124m": (1, 8),
     "1b": (1, 8, 64),
     "llama3-8b-8gpu": (8,),
