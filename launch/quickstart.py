@@ -175,14 +175,14 @@ def main() -> None:
     read = [train, quickstart_chat.write_data(data)] if options.chat else [train]
     sizes = ("--vocab-size", str(vocabulary), "--output-prefix", tokenizer.with_suffix(""))
     run("tokenizer", "python", "tools/train_tokenizer.py", "--input", *read, *sizes)
-    for path in (train, held_out):
+    for path in (*read, held_out):
         target = ("--output-prefix", path.with_suffix(""), "--tokenizer-model", tokenizer, "--append-eod")
         run(f"token file of {path.name}", "python", "tools/preprocess_data.py", "--input", path, *target)
-    token_files = {name: f"{data / name}_text_document" for name in ("train", "heldout")}
+    token_files = {path.stem: f"{path.with_suffix('')}_text_document" for path in (*read, held_out)}
 
     ranks = Ranks(options.processes or gpus or 4, "cuda" if gpus else "cpu")
     command = ranks.training("quickstart-gpu" if gpus else "quickstart", out, tokenizer, *layout(ranks.processes))
-    command += ["--data.train", json.dumps([token_files["train"]])]
+    command += ["--data.train", json.dumps([[1, token_files[path.stem]] for path in read])]
     command += ["--data.valid", json.dumps([token_files["heldout"]])]
     if options.steps:
         command += ["--train.steps", str(options.steps), "--optimizer.warmup_steps", str(options.steps // 10)]

@@ -8,11 +8,9 @@ The same held-out questions are asked of all three.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +19,7 @@ from launch import quickstart_conversations as conversations
 from launch.stages import ROOT, Ranks, run
 from megalite.config import Config, load_config
 
-EXAMPLES, PROMPTS, QUESTIONS = 8000, 2000, 400
+EXAMPLES, PROMPTS, QUESTIONS = 10_000, 2000, 400
 SEED = 1
 STAGES = {
     "sft": ("fine-tuning on conversations", "conversations.jsonl"),
@@ -33,19 +31,14 @@ SECTIONS = ("model", "kernels")
 
 
 def write_data(folder: Path) -> Path:
-    """Make the conversations, the questions to train on and the held-out ones; returns a file of their texts."""
+    """Make the conversations, the questions to train on and the held-out ones; returns a file of the conversations as
+    plain texts, which are half of what the model is pretrained on."""
     conversations.write(folder / "conversations.jsonl", conversations.examples(SEED, EXAMPLES))
     conversations.write(folder / "prompts.jsonl", conversations.prompts(SEED + 1, PROMPTS))
     conversations.write(folder / "questions.jsonl", conversations.prompts(SEED + 2, QUESTIONS, kept=True))
-    texts = folder / "conversations_text.jsonl"
-    conversations.write(texts, _texts())
-    return texts
-
-
-def _texts() -> Iterator[conversations.Record]:
-    """The conversations without roles, from which the tokenizer learns their words."""
-    for example in itertools.islice(conversations.examples(SEED, EXAMPLES), EXAMPLES // 4):
-        yield {"text": "\n".join(message["content"] for message in example["messages"])}
+    dialogues = folder / "dialogues.jsonl"
+    conversations.write(dialogues, conversations.plain_texts(SEED + 3, EXAMPLES))
+    return dialogues
 
 
 def chat(out: Path, ranks: Ranks, tokenizer: Path, steps: int | None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,11 +19,12 @@ from megalite.files import write_atomically
 
 HELD_OUT_SHARE = 8
 """One problem in this many is kept for the evaluation."""
-LARGEST_NUMBER, LARGEST_SUM, LARGEST_STEP = 99, 10, 5
+LARGEST_NUMBER, LARGEST_SUM, LARGEST_STEP = 50, 10, 5
 PEOPLE = ("Anna", "Ben", "Eva", "Leo", "Max", "Mia", "Sam", "Tom")
 COLOURS = ("black", "blue", "green", "red", "white", "yellow")
 THINGS = ("bag", "ball", "book", "box", "car", "cup", "hat", "key")
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "fish", "fox", "horse")
+PLACES = ("garden", "house", "kitchen", "park", "shop", "street")
 AGAIN = "Say it again."
 
 Message = dict[str, str]
@@ -74,7 +74,7 @@ def numbers(random: Random) -> Topic:
     """Which number comes next, which is larger, odd or even, counting."""
     one, other = random.sample(range(LARGEST_NUMBER - 4), 2)
     last = one + random.randint(2, 4)
-    asked = [
+    asked: list[list[tuple[str, int | str]]] = [
         [(f"Which number comes after {one}?", one + 1), ("And then?", one + 2)],
         [(f"Which number comes before {one + 1}?", one)],
         [(f"Which is larger, {one} or {other}?", max(one, other)), ("And smaller?", min(one, other))],
@@ -86,37 +86,37 @@ def numbers(random: Random) -> Topic:
 
 
 def lists(random: Random) -> Topic:
-    """A list of words, and questions about its order."""
-    words = random.sample(ANIMALS, random.randint(3, 4))
-    asked = {
-        "What is it backwards?": ", ".join(reversed(words)),
-        "Which word is first?": words[0],
-        "Which word is last?": words[-1],
-        "How many words are there?": str(len(words)),
-    }
-    asked |= {f"Which word comes after {one}?": other for one, other in pairwise(words)}
-    return _about(f"Here is a list: {', '.join(words)}.", "list", ", ".join(words), asked, random)
+    """A list of three words, and questions about it."""
+    *words, other = random.sample(ANIMALS, 4)
+    listed, asked = ", ".join(words), {}
+    asked[AGAIN] = f"It is {listed}."
+    asked |= {f"Which is {place}?": f"It is {word}." for place, word in zip(("first", "second", "last"), words)}
+    asked |= {f"Is {random.choice(words)} in it?": "Yes.", f"Is {other} in it?": "No."}
+    return _about(f"Here is a list: {listed}.", "list", asked, random)
 
 
 def texts(random: Random) -> Topic:
-    """Who has what, and questions about it."""
-    text, asked = [], {}
-    for person, colour, thing in zip(*(random.sample(words, 2) for words in (PEOPLE, COLOURS, THINGS))):
-        text.append(f"{person} has a {colour} {thing}.")
-        asked[f"What does {person} have?"] = f"a {colour} {thing}"
-        asked[f"Who has the {thing}?"] = person
-        asked[f"What colour is the {thing}?"] = colour
-    return _about(" ".join(text), "text", " ".join(text), asked, random)
+    """Who has what, of which colour and where, and questions about it."""
+    person, colour, thing, place = map(random.choice, (PEOPLE, COLOURS, THINGS, PLACES))
+    text = f"{person} has a {colour} {thing} in the {place}."
+    asked = {
+        AGAIN: f"It says: {text}",
+        f"What does {person} have?": f"It is a {colour} {thing}.",
+        f"Who has the {thing}?": f"It is {person}.",
+        f"What colour is the {thing}?": f"It is {colour}.",
+        f"Where is the {thing}?": f"It is in the {place}.",
+    }
+    return _about(f"Here is a text: {text}", "text", asked, random)
 
 
-def _about(text: str, kind: str, again: str, asked: dict[str, str], random: Random) -> Topic:
+def _about(text: str, kind: str, asked: dict[str, str], random: Random) -> Topic:
     """Two or three of the questions, the text before the first. Half of the topics begin with AGAIN: whoever can repeat
     a text has found out how to look things up in it."""
-    chosen = random.sample(sorted(asked.items()), random.randint(2, 3))
+    chosen = random.sample(sorted(asked), random.randint(2, 3))
     if random.random() < 0.5:
-        chosen[0] = (AGAIN, again)
-    turns = [Turn(kind, question, answer) for question, answer in chosen]
-    turns[0] = Turn(kind, f"{text} {turns[0].question}", turns[0].answer)
+        chosen = [AGAIN, *(question for question in chosen[1:] if question != AGAIN)]
+    questions = [f"{text} {chosen[0]}", *chosen[1:]]
+    turns = [Turn(kind, question, asked[short]) for question, short in zip(questions, chosen)]
     return Topic(tuple(turns), text)
 
 
@@ -149,6 +149,12 @@ def examples(seed: int, count: int) -> Iterator[Record]:
     """Records for supervised fine-tuning: `messages`."""
     for number in range(count):
         yield {"messages": messages(conversation(seed, number))}
+
+
+def plain_texts(seed: int, count: int) -> Iterator[Record]:
+    """Conversations as texts, without roles: `text`."""
+    for record in examples(seed, count):
+        yield {"text": "\n".join(message["content"] for message in record["messages"])}
 
 
 def prompts(seed: int, count: int, *, kept: bool = False) -> Iterator[Record]:

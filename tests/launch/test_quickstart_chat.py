@@ -21,51 +21,39 @@ RECIPES = ROOT / "launch" / "recipes"
 
 def solve(history: list[dict[str, str]]) -> str:
     """The answer to the last question, found again from what the user said alone."""
-    total = following = 0
-    pair, words, owned, listed, answer = (0, 0), [], {}, False, ""
-    for said in (message["content"] for message in history if message["role"] == "user"):
-        if found := re.search(r"Here is a list: (.*?)[.]", said):
-            listed, words = True, found[1].split(", ")
-        if found := re.findall(r"(\w+) has a (\w+) (\w+)[.]", said):
-            listed, owned = False, {person: (colour, thing) for person, colour, thing in found}
-        question = re.split(r"(?<=[.]) (?=[A-Z])", said)[-1]
-        of_thing = {thing: (person, colour) for person, (colour, thing) in owned.items()}
-        if found := re.search(r"(?:What is (\d+)|And) (plus|minus) (\d)", question):
-            total = int(found[1]) if found[1] else total
-            total += int(found[3]) if found[2] == "plus" else -int(found[3])
-            answer = str(total)
-        elif found := re.search(r"Which number comes after (\d+)|And then", question):
-            following = int(found[1] or following) + 1
-            answer = str(following)
-        elif found := re.search(r"Which number comes before (\d+)", question):
-            answer = str(int(found[1]) - 1)
-        elif found := re.search(r"Which is larger, (\d+) or (\d+)", question):
-            pair = int(found[1]), int(found[2])
-            answer = str(max(pair))
-        elif question == "And smaller?":
-            answer = str(min(pair))
-        elif found := re.search(r"Is \d*(\d) odd or even", question):
-            answer = "even" if found[1] in "02468" else "odd"
-        elif found := re.search(r"Count from (\d+) to (\d+)", question):
-            answer = ", ".join(map(str, range(int(found[1]), int(found[2]) + 1)))
-        elif question == "Say it again.":
-            sentences = (f"{person} has a {colour} {thing}." for person, (colour, thing) in owned.items())
-            answer = ", ".join(words) if listed else " ".join(sentences)
-        elif found := re.search(r"Who has the (\w+)", question):
-            answer = of_thing[found[1]][0]
-        elif found := re.search(r"What colour is the (\w+)", question):
-            answer = of_thing[found[1]][1]
-        elif found := re.search(r"What does (\w+) have", question):
-            answer = "a " + " ".join(owned[found[1]])
-        elif "backwards" in question:
-            answer = ", ".join(words[::-1])
-        elif "How many" in question:
-            answer = str(len(words))
-        elif found := re.search(r"Which word comes after (\w+)", question):
-            answer = words[words.index(found[1]) + 1]
-        else:
-            answer = words[{"first": 0, "last": -1}[re.search(r"Which word is (\w+)", question)[1]]]
-    return answer
+    said = [message["content"] for message in history if message["role"] == "user"]
+    topics = [said[number] for number in range(len(said)) if ": " in said[number]]
+    listed = topics[-1].partition("Here is a list: ")[2].partition(".")[0] if topics else ""
+    text = topics[-1].partition("Here is a text: ")[2].partition(".")[0] + "." if topics else ""
+    owner, colour, thing, place = (re.findall(r"(\w+) has a (\w+) (\w+) in the (\w+)[.]", text) or [("",) * 4])[0]
+    question = re.split(r"(?<=[.]) (?=[A-Z])", said[-1])[-1]
+    numbers = [int(number) for number in re.findall(r"\d+", question)]
+    if re.match(r"(What is \d+|And) (plus|minus) ", question):
+        chain = " ".join(said).rpartition("What is ")[2]
+        steps = re.findall(r"(plus|minus) (\d+)", chain)
+        return str(int(chain.split()[0]) + sum(int(step) * (-1 if sign == "minus" else 1) for sign, step in steps))
+    if question in ("And then?", "And smaller?"):
+        before = [int(number) for number in re.findall(r"\d+", said[-2])]
+        return str(before[0] + 2 if question == "And then?" else min(before))
+    if question == "Say it again.":
+        return f"It is {listed}." if listed else f"It says: {text}"
+    if found := re.match(r"Is (\w+) in it", question):
+        return "Yes." if found[1] in listed.split(", ") else "No."
+    answers = {
+        "Which number comes after": lambda: str(numbers[0] + 1),
+        "Which number comes before": lambda: str(numbers[0] - 1),
+        "Which is larger": lambda: str(max(numbers)),
+        "Count from": lambda: ", ".join(map(str, range(numbers[0], numbers[1] + 1))),
+        "Is ": lambda: "odd" if numbers[0] % 2 else "even",
+        "Which is first": lambda: f"It is {listed.split(', ')[0]}.",
+        "Which is second": lambda: f"It is {listed.split(', ')[1]}.",
+        "Which is last": lambda: f"It is {listed.split(', ')[2]}.",
+        f"What does {owner} have": lambda: f"It is a {colour} {thing}.",
+        f"Who has the {thing}": lambda: f"It is {owner}.",
+        f"What colour is the {thing}": lambda: f"It is {colour}.",
+        f"Where is the {thing}": lambda: f"It is in the {place}.",
+    }
+    return next(answer for words, answer in answers.items() if question.startswith(words))()
 
 
 @pytest.mark.fast
