@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -183,9 +184,8 @@ def test_from_text_to_a_dialogue(tmp_path):
     out = tmp_path / "run"
     small = ["--model.layers", "2", "--model.hidden_size", "64", "--train.seq_length", "64"]
     command = [sys.executable, str(ROOT / "launch/quickstart.py"), "--chat", "--out", str(out), "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--steps", "2", "--input", *files, *small], capture_output=True, text=True, timeout=550
-    )
+    command += ["--processes", "2", "--steps", "2", "--input", *files, *small]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "quickstart.json").read_text())
     assert set(results["answers"]) == {"pretrained", "sft", "grpo"}
@@ -193,6 +193,17 @@ def test_from_text_to_a_dialogue(tmp_path):
     said = results["dialogue"]
     assert len(said) == 2 * len(quickstart_chat.dialogue())
     assert said[0] == f"user: {quickstart_chat.dialogue()[0]}" and said[1].startswith("assistant: ")
-    for stage in ("sft", "grpo"):
+    for stage in quickstart_chat.STAGES:
         assert load_config(out / stage / "config.toml").model.hidden_size == 64
         assert len((out / stage / "metrics.jsonl").read_text().splitlines()) == 2
+    last = done.stdout.splitlines()[-1]
+    assert last == quickstart_chat.farewell(out).splitlines()[-1]
+    talk = subprocess.run(
+        [*shlex.split(last.removeprefix("$ ")), "--max-new-tokens", "4"],
+        input="What is 2 plus 3?\n",
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=ROOT,
+    )
+    assert talk.returncode == 0 and "Traceback" not in talk.stderr, talk.stderr
