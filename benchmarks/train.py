@@ -5,9 +5,10 @@
 A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners
 are megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the
 peers named by `--against`. Options: tensor, pipeline, context, expert, data (ranks along each), precision, compile,
-kernels, recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the environment
-that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all alike. A
-`plain` row is added for every precision among the rows, and without `--rows` a peer gets one for each layout.
+kernels, recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the
+environment that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all
+alike. A `plain` row is added for every precision among the rows (not to models with experts), and without `--rows` a
+peer gets one for each layout.
 docs/throughput.md explains the numbers.
 """
 

@@ -117,9 +117,7 @@ def _train(recipe: dict[str, Any], rank: int, size: int, steps: int) -> None:
     config = build_config(recipe)
     parallel, train = config.parallel, config.train
     data = config.data_parallel(size) // parallel.expert
-    mesh = Mesh(
-        pp=parallel.pipeline, dp=data, ep=parallel.expert, cp=parallel.context, tp=parallel.tensor, rank=rank
-    )
+    mesh = Mesh(pp=parallel.pipeline, dp=data, ep=parallel.expert, cp=parallel.context, tp=parallel.tensor, rank=rank)
     trainer = Trainer(config, mesh, select_kernels({}, torch.device("cpu")))
     for buckets in trainer.buckets.values():
         buckets.fill(functools.partial(torch.nn.init.normal_, std=0.02))

@@ -1,8 +1,8 @@
-"""Nothing of a step's autograd graph outlives it: what a backward function holds on to, a run would gather step by step.
+"""Nothing of a step's autograd graph outlives it: what a graph that is never freed holds, a run would heap up.
 
-A function's context that reaches its own output (by way of a transfer that holds the buffer, for instance) is a circle
+A function's context that reaches its own output (by way of a transfer that holds the buffer, for instance) is a cycle
 through C++, which Python's collector does not see. An ordinary backward may break it; activation checkpointing, which
-throws the graph of its second forward away, does not.
+drops the graph of its second forward, does not.
 """
 
 import gc
