@@ -8,6 +8,7 @@ reference"); the eager formulas here are those of Hugging Face's Llama, written 
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.config import ModelConfig
-from megalite.kernels import Kernels
+from megalite.kernels import Kernels, grouped, grouped_torch
 from megalite.kernels.attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.build import Build
@@ -224,6 +225,28 @@ def swiglu_cases(at: Setting) -> Iterator[Case]:
     yield from directions("swiglu", contenders, "bytes", (3 * half, 5 * half), missing(at, ("Liger-Kernel", theirs)))
 
 
+def grouped_cases(at: Setting) -> Iterator[Case]:
+    """All tokens as rows of 8 experts, unevenly many of each, times one matrix of a feed-forward."""
+    experts, (inputs, outputs) = 8, (at.sizes.hidden, at.sizes.ffn)
+    x, grad = at.randn(at.sizes.tokens, inputs), at.randn(at.sizes.tokens, outputs)
+    weight = at.randn(experts, outputs, inputs)
+    total = torch.zeros(experts, outputs, inputs, device=at.device)
+    ends = torch.linspace(0, 1, experts + 1, device=at.device).square().mul(at.sizes.tokens).long()[1:]
+    flop, others = 2.0 * at.sizes.tokens * inputs * outputs, {"torch grouped_mm": grouped_torch, "loop": grouped}
+    for name, first, second in (
+        ("grouped_product", x, weight),
+        ("grouped_input_gradient", grad, weight),
+        ("grouped_weight_gradient_", total, grad),
+    ):
+        rest = (x, ends) if first is total else (ends,)
+        absent: list[str] = []
+        calls: dict[str, Callable[[], Any]] = {
+            at.name("grouped"): partial(getattr(at.kernels, name), first, second, *rest),
+            **{who: partial(getattr(module, name), first, second, *rest) for who, module in others.items()},
+        }
+        yield Case(name.strip("_"), 0.0, flop, working(calls, absent), None, absent)
+
+
 def loss_cases(at: Setting) -> Iterator[Case]:
     logits, theirs = at.randn(at.sizes.tokens, at.sizes.vocab), liger(at)
     source, leaf = logits.clone(), logits.clone().requires_grad_()
@@ -381,6 +404,7 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "rms_norm": norm_cases,
     "rope": rope_cases,
     "swiglu": swiglu_cases,
+    "grouped": grouped_cases,
     "cross_entropy": loss_cases,
     "linear_cross_entropy": fused_loss_cases,
     "attention": attention_cases,

@@ -4,10 +4,11 @@
 
 A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners
 are megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the
-peers named by `--against`. Options: tensor, pipeline, context, data (ranks along each), precision, compile, kernels,
-recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the environment
-that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all alike. A
-`plain` row is added for every precision among the rows, and without `--rows` a peer gets one for each layout.
+peers named by `--against`. Options: tensor, pipeline, context, expert, data (ranks along each), precision, compile,
+kernels, recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the
+environment that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all
+alike. A `plain` row is added for every precision among the rows (not to models with experts), and without `--rows` a
+peer gets one for each layout.
 docs/throughput.md explains the numbers.
 """
 
@@ -117,6 +118,8 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
         raise UserError(f"--rows {text}: {runner} runs in one process; leave out {', '.join(layout)}")
     if chosen.get("compile") and runner != "plain":
         raise UserError(f"--rows {text}: compile is the plain runner's; {runner} brings its own kernels")
+    if runner != "megalite" and PRESETS[arguments.model].model.get("experts"):
+        raise UserError(f"--rows {text}: {runner} has no experts; --model {arguments.model} is megalite's alone")
     if runner == "bare" and (chosen["precision"], device) != ("fp32", "cpu"):
         raise UserError(f"--rows {text}: the bare loop is for fp32 on CPUs")
     preset = PRESETS[arguments.model]
@@ -143,6 +146,8 @@ def choose_rows(arguments: argparse.Namespace, device: str, paths: dict[str, str
             for precision in ("fp32", "bf16") if device == "cpu" else ("bf16",):
                 texts += [f"{peer}{layout},precision={precision}" for layout in PEER_LAYOUTS[peer]]
     jobs = {text: parse_row(text, arguments, device, paths) for text in texts}
+    if PRESETS[arguments.model].model.get("experts"):
+        return jobs  # the yardsticks are dense
     for precision in sorted({job.precision for job in jobs.values()}):
         if not any(job.runner == "plain" and job.precision == precision for job in jobs.values()):
             text = f"plain,precision={precision}"

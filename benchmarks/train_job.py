@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-AXES = ("tensor", "pipeline", "context", "data")
+AXES = ("tensor", "pipeline", "context", "expert", "data")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,16 @@ def _llama(
 
 PRESETS = {
     "10m": Preset(_llama(8, 256, 8, 4, 688, 8192), 512, 8, 8, 2),
+    "10m-experts": Preset(
+        _llama(4, 256, 8, 4, 688, 8192, experts=8, experts_per_token=2, expert_ffn_hidden_size=344), 512, 8, 8, 2
+    ),
     "124m": Preset(_llama(12, 768, 12, 12, 2048, 50304), 1024, 64, 32, 4),
     "1.24b": Preset(_llama(16, 2048, 32, 8, 8192, 128256, tie_embeddings=True), 4096, 8, 4, 1),
     "gpt2-1.5b": Preset(_llama(48, 1600, 25, 25, 4288, 50304), 1024, 32, 16, 4),
     "llama3-8b": Preset(_llama(32, 4096, 32, 8, 14336, 128256, rope_theta=500000.0), 8192, 2, 1, 1, 8),
 }
-"""Sizes of the rows. All are Llama-shaped; gpt2-1.5b has GPT-2's widths and the parameters of its feed-forward."""
+"""Sizes of the rows. All are Llama-shaped; gpt2-1.5b has GPT-2's widths and the parameters of its feed-forward, and
+10m-experts sparse layers in which a token computes as much as in a dense one."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class Job:
         return self.layout.get("data", 1)
 
     @property
+    def replicas(self) -> int:
+        """Ranks that train on samples of their own."""
+        return self.data * self.layout.get("expert", 1)
+
+    @property
     def pipeline(self) -> int:
         return self.layout.get("pipeline", 1)
 
@@ -107,12 +116,12 @@ class Job:
         """Samples of a micro-batch."""
         preset = self.preset
         chosen = self.micro_batch or (preset.pipeline_micro_batch if self.pipeline > 1 else preset.micro_batch)
-        return min(chosen, preset.global_batch // self.data)
+        return min(chosen, preset.global_batch // self.replicas)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches of one data-parallel rank in a step."""
-        return self.preset.global_batch // (self.micro * self.data)
+        return self.preset.global_batch // (self.micro * self.replicas)
 
     @property
     def tokens(self) -> int:
@@ -155,7 +164,7 @@ def micro_batches(job: Job, replica: int) -> list[tuple[Tensor, Tensor]]:
     """(tokens, labels) [micro, S] of data-parallel rank `replica`: the same random tokens for every runner."""
     shape = (job.preset.global_batch, job.preset.seq_length + 1)
     ids = torch.randint(0, job.shape["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
-    own = [ids[first : first + job.micro] for first in range(replica * job.micro, len(ids), job.micro * job.data)]
+    own = [ids[first : first + job.micro] for first in range(replica * job.micro, len(ids), job.micro * job.replicas)]
     return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in own]
 
 

@@ -47,13 +47,21 @@ def configuration(job: Job) -> Config:
 
 def run_megalite(job: Job, device: torch.device) -> None:
     config = configuration(job)
-    context = config.parallel.context
-    mesh = Mesh(pp=job.pipeline, dp=job.data, cp=context, tp=job.tensor, rank=rank(), device=device)
+    parallel = config.parallel
+    mesh = Mesh(
+        pp=job.pipeline,
+        dp=job.data,
+        ep=parallel.expert,
+        cp=parallel.context,
+        tp=job.tensor,
+        rank=rank(),
+        device=device,
+    )
     kernels = select_kernels({"default": job.kernels}, device)
     trainer = Trainer(config, mesh, kernels)
     draw_weights(trainer)
     attention = choose_attention(kernels, attention_calls(config), mesh)
-    batches = [Batch(tokens, labels) for tokens, labels in micro_batches(job, mesh.index("dp"))]
+    batches = [Batch(tokens, labels) for tokens, labels in micro_batches(job, mesh.samples_index)]
 
     def step() -> float:
         return trainer.step([batch.to(device) for batch in batches], 1e-3).loss

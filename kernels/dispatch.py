@@ -35,7 +35,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _PLAIN_ON_CPUS = ("adamw", "grouped")
 """Operations whose plain form is compiled code already: torch's fused AdamW, and one BLAS product for each group."""
 
-_KINDS = {"triton": "Triton", "native": "the compiled CPU kernel"}
+_KINDS = {"triton": "Triton", "native": "the compiled CPU kernel", "torch": "torch's operator"}
 
 logger = logging.getLogger("megalite.kernels")
 
@@ -63,7 +63,7 @@ class Kernels:
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 
     def taken(self, operation: str) -> str:
-        """`triton`, `native`, `reference`; of attention also `sdpa`, `cpu` or `measured`."""
+        """`triton`, `native`, `reference`; also `torch` (grouped products), `sdpa`, `cpu`, `measured` (attention)."""
         return self.choices[operation].partition(" ")[0]
 
     def describe(self) -> str:
@@ -143,7 +143,7 @@ def _function(operation: str, name: str, taken: str) -> Callable[..., Any]:
     plain = getattr(import_module(f"{__package__}.{operation}"), name)
     if taken == "reference":
         return plain  # type: ignore[no-any-return]
-    module = import_module(f"{__package__}.{'native' if taken == 'native' else f'{operation}_triton'}")
+    module = import_module(f"{__package__}.{'native' if taken == 'native' else f'{operation}_{taken}'}")
     return _with_fallback(name, taken, getattr(module, name), module.unsupported, plain)
 
 

@@ -17,7 +17,15 @@ def pool() -> Iterator[Pool]:
     workers.close()
 
 
-def pytest_configure() -> None:
+FIRST = ("tests/slurm/", "tests/kernels/test_interpreter.py", "tests/kernels/test_gpu_session.py")
+"""What takes longest by itself: begun last, it would leave the other processes idle at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        from tests.support.spread import Spread
+
+        config.pluginmanager.register(Spread())
     torch.set_num_threads(1)  # the same in every process: sums must not depend on how they were threaded
 
 
@@ -31,7 +39,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a GPU say so in the summary where there is none."""
+    """The longest first; tests that need a GPU say so in the summary where there is none."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a CUDA device; torch sees none")

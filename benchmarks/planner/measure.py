@@ -52,17 +52,23 @@ MODEL: dict[str, Any] = {
 }
 """16 million parameters."""
 
+SPARSE = {"experts": 16, "experts_per_token": 2, "expert_ffn_hidden_size": 512}
+"""What makes of it a model of 60 million parameters, most of them experts'."""
+
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 SECONDS = 240
 """A worker that takes longer than this is ended."""
 
 
-def layout(processes: int, micro: int = 2, batch: int = 4, **fields: Any) -> tuple[int, dict[str, Any]]:
-    """(processes, recipe) of one measurement; `fields` are those of [parallel], and precision and recompute."""
+def layout(
+    processes: int, micro: int = 2, batch: int = 4, model: dict[str, Any] | None = None, **fields: Any
+) -> tuple[int, dict[str, Any]]:
+    """(processes, recipe) of one measurement; `fields` are those of [parallel], and precision and recompute; `model`
+    is added to MODEL."""
     train = {"seq_length": 512, "micro_batch_size": micro, "global_batch_size": batch, "precision": "fp32"}
     train |= {name: fields.pop(name) for name in ("precision", "recompute") if name in fields}
-    return processes, {"model": MODEL, "parallel": fields, "train": train}
+    return processes, {"model": MODEL | (model or {}), "parallel": fields, "train": train}
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -84,6 +90,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "context 2, gather": layout(2, 4, context=2, context_mode="gather"),
     "context 2, ring": layout(2, 4, context=2, context_mode="ring"),
     "context 2, ulysses": layout(2, 4, context=2, context_mode="ulysses"),
+    "experts, 1 process": layout(1, 4, model=SPARSE),
+    "experts, data 2": layout(2, model=SPARSE),
+    "experts, expert 2": layout(2, model=SPARSE, expert=2),
+    "experts, expert 2, full": layout(2, model=SPARSE, expert=2, recompute="full"),
 }
 
 
@@ -106,7 +116,8 @@ def _train(recipe: dict[str, Any], rank: int, size: int, steps: int) -> None:
 
     config = build_config(recipe)
     parallel, train = config.parallel, config.train
-    mesh = Mesh(pp=parallel.pipeline, dp=config.data_parallel(size), cp=parallel.context, tp=parallel.tensor, rank=rank)
+    data = config.data_parallel(size) // parallel.expert
+    mesh = Mesh(pp=parallel.pipeline, dp=data, ep=parallel.expert, cp=parallel.context, tp=parallel.tensor, rank=rank)
     trainer = Trainer(config, mesh, select_kernels({}, torch.device("cpu")))
     for buckets in trainer.buckets.values():
         buckets.fill(functools.partial(torch.nn.init.normal_, std=0.02))

@@ -27,6 +27,7 @@ DATA_FORMATS: Mapping[str, Literal["text", "sft", "preference", "prompt"]] = Map
 """What the objectives learn from, those apart that read token files."""
 
 AttentionChoice = Literal["auto", "triton", "sdpa", "cpu", "reference"]
+GroupedChoice = Literal["auto", "triton", "torch", "reference"]
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,8 @@ class KernelsConfig:
     """Rotary positions of queries and keys."""
     swiglu: KernelChoice = DERIVED
     """silu(gate) * up."""
-    grouped: KernelChoice = DERIVED
-    """Products of tokens with the experts they chose."""
+    grouped: GroupedChoice = DERIVED
+    """Products of tokens with the experts they chose; `torch` is torch's own grouped product."""
     cross_entropy: KernelChoice = DERIVED
     """Softmax cross-entropy over the (split) vocabulary."""
     adamw: KernelChoice = DERIVED

@@ -41,11 +41,18 @@ def look_at_collectives(
         dist.init_process_group(backend, store=prefix, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
         parallel = config.parallel
         sizes = (
-            {"pp": parallel.pipeline, "dp": config.data_parallel(world.size), "cp": parallel.context} if on_mesh else {}
+            {
+                "pp": parallel.pipeline,
+                "dp": config.data_parallel(world.size) // parallel.expert,
+                "ep": parallel.expert,
+                "cp": parallel.context,
+            }
+            if on_mesh
+            else {}
         )
         sizes |= {"tp": parallel.tensor} if on_mesh else {"dp": world.size}
         mesh = Mesh(**sizes, rank=world.rank, device=device)  # type: ignore[arg-type]
-        groups = {axis: mesh.group(axis) for axis in ("tp", "cp", "dp", "pp")}
+        groups = {axis: mesh.group(axis) for axis in ("tp", "cp", "ep", "dp", "pp")}
         for axis, group in groups.items():
             if group.size == 1:
                 continue
@@ -74,6 +81,10 @@ def _check(group: Group, device: torch.device) -> None:
     part = torch.empty(3, device=device)
     group.reduce_scatter(part, pattern * (own + 1)).wait()
     _expect("reduce-scatter", part, (pattern * every.sum())[3 * own : 3 * own + 3])
+    rows = [other + own + 1 for other in range(size)]  # of every length, and as many there as back
+    exchanged = torch.empty(sum(rows), device=device)
+    group.all_to_all(exchanged, torch.full((sum(rows),), float(own + 1), device=device), rows, rows).wait()
+    _expect("all-to-all", exchanged, every.repeat_interleave(torch.tensor(rows, device=device)))
     received = torch.empty(4, device=device)
     sending = torch.full((4,), float(own + 1), device=device)
     after, before = (own + 1) % size, (own - 1) % size

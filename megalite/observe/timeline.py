@@ -36,14 +36,19 @@ log = logging.getLogger("megalite")
 TIMELINE = "timeline"
 """Folder in the run directory."""
 PHASES = (
-    "data", "forward", "backward", "wait_pipeline", "wait_tensor", "wait_context", "reduce", "wait_others",
-    "optimizer", "gather", "other",
+    "data", "forward", "backward", "wait_pipeline", "wait_tensor", "wait_context", "wait_expert", "reduce",
+    "wait_others", "optimizer", "gather", "other",
 )  # fmt: skip
-"""The parts of a step. `wait_pipeline`, `wait_tensor` and `wait_context` are exposed communication along these axes;
-`reduce` is what the reduction of gradients takes beside them, `wait_others` the agreement on loss and norm, `gather`
-the sharing of updated parameters, `other` what is left."""
+"""The parts of a step. `wait_pipeline`, `wait_tensor`, `wait_context` and `wait_expert` are exposed communication along
+these axes; `reduce` is what the reduction of gradients takes beside them, `wait_others` the agreement on loss and norm,
+`gather` the sharing of updated parameters, `other` what is left."""
 
-_WAIT_PHASES: dict[tuple[str, ...], str] = {("pp",): "wait_pipeline", ("tp",): "wait_tensor", ("cp",): "wait_context"}
+_WAIT_PHASES: dict[tuple[str, ...], str] = {
+    ("pp",): "wait_pipeline",
+    ("tp",): "wait_tensor",
+    ("cp",): "wait_context",
+    ("ep",): "wait_expert",
+}
 _OP_PHASES = {"F": "forward", "B": "backward", "I": "backward", "W": "backward", "R": "reduce", "T": "reduce"}
 
 _SAMPLE_STEPS = 25

@@ -105,6 +105,11 @@ class Exchange:
         self.work: Work = DONE
         self.gradient: Tensor | None = None
 
+    def wait(self) -> None:
+        """For what is under way. The work is let go: it holds the buffer, whose graph holds this exchange."""
+        self.work.wait()
+        self.work = DONE
+
     def start(self, rows: Tensor) -> Tensor:
         """The buffer of the rows that will arrive; only `finish` may read it."""
         return _Start.apply(rows, self)
@@ -124,7 +129,7 @@ class _Start(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         exchange = ctx.exchange
-        exchange.work.wait()
+        exchange.wait()
         gradient, exchange.gradient = exchange.gradient, None
         return gradient, None
 
@@ -133,7 +138,7 @@ class _Finish(Function):
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.work.wait()
+        exchange.wait()
         return buffer.view_as(buffer)
 
     @staticmethod

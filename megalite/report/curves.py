@@ -26,6 +26,8 @@ OBJECTIVES = {
     "response_tokens": ("Length of answers", "tokens"),
     "accuracy": ("Pairs in the right order", "share of pairs"),
     "margin": ("Chosen above rejected", "difference of scores"),
+    "aux_loss": ("Losses of the routers", "added to the loss"),
+    "expert_load_max": ("Busiest expert of any layer", "load over the mean"),
     "sampler_difference": ("Sampler against trainer", "nats per token"),
 }
 """Numbers of some objectives: column of metrics.jsonl -> (title, unit)."""

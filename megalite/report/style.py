@@ -27,6 +27,7 @@ PHASES = {
     "reduce": ("gradient reduction", "#e3b983"),
     "wait_tensor": ("tensor parallel", "#f0d28a"),
     "wait_context": ("context parallel", "#e6c0a0"),
+    "wait_expert": ("expert parallel", "#d8b48c"),
     "wait_pipeline": ("pipeline", "#dba17f"),
     "wait_others": ("waiting for all ranks", "#d9d9d9"),
     "other": ("other", "#a9a9a9"),

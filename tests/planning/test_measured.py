@@ -26,6 +26,8 @@ pytestmark = [
         "context 2, gather",
         "context 2, ring",
         "context 2, ulysses",
+        "experts, data 2",
+        "experts, expert 2",
     ],
 )
 def test_predicted_memory_is_what_a_rank_takes(name):

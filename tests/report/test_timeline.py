@@ -103,7 +103,7 @@ def test_every_second_is_counted_once_and_under_its_name(recorder, tmp_path):
     seconds = next(row for row in rows_of(tmp_path) if "seconds" in row)["seconds"]
     assert seconds == {
         "data": 1, "forward": 2, "backward": 5.75, "wait_pipeline": 2.5, "wait_tensor": 2, "wait_context": 0,
-        "reduce": 3.25, "wait_others": 4, "optimizer": 1.5, "gather": 0.5, "other": 0.75,
+        "wait_expert": 0, "reduce": 3.25, "wait_others": 4, "optimizer": 1.5, "gather": 0.5, "other": 0.75,
     }  # fmt: skip
     assert sum(seconds.values()) == clock.now and tuple(seconds) == PHASES
     assert made.work_seconds[-1] == 1 + 2 + 5.75 + 1.5 + 0.75
