@@ -22,8 +22,8 @@ from megalite.config import Config, load_config
 EXAMPLES, PROMPTS, QUESTIONS = 10_000, 2000, 400
 SEED = 1
 STAGES = {
-    "sft": ("fine-tuning on conversations", "conversations.jsonl"),
-    "grpo": ("better answers by GRPO", "prompts.jsonl"),
+    "sft": ("fine-tuning", "conversations.jsonl"),
+    "grpo": ("GRPO", "prompts.jsonl"),
 }
 """The recipe `quickstart-…` of each stage, what it is called, and its data."""
 SECTIONS = ("model", "kernels")
@@ -44,7 +44,7 @@ def write_data(folder: Path) -> Path:
 def chat(out: Path, ranks: Ranks, tokenizer: Path, steps: int | None) -> dict[str, Any]:
     """Fine-tune and improve the model of run `out`; returns what is to be kept: accuracies, and a dialogue."""
     pretrained, copies = load_config(out / "config.toml"), ranks.copies()
-    scores = {"pretrained": ask("answers before", out, copies, out / "data")}
+    scores = {"pretrained": ask("answers before fine-tuning", out, copies, out / "data")}
     start = out
     for stage, (title, file) in STAGES.items():
         command = copies.training(f"quickstart-{stage}", out / stage, tokenizer)

@@ -37,11 +37,12 @@ TIMELINE = "timeline"
 """Folder in the run directory."""
 PHASES = (
     "data", "forward", "backward", "wait_pipeline", "wait_tensor", "wait_context", "wait_expert", "reduce",
-    "wait_others", "optimizer", "gather", "other",
+    "wait_others", "optimizer", "gather", "rollout", "reward", "score", "other",
 )  # fmt: skip
 """The parts of a step. `wait_pipeline`, `wait_tensor`, `wait_context` and `wait_expert` are exposed communication along
 these axes; `reduce` is what the reduction of gradients takes beside them, `wait_others` the agreement on loss and norm,
-`gather` the sharing of updated parameters, `other` what is left."""
+`gather` the sharing of updated parameters, `other` what is left. A policy's step begins with the `rollout` of answers,
+their `reward` and their `score` by policy, reference and critic, with all computing and waiting in these."""
 
 _WAIT_PHASES: dict[tuple[str, ...], str] = {
     ("pp",): "wait_pipeline",
@@ -177,9 +178,9 @@ class Recorder:
 
     @contextlib.contextmanager
     def phase(self, name: str, op: Op | None = None) -> Iterator[None]:
-        """Time a part of the current step."""
+        """Time a part of the current step; parts inside it are not told apart."""
         with self._named(str(op or name)) if self.naming else nullcontext():
-            if self._step is None:
+            if self._step is None or self._span is not None:
                 yield
                 return
             span = self._span = _Span(name, op, self.clock.mark())

@@ -29,6 +29,9 @@ PHASES = {
     "wait_context": ("context parallel", "#e6c0a0"),
     "wait_expert": ("expert parallel", "#d8b48c"),
     "wait_pipeline": ("pipeline", "#dba17f"),
+    "rollout": ("writing answers", "#9fb8a0"),
+    "reward": ("rewards", "#c9a0b4"),
+    "score": ("scoring answers", "#a8a3c8"),
     "wait_others": ("waiting for all ranks", "#d9d9d9"),
     "other": ("other", "#a9a9a9"),
 }

@@ -31,7 +31,7 @@ class PreferenceTask(GradientTask):
 
     def complete(self, batches: Sequence[Batch | None]) -> Sequence[Batch | None]:
         """The micro-batches with the reference's log-probabilities, on the ranks of the last stage."""
-        with self.phase("reference"):
+        with self.phase("score"):
             scores = self._reference.model.score(batches)
         if not scores:
             return batches

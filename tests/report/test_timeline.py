@@ -103,7 +103,8 @@ def test_every_second_is_counted_once_and_under_its_name(recorder, tmp_path):
     seconds = next(row for row in rows_of(tmp_path) if "seconds" in row)["seconds"]
     assert seconds == {
         "data": 1, "forward": 2, "backward": 5.75, "wait_pipeline": 2.5, "wait_tensor": 2, "wait_context": 0,
-        "wait_expert": 0, "reduce": 3.25, "wait_others": 4, "optimizer": 1.5, "gather": 0.5, "other": 0.75,
+        "wait_expert": 0, "reduce": 3.25, "wait_others": 4, "optimizer": 1.5, "gather": 0.5, "rollout": 0, "reward": 0,
+        "score": 0, "other": 0.75,
     }  # fmt: skip
     assert sum(seconds.values()) == clock.now and tuple(seconds) == PHASES
     assert made.work_seconds[-1] == 1 + 2 + 5.75 + 1.5 + 0.75
@@ -256,3 +257,20 @@ def test_a_line_that_a_crash_cut_short_does_not_spoil_the_next(tmp_path):
     file = LineFile(path, "rank 0")
     file.write({"number": 2})
     assert [row["number"] for row in read_lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("part", ["rollout", "reward", "score"])
+def test_what_comes_before_a_policys_update_is_one_part(recorder, tmp_path, part):
+    made, clock, waits = recorder(0)
+    with made.step(7):
+        with made.phase(part):
+            clock.advance(1)
+            with made.observe(parse_op("1F0")), waits("pp"):
+                clock.advance(2)
+        with made.observe(parse_op("1B0")):
+            clock.advance(4)
+        with waits():
+            clock.advance(0.5)
+    made.close()
+    seconds = next(row for row in rows_of(tmp_path) if "seconds" in row)["seconds"]
+    assert {name: each for name, each in seconds.items() if each} == {part: 3, "backward": 4, "wait_others": 0.5}
