@@ -4,7 +4,8 @@ python launch/quickstart_answers.py --checkpoint runs/quickstart/grpo --prompts 
 python launch/quickstart_answers.py --checkpoint runs/quickstart/grpo --say "What is 2 plus 3?" "And minus 1?"
 
 `--prompts` reads records with `prompt` (messages), `answer` and `kind`, and prints one JSON line: the share of exactly
-right answers, of all and of each kind. `--say` prints a conversation of several turns.
+right answers, of all and of each kind, and of those that are right but for a “Let me see.” before them. `--say` prints
+a conversation of several turns.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.quickstart_conversations import Message, Record
+from launch.quickstart_conversations import HESITATION, Message, Record
 from launch.recipes.quickstart_rewards import is_right
 from megalite.cli import file_path, program, whole
 from megalite.errors import UserError
@@ -85,13 +86,22 @@ def read_questions(path: Path) -> list[Record]:
 
 
 def score(records: Sequence[Record], answers: Sequence[str]) -> Record:
-    """`accuracy` over all records, `of_kind`, and how many questions there were."""
+    """`accuracy` over all records and `of_kind`, `hesitant` with those that are right but for their beginning, and how
+    many questions there were."""
     right: dict[str, list[bool]] = {}
+    hesitant = 0
     for record, answer in zip(records, answers, strict=True):
-        right.setdefault(str(record["kind"]), []).append(is_right(answer, str(record["answer"])))
+        expected = str(record["answer"])
+        right.setdefault(str(record["kind"]), []).append(is_right(answer, expected))
+        hesitant += is_right(answer.strip().removeprefix(HESITATION), expected)
     shares = {kind: round(sum(those) / len(those), 4) for kind, those in sorted(right.items())}
     total = sum(map(sum, right.values())) / len(records)
-    return {"accuracy": round(total, 4), "of_kind": shares, "questions": len(records)}
+    return {
+        "accuracy": round(total, 4),
+        "of_kind": shares,
+        "hesitant": round(hesitant / len(records), 4),
+        "questions": len(records),
+    }
 
 
 def converse(answerer: Answerer, said: Sequence[str]) -> list[Message]:

@@ -98,10 +98,11 @@ def ask(title: str, checkpoint: Path, ranks: Ranks, data: Path) -> dict[str, Any
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """Right answers by stage and kind of question, in per cent."""
     kinds = sorted(next(iter(scores.values()))["of_kind"])
-    lines = [f"{'right answers':<16}{'all':>8}" + "".join(f"{kind:>8}" for kind in kinds)]
+    lines = [f"{'right answers':<16}{'all':>8}" + "".join(f"{kind:>8}" for kind in kinds) + f"{'or hesitant':>13}"]
     for stage, score in scores.items():
         shares = [score["accuracy"], *(score["of_kind"][kind] for kind in kinds)]
-        lines.append(f"{stage:<16}" + "".join(f"{share:>8.1%}" for share in shares))
+        shown = "".join(f"{share:>8.1%}" for share in shares)
+        lines.append(f"{stage:<16}{shown}{score['hesitant']:>13.1%}")
     return "\n".join(lines)
 
 

@@ -26,6 +26,8 @@ THINGS = ("bag", "ball", "book", "box", "car", "cup", "hat", "key")
 ANIMALS = ("bear", "bird", "cat", "cow", "dog", "fish", "fox", "horse")
 PLACES = ("garden", "house", "kitchen", "park", "shop", "street")
 AGAIN = "Say it again."
+HESITATION = "Let me see."
+"""Half of the answers that the model is fine-tuned on begin so; what GRPO rewards are the others."""
 
 Message = dict[str, str]
 Record = dict[str, Any]
@@ -137,18 +139,20 @@ def draw(topic: Callable[[Random], Topic], random: Random, kept: bool) -> Topic:
             return drawn
 
 
-def messages(topics: Sequence[Topic]) -> list[Message]:
-    """The conversation with all its answers."""
+def messages(topics: Sequence[Topic], hesitant: Random | None = None) -> list[Message]:
+    """The conversation with all its answers; where `hesitant` is given, it draws which of them begin hesitantly."""
     said: list[Message] = []
     for turn in (turn for topic in topics for turn in topic.turns):
-        said += ({"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer})
+        hesitates = hesitant is not None and hesitant.random() < 0.5
+        answer = f"{HESITATION} {turn.answer}" if hesitates else turn.answer
+        said += ({"role": "user", "content": turn.question}, {"role": "assistant", "content": answer})
     return said
 
 
 def examples(seed: int, count: int) -> Iterator[Record]:
     """Records for supervised fine-tuning: `messages`."""
     for number in range(count):
-        yield {"messages": messages(conversation(seed, number))}
+        yield {"messages": messages(conversation(seed, number), Random(f"{seed} {number}"))}
 
 
 def plain_texts(seed: int, count: int) -> Iterator[Record]:

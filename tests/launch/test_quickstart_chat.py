@@ -66,11 +66,15 @@ def test_every_answer_follows_from_what_was_said_before_it():
         assert record["prompt"][-1]["role"] == "user"
         kinds.add(record["kind"])
     assert kinds == {"sum", "number", "list", "text"}
+    hesitant = []
     for record in conversations.examples(seed, 200):
         said = record["messages"]
         assert [message["role"] for message in said] == ["user", "assistant"] * (len(said) // 2)
         for number in range(1, len(said), 2):
-            assert solve(said[:number]) == said[number]["content"]
+            answer = said[number]["content"]
+            hesitant.append(answer.startswith(conversations.HESITATION))
+            assert solve(said[:number]) == answer.removeprefix(f"{conversations.HESITATION} ")
+    assert 0.4 < sum(hesitant) / len(hesitant) < 0.6
 
 
 @pytest.mark.fast
@@ -103,9 +107,10 @@ def test_only_the_right_answer_earns_all():
         "It is map, key.": "It is key, map.",
         "It is key, map. It is key, map.": "It is key, map.",
         "": "It is 3.",
+        "Let me see. It is 4.": "It is 4.",
     }
     rewards = exact(prompts=[], completions=list(answers), completion_ids=[], answer=list(answers.values()), kind=[])
-    assert rewards[:2] == [1.0, 1.0] and rewards[5] == 0.0
+    assert rewards[:2] == [1.0, 1.0] and rewards[5:] == [0.0, 0.0]
     assert all(0 < reward <= 0.5 for reward in rewards[2:5])
     assert rewards[2] == pytest.approx(0.5 * 2 / 3) and rewards[4] == pytest.approx(0.25)
     assert not is_right("it is 12.", "It is 12.")
@@ -116,11 +121,12 @@ def test_only_the_right_answer_earns_all():
 @pytest.mark.fast
 def test_scores_by_kind():
     records = [{"kind": kind, "answer": answer} for kind, answer in (("sum", "1"), ("sum", "2"), ("list", "x"))]
-    found = quickstart_answers.score(records, ["1", "3", "x"])
-    assert found == {"accuracy": pytest.approx(2 / 3, abs=1e-4), "of_kind": {"list": 1.0, "sum": 0.5}, "questions": 3}
+    share = pytest.approx(2 / 3, abs=1e-4)
+    found = quickstart_answers.score(records, ["1", "Let me see. 2", "x"])
+    assert found == {"accuracy": share, "of_kind": {"list": 1.0, "sum": 0.5}, "hesitant": 1.0, "questions": 3}
     shown = quickstart_chat.table({"pretrained": found, "grpo": found}).splitlines()
-    assert shown[0].split() == ["right", "answers", "all", "list", "sum"]
-    assert shown[2].split() == ["grpo", "66.7%", "100.0%", "50.0%"]
+    assert shown[0].split() == ["right", "answers", "all", "list", "sum", "or", "hesitant"]
+    assert shown[2].split() == ["grpo", "66.7%", "100.0%", "50.0%", "100.0%"]
 
 
 @pytest.mark.fast
