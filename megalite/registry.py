@@ -29,7 +29,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "ppo": "megalite.objective.policy:ClippedPolicy",
             "grpo": "megalite.objective.policy:ClippedPolicy",
         },
-        "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW"},
+        "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW", "muon": "megalite.optim.muon:Muon"},
         "adapter.kind": {},
     }
 )
