@@ -153,6 +153,17 @@ def _layer_sizes(build: Build, number: int) -> LayerSizes:
     return LayerSizes(tuple(matrices), vectors)
 
 
+@functools.lru_cache(maxsize=1024)
+def layer_matrices(model: ModelConfig, number: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name and global shape of every matrix of layer `number`, each projection and each expert for itself."""
+    from megalite.model.block import build_block
+    from megalite.placement import placed_parameters
+
+    parameters = placed_parameters(build_block(_build(model, 1, 0, 1), number))
+    boxes = (box for parameter in parameters if parameter.decays for box in parameter.placement.boxes)
+    return tuple({box.name: box.shape for box in boxes}.items())
+
+
 def _build(model: ModelConfig, tensor: int, index: int, expert: int) -> Build:
     """The build context of one tensor rank, on the meta device."""
     import torch

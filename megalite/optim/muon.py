@@ -107,7 +107,7 @@ class Muon:
             whole.replace(updates, self._orthogonalised)
             for segment, update in zip(alike, updates):
                 segment.master.mul_(1 - rate * self.config.weight_decay)
-                segment.master.sub_(update.mul_(rate))
+                segment.master.add_(update, alpha=-rate)
                 segment.write_back()
         self._adamw.update(self._others, lr=lr, gradient_scale=gradient_scale, step=step)
 

@@ -143,7 +143,7 @@ class WholeMatrices:
                 by_name.setdefault(share.name, []).append(share)
             self._shares.append(by_name)
         self.shapes = {name: shares[0].shape for by_name in self._shares for name, shares in by_name.items()}
-        self.plan = _plan(self.shapes, self._group.size, cost)
+        self.plan = share_out(self.shapes, self._group.size, cost)
         self._rounds = [self._round(names) for names in self.plan]
 
     @property
@@ -254,7 +254,7 @@ def _share(box: Box, ranges: tuple[Span, ...], number: int, segment: Segment, *,
     return _Share(box.name, box.shape, box.offset, box.size, ranges, number, bucket.length, sharded, owned)
 
 
-def _plan(
+def share_out(
     shapes: Mapping[str, tuple[int, ...]], ranks: int, cost: Callable[[tuple[int, ...]], float]
 ) -> list[list[list[str]]]:
     """For each round and rank the matrices that it works on. Dealt out costliest first, each to the rank with least."""

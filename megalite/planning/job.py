@@ -118,6 +118,8 @@ class Job:
     beside: Beside = Beside()
     rollout: Rollout | None = None
     expert: int = 1
+    optimizer: str = "adamw"
+    newton_schulz_steps: int = 5
     dense: bool = False
     """Look at the layers without experts, of a model in which others have some (`kinds`)."""
 
@@ -155,6 +157,8 @@ class Job:
             recompute=train.recompute,
             element_bytes=4 if train.precision == "fp32" else 2,
             expert=parallel.expert,
+            optimizer=config.optimizer.kind,
+            newton_schulz_steps=config.optimizer.newton_schulz_steps,
         )
 
     @property

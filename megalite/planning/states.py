@@ -8,17 +8,25 @@ from megalite.planning.job import Job
 
 
 def state_bytes(
-    parameters: float, data: int, zero: int, *, weight: float = 2, gradient: float = 4, master: float = 4
+    parameters: float,
+    data: int,
+    zero: int,
+    *,
+    weight: float = 2,
+    gradient: float = 4,
+    master: float = 4,
+    moments: float = 8,
 ) -> dict[str, float]:
-    """Weights, master weights, AdamW's moments (fp32) and gradients of `parameters` elements on one of `data` ranks.
+    """Weights, master weights, the optimizer's moments (fp32) and gradients of `parameters` elements on one of `data`
+    ranks.
 
-    The arguments are bytes for each element. ZeRO shares out the optimizer (1), then gradients (2), then weights (3):
+    The arguments are bytes for each element; AdamW has two moments. ZeRO shares out the optimizer (1), then gradients (2), then weights (3):
     Rajbhandari et al. 2020, section 5.
     """
     return {
         "weights": parameters * weight / (data if zero >= 3 else 1),
         "master weights": parameters * master / (data if zero >= 1 else 1),
-        "moments": parameters * 8 / (data if zero >= 1 else 1),
+        "moments": parameters * moments / (data if zero >= 1 else 1),
         "gradients": parameters * gradient / (data if zero >= 2 else 1),
     }
 
@@ -50,6 +58,13 @@ def rank_shares(job: Job, rank: int) -> tuple[tuple[int, int], ...]:
     return tuple((sum(elements for elements, _ in shares), shares[0][1]) for shares in alike)
 
 
+def rank_matrices(job: Job, rank: int) -> tuple[int, int]:
+    """Elements of the layers' matrices on a pipeline rank: of all but the experts, and of the experts."""
+    kinds = [pair for stage in job.stages_of(rank) for pair in job.kinds(stage)]
+    experts = sum(count * kind.layer.expert_elements for kind, count in kinds if kind.layer.copies)
+    return sum(count * kind.layer.sizes.matrix_elements for kind, count in kinds) - experts, experts
+
+
 def rank_parameters(job: Job, rank: int) -> int:
     """Elements of the parameters of all stages of a pipeline rank."""
     return sum(elements for elements, _ in rank_shares(job, rank))
@@ -60,9 +75,12 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     stages = job.stages_of(rank)
     master = 0.0 if job.element_bytes == 4 else 4.0  # fp32 master weights are the weights
     parts: dict[str, float] = {}
-    for elements, copies in rank_shares(job, rank):
+    for (elements, copies), matrices in zip(rank_shares(job, rank), rank_matrices(job, rank), strict=True):
         zero = job.zero if copies > 1 else 0
-        states = state_bytes(elements, copies, zero, weight=job.element_bytes, master=master)
+        moments = 8.0
+        if job.optimizer == "muon" and elements:  # one momentum for matrices
+            moments -= 4.0 * matrices / elements
+        states = state_bytes(elements, copies, zero, weight=job.element_bytes, master=master, moments=moments)
         if zero == 1:
             states["gradients"] += 4.0 * elements / copies  # the reduced shard has its own buffer
         parts = {name: parts.get(name, 0.0) + size for name, size in states.items()}

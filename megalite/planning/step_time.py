@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.alignment import critic_job, least_forward_seconds, parts_before_update
 from megalite.planning.job import Job
+from megalite.planning.muon import muon_seconds
 from megalite.planning.stage_time import (
     StageWork,
     TimeParts,
@@ -61,7 +62,7 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
     moved = updated * (32 + job.element_bytes) + 4.0 * elements
-    return late, moved / job.device.memory_bandwidth
+    return late, moved / job.device.memory_bandwidth + muon_seconds(job, 0)
 
 
 def _rank_works(job: Job, works: list[StageWork]) -> list[TimeParts]:
