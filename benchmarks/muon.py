@@ -4,8 +4,8 @@
     python benchmarks/muon.py --model 10m --steps 2000
 
 The text is the quickstart's (the source of Python's standard library, one document in forty held out), as bytes. Every
-run has the same batches for a seed, a warm-up of a tenth and a cosine decay over `--steps`. AdamW's learning rate is the
-one with the lowest final loss at the first seed; Muon keeps it for what AdamW updates, and has a grid for its matrices.
+run has the same batches for a seed, a warm-up of a tenth and a cosine decay over `--steps`. AdamW has the learning rate
+with the lowest final loss at the first seed; Muon keeps it for what AdamW updates, and has a grid for its matrices.
 Reported is the first step at which Muon's validation loss is that of AdamW's last step, between two evaluations by a
 straight line. Muon's own rate has not decayed by then: a plan of that many steps would end lower.
 """

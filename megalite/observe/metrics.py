@@ -30,7 +30,8 @@ class StepMetrics:
     `loss` is null for a step that was refused, or whose batch held nothing to learn. `memory_gib` is the peak of rank
     0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the device's dense bf16 peak by the
     formula in `megalite.model.cost`. `optimizer_seconds` is what rank 0 spent on the update, Muon's exchanges included
-    (on GPUs in the step before, whose events can be read without waiting). `time` is the end of the step, including its checkpoint, in seconds since 1970.
+    (on GPUs in the step before, whose events can be read without waiting). `time` is the end of the step, including its
+    checkpoint, in seconds since 1970.
     `extra` are further numbers (such as an objective's accuracy), each written under its own name.
     """
 

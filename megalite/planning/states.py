@@ -20,8 +20,8 @@ def state_bytes(
     """Weights, master weights, the optimizer's moments (fp32) and gradients of `parameters` elements on one of `data`
     ranks.
 
-    The arguments are bytes for each element; AdamW has two moments. ZeRO shares out the optimizer (1), then gradients (2), then weights (3):
-    Rajbhandari et al. 2020, section 5.
+    The arguments are bytes for each element; AdamW has two moments. ZeRO shares out the optimizer (1), then gradients
+    (2), then weights (3): Rajbhandari et al. 2020, section 5.
     """
     return {
         "weights": parameters * weight / (data if zero >= 3 else 1),
