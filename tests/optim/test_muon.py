@@ -121,6 +121,18 @@ def test_three_steps_of_torch_optim_muon() -> None:
         assert moved.norm() > first[name].norm() / 4
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_buckets_hold_one_role_in_the_order_of_backward(kind: str) -> None:
+    trainer = build_trainer(Case.of(EXPERTS | {"optimizer.kind": kind, "model.dense_layers": (0,)}).config(1), 0, 1)
+    roles = []
+    for segment in trainer.optimizer.segments:
+        [role] = {slot.parameter.placement.role for slot in segment.bucket.slots}
+        assert role == segment.bucket.role
+        roles.append(role)
+    assert roles == ["output", "matrix", "embedding", "vector"]
+
+
 # In every layout, against whole matrices in float64
 
 Steps = list[tuple[list[Piece], list[Piece], list[Piece]]]
