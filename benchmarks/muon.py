@@ -45,9 +45,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "10m": {"layers": 8, "hidden_size": 320, "ffn_hidden_size": 864, "heads": 5, "kv_heads": 5},
 }
 BYTES = 256
-GRID = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
-EVALUATIONS = 24
-HELD_OUT_SAMPLES = 64
+GRID = {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)}
+EVALUATIONS = 20
+HELD_OUT_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def compare(options: Options) -> dict[str, Any]:
     """The grids at the first seed, then the best of each at the others."""
     text = read_text()
     first, *others = options.seeds
-    adamw = [train(options, text, "adamw", lr, lr, first) for lr in GRID]
+    adamw = [train(options, text, "adamw", lr, lr, first) for lr in GRID["adamw"]]
     lr = best(adamw)["lr"]
-    muon = [train(options, text, "muon", lr, own, first) for own in GRID]
+    muon = [train(options, text, "muon", lr, own, first) for own in GRID["muon"]]
     own = best(muon)["muon_lr"]
     pairs = [(best(adamw), best(muon))]
     for seed in others:

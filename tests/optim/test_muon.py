@@ -138,8 +138,9 @@ def test_buckets_hold_one_role_in_the_order_of_backward(kind: str) -> None:
 Steps = list[tuple[list[Piece], list[Piece], list[Piece]]]
 
 
-def updated(rank: int, case: Case, world: int, steps: int) -> tuple[Steps, dict[str, set[str]], list[str]]:
-    """(gradients, weights before, weights after) of some steps on this rank; the state of what by name; its work."""
+def updated(rank: int, case: Case, world: int, steps: int) -> tuple[Steps, dict[str, set[str]], list[str], int]:
+    """(gradients, weights before, weights after) of some steps on this rank; the state of what by name; the matrices
+    that it works on; the elements that it sends to workers."""
     config, groups = case.config(world), ChaosGroups(seed=rank + 1)
     trainer = build_trainer(config, rank, world, groups)
     found: Steps = []
@@ -156,7 +157,8 @@ def updated(rank: int, case: Case, world: int, steps: int) -> tuple[Steps, dict[
             states.setdefault(box.name, set()).update(segment.state)
     rule = trainer.optimizer.rule
     assert isinstance(rule, Muon)
-    return found, states, [name for whole in rule._whole for name in whole.own]
+    sent = sum(sum(this.out_counts[0]) for whole in rule._whole for this in whole._rounds)
+    return found, states, [name for whole in rule._whole for name in whole.own], sent
 
 
 RATE, SCALE, STEPS = 0.3, 0.7, 3
@@ -188,6 +190,7 @@ def compare_updates(pool: Pool, fields: dict[str, Any], layout: Layout) -> None:
             assert distance(ours, RATE * update) < 1e-5, (step, name)
     worked = sorted(name for rank in ranks for name in rank[2])
     assert worked == sorted(momentum), "every matrix has one worker"
+    assert sum(rank[3] for rank in ranks) == sum(whole.numel() for whole in momentum.values()), "and is sent once"
     if not config_has_experts(fields) and layout.world > 1:  # several equal ones for each rank
         most = max(len(rank[2]) for rank in ranks)
         assert most <= -(-len(momentum) // layout.world) + 7
