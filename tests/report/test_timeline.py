@@ -159,7 +159,7 @@ def test_validation_between_steps_is_not_counted(recorder, tmp_path):
             clock.advance(50)
     made.close()
     (row,) = [row for row in rows_of(tmp_path) if "seconds" in row]
-    assert sum(row["seconds"].values()) == pytest.approx(23.25) and row["seconds"]["forward"] == pytest.approx(
+    assert sum(row["seconds"].values()) == pytest.approx(23.375) and row["seconds"]["forward"] == pytest.approx(
         3 - 1 / 3, abs=1e-5
     )
 
