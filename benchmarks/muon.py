@@ -44,6 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "small": {"layers": 4, "hidden_size": 96, "ffn_hidden_size": 256, "heads": 4, "kv_heads": 2},
     "10m": {"layers": 8, "hidden_size": 320, "ffn_hidden_size": 864, "heads": 5, "kv_heads": 5},
 }
+NOTES = {
+    "small": "half a million parameters, for a few CPU minutes; --model 10m is the comparison at full size",
+    "10m": "",
+}
 BYTES = 256
 GRID = {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)}
 EVALUATIONS = 20
@@ -168,6 +172,7 @@ def compare(options: Options) -> dict[str, Any]:
     parameters = parameter_count(configuration(options, "adamw", 1e-3, 1e-3, 1).model)
     return {
         "model": options.model,
+        "note": NOTES[options.model],
         "parameters": parameters,
         "steps": options.steps,
         "tokens_per_step": options.batch * options.seq_length,
