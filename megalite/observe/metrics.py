@@ -21,6 +21,7 @@ _NOT_DRAWN = ("step", "time", "extra")
 _LAST_SHARE, _LAST_STEPS = 0.02, 100
 """The final training loss is the mean over this share of the steps, and at most this number of steps."""
 _LARGEST = 1e18
+_MOST_SECONDS = 1e13
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,25 @@ def number(value: Any) -> float | None:
     return float(value) if -_LARGEST < value < _LARGEST else None
 
 
+def moment(value: Any) -> float | None:
+    """`value` as seconds since 1970, or of a duration, that the clock of a run can show; None for anything else."""
+    seconds = number(value)
+    return seconds if seconds is not None and 0 <= seconds <= _MOST_SECONDS else None
+
+
 def whole(value: Any) -> int | None:
     """`value` if it is a non-negative integer below 2^53; None for anything else."""
     return value if type(value) is int and 0 <= value < 1 << 53 else None
+
+
+_READ = {"time": moment, "step_seconds": moment, "save_stall_seconds": moment, "validation_seconds": moment}
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file that belong to a step, one at a time; non-numeric values become None."""
     for row in iterate_lines(path):
         if whole(row.get("step")) is not None:
-            yield {key: value if key == "step" else number(value) for key, value in row.items()}
+            yield {key: value if key == "step" else _READ.get(key, number)(value) for key, value in row.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
