@@ -120,7 +120,7 @@ class ModelSizes:
 def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0, expert: int = 1) -> ModelSizes:
     """Sizes on tensor rank `index` of `tensor`, with one of `expert` shares of the experts; counted on the modules of
     one layer of each kind and both ends."""
-    build = _build(model, tensor, index, expert)
+    build = meta_build(model, tensor, index, expert)
     sparse = model.sparse_layers
     dense = next((layer for layer in range(model.layers) if layer not in sparse), None) if sparse else None
     layer = _layer_sizes(build, sparse[0] if sparse else 0)
@@ -153,7 +153,7 @@ def _layer_sizes(build: Build, number: int) -> LayerSizes:
     return LayerSizes(tuple(matrices), vectors)
 
 
-def _build(model: ModelConfig, tensor: int, index: int, expert: int) -> Build:
+def meta_build(model: ModelConfig, tensor: int = 1, index: int = 0, expert: int = 1) -> Build:
     """The build context of one tensor rank, on the meta device."""
     import torch
 

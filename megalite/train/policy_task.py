@@ -108,13 +108,13 @@ class PolicyTask:
     def begin(self, checkpoints: CheckpointManager) -> dict[str, Any]:
         config = self.config
         source = config.checkpoint.load
-        if not source or self.trainer.fresh_shapes():
-            self.trainer.initialise()
+        self.trainer.initialise_before(source)
         if source:
             checkpoints.load(self.trainer, source, optimizer=False)
         if self.critic is not None:
-            self.critic.initialise()
-            if start := config.policy.critic or source:
+            start = config.policy.critic or source
+            self.critic.initialise_before(start)
+            if start:
                 checkpoints.load(self.critic, start, optimizer=False)
         return {}
 
