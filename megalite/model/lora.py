@@ -2,8 +2,8 @@
 
     y = W x + scale * B A x,    scale = alpha / r (`lora`) or alpha / sqrt(r) (`rslora`)
 
-Only A and B are trained. Each keeps the kind of its layer: beside a column-parallel W, A is replicated and B is split by
-its output features; beside a row-parallel W, A is split by its input features and B is replicated. So all that the
+Only A and B are trained. Each keeps the kind of its layer: beside a column-parallel W, A is replicated and B is split
+by its output features; beside a row-parallel W, A is split by its input features and B is replicated. So all that the
 adapter sends is r wide: what A made is gathered where W's input is, and summed where W's output is.
 
 S full sequence of the micro-batch, s its part outside tensor-parallel blocks, N micro-batch, I / O input and output

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megalite.align.frozen import open_source
+from megalite.checkpoint.weights import open_weights
 from megalite.config import Config, ModelConfig
 from megalite.config.lengths import padded_length
 from megalite.model.partition import layers_of_stage
@@ -273,7 +273,7 @@ def reward_model_of(config: Config) -> ModelConfig | None:
         return None
     if not Path(path).exists():
         return config.model
-    with open_source(path) as source:
+    with open_weights(path) as source:
         return source.architecture
 
 
