@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,11 @@ def pair_names(name: str) -> tuple[str, str]:
 def layer_name(name: str) -> str:
     """`q_proj` of `model.layers.0.self_attn.q_proj.weight`, as `adapter.targets` has it."""
     return name.split(".")[-2]
+
+
+def adapted_layers(names: Iterable[str]) -> tuple[str, ...]:
+    """The layers, as `adapter.targets` has them, that tensors of these names belong to; sorted."""
+    return tuple(sorted({name.removesuffix(DOWN).split(".")[-1] for name in names if name.endswith(DOWN)}))
 
 
 class LoRA:

@@ -23,7 +23,7 @@ from megalite.config import AdapterConfig
 from megalite.errors import UserError
 from megalite.files import atomic_file, write_atomically
 from megalite.model.decoder import SCORE
-from megalite.model.lora import layer_name, pair_names
+from megalite.model.lora import adapted_layers, pair_names
 from megalite.placement import Region
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,8 +87,7 @@ class PeftSource:
         self._file = TensorFile(self.directory / WEIGHTS)
         try:
             self._names = {name.removeprefix(_PREFIX): name for name in self._file.tensors}
-            layers = [layer_name(name) for name in self._names if ".lora_A." in name]
-            self.config = adapter_of(config, where, tuple(sorted(set(layers))))
+            self.config = adapter_of(config, where, adapted_layers(self._names))
         except BaseException:
             self.close()
             raise
@@ -134,7 +133,6 @@ def write_peft(
     with atomic_file(directory / WEIGHTS) as file:
         file.write(save(tensors, {"format": "pt"}))
     scores = SCORE in names
-    layers = sorted({layer_name(name) for name in names if ".lora_A." in name})
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
@@ -142,7 +140,7 @@ def write_peft(
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "use_rslora": adapter.kind == "rslora",
-        "target_modules": layers,
+        "target_modules": list(adapted_layers(names)),
         "modules_to_save": ["score"] if scores else None,
         "bias": "none",
         "fan_in_fan_out": False,
