@@ -29,8 +29,15 @@ def build_adapter(config: Config) -> Adapter | None:
                 f"adapter.targets names {target!r}, and no layer that takes an adapter is called so; "
                 f"use some of {', '.join(known)}"
             )
-    make: Callable[[AdapterConfig], Adapter] = look_up("adapter.kind", config.adapter.kind)
-    return make(config.adapter)
+    return make_adapter(config.adapter)
+
+
+def make_adapter(config: AdapterConfig) -> Adapter | None:
+    """The same without a check of its targets."""
+    if config.kind == "none":
+        return None
+    make: Callable[[AdapterConfig], Adapter] = look_up("adapter.kind", config.kind)
+    return make(config)
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,11 +26,8 @@ from torch.nn import functional
 from megalite.config import AdapterConfig
 from megalite.errors import UserError
 from megalite.model.build import Build
-from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.linear import (
-    PLAIN,
     ColumnParallelLinear,
-    Products,
     Prologue,
     RowParallelLinear,
     accumulate_product,
@@ -110,87 +107,93 @@ class Part:
     columns: slice
 
 
-class _AddUp(Function):
-    """y_SNo += scale * gather(u_sNR) @ B^T, part by part, in place; u is gathered along the sequence again in
-    backward, under the product for its gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        u: Tensor,
-        weight: PlacedParameter,
-        region: TensorRegion,
-        parts: Sequence[Part],
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(u)
-        ctx.weight, ctx.region, ctx.parts, ctx.scale = weight, region, parts, scale
-        ctx.mark_dirty(y)
-        return add_up(y, u, weight, region, parts, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (u,), (grad_SNo,) = ctx.saved_tensors, grads
-        weight, region = ctx.weight, ctx.region
-        u_SNR, gathered = region.gather_start(u)
-        products = [grad_SNo[..., part.outputs] @ weight.gathered()[part.rows] for part in ctx.parts]
-        grad_u, summed = region.sum_start(torch.cat(products, -1).mul_(ctx.scale))
-        gathered.wait()
-        grad_weight = now_or_later(weight, lambda: _add_up_gradient(weight, grad_SNo, u_SNR, ctx.parts, ctx.scale))
-        summed.wait()
-        return grad_SNo, grad_u, grad_weight, None, None, None
-
-
-def add_up(
-    y: Tensor, u: Tensor, weight: PlacedParameter, region: TensorRegion, parts: Sequence[Part], scale: float
-) -> Tensor:
-    """y_SNo += scale * gather(u_sNR) @ B^T, in place."""
-    u_MR, y_Mo, weight_or = region.gather(u).flatten(0, -2), y.flatten(0, -2), weight.gathered()
+def add_up(y: Tensor, u: Tensor, up: PlacedParameter, parts: Sequence[Part], scale: float) -> Tensor:
+    """y_SNo += scale * u_SNR @ B^T, part by part, in place."""
+    y_Mo, u_MR, up_or = y.flatten(0, -2), u.flatten(0, -2), up.gathered()
     for part in parts:
-        y_Mo[:, part.outputs].addmm_(u_MR[:, part.columns], weight_or[part.rows].t(), alpha=scale)
+        y_Mo[:, part.outputs].addmm_(u_MR[:, part.columns], up_or[part.rows].t(), alpha=scale)
     return y
 
 
-def _add_up_gradient(
-    weight: PlacedParameter, grad_SNo: Tensor, u_SNR: Tensor, parts: Sequence[Part], scale: float
+def up_input_gradient(grad_SNo: Tensor, up: PlacedParameter, parts: Sequence[Part], scale: float) -> Tensor:
+    """The gradient of `add_up` for u [S, N, R]."""
+    up_or = up.gathered()
+    products = [grad_SNo[..., part.outputs] @ up_or[part.rows] for part in parts]
+    return (products[0] if len(products) == 1 else torch.cat(products, -1)).mul_(scale)
+
+
+def up_weight_gradient(
+    up: PlacedParameter, grad_SNo: Tensor, u_SNR: Tensor, parts: Sequence[Part], scale: float
 ) -> Tensor | None:
-    """Add scale * grad^T @ u of each part to B's gradient buffer; without a buffer, return it for autograd."""
-    buffer = weight.grad_buffer()
-    total = torch.zeros_like(weight) if buffer is None else buffer
+    """Add the gradient of `add_up` for B to B's gradient buffer; without a buffer, return it for autograd."""
+    buffer = up.grad_buffer()
+    total = torch.zeros_like(up) if buffer is None else buffer
     grad_Mo, u_MR = grad_SNo.flatten(0, -2), u_SNR.flatten(0, -2).mul(scale)
     for part in parts:
         accumulate_product(total[part.rows], grad_Mo[:, part.outputs], u_MR[:, part.columns])
     if buffer is None:
         return total
-    weight.gradient_added()
+    up.gradient_added()
     return None
 
 
-class _RowAndDown(Function):
-    """prologue(inputs)_SNi -> (W x, A x), [s, N, O] and [s, N, r], W frozen: both products have their input in common,
-    in forward, in backward, and where it is recomputed."""
+class _Column(Function):
+    """x_sNI -> y_SNo = W x + b + scale * B A x, W and b frozen. In backward the sum of the input's gradient over the
+    ranks runs under the adapter's own products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: PlacedParameter, up: PlacedParameter, module: LoRAColumn) -> Tensor:
+        y_SNo, u_sNR = module.compute(x)
+        ctx.save_for_backward(x, u_sNR)
+        ctx.module = module
+        return y_SNo
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, u_sNR), (grad_SNo,), module = ctx.saved_tensors, grads, ctx.module
+        layer, down, up, parts, scale = module.layer, module.down, module.up, module.parts, module.scale
+        region = layer.region
+        u_SNR, gathered = region.gather_start(u_sNR)
+        grad_u, summed_u = region.sum_start(up_input_gradient(grad_SNo, up, parts, scale))
+        grad_x = summed = None
+        if ctx.needs_input_grad[0]:
+            grad_x, summed = region.sum_start(layer.products.input_gradient(grad_SNo, layer.weight.gathered()))
+        gathered.wait()
+        grad_up = now_or_later(up, lambda: up_weight_gradient(up, grad_SNo, u_SNR, parts, scale))
+        summed_u.wait()
+        grad_down = now_or_later(down, lambda: add_weight_gradient(down, grad_u, x))
+        if grad_x is not None and summed is not None:
+            summed.wait()
+            grad_x.flatten(0, -2).addmm_(grad_u.flatten(0, -2), down.gathered())
+        return grad_x, grad_down, grad_up, None
+
+
+class _Row(Function):
+    """x_SNi = prologue(inputs) -> y_sNO = W x + scale * B A x, W frozen: W and A have their input in common, in
+    forward, in backward, and where it is recomputed."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        weight: PlacedParameter,
         down: PlacedParameter,
-        region: TensorRegion,
-        products: Products,
+        up: PlacedParameter,
+        module: LoRARow,
         prologue: Prologue | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(*inputs)
-        ctx.weight, ctx.down, ctx.region, ctx.products, ctx.prologue = weight, down, region, products, prologue
-        return row_and_down(weight, down, region, products, prologue, *inputs)
+    ) -> Tensor:
+        y_sNO, u_sNr = module.compute(prologue(*inputs) if prologue else inputs[0])
+        ctx.save_for_backward(u_sNr, *inputs)
+        ctx.module, ctx.prologue = module, prologue
+        return y_sNO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_sNO, grad_sNr = grads
-        inputs, region, down = ctx.saved_tensors, ctx.region, ctx.down
-        grad_SNr, gathered = region.gather_start(grad_sNr)
-        grad_x = ctx.products.input_gradient(region.gather(grad_sNO), ctx.weight.gathered())
+        (grad_sNO,), (u_sNr, *inputs), module = grads, ctx.saved_tensors, ctx.module
+        layer, down, up, parts, scale = module.layer, module.down, module.up, module.parts, module.scale
+        region = layer.region
+        grad_SNr, gathered = region.gather_start(up_input_gradient(grad_sNO, up, parts, scale))
+        grad_x = layer.products.input_gradient(region.gather(grad_sNO), layer.weight.gathered())
+        grad_up = now_or_later(up, lambda: up_weight_gradient(up, grad_sNO, u_sNr, parts, scale))
         gathered.wait()
         grad_x.flatten(0, -2).addmm_(grad_SNr.flatten(0, -2), down.gathered())
         x_SNi = inputs[0]
@@ -199,23 +202,7 @@ class _RowAndDown(Function):
             x_SNi = output.detach()
         grad_down = now_or_later(down, lambda: add_weight_gradient(down, grad_SNr, x_SNi))
         grad_inputs = (grad_x,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_x)
-        return None, grad_down, None, None, None, *grad_inputs
-
-
-def row_and_down(
-    weight: PlacedParameter,
-    down: PlacedParameter,
-    region: TensorRegion,
-    products: Products,
-    prologue: Prologue | None,
-    *inputs: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(W x, A x) of x = prologue(*inputs), summed over the ranks."""
-    x_SNi = prologue(*inputs) if prologue else inputs[0]
-    narrow, summed = region.sum_start(functional.linear(x_SNi, down.gathered()))
-    wide = region.sum(products.output(x_SNi, weight.gathered(), None))
-    summed.wait()
-    return wide, narrow
+        return grad_down, grad_up, None, None, *grad_inputs
 
 
 class LoRAColumn(nn.Module):
@@ -228,7 +215,7 @@ class LoRAColumn(nn.Module):
 
     def __init__(self, lora: LoRA, build: Build, layer: ColumnParallelLinear, boxes: tuple[Box, ...]) -> None:
         super().__init__()
-        self.layer, self.scale, self.region = layer, lora.scale, build.region
+        self.layer, self.scale = layer, lora.scale
         rank, inputs = lora.rank, boxes[0].shape[1]
         replicas = build.mesh.ranks_along("tp")
         partial = build.region.sequence and len(replicas) > 1  # each rank then has its own tokens
@@ -247,16 +234,24 @@ class LoRAColumn(nn.Module):
             self.parts.append(Part(slice(first, first + size), slice(rows, rows + size), slice(column, column + rank)))
             rows += size
         width = rank * len(self.parts)
-        weight = build.parameter(
+        self.down = build.parameter(
             down[0].name, (width, inputs), tuple(down), init="uniform", std=down_std(inputs), role=ROLE
         )
-        self.down = ColumnParallelLinear(weight, None, build.alone_region, PLAIN)
         self.up = build.parameter(up[0].name, (rows, rank), tuple(up), init="zeros", role=ROLE)
 
+    def compute(self, x_sNI: Tensor) -> tuple[Tensor, Tensor]:
+        """(the layer's output [S, N, o], what A made of this rank's tokens [s, N, R])."""
+        layer = self.layer
+        u_sNR = functional.linear(x_sNI, self.down.gathered())
+        u_SNR, gathered = layer.region.gather_start(u_sNR)
+        y_SNo = layer.products.output(layer.region.gather(x_sNI), layer.weight.gathered(), layer.bias)
+        gathered.wait()
+        return add_up(y_SNo, u_SNR, self.up, self.parts, self.scale), u_sNR
+
     def forward(self, x_sNI: Tensor) -> Tensor:
-        y_SNo, u_sNR = self.layer(x_sNI), self.down(x_sNI)
-        add = _AddUp.apply if torch.is_grad_enabled() else add_up
-        return add(y_SNo, u_sNR, self.up, self.region, self.parts, self.scale)
+        if not torch.is_grad_enabled():
+            return self.compute(x_sNI)[0]
+        return _Column.apply(x_sNI, self.down, self.up, self)
 
 
 def _narrowed(box: Box, name: str, rank: int, row: int) -> Box:
@@ -271,7 +266,7 @@ class LoRARow(nn.Module):
 
     def __init__(self, lora: LoRA, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]) -> None:
         super().__init__()
-        self.layer, self.scale, self.region = layer, lora.scale, build.alone_region
+        self.layer, self.scale = layer, lora.scale
         (outputs, inputs), (start, length) = layer.weight.placement.boxes[0].shape, columns
         lora.require_fit(name, (outputs, inputs))
         down_name, up_name = pair_names(name)
@@ -282,9 +277,16 @@ class LoRARow(nn.Module):
         self.up = build.replicated_parameter(up_name, (outputs, lora.rank), init="zeros", role=ROLE)
         self.parts = (Part(slice(0, outputs), slice(0, outputs), slice(0, lora.rank)),)
 
+    def compute(self, x_SNi: Tensor) -> tuple[Tensor, Tensor]:
+        """(the layer's output [s, N, O], what A made of them [s, N, r]), summed over the ranks."""
+        layer = self.layer
+        u_sNr, summed = layer.region.sum_start(functional.linear(x_SNi, self.down.gathered()))
+        y_sNO = layer.region.sum(layer.products.output(x_SNi, layer.weight.gathered(), None))
+        summed.wait()
+        return add_up(y_sNO, u_sNr, self.up, self.parts, self.scale), u_sNr
+
     def forward(self, *inputs: Tensor, prologue: Prologue | None = None) -> Tensor:
         """As `RowParallelLinear`."""
-        layer, grad = self.layer, torch.is_grad_enabled()
-        both, add = (_RowAndDown.apply, _AddUp.apply) if grad else (row_and_down, add_up)
-        y_sNO, u_sNr = both(layer.weight, self.down, layer.region, layer.products, prologue, *inputs)
-        return add(y_sNO, u_sNr, self.up, self.region, self.parts, self.scale)
+        if not torch.is_grad_enabled():
+            return self.compute(prologue(*inputs) if prologue else inputs[0])[0]
+        return _Row.apply(self.down, self.up, self, prologue, *inputs)

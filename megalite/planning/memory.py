@@ -117,7 +117,9 @@ def _update_memory(job: Job, rank: int, beside: dict[str, float]) -> RankMemory:
     # The optimizer's step: activations are gone, the new parameters are being gathered.
     gather = 0.0
     if job.zero >= 1:
-        gather = job.element_bytes * sum(own / ranks for own, ranks in rank_shares(job, rank) if ranks > 1)
+        gather = job.element_bytes * sum(
+            own / ranks for own, ranks in rank_shares(job, rank, trained=True) if ranks > 1
+        )
     if gather > worst.total + transfers:
         worst, transfers = _Moment(gather, 0.0, gather, 0.0, 0), 0.0
     parts["activations"] = worst.kept
