@@ -34,8 +34,8 @@ def check_inputs(config: Config, ranks: int, *, count_parameters: bool = True) -
     check(config, ranks)
     require_credentials(config)
     config, _ = resolve_tokenizer(config)
-    samples, _ = open_data(config)
     parameters = _parameters(config) if count_parameters else ""
+    samples, _ = open_data(config)
     read: tuple[str, ...]
     if isinstance(samples, TokenDataset):
         read = (counted(len(samples), "sample"), _repetition(samples))
