@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.huggingface.export import recipe_of
 from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
 from megalite.checkpoint.huggingface.peft import PeftSource, is_peft
 from megalite.checkpoint.manifest import MANIFEST
@@ -102,7 +103,7 @@ class Merged:
             there = {pair: found.pop(pair) for pair in (down, up) if pair in found}
             compare_shapes(expected, there, str(self.directory), f"its base {getattr(base, 'directory', '')}".strip())
             self._pairs[name] = (down, up)
-        stray = sorted(name for name in found if pair_of(name))
+        stray = sorted(name for name in found if is_adapters(name))
         if stray:
             raise UserError(f"{self.directory}: {stray[0]} belongs to no weight of its base")
         self._shapes = {**base_shapes, **found}
@@ -128,7 +129,7 @@ class Merged:
         return torch.addmm(box.float(), up_Or, down_rI, alpha=self._scale)
 
 
-def pair_of(name: str) -> bool:
+def is_adapters(name: str) -> bool:
     """Whether a tensor is one of LoRA's."""
     return name in pair_names(name.rsplit(".lora_", 1)[0])
 
@@ -175,8 +176,6 @@ def open_checkpoint(reader: CheckpointReader, prefix: str = "") -> Iterator[Sour
 
 def adapter_config_of(reader: CheckpointReader) -> AdapterConfig:
     """The section `adapter` of a checkpoint's recipe."""
-    from megalite.checkpoint.huggingface.export import recipe_of
-
     return build_config({"adapter": recipe_of(reader).get("adapter", {})}).adapter
 
 

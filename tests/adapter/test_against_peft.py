@@ -17,8 +17,8 @@ pytest.importorskip("peft")
 
 LAYOUTS = (
     Layout(),
-    Layout(tensor=2, sequence=True),
-    Layout(pipeline=2),
+    pytest.param(Layout(tensor=2, sequence=True), marks=pytest.mark.slow),
+    pytest.param(Layout(pipeline=2), marks=pytest.mark.slow),
     Layout(data=2, zero=3),
     Layout(tensor=2, sequence=True, pipeline=2),
 )

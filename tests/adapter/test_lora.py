@@ -20,6 +20,7 @@ from tests.support.parity import (
     Case,
     Layout,
     Piece,
+    assemble,
     assert_close,
     assert_same_bits,
     build_trainer,
@@ -141,6 +142,27 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_state() -> None:
         assert segment.master.dtype == (torch.float32 if adapter else torch.bfloat16)
         assert adapter or segment.master.data_ptr() == segment.bucket.parameters.data_ptr()
         assert all((slot.parameter.main_grad is not None) == adapter for slot in segment.bucket.slots)
+
+
+EXPERTS = {"model.experts": 4, "model.dense_layers": (0,), "model.aux_loss": 0.01, "model.router_bias_rate": 0.01}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), pytest.param(Layout(tensor=2, sequence=True, data=2, expert=2, zero=3), marks=pytest.mark.slow)],
+    ids=lambda layout: layout.name,
+)
+def test_beside_experts(pool: Any, layout: Layout) -> None:
+    """Experts, routers and what has been learnt about their load stay as they are."""
+    case = case_of(**EXPERTS)
+    trainer = build_trainer(case.config(1), 0, 1)
+    before, after = assemble([pieces_of_weights(trainer)], 1), train_alone(case)
+    assert {name for name in before if "lora_" in name} == set(after.gradients)
+    assert "model.layers.0.mlp.up_proj.lora_A.weight" in before
+    assert not any("experts" in name for name in after.gradients)
+    assert all("lora_" in name or torch.equal(values, after.weights[name]) for name, values in before.items())
+    if layout.world > 1:
+        assert_close(train(pool, case, layout, chaos=True), after)
 
 
 # Policies
