@@ -30,7 +30,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "grpo": "megalite.objective.policy:ClippedPolicy",
         },
         "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW", "muon": "megalite.optim.muon:Muon"},
-        "adapter.kind": {},
+        "adapter.kind": {
+            "lora": "megalite.model.lora:LoRA",
+            "rslora": "megalite.model.lora:RankStabilisedLoRA",
+        },
     }
 )
 """By configuration field: what its names stand for. docs/extending.md says what each must be."""

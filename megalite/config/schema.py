@@ -329,11 +329,13 @@ class AdapterConfig:
     """Small trained layers beside frozen weights."""
 
     kind: Annotated[str, Named(("none", *BUILT_IN["adapter.kind"]))] = "none"
-    """`none` trains all weights; with `module:Class` of your own (docs/extending.md) only the adapters are trained."""
+    """`none` trains all weights. `lora` freezes them and trains a pair of small matrices beside each linear layer
+    (Hu et al. 2021); `rslora` scales their product by alpha / sqrt(rank) instead of alpha / rank. `module:Class` for
+    one of your own (docs/extending.md)."""
     rank: Annotated[int, AtLeast(1, 1 << 20)] = 8
     """Width of an adapter's bottleneck."""
     alpha: Annotated[float, Above(0, 1e6)] = 16.0
-    """Scale of an adapter's output, before the division by its rank."""
+    """Scale of an adapter's output, before the division by its rank (`rslora`: by its root)."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, as `q_proj` or `down_proj`; all where empty."""
 

@@ -221,11 +221,14 @@ class StageBuckets:
             bucket.wait_for_all_gather()
 
     @torch.no_grad()
-    def fill(self, write: Callable[[PlacedParameter], object]) -> None:
-        """Call `write` for every parameter, which it must overwrite; under ZeRO-3 one bucket at a time is unsharded."""
+    def fill(self, write: Callable[[PlacedParameter], object], trained: bool | None = None) -> None:
+        """Call `write` for every parameter (or those alone that are trained, or not), which it must overwrite; under
+        ZeRO-3 one bucket at a time is unsharded."""
         self.wait_for_all_gather()
         self._window.clear()
         for bucket in self.buckets:
+            if trained is not None and bucket.trained != trained:
+                continue
             bucket.open()
             for slot in bucket.slots:
                 write(slot.parameter)

@@ -118,7 +118,9 @@ def _update_memory(job: Job, rank: int, beside: dict[str, float]) -> RankMemory:
     # The optimizer's step: activations are gone, matrices are orthogonalised or the new parameters being gathered.
     gather = 0.0
     if job.zero >= 1:
-        gather = job.element_bytes * sum(own / ranks for own, ranks in rank_shares(job, rank) if ranks > 1)
+        gather = job.element_bytes * sum(
+            own / ranks for own, ranks in rank_shares(job, rank, trained=True) if ranks > 1
+        )
     after = max(gather, muon_bytes(job, rank))
     if after > worst.total + transfers:
         worst, transfers = _Moment(after, 0.0, after, 0.0, 0), 0.0
