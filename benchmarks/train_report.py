@@ -20,7 +20,9 @@ from megalite.schedule.schedules import build_schedule
 from megalite.schedule.simulate import simulate
 
 PHASES = ("data", "forward", "backward", "exposed", "optimizer", "other")
-_EXPOSED = ("wait_pipeline", "wait_tensor", "wait_context", "wait_expert", "reduce", "wait_others", "gather")
+_EXPOSED = (
+    "wait_pipeline", "wait_tensor", "wait_context", "wait_expert", "reduce", "wait_others", "wait_optimizer", "gather",
+)  # fmt: skip
 Turns = Sequence[Sequence[Mapping[str, Any]]]
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -166,6 +167,22 @@ class Group:
         work = dist.all_to_all_single(output, tensor, list(arriving), list(leaving), group=self.handle, async_op=True)
         assert work is not None
         return _Timed(self, work)
+
+    def gather_json(self, value: Any, device: torch.device = CPU) -> list[Any]:
+        """Every rank's JSON value, in the order of the ranks; complete on return. `device` is where the group's
+        tensors are. Meant for short values."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = torch.empty(self.size, dtype=torch.int64, device=device)
+        self.all_gather(lengths, torch.tensor([len(text)], device=device)).wait()
+        width = int(lengths.max())
+        padded = torch.zeros(width, dtype=torch.uint8, device=device)
+        everything = torch.empty(self.size * width, dtype=torch.uint8, device=device)
+        padded[: len(text)] = text.to(device)
+        self.all_gather(everything, padded).wait()
+        rows = everything.cpu().view(self.size, width)
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(rows, lengths.tolist())]
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         """Overwrite `tensor` with the one on the rank at index `source` of the group."""

@@ -93,9 +93,9 @@ class Box:
 class Placement:
     """The boxes of one local parameter, how its global tensors are initialised, and how it is trained.
 
-    `init` is `normal` (with standard deviation `std`), `ones` or `zeros`. `reduce` names the mesh axes over which the
-    gradient is summed: those whose ranks see different data. `role` says what the parameter is (`matrix`, `vector`,
-    `embedding`, `output`, `adapter`); optimizers select by it.
+    `init` is `normal` or `uniform` (around 0, with standard deviation `std`), `ones` or `zeros`. `reduce`
+    names the mesh axes over which the gradient is summed: those whose ranks see different data. `role` says what the
+    parameter is (`matrix`, `vector`, `embedding`, `output`, `adapter`); optimizers select by it.
     """
 
     boxes: tuple[Box, ...]

@@ -29,8 +29,11 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "ppo": "megalite.objective.policy:ClippedPolicy",
             "grpo": "megalite.objective.policy:ClippedPolicy",
         },
-        "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW"},
-        "adapter.kind": {},
+        "optimizer.kind": {"adamw": "megalite.optim.adamw:AdamW", "muon": "megalite.optim.muon:Muon"},
+        "adapter.kind": {
+            "lora": "megalite.model.lora:LoRA",
+            "rslora": "megalite.model.lora:RankStabilisedLoRA",
+        },
     }
 )
 """By configuration field: what its names stand for. docs/extending.md says what each must be."""

@@ -129,6 +129,10 @@ def layout(*overrides, world_size=1):
         (1, "--optimizer.min_lr 1", "optimizer.min_lr = 1.0 exceeds optimizer.lr = 0.0003"),
         (1, "--optimizer.lr 0", "optimizer.lr = 0.0 is too small; it must be above 0"),
         (1, "--optimizer.beta1 1", "optimizer.beta1 = 1.0 is too large; it must be at least 0 and below 1"),
+        (1, "--optimizer.kind muno", "optimizer.kind = 'muno' is unknown; it must be one of adamw, muon"),
+        (1, "--optimizer.muon_lr 0", "optimizer.muon_lr = 0.0 is too small; it must be above 0"),
+        (1, "--optimizer.momentum 1", "optimizer.momentum = 1.0 is too large; it must be at least 0 and below 1"),
+        (1, "--optimizer.newton_schulz_steps 0", "optimizer.newton_schulz_steps = 0 is too small"),
         (1, "--optimizer.beta2 -0.1", "optimizer.beta2 = -0.1 is too small"),
         (
             1,

@@ -1,12 +1,14 @@
-"""Between megalite's checkpoints and Hugging Face directories, streaming: a 70B model needs a few GB of memory.
+"""Between megalite's checkpoints, Hugging Face directories and adapters, streaming: 70B take a few GB of memory.
 
 python tools/convert_checkpoint.py to-hf CHECKPOINT_DIR HF_DIR [--dtype auto|float32|bfloat16|float16] [--shard-gb 5]
                                                                 [--role policy|critic] [--stacked-experts]
 python tools/convert_checkpoint.py from-hf HF_DIR CHECKPOINT_DIR
+python tools/convert_checkpoint.py merge ADAPTER_CHECKPOINT CHECKPOINT_DIR
 
-CHECKPOINT_DIR is, for `to-hf`, a run directory (its newest checkpoint) or one checkpoint inside it; `from-hf` makes a
-run directory with `checkpoints/step_00000000` and a `config.toml` to train on from. The output must not exist, or be
-empty; it appears complete or not at all.
+CHECKPOINT_DIR is, for `to-hf`, a run directory (its newest checkpoint) or one checkpoint inside it; `from-hf` and
+`merge` make a run directory with `checkpoints/step_00000000` and a `config.toml` to train on from. An adapter alone
+becomes a PEFT directory; `merge` takes either and adds it to its base. The output must not exist, or be empty; it
+appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import argparse
 import sys
 import time
 
-from megalite.checkpoint.huggingface.export import Progress, export_huggingface
+from megalite.checkpoint.huggingface.adapter_export import export_adapter, holds_adapter
+from megalite.checkpoint.huggingface.export import Export, Progress, export_huggingface
 from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface_config import NAMES
+from megalite.checkpoint.merge import merge_adapter
 from megalite.checkpoint.source import CheckpointReader
 from megalite.cli import Parser, file_path, number, program
 from megalite.errors import UserError
@@ -26,7 +30,7 @@ from megalite.observe.formatting import counted
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("direction", choices=("to-hf", "from-hf"))
+    parser.add_argument("direction", choices=("to-hf", "from-hf", "merge"))
     parser.add_argument("source", type=file_path, metavar="FROM")
     parser.add_argument("target", type=file_path, metavar="TO")
     parser.add_argument("--dtype", default="auto", choices=("auto", *NAMES.values()), help="to-hf: of the weights")
@@ -41,9 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(argv)
     given = (options.dtype, options.shard_gb, options.role, options.stacked_experts)
-    if options.direction == "from-hf" and given != ("auto", 5.0, "policy", False):
+    if options.direction != "to-hf" and given != ("auto", 5.0, "policy", False):
         raise UserError(
-            "--dtype, --shard-gb, --role and --stacked-experts belong to to-hf; from-hf keeps the dtype of the weights"
+            "--dtype, --shard-gb, --role and --stacked-experts belong to to-hf; "
+            f"{options.direction} keeps the dtype of the weights"
         )
     return options
 
@@ -61,24 +66,34 @@ def progress_line() -> Progress | None:
     return show
 
 
+def export(reader: CheckpointReader, options: argparse.Namespace) -> Export:
+    """Write a model, or an adapter alone, in Hugging Face's form."""
+    if holds_adapter(reader):
+        return export_adapter(reader, options.target, options.dtype, role=options.role)
+    return export_huggingface(
+        reader,
+        options.target,
+        options.dtype,
+        int(options.shard_gb * 10**9),
+        progress_line(),
+        role=options.role,
+        stacked_experts=options.stacked_experts,
+    )
+
+
 @program
 def main() -> None:
     options, started = parse(), time.monotonic()
     if options.direction == "to-hf":
         with CheckpointReader(options.source) as reader:
-            shard_bytes = int(options.shard_gb * 10**9)
-            result = export_huggingface(
-                reader,
-                options.target,
-                options.dtype,
-                shard_bytes,
-                progress_line(),
-                role=options.role,
-                stacked_experts=options.stacked_experts,
-            )
+            result = export(reader, options)
             came_from = reader.directory
         size = f"{result.weight_bytes / 1e9:.3g} GB in {counted(len(result.files), 'file')}"
         written = f"{counted(result.tensors, 'tensor')}, {size}"
+    elif options.direction == "merge":
+        config = merge_adapter(options.source, options.target, progress_line())
+        came_from = options.source
+        written = f"{counted(config.model.layers, 'layer')}, whole weights"
     else:
         config = import_huggingface(options.source, options.target, progress_line())
         came_from = options.source

@@ -62,13 +62,26 @@ SECONDS = 240
 
 
 def layout(
-    processes: int, micro: int = 2, batch: int = 4, model: dict[str, Any] | None = None, **fields: Any
+    processes: int,
+    micro: int = 2,
+    batch: int = 4,
+    model: dict[str, Any] | None = None,
+    adapter: dict[str, Any] | None = None,
+    **fields: Any,
 ) -> tuple[int, dict[str, Any]]:
     """(processes, recipe) of one measurement; `fields` are those of [parallel], and precision and recompute; `model`
-    is added to MODEL."""
+    is added to MODEL, `adapter` is the section of that name."""
     train = {"seq_length": 512, "micro_batch_size": micro, "global_batch_size": batch, "precision": "fp32"}
     train |= {name: fields.pop(name) for name in ("precision", "recompute") if name in fields}
-    return processes, {"model": MODEL | (model or {}), "parallel": fields, "train": train}
+    return processes, {
+        "model": MODEL | (model or {}),
+        "parallel": fields,
+        "train": train,
+        "adapter": adapter or {},
+    }
+
+
+LORA = {"kind": "lora", "rank": 16}
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -87,6 +100,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2, ZeRO-1, bf16": layout(2, zero=1, precision="bf16"),
     "data 2, ZeRO-2": layout(2, zero=2),
     "data 2, ZeRO-3": layout(2, zero=3),
+    "LoRA": layout(1, 4, adapter=LORA),
+    "LoRA, bf16": layout(1, 4, adapter=LORA, precision="bf16"),
+    "LoRA, selective": layout(1, 4, adapter=LORA, recompute="selective"),
+    "LoRA, data 2, ZeRO-3": layout(2, adapter=LORA, zero=3),
+    "LoRA, tensor 2": layout(2, 4, adapter=LORA, tensor=2),
     "context 2, gather": layout(2, 4, context=2, context_mode="gather"),
     "context 2, ring": layout(2, 4, context=2, context_mode="ring"),
     "context 2, ulysses": layout(2, 4, context=2, context_mode="ulysses"),

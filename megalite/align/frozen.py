@@ -6,59 +6,21 @@ records where they came from and what was there, and a run does not go on with a
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
-from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.peers import Peers
-from megalite.checkpoint.restore import ADAPTABLE, compare_model, model_fields
-from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
-from megalite.config import Config, ModelConfig, build_config
+from megalite.checkpoint.restore import ADAPTABLE, compare_model
+from megalite.checkpoint.source import fill_model
+from megalite.checkpoint.weights import Identity, open_weights
+from megalite.config import AdapterConfig, Config, ModelConfig
 from megalite.config.check import check_combinations
 from megalite.errors import UserError
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.sharded import ShardedModel
-
-Identity = Mapping[str, str]
-"""Where a frozen model came from (`source`), and a hash of what describes its files (`sha256`)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """The weights of another run, checkpoint or Hugging Face directory, open to be read."""
-
-    tensors: TensorSource
-    model: Mapping[str, Any]
-    identity: dict[str, str]
-
-    @property
-    def architecture(self) -> ModelConfig:
-        return build_config({"model": dict(self.model)}).model
-
-
-@contextlib.contextmanager
-def open_source(path: str) -> Iterator[Source]:
-    """Open a run directory (its newest checkpoint), a checkpoint or a Hugging Face directory. Raises UserError."""
-    if is_huggingface(Path(path)):
-        with HuggingFaceSource(path) as source:
-            # Weights are too large to be hashed at every start; sizes tell most changes.
-            names = sorted((file.name, file.stat().st_size) for file in source.directory.iterdir() if file.is_file())
-            described = (source.directory / "config.json").read_bytes() + repr(names).encode()
-            yield Source(source, model_fields(source.model), _identity(source.directory, described))
-        return
-    with CheckpointReader(path) as reader:
-        described = (reader.directory / MANIFEST).read_bytes()  # it holds the checksum of every tensor
-        yield Source(reader, reader.manifest.model, _identity(reader.directory, described))
-
-
-def _identity(directory: Path, described: bytes) -> dict[str, str]:
-    return {"source": str(directory), "sha256": hashlib.sha256(described).hexdigest()}
 
 
 def load_frozen(
@@ -78,10 +40,11 @@ def load_frozen(
     the same. `known` is the identity with which the run began. Raises UserError on every rank.
     """
     fault, loaded = "", None
+    config = dataclasses.replace(config, adapter=AdapterConfig())  # one in the files is merged
     try:
         # A run directory's newest checkpoint may change; a run goes on with the one that it began with.
         place = known["source"] if known and Path(known["source"]).exists() else path
-        with open_source(place) as source:
+        with open_weights(place) as source:
             if known is not None and source.identity["sha256"] != known["sha256"]:
                 raise UserError(
                     f"{field} = {path!r}: {place} is not the model with which this run began; restore that one"
@@ -91,7 +54,7 @@ def load_frozen(
             else:
                 config = _with_model(config, mesh, source.architecture, field, place)
             model = ShardedModel(config, mesh, kernels, head=head, trained=False)
-            fill_model(model, source.tensors)
+            fill_model(model, source.whole())
             loaded = model, dict(source.identity)
     except UserError as error:
         fault = str(error)
@@ -115,10 +78,12 @@ def _with_model(config: Config, mesh: Mesh, other: ModelConfig, field: str, plac
 
 class Reference:
     """The frozen model that a policy is compared with: `objective.reference`, else `checkpoint.load`, else the initial
-    weights of `run.seed`."""
+    weights of `run.seed`. A `policy` with an adapter has it in itself: without `objective.reference`, the reference is
+    the policy without its adapter, and no copy."""
 
-    def __init__(self, config: Config, mesh: Mesh, kernels: Kernels, peers: Peers) -> None:
+    def __init__(self, config: Config, mesh: Mesh, kernels: Kernels, peers: Peers, policy: ShardedModel) -> None:
         self._config, self._mesh, self._kernels, self._peers = config, mesh, kernels, peers
+        self._policy = policy
         self._model: ShardedModel | None = None
         self._identity: dict[str, str] = {}
 
@@ -132,6 +97,9 @@ class Reference:
         if self._model is not None:
             return
         config = self._config
+        if self._policy.adapter is not None and not config.objective.reference:
+            self._model = self._policy.without_adapter()
+            return
         path = config.objective.reference or config.checkpoint.load
         known = state.get("reference") or None
         if path or known:

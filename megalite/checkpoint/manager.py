@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint import directory
-from megalite.checkpoint.huggingface.names import HuggingFaceSource, is_huggingface
+from megalite.checkpoint.huggingface.names import is_huggingface
+from megalite.checkpoint.huggingface.peft import is_peft
 from megalite.checkpoint.identity import RunIdentity
 from megalite.checkpoint.lock import RunLock
 from megalite.checkpoint.manifest import Index, Manifest, Piece, add_piece
@@ -45,6 +46,7 @@ from megalite.checkpoint.source import CheckpointReader
 from megalite.checkpoint.staging import Staging
 from megalite.checkpoint.state import Checkpointable
 from megalite.checkpoint.tensor_file import DamagedFile, write_durably, write_tensor_file
+from megalite.checkpoint.weights import begin_from, open_checkpoint, open_weights, restore_bases
 from megalite.config import Config, to_toml
 from megalite.errors import UserError
 from megalite.mesh import Mesh
@@ -62,6 +64,11 @@ class _Snapshot:
     final: Path
     tensors: list[dict[str, Tensor]]
     manifest: Manifest
+
+
+def bases_of(trainer: Checkpointable) -> dict[str, dict[str, str]]:
+    """Which weights the trainer's adapters belong to, by the prefix of the model."""
+    return {model.prefix: dict(model.base) for model in trainer.models if model.base is not None}
 
 
 def _attempt(action: Callable[[], Any]) -> str | None:
@@ -137,9 +144,9 @@ class CheckpointManager:
         background = self.config.checkpoint.async_save
         if self._staging is None or self._staging.trainer is not trainer:
             self._staging = Staging(trainer)
-        manifest = Manifest(
-            position(state), trainer.optimizer.step_count, dict(state), model_fields(self.config.model), {}, {}, {}
-        )
+        model, bases = model_fields(self.config.model), bases_of(trainer)
+        updates = trainer.optimizer.step_count
+        manifest = Manifest(position(state), updates, dict(state), model, {}, {}, {}, bases=bases)
         tensors = self._staging.snapshot(copy=background)
         snapshot = _Snapshot(self.folder / directory.step_name(manifest.step), tensors, manifest)
         if background:
@@ -315,13 +322,13 @@ class CheckpointManager:
         )
 
     def load(self, trainer: Checkpointable, path: Path | str, *, optimizer: bool = True) -> dict[str, Any]:
-        """Load another run's checkpoint, run directory, or Hugging Face directory; returns its state.
+        """Load another run's checkpoint, run directory, Hugging Face or PEFT directory; returns its state.
 
-        The state is empty if only weights are loaded: a Hugging Face directory, or `optimizer` False. Raises
+        The state is empty if only weights are loaded: a Hugging Face or PEFT directory, or `optimizer` False. Raises
         `UserError`.
         """
         self.wait()
-        if not self._peers.first(is_huggingface(Path(path))):
+        if not self._peers.first(is_huggingface(Path(path)) or is_peft(Path(path))):
             found: list[str] = []
             fault = _attempt(lambda: found.append(str(directory.find_checkpoint(Path(path)))))
             if fault := self._peers.first(fault):
@@ -330,9 +337,9 @@ class CheckpointManager:
             return self._load_checkpoint(trainer, target, optimizer=optimizer, fingerprint=None, resume=False)
 
         def read() -> None:
-            with HuggingFaceSource(Path(path)) as source:
-                compare_model(model_fields(source.model), Path(path), self.config.model, ADAPTABLE)
-                read_state(trainer, source, optimizer=False, resume=False)
+            with open_weights(path) as source:
+                compare_model(source.model, Path(path), self.config.model, ADAPTABLE)
+                begin_from(trainer, source, Path(path), optimizer=False)
 
         self._together(read)
         finish_load(trainer, 0)
@@ -353,7 +360,12 @@ class CheckpointManager:
                     compare_objective(reader, self.config.objective.kind, resume=resume)
                 if fingerprint is not None and not self.config.checkpoint.allow_data_change:
                     compare_fingerprint(reader, fingerprint)
-                read_state(trainer, reader, optimizer=optimizer, resume=resume)
+                if resume:
+                    restore_bases(trainer, reader, self.config)
+                    read_state(trainer, reader, optimizer=optimizer)
+                else:
+                    with open_checkpoint(reader, trainer.prefix) as source:
+                        begin_from(trainer, source, path, optimizer=optimizer)
                 if self._peers.rank == 0:
                     for name in reader.manifest.extras:
                         reader.extra(name)

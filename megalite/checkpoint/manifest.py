@@ -99,7 +99,8 @@ class Manifest:
     `updates` counts optimizer updates so far; `model` holds the fields of `ModelConfig`; `state` is the training
     loop's. `files` are the tensor files, with (bytes, CRC-32 of the header), `extras` further files (config.toml, a
     tokenizer) with (bytes, CRC-32). `run` is the id of the run that wrote it; empty for imported weights and for
-    checkpoints of older versions.
+    checkpoints of older versions. `bases` says for adapters, by the prefix of the model, which weights they belong to:
+    `source` (a path) and `sha256`.
     """
 
     step: int
@@ -110,6 +111,7 @@ class Manifest:
     extras: dict[str, tuple[int, int]]
     index: Index
     run: str = ""
+    bases: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def shapes(self, kind: str = WEIGHT) -> Mapping[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self.index.get(kind, {}).items()}
@@ -135,6 +137,7 @@ class Manifest:
             "step": self.step,
             "updates": self.updates,
             "run": self.run,
+            "bases": self.bases,
             "state": self.state,
             "model": self.model,
             "files": _files_json(self.files, "header_crc32"),
@@ -219,9 +222,17 @@ class _Parser:
         run = body.get("run", "")
         self.require(isinstance(run, str) and _RUN.fullmatch(run) is not None, "run is not the id of a run")
         state, model = self.object(body, "state"), self.object(body, "model")
-        result = Manifest(step, updates, state, model, files, extras, index, run)
+        result = Manifest(step, updates, state, model, files, extras, index, run, self.bases(body.get("bases", {})))
         result.check_tiling(self.path)
         return result
+
+    def bases(self, value: Any) -> dict[str, dict[str, str]]:
+        self.require(isinstance(value, dict), "'bases' is not an object")
+        for prefix, base in value.items():
+            known = isinstance(base, dict) and base.keys() == {"source", "sha256"}
+            plain = known and all(isinstance(text, str) and "\0" not in text for text in base.values())
+            self.require(plain, f"the base of {prefix[:80]!r} has no source and sha256")
+        return value
 
     def files(self, body: Any, key: str, checksum: str) -> dict[str, tuple[int, int]]:
         result = {}

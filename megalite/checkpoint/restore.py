@@ -98,7 +98,7 @@ def planned_samples(run_dir: Path | str, peers: Peers) -> int | None:
 
 
 def _targets(trainer: Checkpointable, kind: str) -> Iterator[Target]:
-    for segment in trainer.segments:
+    for segment in trainer.saved_segments:
         values = segment.master.detach() if kind == WEIGHT else segment.state.get(kind)
         if values is None:
             continue
@@ -128,6 +128,8 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
         fresh = trainer.fresh_shapes().keys() - found.keys()
         expected = {name: shape for name, shape in whole.items() if name not in fresh}
         found = needed(found, whole)
+        if any(model.base is not None for model in trainer.models):  # its weights are read by `load_base`
+            found = {name: shape for name, shape in found.items() if name in whole}
     compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
     trainer.wait_for_all_gather()
     targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]
@@ -136,7 +138,7 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
     else:
         for target in targets:
             target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
-    for segment in trainer.segments:
+    for segment in trainer.saved_segments:
         for values in segment.state.values():
             values.zero_()
     for kind in trainer.optimizer.state_names if optimizer else ():

@@ -22,6 +22,7 @@ from megalite.checkpoint.manifest import MANIFEST, WEIGHT, Manifest, Piece, piec
 from megalite.checkpoint.tensor_file import DTYPES, DamagedFile, TensorFile, tensor_bytes
 from megalite.errors import UserError
 from megalite.model.decoder import CRITIC, OUTPUT, SCORE, Stage
+from megalite.model.init import initialise_parameter
 from megalite.model.shapes import local_shapes
 from megalite.model.sharded import ShardedModel
 from megalite.placement import PlacedParameter, Region, placed_parameters
@@ -280,6 +281,31 @@ def fill_model(model: ShardedModel, source: TensorSource) -> None:
     """`load_weights` for a model whose parameters may be sharded (ZeRO-3)."""
     _require_fit(list(model.stages.values()), source, None)
     model.fill(lambda parameter: _load_parameter(parameter, source))
+
+
+@torch.no_grad()
+def fill_base(model: ShardedModel, source: TensorSource) -> None:
+    """Fill the frozen weights of a model with an adapter from a source of plain weights; what that may lack (the load
+    of experts) gets its initial values. Raises `UserError`."""
+    expected, whole = model.base_shapes(), model.all_shapes()
+    if model.prefix and not any(name.startswith(model.prefix) for name in source.shapes()):
+        source = Prefixed(source, model.prefix)
+    found = source.shapes()
+    fresh = model.fresh_shapes().keys() - found.keys()
+    trained = whole.keys() - expected.keys()
+    compare_shapes(
+        {name: shape for name, shape in expected.items() if name not in fresh},
+        {name: shape for name, shape in needed(found, whole).items() if name not in trained},
+        _describe(source),
+    )
+
+    def write(parameter: PlacedParameter) -> None:
+        if any(box.name in fresh for box in parameter.placement.boxes):
+            initialise_parameter(parameter, model.config.run.seed)
+        else:
+            _load_parameter(parameter, source)
+
+    model.fill(write, trained=False)
 
 
 def _require_fit(stages: list[Stage], source: TensorSource, whole_model: Shapes | None) -> None:

@@ -63,7 +63,7 @@ def _cut_rows(piece: Box, where: slice) -> Iterator[tuple[Box, slice]]:
 def rank_parts(trainer: Checkpointable) -> list[Part]:
     """The parts of the trainer's state that this rank writes."""
     parts = []
-    for segment in trainer.segments:
+    for segment in trainer.saved_segments:
         shard, span = segment.bucket.shard, segment.span
         window = slice(max(shard.start, span.start) - span.start, min(shard.stop, span.stop) - span.start)
         if window.start >= window.stop:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megalite.mesh import Mesh
+from megalite.model.sharded import ShardedModel
 from megalite.optim.shard import Segment
 
 
@@ -30,15 +31,20 @@ class Updates(Protocol):
 class Checkpointable(Protocol):
     """One or more models of which this rank holds some boxes, such as the trainer.
 
-    `segments` cover all parameters, trained or frozen. Saved are their master weights and, under its own name, every
-    tensor of their `state`.
+    Saved are the master weights of `saved_segments`, trained or frozen, and, under its own name, every tensor of their
+    `state`. These are all parameters, without the base of an adapter that lies elsewhere.
     """
 
     @property
     def mesh(self) -> Mesh: ...
 
     @property
-    def segments(self) -> Sequence[Segment]: ...
+    def models(self) -> Sequence[ShardedModel]:
+        """The models, one by one."""
+        ...
+
+    @property
+    def saved_segments(self) -> Sequence[Segment]: ...
 
     @property
     def optimizer(self) -> Updates: ...

@@ -197,7 +197,8 @@ class OptimizerConfig:
     """The optimizer and its learning rate."""
 
     kind: Annotated[str, Named(tuple(BUILT_IN["optimizer.kind"]))] = "adamw"
-    """The rule of the update; `module:Class` for one of your own (docs/extending.md)."""
+    """The rule of the update: `adamw`, or `muon`, which orthogonalises the updates of matrices and leaves embedding,
+    output layer and vectors to AdamW; `module:Class` for one of your own (docs/extending.md)."""
     lr: Annotated[float, Above(0, 1e6)] = 3e-4
     """Highest learning rate."""
     min_lr: Annotated[float, AtLeast(0, 1e6)] = DERIVED
@@ -216,11 +217,18 @@ class OptimizerConfig:
     """Decay of the squared gradient's running mean."""
     eps: Annotated[float, AtLeast(1e-37, 1.0)] = 1e-8
     """Added to the root of the squared gradient's mean."""
+    muon_lr: Annotated[float, Above(0, 1e6)] = DERIVED
+    """muon: highest learning rate of the matrices, which follows the schedule of lr; by default lr, since its updates
+    are scaled to the size of AdamW's."""
+    momentum: Annotated[float, AtLeast(0, 1, below=True)] = 0.95
+    """muon: decay of the gradient's running mean (Nesterov's form)."""
+    newton_schulz_steps: Annotated[int, AtLeast(1, 100)] = 5
+    """muon: iterations that orthogonalise an update."""
     clip_grad: Annotated[float, AtLeast(0, 1e30)] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
 
     def __post_init__(self) -> None:
-        derive(self, min_lr=self.lr / 10)
+        derive(self, min_lr=self.lr / 10, muon_lr=self.lr)
 
 
 @dataclass(frozen=True)
@@ -321,11 +329,13 @@ class AdapterConfig:
     """Small trained layers beside frozen weights."""
 
     kind: Annotated[str, Named(("none", *BUILT_IN["adapter.kind"]))] = "none"
-    """`none` trains all weights; with `module:Class` of your own (docs/extending.md) only the adapters are trained."""
+    """`none` trains all weights. `lora` freezes them and trains a pair of small matrices beside each linear layer
+    (Hu et al. 2021); `rslora` scales their product by alpha / sqrt(rank) instead of alpha / rank. `module:Class` for
+    one of your own (docs/extending.md)."""
     rank: Annotated[int, AtLeast(1, 1 << 20)] = 8
     """Width of an adapter's bottleneck."""
     alpha: Annotated[float, Above(0, 1e6)] = 16.0
-    """Scale of an adapter's output, before the division by its rank."""
+    """Scale of an adapter's output, before the division by its rank (`rslora`: by its root)."""
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, as `q_proj` or `down_proj`; all where empty."""
 

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.huggingface.export import recipe_of
-from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource, is_huggingface
+from megalite.checkpoint.huggingface.names import TOKENIZER_FILES, HuggingFaceSource
 from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_model
+from megalite.checkpoint.weights import Source, open_weights
 from megalite.cli import Parser, nonempty
 from megalite.config import Config, build_config
 from megalite.config.check import check_layout
@@ -114,19 +115,30 @@ class Opened:
 
 @contextmanager
 def open_checkpoint(path: str | Path, tokenizer: str = "") -> Iterator[Opened]:
-    """Open a run directory (its newest complete checkpoint), a checkpoint, or a Hugging Face directory.
+    """Open a run directory (its newest complete checkpoint), a checkpoint, a Hugging Face or PEFT directory.
 
     `tokenizer` replaces the one that the checkpoint carries. Raises UserError.
     """
-    if is_huggingface(Path(path)):
-        with HuggingFaceSource(path) as source:
-            yield _opened_huggingface(source, tokenizer)
-        return
-    with CheckpointReader(path) as reader:
-        yield _opened_run(reader, tokenizer)
+    with open_weights(path) as source:
+        if isinstance(source.adapter, CheckpointReader):
+            opened = _opened_run(source.adapter, tokenizer)
+        elif isinstance(source.tensors, CheckpointReader):
+            opened = _opened_run(source.tensors, tokenizer)
+        else:
+            opened = _opened_huggingface(source.tensors, tokenizer)
+        yield _with_adapter(opened, source)
 
 
-def _opened_huggingface(source: HuggingFaceSource, name: str) -> Opened:
+def _with_adapter(opened: Opened, source: Source) -> Opened:
+    """The same with all tensors, where the adapter lies apart from its base."""
+    if source.adapter is None:
+        return opened
+    adapter = dataclasses.asdict(source.adapter_config)
+    return dataclasses.replace(opened, source=source.beside(), adapter=adapter)
+
+
+def _opened_huggingface(source: TensorSource, name: str) -> Opened:
+    assert isinstance(source, HuggingFaceSource)
     chosen = Path(name) if name else _first_existing(source.directory, TOKENIZER_FILES[:2])
     loaded = load_tokenizer(chosen) if chosen is not None else None
     eos = source.eos_ids()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from megalite.config import ModelConfig
+from megalite.config import AdapterConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from megalite.model.build import Build
 
 FORMULA = "6 * matmul parameters + 12 * layers * heads * head_dim * sequence, causal attention counted full"
+FORMULA_ADAPTER = (
+    "4 * frozen + 6 * trained matmul parameters + 12 * layers * heads * head_dim * sequence, "
+    "causal attention counted full"
+)
 FORMULA_HALF = "6 * matmul parameters + 6 * layers * heads * head_dim * sequence, causal attention counted half"
 
 PEAK_FLOPS = MappingProxyType(
@@ -66,10 +70,13 @@ class Matrix:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One decoder layer on one tensor rank: its matrices in the order of their use, and all other elements."""
+    """One decoder layer on one tensor rank: its matrices in the order of their use, and all other elements; apart from
+    these an adapter's matrices, and the names of the layers (`q_proj`) that it is put around."""
 
     matrices: tuple[Matrix, ...]
     vectors: int
+    adapter: tuple[Matrix, ...] = ()
+    adapted: tuple[str, ...] = ()
 
     @property
     def matrix_elements(self) -> int:
@@ -82,7 +89,12 @@ class LayerSizes:
 
     @property
     def elements(self) -> int:
+        """Of all but an adapter."""
         return self.matrix_elements + self.vectors
+
+    @property
+    def adapter_elements(self) -> int:
+        return sum(matrix.elements for matrix in self.adapter)
 
 
 @dataclass(frozen=True)
@@ -104,8 +116,12 @@ class ModelSizes:
         """Sizes of this layer."""
         return self.layer if self.dense is None or model.is_sparse(number) else self.dense
 
+    def adapter_parameters(self, model: ModelConfig) -> int:
+        """An adapter's, of all layers."""
+        return sum(self.of_layer(model, number).adapter_elements for number in range(model.layers))
+
     def parameters(self, model: ModelConfig) -> int:
-        """All parameters, of the layers and both ends."""
+        """All parameters but an adapter's, of the layers and both ends."""
         output = 0 if model.tie_embeddings else self.output
         layers = sum(self.of_layer(model, number).elements for number in range(model.layers))
         return layers + self.embedding + self.final + output
@@ -116,11 +132,18 @@ class ModelSizes:
         return sum(self.of_layer(model, number).active for number in range(model.layers)) + self.output
 
 
+NO_ADAPTER = AdapterConfig()
+
+
 @functools.lru_cache(maxsize=1024)
-def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0, expert: int = 1) -> ModelSizes:
+def model_sizes(
+    model: ModelConfig, tensor: int = 1, index: int = 0, expert: int = 1, adapter: AdapterConfig = NO_ADAPTER
+) -> ModelSizes:
     """Sizes on tensor rank `index` of `tensor`, with one of `expert` shares of the experts; counted on the modules of
     one layer of each kind and both ends."""
-    build = _build(model, tensor, index, expert)
+    from megalite.model.adapter import make_adapter
+
+    build = dataclasses.replace(meta_build(model, tensor, index, expert), adapter=make_adapter(adapter))
     sparse = model.sparse_layers
     dense = next((layer for layer in range(model.layers) if layer not in sparse), None) if sparse else None
     layer = _layer_sizes(build, sparse[0] if sparse else 0)
@@ -132,13 +155,22 @@ def model_sizes(model: ModelConfig, tensor: int = 1, index: int = 0, expert: int
 
 def _layer_sizes(build: Build, number: int) -> LayerSizes:
     from megalite.model.block import build_block
+    from megalite.model.lora import adapted_layers
     from megalite.model.router import Router
     from megalite.parallel.experts import GroupedLinear
     from megalite.parallel.linear import RowParallelLinear
+    from megalite.placement import PlacedParameter
 
-    layer, matrices = build_block(build, number), []
+    layer, matrices, adapter = build_block(build, number), [], []
+    adapted: set[str] = set()
     for module in layer.modules():
         for weight in module.parameters(recurse=False):
+            assert isinstance(weight, PlacedParameter)
+            if weight.placement.role == "adapter":
+                inputs = weight.shape[-1]
+                adapter.append(Matrix(inputs, weight.numel() // inputs, rows=False))
+                adapted |= set(adapted_layers(box.name for box in weight.placement.boxes))
+                continue
             if weight.dim() != 2:
                 continue
             outputs, inputs = weight.shape
@@ -149,11 +181,24 @@ def _layer_sizes(build: Build, number: int) -> LayerSizes:
             else:
                 split = not isinstance(module, Router)
                 matrices.append(Matrix(inputs, outputs, isinstance(module, RowParallelLinear), split))
-    vectors = sum(parameter.numel() for parameter in layer.parameters() if parameter.dim() != 2)
-    return LayerSizes(tuple(matrices), vectors)
+    added = sum(matrix.elements for matrix in adapter)
+    vectors = sum(parameter.numel() for parameter in layer.parameters()) - added
+    vectors -= sum(matrix.elements for matrix in matrices)
+    return LayerSizes(tuple(matrices), vectors, tuple(adapter), tuple(sorted(adapted)))
 
 
-def _build(model: ModelConfig, tensor: int, index: int, expert: int) -> Build:
+@functools.lru_cache(maxsize=1024)
+def layer_matrices(model: ModelConfig, number: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name and global shape of every matrix of layer `number`, each projection and each expert for itself."""
+    from megalite.model.block import build_block
+    from megalite.placement import placed_parameters
+
+    parameters = placed_parameters(build_block(meta_build(model), number))
+    boxes = (box for parameter in parameters if parameter.decays for box in parameter.placement.boxes)
+    return tuple({box.name: box.shape for box in boxes}.items())
+
+
+def meta_build(model: ModelConfig, tensor: int = 1, index: int = 0, expert: int = 1) -> Build:
     """The build context of one tensor rank, on the meta device."""
     import torch
 
@@ -185,15 +230,24 @@ def attention_flops_per_token(model: ModelConfig, seq_length: int) -> float:
 
 
 def training_flops_per_token(
-    model: ModelConfig, seq_length: int, *, head: str = "vocabulary", causal: str = "full"
+    model: ModelConfig,
+    seq_length: int,
+    *,
+    head: str = "vocabulary",
+    causal: str = "full",
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> float:
     """Forward and backward, by `FORMULA`, or with `causal` = "half" by `FORMULA_HALF`; recomputation does not count.
 
-    With `head` = "scalar" one row stands in the place of the output matrix.
+    With `head` = "scalar" one row stands in the place of the output matrix. Beside an `adapter`, frozen weights have no
+    gradients of their own (`FORMULA_ADAPTER`).
     """
-    sizes = model_sizes(model)
+    sizes = model_sizes(model, adapter=adapter)
     weights = sizes.matmul_parameters(model) - (sizes.output - model.hidden_size if head == "scalar" else 0)
-    return 6.0 * weights + attention_flops_per_token(model, seq_length) / {"full": 1, "half": 2}[causal]
+    products = 6.0 * weights
+    if adapter.kind != "none":
+        products = 4.0 * weights + 6.0 * sizes.adapter_parameters(model)
+    return products + attention_flops_per_token(model, seq_length) / {"full": 1, "half": 2}[causal]
 
 
 def peak_flops(device: torch.device) -> float | None:

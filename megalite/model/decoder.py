@@ -82,7 +82,12 @@ class Stage(nn.Module):
             self.build = Build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, adapter)
         else:
             self.build = dataclasses.replace(
-                view_of.build, region=self.region, kernels=kernels, shared=view_of.build.parameters, parameters={}
+                view_of.build,
+                region=self.region,
+                kernels=kernels,
+                adapter=adapter,
+                shared=view_of.build.parameters,
+                parameters={},
             )
         tied = model.tie_embeddings and head == "vocabulary"
         across = tied and stages > 1
@@ -115,8 +120,13 @@ class Stage(nn.Module):
     def whole_sequences(self) -> Stage:
         """A view of this stage with the same parameters but without sequence parallelism, for inference. Without
         sequence parallelism, the stage itself."""
-        if not self.region.sequence:
-            return self
+        return self._view(sequence=False, adapter=self.build.adapter) if self.region.sequence else self
+
+    def without_adapter(self) -> Stage:
+        """A view of this stage that computes with the same parameters except an adapter's."""
+        return self._view(sequence=self.region.sequence, adapter=None)
+
+    def _view(self, *, sequence: bool, adapter: Adapter | None) -> Stage:
         build = self.build
         return Stage(
             build.model,
@@ -125,7 +135,9 @@ class Stage(nn.Module):
             stage=self.stage,
             owners=self.owners,
             embedding=self.embedding,
+            sequence=sequence,
             head="vocabulary" if self.scalar is None else "scalar",
+            adapter=adapter,
             view_of=self,
             context=self.context,
         )

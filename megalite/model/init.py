@@ -6,6 +6,7 @@ A row's values depend on (seed, global name, row) alone, so every layout starts 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -28,13 +29,17 @@ def initial_values(box: Box, placement: Placement, seed: int) -> Tensor:
 
     Whole rows are drawn and then sliced, so that column-sharded weights agree too.
     """
-    if placement.init != "normal":
+    if placement.init not in ("normal", "uniform"):
         return torch.full(box.size, 1.0 if placement.init == "ones" else 0.0)
     width = box.shape[1]
     columns = slice(box.offset[1], box.offset[1] + box.size[1])
     values = np.empty(box.size, dtype=np.float32)
     for i in range(box.size[0]):
-        row = _row_generator(seed, box.name, box.offset[0] + i).standard_normal(width, dtype=np.float32)
+        generator = _row_generator(seed, box.name, box.offset[0] + i)
+        if placement.init == "normal":
+            row = generator.standard_normal(width, dtype=np.float32)
+        else:  # of deviation 1 too
+            row = (generator.random(width, dtype=np.float32) * 2 - 1) * np.float32(math.sqrt(3))
         values[i] = row[columns]
     return torch.from_numpy(values).mul_(placement.std)
 

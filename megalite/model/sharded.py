@@ -9,6 +9,7 @@ S sequence, B micro-batch, H hidden, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -17,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megalite.config import AdapterConfig, Config
+from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
+from megalite.model.adapter import build_adapter
 from megalite.model.attention import Positions
 from megalite.model.balance import Balance
-from megalite.model.build import Adapter
-from megalite.model.decoder import Stage
+from megalite.model.decoder import SCORE, Stage
 from megalite.model.init import initialise_parameter
 from megalite.model.router import Router
 from megalite.model.shapes import model_shapes
@@ -33,7 +34,6 @@ from megalite.parallel.context import PADDING, ContextRegion
 from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
 from megalite.parallel.zero import StageBuckets
 from megalite.placement import PlacedParameter, placed_parameters
-from megalite.registry import look_up
 from megalite.schedule.lowering import lower
 from megalite.schedule.schedules import build_schedule, forward_only, place_stages
 
@@ -52,8 +52,13 @@ class ShardedModel:
 
     `head` is `vocabulary` or `scalar`; `prefix` is prepended to all global names, to distinguish two models in one
     checkpoint. Unless `trained`, the model has neither gradients nor optimizer state; with an adapter, only the
-    adapter's parameters are trained.
+    adapter's parameters are trained, and a scalar head.
+
+    `base` says where the frozen weights beside an adapter came from, once they are loaded: checkpoints then leave them
+    out.
     """
+
+    base: Mapping[str, str] | None = None
 
     def __init__(
         self,
@@ -66,10 +71,7 @@ class ShardedModel:
         trained: bool = True,
     ) -> None:
         self.config, self.mesh, self.kernels = config, mesh, kernels
-        adapter: Adapter | None = None
-        if config.adapter.kind != "none":
-            make: Callable[[AdapterConfig], Adapter] = look_up("adapter.kind", config.adapter.kind)
-            adapter = make(config.adapter)
+        adapter = build_adapter(config)
         self.owners = place_stages(config.parallel.schedule, mesh.pp, config.parallel.virtual_stages)
         self.dtype = DTYPES[config.train.precision]
         self.head, self.prefix, self.adapter = head, prefix, adapter
@@ -97,7 +99,7 @@ class ShardedModel:
             )
         parameters = [parameter for stage in self.stages.values() for parameter in placed_parameters(stage)]
         for parameter in parameters:
-            if not trained or (adapter is not None and parameter.placement.role != "adapter"):
+            if not trained or (adapter is not None and not self._beside_base(parameter)):
                 parameter.requires_grad_(False)
         aliases = [parameter for parameter in parameters if parameter.tied_to is not None]
         self.buckets = {
@@ -109,6 +111,11 @@ class ShardedModel:
         self.balance = Balance([module for module in modules if isinstance(module, Router)], mesh)
         self._inference_stages: dict[int, Stage] | None = None
         self._engines: dict[tuple[int, tuple[int, int], bool], PipelineEngine] = {}
+
+    def _beside_base(self, parameter: PlacedParameter) -> bool:
+        """Whether a parameter is trained although the weights are frozen: an adapter's, or the head of a scorer, which
+        is new to its base."""
+        return parameter.placement.role in ("adapter", *(["output"] if self.head == "scalar" else []))
 
     @property
     def stage_count(self) -> int:
@@ -130,14 +137,26 @@ class ShardedModel:
 
     # Parameters
 
-    def fill(self, write: Callable[[PlacedParameter], None]) -> None:
-        """Call `write` for every parameter, which it must overwrite; under ZeRO-3 one layer at a time is unsharded."""
-        for buckets in self.buckets.values():
-            buckets.fill(write)
+    @property
+    def models(self) -> Sequence[ShardedModel]:
+        """This model alone; see `megalite.checkpoint.state.Checkpointable`."""
+        return (self,)
 
-    def initialise(self) -> None:
-        """Fill the model with the initial weights of `run.seed`: the same global tensors in every layout."""
-        self.fill(functools.partial(initialise_parameter, seed=self.config.run.seed))
+    @property
+    def saved_segments(self) -> Sequence[Segment]:
+        """Those that checkpoints hold: all, or without the weights of `base`."""
+        return self.segments if self.base is None else [part for part in self.segments if part.gradient is not None]
+
+    def fill(self, write: Callable[[PlacedParameter], None], trained: bool | None = None) -> None:
+        """Call `write` for every parameter (or those alone that are trained, or not), which it must overwrite; under
+        ZeRO-3 one layer at a time is unsharded."""
+        for buckets in self.buckets.values():
+            buckets.fill(write, trained)
+
+    def initialise(self, trained: bool | None = None) -> None:
+        """Fill the model (or what is trained alone, or not) with the initial weights of `run.seed`: the same global
+        tensors in every layout."""
+        self.fill(functools.partial(initialise_parameter, seed=self.config.run.seed), trained)
 
     @torch.no_grad()
     def copy_from(self, other: ShardedModel) -> None:
@@ -154,17 +173,27 @@ class ShardedModel:
 
                 buckets.fill(write)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def all_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and global shapes of all tensors of the whole model."""
         return model_shapes(self.config.model, head=self.head, prefix=self.prefix, adapter=self.adapter)
 
+    def base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The subset that an adapter leaves as it is."""
+        plain = model_shapes(self.config.model, head=self.head, prefix=self.prefix)
+        return {name: shape for name, shape in plain.items() if not name.endswith(SCORE)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and global shapes of the tensors that checkpoints hold: all, or without those of `base`."""
+        base = {} if self.base is None else self.base_shapes()
+        return {name: shape for name, shape in self.all_shapes().items() if name not in base}
+
     def fresh_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The subset of `shapes` that another run's checkpoint may lack: an adapter's, another kind of head, or what
-        has been learnt about the load of experts."""
+        """The tensors that another run's checkpoint may lack: an adapter's, another kind of head, or what has been
+        learnt about the load of experts."""
         plain = model_shapes(
             dataclasses.replace(self.config.model, tie_embeddings=False, router_bias_rate=0.0, aux_loss=0.0)
         )
-        return {name: shape for name, shape in self.shapes().items() if name.removeprefix(self.prefix) not in plain}
+        return {name: shape for name, shape in self.all_shapes().items() if name.removeprefix(self.prefix) not in plain}
 
     def wait_for_all_gather(self) -> None:
         """Wait for parameters that are still being gathered; needed before weights or master weights are read or
@@ -265,6 +294,14 @@ class ShardedModel:
 
         outputs = self.run(batches, finish, shape=shape)
         return [outputs[micro] for micro in sorted(outputs)]
+
+    def without_adapter(self) -> ShardedModel:
+        """The base of an adapter: a view of the same weights that computes without it."""
+        view = copy.copy(self)
+        view.adapter = None
+        view.stages = {number: stage.without_adapter() for number, stage in self.stages.items()}
+        view._inference_stages, view._engines = None, {}
+        return view
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[dict[int, Stage]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megalite.config import Config, ModelConfig
-from megalite.model.cost import training_flops_per_token
+from megalite.config import AdapterConfig, Config, ModelConfig
+from megalite.model.cost import NO_ADAPTER, training_flops_per_token
 from megalite.objective import build_objective, head_for
 
 
@@ -26,13 +26,14 @@ class Work:
 class Passes:
     """How often one model sees every token of a step: `forward` times alone, `training` times forward and backward.
 
-    `head` is that of `megalite.model.sharded.ShardedModel`.
+    `head` is that of `megalite.model.sharded.ShardedModel`. With an `adapter`, only that is trained.
     """
 
     model: ModelConfig
     head: str = "vocabulary"
     forward: int = 0
     training: int = 0
+    adapter: AdapterConfig = NO_ADAPTER
 
 
 def has_reference(config: Config) -> bool:
@@ -57,21 +58,23 @@ def passes_of(config: Config, reward_model: ModelConfig | None = None) -> tuple[
     A policy writes the answers and scores them once (a forward pass each) and learns from them `policy.epochs` times;
     a reference, a critic and a reward model score them once, and the critic learns as often as the policy.
     """
-    model, reference = config.model, int(has_reference(config))
+    model, reference, adapter = config.model, int(has_reference(config)), config.adapter
     if config.objective.data_format != "prompt":
-        return (Passes(model, head_of(config), forward=reference, training=1),)
+        return (Passes(model, head_of(config), forward=reference, training=1, adapter=adapter),)
     epochs = config.policy.epochs
-    passes = [Passes(model, forward=2 + reference, training=epochs)]
+    passes = [Passes(model, forward=2 + reference, training=epochs, adapter=adapter)]
     if has_critic(config):
-        passes.append(Passes(model, "scalar", forward=1, training=epochs))
+        passes.append(Passes(model, "scalar", forward=1, training=epochs, adapter=adapter))
     if reward_model is not None:
         passes.append(Passes(reward_model, "scalar", forward=1))
     return tuple(passes)
 
 
 def flops_per_token(passes: Sequence[Passes], length: int, causal: str = "full") -> float:
-    """Model FLOPs of a token in rows of `length`; a forward pass alone is a third of training."""
-    return sum(
-        (each.training + each.forward / 3) * training_flops_per_token(each.model, length, head=each.head, causal=causal)
-        for each in passes
-    )
+    """Model FLOPs of a token in rows of `length`; a forward pass alone is a third of training all weights."""
+    total = 0.0
+    for each in passes:
+        whole = training_flops_per_token(each.model, length, head=each.head, causal=causal)
+        trained = training_flops_per_token(each.model, length, head=each.head, causal=causal, adapter=each.adapter)
+        total += each.training * trained + each.forward * whole / 3
+    return total

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megalite.observe.lines import LineFile, iterate_lines
-from megalite.observe.metrics import number, whole
+from megalite.observe.metrics import moment, whole
 
 EVENTS = "events.jsonl"
-_MOST_SECONDS = 1e13
 _NUMBERS = ("time", "until", "seconds", "median")
 _WHOLE = ("step", "to_step", "steps", "ranks", "rank", "code", "signal", "pid")
 _LISTS = ("samples",)
@@ -30,8 +29,7 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _clean(row: dict[str, Any]) -> dict[str, Any] | None:
-    moment = number(row.get("time"))
-    if not isinstance(row.get("event"), str) or moment is None or not 0 <= moment <= _MOST_SECONDS:
+    if not isinstance(row.get("event"), str) or moment(row.get("time")) is None:
         return None
     return {key: value for key, value in row.items() if _is_usable(row["event"], key, value)}
 
@@ -42,7 +40,7 @@ def _is_usable(event: str, key: str, value: Any) -> bool:
     if key in _WHOLE:
         return whole(value) is not None
     if key in _NUMBERS:
-        return number(value) is not None and 0 <= value <= _MOST_SECONDS
+        return moment(value) is not None
     return not isinstance(value, dict | list)
 
 
@@ -66,8 +64,8 @@ class EventLog:
 
     def write(self, event: str, *, at: float | None = None, **facts: Any) -> None:
         if self.is_writer:
-            moment = time.time() if at is None else at
-            self._file.write({"event": event, "time": round(moment, 3), **facts}, durable=True)
+            when = time.time() if at is None else at
+            self._file.write({"event": event, "time": round(when, 3), **facts}, durable=True)
 
     def write_start(self, ranks: int) -> None:
         """Record the start, or restart, of the run by this process."""

@@ -21,6 +21,7 @@ _NOT_DRAWN = ("step", "time", "extra")
 _LAST_SHARE, _LAST_STEPS = 0.02, 100
 """The final training loss is the mean over this share of the steps, and at most this number of steps."""
 _LARGEST = 1e18
+_MOST_SECONDS = 1e13
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class StepMetrics:
 
     `loss` is null for a step that was refused, or whose batch held nothing to learn. `memory_gib` is the peak of rank
     0: allocated GPU memory, or resident memory on CPUs. `mfu` is a fraction of the device's dense bf16 peak by the
-    formula in `megalite.model.cost`. `time` is the end of the step, including its checkpoint, in seconds since 1970.
+    formula in `megalite.model.cost`. `optimizer_seconds` is what rank 0 spent on the update, Muon's exchanges included
+    (on GPUs in the step before, whose events can be read without waiting). `time` is the end of the step, including its
+    checkpoint, in seconds since 1970.
     `extra` are further numbers (such as an objective's accuracy), each written under its own name.
     """
 
@@ -48,6 +51,7 @@ class StepMetrics:
     skipped_samples: int
     rollbacks: int
     validation_seconds: float = 0.0
+    optimizer_seconds: float = 0.0
     time: float = field(default_factory=time.time)
     extra: Mapping[str, float] = field(default_factory=dict)
 
@@ -94,16 +98,25 @@ def number(value: Any) -> float | None:
     return float(value) if -_LARGEST < value < _LARGEST else None
 
 
+def moment(value: Any) -> float | None:
+    """`value` as seconds since 1970, or of a duration, that the clock of a run can show; None for anything else."""
+    seconds = number(value)
+    return seconds if seconds is not None and 0 <= seconds <= _MOST_SECONDS else None
+
+
 def whole(value: Any) -> int | None:
     """`value` if it is a non-negative integer below 2^53; None for anything else."""
     return value if type(value) is int and 0 <= value < 1 << 53 else None
+
+
+_READ = {"time": moment, "step_seconds": moment, "save_stall_seconds": moment, "validation_seconds": moment}
 
 
 def iterate_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a metrics file that belong to a step, one at a time; non-numeric values become None."""
     for row in iterate_lines(path):
         if whole(row.get("step")) is not None:
-            yield {key: value if key == "step" else number(value) for key, value in row.items()}
+            yield {key: value if key == "step" else _READ.get(key, number)(value) for key, value in row.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -37,12 +37,13 @@ TIMELINE = "timeline"
 """Folder in the run directory."""
 PHASES = (
     "data", "forward", "backward", "wait_pipeline", "wait_tensor", "wait_context", "wait_expert", "reduce",
-    "wait_others", "optimizer", "gather", "rollout", "reward", "score", "other",
+    "wait_others", "optimizer", "wait_optimizer", "gather", "rollout", "reward", "score", "other",
 )  # fmt: skip
 """The parts of a step. `wait_pipeline`, `wait_tensor`, `wait_context` and `wait_expert` are exposed communication along
 these axes; `reduce` is what the reduction of gradients takes beside them, `wait_others` the agreement on loss and norm,
-`gather` the sharing of updated parameters, `other` what is left. A policy's step begins with the `rollout` of answers,
-their `reward` and their `score` by policy, reference and critic, with all computing and waiting in these."""
+`wait_optimizer` the optimizer's own exchanges (Muon's), `gather` the sharing of updated parameters, `other` what is
+left. A policy's step begins with the `rollout` of answers, their `reward` and their `score` by policy, reference and
+critic, with all computing and waiting in these."""
 
 _WAIT_PHASES: dict[tuple[str, ...], str] = {
     ("pp",): "wait_pipeline",
@@ -155,6 +156,8 @@ class Recorder:
         """Name every operation for torch's profiler and for NVTX."""
         self.work_seconds: deque[float] = deque(maxlen=256)
         """Own work, without waits, of the latest steps in which every wait was timed."""
+        self.optimizer_seconds = 0.0
+        """Of the update, with the optimizer's exchanges, in the latest step whose marks have been read."""
         self._step: _Step | None = None
         self._span: _Span | None = None
         self._steps = 0
@@ -224,6 +227,7 @@ class Recorder:
     def _resolve(self, step: _Step) -> None:
         """Read the marks of a completed step."""
         seconds = _break_down(step, self.clock)
+        self.optimizer_seconds = seconds["optimizer"] + seconds["wait_optimizer"]
         if step.full or not self.clock.delay:
             self.work_seconds.append(own_work(seconds))
         self._file.add(step.number, seconds)
@@ -250,8 +254,9 @@ def _agreement(step: _Step) -> tuple[Any, Any]:
 def _break_down(step: _Step, clock: Clock) -> dict[str, float]:
     """Seconds of each of PHASES."""
     # The phases must add up to the step, so every wait is subtracted from the span around it. A wait in forward is for
-    # ZeRO-3 weights, one in backward for a gradient reduction, unless its axis says otherwise. After the agreement the
-    # only waits are all-gathers of updated parameters; before it, waits outside any span are for other ranks.
+    # ZeRO-3 weights, one in backward for a gradient reduction, unless its axis says otherwise. After the agreement
+    # waits are for all-gathers of updated parameters, or, where tensor ranks take part, for the optimizer's own
+    # exchanges; before it, waits outside any span are for other ranks.
     seconds = dict.fromkeys(PHASES, 0.0)
     for span in step.spans:
         whole = clock.seconds(span.start, span.end)
@@ -267,7 +272,7 @@ def _break_down(step: _Step, clock: Clock) -> dict[str, float]:
     for axes, start, end in step.loose:
         waited = clock.seconds(start, end)
         if clock.seconds(agreed, start) >= 0.0:
-            seconds["gather"] += waited
+            seconds["wait_optimizer" if "tp" in axes else "gather"] += waited
             seconds["optimizer"] -= waited
         elif axes != AXES:
             seconds[_WAIT_PHASES.get(axes, "wait_others")] += waited

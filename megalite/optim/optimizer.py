@@ -1,7 +1,8 @@
 """The optimizer of a rank: which rule updates its segments, and the order of a step.
 
-A rule (AdamW, Muon, …) sees only segments, neither stages nor process groups, and keeps its state in them under names
-of its own. Checkpoints, resharding and resume read the names from the segments.
+A rule (AdamW, Muon, …) sees segments, not stages, and keeps its state in them under names of its own. It is made and
+called by all ranks alike, so it may communicate over the mesh, as Muon does for whole matrices. Checkpoints, resharding
+and resume read the names from the segments.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class Slot:
 
 
 class Bucket:
-    """Parameters of one kind (all with weight decay or all without, all trained or all frozen) with full fp32
-    gradients, reduced once a step.
+    """Parameters of one kind (of one role, all with weight decay or all without, all trained or all frozen) with full
+    fp32 gradients, reduced once a step.
 
     With `deferred`, gradients of replicas within the model must be summed first (see `StageBuckets`). `on_complete` is
     called when every parameter has added its gradient of every micro-batch. A weight that is used twice adds a gradient

@@ -111,21 +111,23 @@ class _ColumnLinear(Function):
         region: TensorRegion,
         products: Products,
     ) -> Any:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(*((x,) if weight.requires_grad else ()))  # for the weight's gradient alone
         ctx.weight, ctx.bias, ctx.region, ctx.products = weight, bias, region, products
         return products.output(region.gather(x), weight.gathered(), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), (grad_SBo,) = ctx.saved_tensors, grads
-        weight, region = ctx.weight, ctx.region
+        (grad_SBo,), weight, region = grads, ctx.weight, ctx.region
         trained, delayed = weight.requires_grad, weight.delay is not None
-        x_SBI, gathered = region.gather_start(x) if trained and not delayed else (x, DONE)
+        gathered = DONE
+        if trained and not delayed:
+            x_SBI, gathered = region.gather_start(*ctx.saved_tensors)
         product = ctx.products.input_gradient(grad_SBo, weight.gathered()) if ctx.needs_input_grad[0] else None
         grad_x, summed = (None, DONE) if product is None else region.sum_start(product)
         gathered.wait()
         grad_weight = None
         if trained and delayed:  # the saved input stays split along the sequence until then
+            (x,) = ctx.saved_tensors
             weight.delay(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x)))
         elif trained:
             grad_weight = add_weight_gradient(weight, grad_SBo, x_SBI)
@@ -150,7 +152,7 @@ class _RowLinear(Function):
         prologue: Prologue | None,
         *inputs: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*(inputs if weight.requires_grad or prologue is not None else ()))
         ctx.weight, ctx.region, ctx.products, ctx.prologue = weight, region, products, prologue
         x_SBi = prologue(*inputs) if prologue else inputs[0]
         return region.sum(products.output(x_SBi, weight.gathered(), None))
@@ -160,15 +162,15 @@ class _RowLinear(Function):
         (grad_sBO,), inputs, weight, region = grads, ctx.saved_tensors, ctx.weight, ctx.region
         grad_SBO = region.gather(grad_sBO)
         grad_x = ctx.products.input_gradient(grad_SBO, weight.gathered())
-        x_SBi = inputs[0]
         if ctx.prologue is not None:
             inputs, output = replay(ctx.prologue, inputs)
-            x_SBi = output.detach()
         grad_weight = None
-        if weight.requires_grad and weight.delay is not None:
-            weight.delay(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi))
-        elif weight.requires_grad:
-            grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi)
+        if weight.requires_grad:
+            x_SBi = inputs[0] if ctx.prologue is None else output.detach()
+            if weight.delay is not None:
+                weight.delay(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi))
+            else:
+                grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi)
         grad_inputs = (grad_x,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_x)
         return grad_weight, None, None, None, *grad_inputs
 

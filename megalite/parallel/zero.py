@@ -1,10 +1,11 @@
 """Data parallelism: the buckets of a pipeline stage, reduced while backward still runs, and ZeRO-1 to 3.
 
-The parameters of one pipeline stage are stored in flat buckets (`megalite.parallel.buckets`), roughly in the order in
-which backward finishes them: matrices, then vectors, then parameters with partial gradients, whose replicas within the
-model must be summed first (norms under sequence parallelism, shared key/value heads, tied embeddings on two stages).
-These last are summed and reduced at the end of the step. Vectors and parameters with partial gradients stay unsharded
-under ZeRO-2 and 3: vectors are small, and the sum over replicas needs full tensors.
+The parameters of one pipeline stage are stored in flat buckets (`megalite.parallel.buckets`), each of one role, roughly
+in the order in which backward finishes them: matrices (the output layer first, the embedding last), then vectors, then
+parameters with partial gradients, whose replicas within the model must be summed first (norms under sequence
+parallelism, shared key/value heads, tied embeddings on two stages). These last are summed and reduced at the end of the
+step. Vectors and parameters with partial gradients stay unsharded under ZeRO-2 and 3: vectors are small, and the sum
+over replicas needs full tensors.
 
 Gradients are summed, never averaged: the loss is already divided by the global token count.
 """
@@ -35,6 +36,16 @@ BUCKET_ELEMENTS = 1 << 23
 
 IN_FLIGHT = 2
 """ZeRO-2 and 3: maximum number of reductions in flight, each with a full gradient buffer."""
+
+
+ROLES = ("output", "matrix", "adapter", "embedding", "vector")
+"""A bucket holds parameters of one role; in this order backward finishes them."""
+
+
+def _turn(parameter: PlacedParameter) -> int:
+    """The parameter's role as its place among `ROLES`; others come last."""
+    role = parameter.placement.role
+    return ROLES.index(role) if role in ROLES else len(ROLES)
 
 
 def _has_partial_boxes(parameter: PlacedParameter) -> bool:
@@ -96,8 +107,8 @@ class StageBuckets:
 
         late = [parameter for parameter in reversed(own) if is_late(parameter)]
         prompt = [parameter for parameter in reversed(own) if not is_late(parameter)]
-        for (axes, frozen, _), alike in _grouped(
-            prompt, lambda p: (p.placement.reduce, not p.requires_grad, str(p.dtype))
+        for (axes, frozen, _, _), alike in _grouped(
+            prompt, lambda p: (p.placement.reduce, not p.requires_grad, str(p.dtype), _turn(p))
         ):
             group = self.mesh.group(*axes)
             matrices = [parameter for parameter in alike if parameter.decays]
@@ -106,7 +117,7 @@ class StageBuckets:
                 yield (ShardedBucket if sharded else Bucket)(part, group, zero, deferred=False)
             for part in _cut([parameter for parameter in alike if not parameter.decays], limit):
                 yield Bucket(part, group, min(zero, 1), deferred=False)
-        for (axes, _), alike in _grouped(late, lambda p: (p.placement.reduce, not p.decays)):
+        for (axes, _, _), alike in _grouped(late, lambda p: (p.placement.reduce, not p.decays, _turn(p))):
             for part in _cut(alike, limit):
                 yield Bucket(part, self.mesh.group(*axes), min(zero, 1), deferred=True)
 
@@ -210,11 +221,14 @@ class StageBuckets:
             bucket.wait_for_all_gather()
 
     @torch.no_grad()
-    def fill(self, write: Callable[[PlacedParameter], object]) -> None:
-        """Call `write` for every parameter, which it must overwrite; under ZeRO-3 one bucket at a time is unsharded."""
+    def fill(self, write: Callable[[PlacedParameter], object], trained: bool | None = None) -> None:
+        """Call `write` for every parameter (or those alone that are trained, or not), which it must overwrite; under
+        ZeRO-3 one bucket at a time is unsharded."""
         self.wait_for_all_gather()
         self._window.clear()
         for bucket in self.buckets:
+            if trained is not None and bucket.trained != trained:
+                continue
             bucket.open()
             for slot in bucket.slots:
                 write(slot.parameter)

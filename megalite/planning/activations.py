@@ -113,7 +113,22 @@ def _inside_kept(job: Job, layer: LayerShare) -> float:
     size, hidden = job.element_bytes, layer.hidden / job.split
     norms = 2 * _norm_kept(job, layer.hidden) / job.split
     feed_forward = layer.ffn * (2 if job.recompute == "selective" else 3)
-    return norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer) + _experts_kept(job, layer)
+    kept = norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer) + _experts_kept(job, layer)
+    return kept + (_adapter_kept(job, layer) if job.architecture.frozen else 0.0)
+
+
+def _adapter_kept(job: Job, layer: LayerShare) -> float:
+    """Bytes a token that an adapter keeps, less what frozen matrices without one do not keep: their inputs."""
+    adapted, hidden = set(layer.sizes.adapted), layer.hidden / job.split
+    kept = len(adapted) * job.architecture.adapter.rank / job.split
+    if not adapted & {"q_proj", "k_proj", "v_proj"}:
+        kept -= hidden
+    if "o_proj" not in adapted and job.recompute == "selective":  # else attention itself keeps its output
+        kept -= layer.query
+    if layer.ffn and not layer.copies:
+        kept -= 0 if adapted & {"gate_proj", "up_proj"} else hidden
+        kept -= 0 if "down_proj" in adapted or job.recompute == "selective" else layer.ffn
+    return job.element_bytes * kept
 
 
 def _experts_kept(job: Job, layer: LayerShare) -> float:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable
 
 from megalite.planning.activations import inference_bytes
-from megalite.planning.architecture import vocabulary_rows
+from megalite.planning.architecture import Architecture, vocabulary_rows
 from megalite.planning.hardware import gather_seconds, link, transfer_link
 from megalite.planning.job import Job, Rollout
 from megalite.planning.stage_time import gather_parameters, makespan, matrix_seconds, pipeline_costs, product_seconds
@@ -42,8 +42,9 @@ def _reward_job(job: Job) -> Job:
 def bytes_beside(job: Job, rank: int) -> dict[str, float]:
     """Bytes of the models beside the trained one on a pipeline rank, by name."""
     parts: dict[str, float] = {}
-    if job.beside.reference:
-        parts["reference"] = frozen_bytes(job, rank)
+    if job.beside.reference and not job.beside.own_reference:
+        plain = dataclasses.replace(job, architecture=Architecture(job.architecture.model))
+        parts["reference"] = frozen_bytes(plain, rank)
     if job.beside.critic:
         parts["critic"] = sum(rank_states(critic_job(job), rank, working=False).values())
     if job.beside.reward_model is not None:

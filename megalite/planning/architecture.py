@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalite.config import ModelConfig
-from megalite.model.cost import LayerSizes, ModelSizes, attention_flops_per_token, model_sizes
+from megalite.config import AdapterConfig, ModelConfig
+from megalite.model.cost import NO_ADAPTER, LayerSizes, ModelSizes, attention_flops_per_token, model_sizes
 from megalite.model.partition import layers_of_stage
 from megalite.parallel.heads import split_heads
 
@@ -36,7 +36,8 @@ class LayerShare:
 
     @property
     def largest_matrix(self) -> int:
-        return max(matrix.inputs * matrix.outputs for matrix in self.sizes.matrices)
+        """Elements of the largest that is trained."""
+        return max(matrix.inputs * matrix.outputs for matrix in self.sizes.adapter or self.sizes.matrices)
 
     @property
     def expert_elements(self) -> int:
@@ -47,13 +48,19 @@ class LayerShare:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder."""
+    """A decoder; with an `adapter`, only that is trained, and a scalar head."""
 
     model: ModelConfig
+    adapter: AdapterConfig = NO_ADAPTER
 
     def sizes(self, tensor: int = 1, index: int = 0, expert: int = 1) -> ModelSizes:
         """Elements on tensor rank `index` of `tensor`, with one of `expert` shares of the experts."""
-        return model_sizes(self.model, tensor, index, expert)
+        return model_sizes(self.model, tensor, index, expert, self.adapter)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all but an adapter is."""
+        return self.adapter.kind != "none"
 
     @property
     def matmul_parameters(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from megalite.config import Config
 from megalite.config.check import check_layout
 from megalite.errors import UserError
-from megalite.model.cost import FORMULA, FORMULA_HALF
+from megalite.model.cost import FORMULA, FORMULA_ADAPTER, FORMULA_HALF
 from megalite.objective.work import flops_per_token
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import Device
@@ -30,6 +30,14 @@ class Plan:
     price_per_hour: float | None
     memory: RankMemory
     time: StepTime
+
+    @property
+    def trained_parameters(self) -> int:
+        """All, or those of an adapter."""
+        architecture = self.job.architecture
+        if architecture.frozen:
+            return architecture.sizes().adapter_parameters(architecture.model)
+        return architecture.parameters
 
     @property
     def tokens_per_second(self) -> float:
@@ -101,10 +109,11 @@ class Plan:
                 "recompute": job.recompute,
             },
             "parameters": architecture.parameters,
+            "trained_parameters": self.trained_parameters,
             "matmul_parameters": architecture.matmul_parameters,
             "parameters_per_rank": max(rank_parameters(job, rank) for rank in range(job.pipeline)),
             "flops_per_token": self.flops_per_token,
-            "flops_formula": FORMULA,
+            "flops_formula": FORMULA_ADAPTER if architecture.frozen else FORMULA,
             "flops_per_token_half_causal": self.half_flops_per_token,
             "flops_formula_half_causal": FORMULA_HALF,
             "flops_per_token_with_recomputation": self.hardware_flops_per_token,

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megalite.align.frozen import open_source
+from megalite.checkpoint.weights import open_weights
 from megalite.config import Config, ModelConfig
 from megalite.config.lengths import padded_length
+from megalite.model.adapter import build_adapter
 from megalite.model.partition import layers_of_stage
 from megalite.objective import Reads, build_objective, head_for
 from megalite.objective.work import Passes, has_critic, has_reference, passes_of
@@ -84,6 +85,8 @@ class Beside:
     """The models beside the trained one, in the same layout; `reward_model` may be of another shape."""
 
     reference: bool = False
+    own_reference: bool = False
+    """The reference is the trained model without its adapter: it scores, and takes no memory."""
     critic: bool = False
     reward_model: Architecture | None = None
 
@@ -118,6 +121,8 @@ class Job:
     beside: Beside = Beside()
     rollout: Rollout | None = None
     expert: int = 1
+    optimizer: str = "adamw"
+    newton_schulz_steps: int = 5
     dense: bool = False
     """Look at the layers without experts, of a model in which others have some (`kinds`)."""
 
@@ -128,17 +133,19 @@ class Job:
         `reward_model` is that of `reward_model_of`, where it is known already: it may have to be read from a file.
         """
         parallel, train = config.parallel, config.train
+        build_adapter(config)  # refuses targets that the model does not have
         reward_model = reward_model or reward_model_of(config)
         return Job(
             reads=build_objective(config).reads,
             passes=passes_of(config, reward_model),
             beside=Beside(
                 reference=has_reference(config),
+                own_reference=config.adapter.kind != "none" and not config.objective.reference,
                 critic=has_critic(config),
                 reward_model=Architecture(reward_model) if reward_model is not None else None,
             ),
             rollout=_rollout_of(config, world_size),
-            architecture=Architecture(config.model),
+            architecture=Architecture(config.model, config.adapter),
             device=device,
             seq_length=train.seq_length,
             micro_batch_size=train.micro_batch_size,
@@ -155,6 +162,8 @@ class Job:
             recompute=train.recompute,
             element_bytes=4 if train.precision == "fp32" else 2,
             expert=parallel.expert,
+            optimizer=config.optimizer.kind,
+            newton_schulz_steps=config.optimizer.newton_schulz_steps,
         )
 
     @property
@@ -273,7 +282,7 @@ def reward_model_of(config: Config) -> ModelConfig | None:
         return None
     if not Path(path).exists():
         return config.model
-    with open_source(path) as source:
+    with open_weights(path) as source:
         return source.architecture
 
 

@@ -15,6 +15,7 @@ from megalite.planning.activations import stage_memory
 from megalite.planning.alignment import bytes_beside, rollout_bytes
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
+from megalite.planning.muon import muon_bytes
 from megalite.planning.states import rank_shares, rank_states
 from megalite.schedule.ops import Op
 
@@ -114,12 +115,15 @@ def _update_memory(job: Job, rank: int, beside: dict[str, float]) -> RankMemory:
     if job.pipeline > 1:
         hidden = job.architecture.model.hidden_size / job.split
         transfers = TRANSFER_BUFFERS * job.tokens * job.element_bytes * hidden
-    # The optimizer's step: activations are gone, the new parameters are being gathered.
+    # The optimizer's step: activations are gone, matrices are orthogonalised or the new parameters being gathered.
     gather = 0.0
     if job.zero >= 1:
-        gather = job.element_bytes * sum(own / ranks for own, ranks in rank_shares(job, rank) if ranks > 1)
-    if gather > worst.total + transfers:
-        worst, transfers = _Moment(gather, 0.0, gather, 0.0, 0), 0.0
+        gather = job.element_bytes * sum(
+            own / ranks for own, ranks in rank_shares(job, rank, trained=True) if ranks > 1
+        )
+    after = max(gather, muon_bytes(job, rank))
+    if after > worst.total + transfers:
+        worst, transfers = _Moment(after, 0.0, after, 0.0, 0), 0.0
     parts["activations"] = worst.kept
     parts["pipeline transfers"] = transfers
     parts["layer at work"] = worst.working

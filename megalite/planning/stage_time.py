@@ -208,6 +208,22 @@ def _context_talk(job: Job, attention: tuple[float, float]) -> tuple[float, floa
     return forward, backward
 
 
+def _adapter_work(job: Job, layer: LayerShare) -> TimeParts:
+    """One pass through an adapter's matrices: their products, what they are added to, and what is sent between them."""
+    matrices = layer.sizes.adapter
+    if not matrices:
+        return TimeParts()
+    products = sum(product_seconds(job, job.tokens, matrix.inputs, matrix.outputs) for matrix in matrices)
+    widest = sum(max(matrix.inputs, matrix.outputs) for matrix in matrices)
+    elementwise = 2.0 * job.tokens * job.element_bytes * widest / job.device.memory_bandwidth
+    talk = 0.0
+    if job.tensor > 1:
+        narrow = sum(min(matrix.inputs, matrix.outputs) for matrix in matrices) / 2
+        times = 1 if job.split > 1 else 2
+        talk = times * gather_seconds(job.tokens * job.element_bytes * narrow, job.tensor, _tensor_link(job))
+    return TimeParts(products, elementwise=elementwise, tensor=talk)
+
+
 def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
@@ -217,11 +233,16 @@ def layer_work(job: Job) -> StageWork:
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
     talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
     context = _context_talk(job, attention)
-    weight_sum = layer.sizes.elements * job.practice.gradient_bytes / job.device.memory_bandwidth
+    added = _adapter_work(job, layer)
+    trained, weights = layer.sizes.elements, total
+    if job.architecture.frozen:
+        trained, weights = layer.sizes.adapter_elements, added.products
+    weight_sum = trained * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = _expert_exchange(job, layer)
     forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
     input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
-    weight_gradient = TimeParts(total, 0.0, weight_sum, talk_weight)
+    forward, input_gradient = forward.plus(added), input_gradient.plus(added)
+    weight_gradient = TimeParts(weights, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
         input_gradient = input_gradient.plus(forward)
     elif job.recompute == "selective":
@@ -242,7 +263,7 @@ def _output_work(job: Job) -> StageWork:
     weight_sum = rows * hidden * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = job.tokens * rows * job.practice.logit_bytes / job.device.memory_bandwidth
     exchange = _exchange(job)
-    weights = TimeParts(product, 0.0, weight_sum)
+    weights = TimeParts() if job.architecture.frozen else TimeParts(product, 0.0, weight_sum)
     if job.reads == "logprobs":
         forward = TimeParts(product, 0.0, moved / 2, exchange)
         return StageWork(forward, TimeParts(2 * product, 0.0, moved, 2 * exchange), weights)
@@ -302,18 +323,18 @@ def _data_link(job: Job, expert: int = 1) -> Link:
     return dataclasses.replace(over, bandwidth=over.bandwidth * efficiency)
 
 
-def gather_parameters(job: Job, stage: int) -> float:
-    """All-gather of a stage's weights over the data-parallel ranks."""
+def gather_parameters(job: Job, stage: int, *, trained: bool = False) -> float:
+    """All-gather of a stage's weights (or of those alone that are trained) over the data-parallel ranks."""
     return sum(
         gather_seconds(job.element_bytes * elements, ranks, _data_link(job, job.replicas // ranks))
-        for elements, ranks in stage_shares(job, stage)
+        for elements, ranks in stage_shares(job, stage, trained=trained)
     )
 
 
 def reduce_gradients(job: Job, stage: int) -> float:
     """Reduction of a stage's fp32 gradients, bucket by bucket; an all-reduce is two of them."""
     once = 0.0
-    for elements, ranks in stage_shares(job, stage):
+    for elements, ranks in stage_shares(job, stage, trained=True):
         over = _data_link(job, job.replicas // ranks)
         buckets = -(-elements // BUCKET_ELEMENTS) if ranks > 1 else 0
         once += gather_seconds(4.0 * elements, ranks, over) + max(0, buckets - 1) * over.latency

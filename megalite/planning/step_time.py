@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.alignment import critic_job, least_forward_seconds, parts_before_update
 from megalite.planning.job import Job
+from megalite.planning.muon import muon_seconds
 from megalite.planning.stage_time import (
     StageWork,
     TimeParts,
@@ -47,21 +48,21 @@ def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
     The reductions run under the last backwards, the new parameters' gathering under the next step's first forwards.
     """
     stages = job.stages_of(0)
-    shares = rank_shares(job, 0)
+    shares = rank_shares(job, 0, trained=True)
     elements = sum(own for own, _ in shares)
     late = 0.0
     if job.zero < 2:
         reduce = sum(reduce_gradients(job, stage) for stage in stages)
-        last_bucket = reduce * min(1.0, BUCKET_ELEMENTS / elements)
+        last_bucket = reduce * min(1.0, BUCKET_ELEMENTS / max(1, elements))
         late = max(last_bucket, exposed(reduce, sum(works[stage].backward.seconds for stage in stages)))
     if job.zero in (1, 2):
-        gather = sum(gather_parameters(job, stage) for stage in stages)
+        gather = sum(gather_parameters(job, stage, trained=True) for stage in stages)
         late += exposed(gather, sum(works[stage].forward.seconds for stage in stages))
     updated = sum(own / (ranks if job.zero >= 1 else 1) for own, ranks in shares)
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
     moved = updated * (32 + job.element_bytes) + 4.0 * elements
-    return late, moved / job.device.memory_bandwidth
+    return late, moved / job.device.memory_bandwidth + muon_seconds(job, 0)
 
 
 def _rank_works(job: Job, works: list[StageWork]) -> list[TimeParts]:

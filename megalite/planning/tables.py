@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from megalite.model.cost import FORMULA, FORMULA_HALF
+from megalite.model.cost import FORMULA, FORMULA_ADAPTER, FORMULA_HALF
 from megalite.planning.estimate import Plan
 from megalite.planning.hardware import GIB, Device
 from megalite.planning.job import Job
@@ -54,6 +54,9 @@ def _model(plan: Plan) -> Table:
     table = _table("Model", "", "")
     table.show_header = False
     table.add_row("parameters", f"{architecture.parameters:,}")
+    if architecture.frozen:
+        what = f"parameters that are trained ({architecture.adapter.kind})"
+        table.add_row(what, f"{plan.trained_parameters:,}")
     table.add_row("FLOPs a token, attention counted full", f"{plan.flops_per_token:.4e}")
     table.add_row("FLOPs a token, attention counted half", f"{plan.half_flops_per_token:.4e}")
     if job.recompute != "none":
@@ -143,7 +146,9 @@ def render(plan: Plan) -> Group:
             f"\nA copy of the model writes {rollout.answers} answers of up to {rollout.tokens:,} tokens a step, "
             f"{rollout.batch} at a time, to prompts of up to {rollout.prompt:,}; then {rollout.updates} updates."
         )
-    notes = f"FLOPs, full: {FORMULA}\nFLOPs, half: {FORMULA_HALF}{_passes_words(job)}"
+    frozen = job.architecture.frozen
+    notes = f"FLOPs, full: {FORMULA_ADAPTER if frozen else FORMULA}\nFLOPs, half: "
+    notes += f"{'the same with 6 * layers' if frozen else FORMULA_HALF}{_passes_words(job)}"
     return Group(Text(head, style="bold"), _model(plan), _memory(plan), _time(plan), _run(plan), verdict(plan), notes)
 
 

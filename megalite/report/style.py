@@ -23,6 +23,7 @@ PHASES = {
     "forward": ("forward", "#8ab6e8"),
     "backward": ("backward", "#8fce9b"),
     "optimizer": ("optimizer", "#4f9a8a"),
+    "wait_optimizer": ("optimizer's exchanges", "#a3cfc4"),
     "gather": ("parameter gather", "#7fb3b0"),
     "reduce": ("gradient reduction", "#e3b983"),
     "wait_tensor": ("tensor parallel", "#f0d28a"),

@@ -14,7 +14,7 @@ from megalite.config.sources import parse_sources
 from megalite.data.dataset import TokenDataset, build_datasets
 from megalite.data.examples import PackedExamples, PromptDataset
 from megalite.errors import UserError
-from megalite.model.cost import parameter_count
+from megalite.model.cost import model_sizes, parameter_count
 from megalite.observe.formatting import counted
 from megalite.observe.trackers import require_credentials
 from megalite.text.tokenizers import load_tokenizer
@@ -34,8 +34,8 @@ def check_inputs(config: Config, ranks: int, *, count_parameters: bool = True) -
     check(config, ranks)
     require_credentials(config)
     config, _ = resolve_tokenizer(config)
+    parameters = _parameters(config) if count_parameters else ""
     samples, _ = open_data(config)
-    parameters = counted(parameter_count(config.model), "parameter") if count_parameters else ""
     read: tuple[str, ...]
     if isinstance(samples, TokenDataset):
         read = (counted(len(samples), "sample"), _repetition(samples))
@@ -44,6 +44,18 @@ def check_inputs(config: Config, ranks: int, *, count_parameters: bool = True) -
 
         read = describe_examples(config, samples)
     return "ok: " + ", ".join(filter(None, (parameters, *read, counted(ranks, "rank"))))
+
+
+def _parameters(config: Config) -> str:
+    """How many there are, and with an adapter how many of them are trained."""
+    total = counted(parameter_count(config.model), "parameter")
+    if config.adapter.kind == "none":
+        return total
+    from megalite.model.adapter import build_adapter  # loads torch
+
+    build_adapter(config)  # refuses targets that the model does not have
+    trained = model_sizes(config.model, adapter=config.adapter).adapter_parameters(config.model)
+    return f"{total}, {trained:,} more of {config.adapter.kind} trained"
 
 
 def _repetition(samples: TokenDataset) -> str:

@@ -345,6 +345,7 @@ class TrainingRun:
                 memory_gib=self.meter.memory_gib(),
                 validation_loss=loss,
                 validation_seconds=validating,
+                optimizer_seconds=self.observers.recorder.optimizer_seconds,
                 save_stall_seconds=stall,
                 skipped_samples=self.state.skipped_samples,
                 rollbacks=self.state.rollbacks,

@@ -73,7 +73,9 @@ class PolicyTask:
             )
         self._together = Together([self.trainer] if self.critic is None else [self.trainer, self.critic])
         self._peers = Peers(mesh)
-        self._reference = Reference(config, mesh, kernels, self._peers) if has_reference(config) else None
+        self._reference: Reference | None = None
+        if has_reference(config):
+            self._reference = Reference(config, mesh, kernels, self._peers, self.trainer)
         self._reward = reward_function(config.rollout.reward) if config.rollout.reward else None
         self._reward_model: ShardedModel | None = None
         self._reward_identity: dict[str, str] = {}
@@ -108,13 +110,13 @@ class PolicyTask:
     def begin(self, checkpoints: CheckpointManager) -> dict[str, Any]:
         config = self.config
         source = config.checkpoint.load
-        if not source or self.trainer.fresh_shapes():
-            self.trainer.initialise()
+        self.trainer.initialise_before(source)
         if source:
             checkpoints.load(self.trainer, source, optimizer=False)
         if self.critic is not None:
-            self.critic.initialise()
-            if start := config.policy.critic or source:
+            start = config.policy.critic or source
+            self.critic.initialise_before(start)
+            if start:
                 checkpoints.load(self.critic, start, optimizer=False)
         return {}
 

@@ -21,7 +21,7 @@ class PreferenceTask(GradientTask):
 
     def __init__(self, config: Config, mesh: Mesh, kernels: Kernels) -> None:
         super().__init__(config, mesh, kernels)
-        self._reference = Reference(config, mesh, kernels, Peers(mesh))
+        self._reference = Reference(config, mesh, kernels, Peers(mesh), self.trainer)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         self._reference.prepare(state)

@@ -21,7 +21,7 @@ from megalite.errors import FAULT, INTERRUPTED, STOPPED, UNUSABLE, UserError
 from megalite.files import write_atomically
 from megalite.kernels import Kernels, select_kernels
 from megalite.mesh import Mesh
-from megalite.model.cost import FORMULA, parameter_count
+from megalite.model.cost import FORMULA, FORMULA_ADAPTER, model_sizes, parameter_count
 from megalite.observe.events import EventLog
 from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
@@ -48,6 +48,9 @@ def write_config(config: Config, recipe: str | None) -> None:
 def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None:
     """The start-up log: what is trained, how it is laid out, what computes it."""
     log.info("%s parameters, %s tokens a step", f"{parameter_count(config.model):,}", f"{config.tokens_per_step:,}")
+    if trainer.adapter is not None:
+        trained = model_sizes(config.model, adapter=config.adapter).adapter_parameters(config.model)
+        log.info("%s: %s parameters are trained, all others are frozen", config.adapter.kind, f"{trained:,}")
     log.info(
         "%d ranks on %s: tensor %d%s x pipeline %d (%s) x context %d%s x data %d (zero %d%s), %s, recompute %s",
         mesh.size,
@@ -64,7 +67,8 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
         config.train.precision,
         config.train.recompute,
     )
-    log.info("optimizer: %s; FLOPs: %s", trainer.optimizer.name, FORMULA)
+    formula = FORMULA if trainer.adapter is None else FORMULA_ADAPTER
+    log.info("optimizer: %s; FLOPs: %s", trainer.optimizer.name, formula)
     log.info("kernels: %s", ", ".join(line.removeprefix("kernels.") for line in kernels.splitlines()))
     log.info("TensorBoard: %s", f"{config.run.dir}/tensorboard" if config.log.tensorboard else "off")
 

@@ -95,8 +95,7 @@ class GradientTask:
 
     def begin(self, checkpoints: CheckpointManager) -> dict[str, Any]:
         source = self.config.checkpoint.load
-        if not source or self.trainer.fresh_shapes():
-            self.trainer.initialise()
+        self.trainer.initialise_before(source)
         if not source:
             return {}
         return checkpoints.load(self.trainer, source, optimizer=self.config.checkpoint.load_optimizer)

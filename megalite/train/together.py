@@ -23,8 +23,12 @@ class Together:
         return self.trainers[0].mesh
 
     @property
-    def segments(self) -> Sequence[Segment]:
-        return [segment for trainer in self.trainers for segment in trainer.segments]
+    def models(self) -> Sequence[Trainer]:
+        return self.trainers
+
+    @property
+    def saved_segments(self) -> Sequence[Segment]:
+        return [segment for trainer in self.trainers for segment in trainer.saved_segments]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for trainer in self.trainers for name, shape in trainer.shapes().items()}

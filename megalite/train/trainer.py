@@ -84,9 +84,16 @@ class Trainer(ShardedModel):
         self._data_group = mesh.data_group()
         self._world = mesh.world
 
-    def initialise(self) -> None:
-        super().initialise()
+    def initialise(self, trained: bool | None = None) -> None:
+        super().initialise(trained)
         self.optimizer.restart()
+
+    def initialise_before(self, source: str) -> None:
+        """Give initial values to what a model loaded from `source` may lack; to everything if there is no source."""
+        if not source or (self.adapter is None and self.fresh_shapes()):
+            self.initialise()
+        elif self.adapter is not None:
+            self.initialise(trained=True)  # the base is read whole
 
     def _count_units(self, batches: MicroBatches, objective: Objective) -> Tensor:
         """Units of the global batch: fp64 scalar, never copied to the host; 0 except on the last stage."""
@@ -182,7 +189,8 @@ class Trainer(ShardedModel):
             limit = self.config.optimizer.clip_grad
             scale = min(1.0, limit / (grad_norm + 1e-6)) if limit > 0 else 1.0
             self.optimizer.step(lr, scale)
-            self.balance.update()
+            if self.adapter is None:  # beside one, the routers are frozen too
+                self.balance.update()
         return StepResult(loss, grad_norm, accepted, flags, units, metrics)
 
     def measure(self, batches: MicroBatches) -> tuple[float, int, dict[str, float]]:

@@ -27,6 +27,7 @@ PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the t
     "llama3-8b-8gpu": ((8,), None, 8030.3),
     "llama3-8b-64gpu": ((64,), None, 8030.3),
     "llama3-8b-128k-64gpu": ((64,), None, 8030.3),
+    "llama3-8b-lora-sft-1gpu": ((1,), None, 8030.3),
     "llama3-8b-sft-8gpu": ((8,), None, 8030.3),
     "llama3-8b-reward-8gpu": ((8,), None, 8030.3),
     "llama3-8b-dpo-8gpu": ((8,), None, 8030.3),

@@ -80,6 +80,8 @@ KINDS = {
     "zero 1": (Layout(data=2, zero=1), 1, {"train.recompute": "selective"}),
     "zero 2": (Layout(data=2, zero=2), 1, {}),
     "zero 3": (Layout(data=2, zero=3), 1, {}),
+    "muon": (Layout(data=2, zero=1), 1, {"optimizer.kind": "muon"}),
+    "muon, zero 3": (Layout(pipeline=2, data=2, zero=3), 3, {"optimizer.kind": "muon"}),
     "zero 3, full": (Layout(data=2, zero=3, tensor=2, sequence=True), 3, {"train.recompute": "full"}),
     "gpipe": (Layout(pipeline=2, schedule="gpipe"), 0, {}),
     "1f1b first": (Layout(pipeline=2), 0, {"model.tie_embeddings": True}),

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig
+from megalite.config import AdapterConfig, ModelConfig
 from megalite.kernels import Kernels, select_kernels
 from megalite.mesh import Group, Mesh
+from megalite.model.adapter import make_adapter
+from megalite.model.cost import NO_ADAPTER
 from megalite.model.decoder import Stage
 from megalite.parallel.context import ContextRegion
+from megalite.placement import placed_parameters
 
 META = torch.device("meta")
 
@@ -90,13 +93,17 @@ def saved_bytes(
     recompute: str,
     dtype: torch.dtype,
     mode: str = "gather",
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> int:
     """Bytes that the middle one of three stages keeps of a micro-batch of `tokens` = (sequence, samples)."""
     sequence = mesh.tp > 1
     owners = (0, 1, 2)
     context = ContextRegion.of(mesh, mode, mesh.tp)
     layout = {"stage": 1, "owners": owners, "sequence": sequence, "context": context}
-    stage = Stage(model, mesh, kernels, dtype=dtype, recompute=recompute, **layout)
+    stage = Stage(model, mesh, kernels, dtype=dtype, recompute=recompute, adapter=make_adapter(adapter), **layout)
+    if adapter.kind != "none":
+        for parameter in placed_parameters(stage):
+            parameter.requires_grad_(parameter.placement.role == "adapter")
     length, samples = tokens
     positions = stage.positions(length, rows_s=context.rows(length) if mesh.cp > 1 else None)
     tables = (positions.cos, positions.sin)  # shared by all layers

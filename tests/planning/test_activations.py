@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalite.config import ModelConfig
+from megalite.config import AdapterConfig, ModelConfig
 from megalite.planning.activations import layer_kept
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES
@@ -84,3 +84,27 @@ def test_a_layer_of_a_split_sequence_keeps_what_autograd_saves(kernels, tensor, 
     )
     indices = 8 * (job.layer.queries + 4 * job.layer.kvs) if mode == "ulysses" else 0  # of heads, made once for a stage
     assert saved == pytest.approx(layer_kept(job), rel=1e-9, abs=indices), dataclasses.asdict(job.architecture.model)
+
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("kernels, tensor", [("plain", 1), ("fused", 1), ("fused", 2)])
+def test_a_layer_with_an_adapter_keeps_what_autograd_saves(kernels, tensor, recompute, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    draw = random.Random()
+    targets = tuple(draw.sample(LAYERS, draw.randint(1, 7)))
+    adapter = AdapterConfig("lora", rank=draw.randint(1, 9), targets=targets)
+    job = some_job(draw, "cpu" if kernels == "plain" else "h100", recompute, 2, tensor)
+    job = dataclasses.replace(job, architecture=Architecture(job.architecture.model, adapter))
+    saved = saved_bytes(
+        job.architecture.model,
+        silent_mesh(torch.device("cpu" if kernels == "plain" else "meta"), tp=tensor),
+        plain_kernels() if kernels == "plain" else fused_kernels(),
+        tokens=(job.seq_length, job.micro_batch_size),
+        recompute=recompute,
+        dtype=torch.bfloat16,
+        adapter=adapter,
+    )
+    assert saved == pytest.approx(layer_kept(job), rel=1e-9), (adapter, dataclasses.asdict(job.architecture.model))

@@ -25,6 +25,7 @@ DEVICES_OF = {  # recipe: numbers of devices
     "llama3-8b-8gpu": (8,),
     "llama3-8b-64gpu": (64,),
     "llama3-8b-128k-64gpu": (64,),
+    "llama3-8b-lora-sft-1gpu": (1,),
     "llama3-8b-sft-8gpu": (8,),
     "llama3-8b-reward-8gpu": (8,),
     "llama3-8b-dpo-8gpu": (8,),

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 FIELDS = {
     "step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "tflops_per_device", "mfu",
     "memory_gib", "validation_loss", "save_stall_seconds", "skipped_samples", "rollbacks",
+    "optimizer_seconds",
 }  # fmt: skip
 
 

@@ -194,7 +194,8 @@ def metrics(tmp_path):
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_spike_from_bad_data_is_rolled_back_and_its_data_left_out(tmp_path):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_spike_from_bad_data_is_rolled_back_and_its_data_left_out(tmp_path, kind):
     clean, dirty = tmp_path / "clean", tmp_path / "dirty"
     for folder in (clean, dirty):
         folder.mkdir()
@@ -206,6 +207,7 @@ def test_spike_from_bad_data_is_rolled_back_and_its_data_left_out(tmp_path):
         "recovery.rollback_steps": 15,
         "recovery.skip_steps": 6,
         "recovery.max_rollbacks": 2,
+        "optimizer.kind": kind,
     }
     assert main(arguments(clean, **recovery)) == FINISHED
     assert main(arguments(dirty, **recovery)) == FINISHED

@@ -119,7 +119,7 @@ def export_huggingface(
     `stacked_experts` writes all experts of a layer as one tensor, as transformers 5 holds them in memory.
     """
     model = build_config({"model": reader.manifest.model}).model
-    kept = _kept_files(reader)
+    kept = files_beside(reader)
     original = parse_json(kept[CONFIG], Path(KEPT) / CONFIG) if CONFIG in kept else {}
     family = family_of_model(model, original.get("model_type", ""))
     if stacked_experts and (family.stacked_tensors is None or not model.experts):
@@ -271,14 +271,16 @@ def _config_file(
 def _small_files(reader: CheckpointReader, kept: Mapping[str, bytes]) -> dict[str, bytes]:
     """The tokenizer, its chat template and the other small files of the imported model."""
     files = {name: content for name, content in kept.items() if name != CONFIG}
-    if not any(name in files for name in TOKENIZER_FILES[:2]):
-        files |= _tokenizer_files(reader)
-    if TEMPLATE_FILE in reader.manifest.extras:
-        files[TEMPLATE_FILE] = reader.extra(TEMPLATE_FILE)
-    return files
+    if any(name in files for name in TOKENIZER_FILES[:2]):
+        return files | _template(reader)
+    return files | tokenizer_files(reader)
 
 
-def _kept_files(reader: CheckpointReader) -> dict[str, bytes]:
+def _template(reader: CheckpointReader) -> dict[str, bytes]:
+    return {TEMPLATE_FILE: reader.extra(TEMPLATE_FILE)} if TEMPLATE_FILE in reader.manifest.extras else {}
+
+
+def files_beside(reader: CheckpointReader) -> dict[str, bytes]:
     folder = reader.directory.parent
     return kept_files((folder.parent if folder.name == CHECKPOINTS else folder) / KEPT)
 
@@ -288,13 +290,13 @@ def _tokenizer(reader: CheckpointReader) -> Tokenizer | None:
     return load_tokenizer(chosen) if chosen and (str(chosen) == "byte" or Path(chosen).exists()) else None
 
 
-def _tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
-    """The checkpoint's tokenizer, under the file names that transformers expects."""
+def tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
+    """The checkpoint's tokenizer and chat template, under the file names that transformers expects."""
     tokenizer = _tokenizer(reader)
     if tokenizer is None or not tokenizer.files:
-        return {}
+        return _template(reader)
     if tokenizer.kind == "huggingface":
-        return {path.name: path.read_bytes() for path in tokenizer.files}
+        return {path.name: path.read_bytes() for path in tokenizer.files} | _template(reader)
     settings = {
         "add_bos_token": False,
         "add_eos_token": False,
@@ -305,7 +307,8 @@ def _tokenizer_files(reader: CheckpointReader) -> dict[str, bytes]:
         "legacy": False,
         "tokenizer_class": "LlamaTokenizer",
     }
-    return {"tokenizer.model": tokenizer.files[0].read_bytes(), "tokenizer_config.json": _json_file(settings)}
+    files = {"tokenizer.model": tokenizer.files[0].read_bytes(), "tokenizer_config.json": _json_file(settings)}
+    return files | _template(reader)
 
 
 def _puts_space_first(path: Path) -> bool:
