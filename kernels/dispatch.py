@@ -24,7 +24,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rms_norm": ("rms_norm", "add_rms_norm"),
         "rope": ("rope",),
         "attention": ("attention",),
-        "swiglu": ("swiglu",),
+        "swiglu": ("swiglu", "geglu"),
         "grouped": ("grouped_product", "grouped_input_gradient", "grouped_weight_gradient_"),
         "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_", "cross_entropy_stats_grad_"),
         "adamw": ("adamw_", "square_sum"),
@@ -51,6 +51,7 @@ class Kernels:
     attention: Callable[..., Any]
     attention_parts: AttentionParts
     swiglu: Callable[..., Any]
+    geglu: Callable[..., Any]
     grouped_product: Callable[..., Any]
     grouped_input_gradient: Callable[..., Any]
     grouped_weight_gradient_: Callable[..., Any]
@@ -144,6 +145,8 @@ def _function(operation: str, name: str, taken: str) -> Callable[..., Any]:
     if taken == "reference":
         return plain  # type: ignore[no-any-return]
     module = import_module(f"{__package__}.{'native' if taken == 'native' else f'{operation}_{taken}'}")
+    if not hasattr(module, name):
+        return _with_fallback(name, taken, plain, lambda *_, **__: "there is no such kernel", plain)
     return _with_fallback(name, taken, getattr(module, name), module.unsupported, plain)
 
 

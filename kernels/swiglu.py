@@ -1,9 +1,11 @@
-"""SwiGLU activation (Shazeer 2020, "GLU Variants Improve Transformer", section 2): the specification in plain PyTorch.
+"""Gated activations (Shazeer 2020, "GLU Variants Improve Transformer", section 2): the specification in plain PyTorch.
 
-    y = silu(gate) * up,  with gate and up the two halves of one fused projection
+    swiglu    y = silu(gate) * up,  with gate and up the two halves of one fused projection
+    geglu     y = gelu(gate) * up,  with GELU's tanh form (Hendrycks and Gimpel 2016)
 
-silu(gate) is rounded to the input's dtype before the product, as in Hugging Face Llama. The backward is written by
-hand so that only the fused input is kept for it. The Triton form with the same signature is in `swiglu_triton.py`.
+The activation is rounded to the input's dtype before the product, as in Hugging Face Llama and Gemma. The backward is
+written by hand so that only the fused input is kept for it. The Triton form of SwiGLU with the same signature is in
+`swiglu_triton.py`; GeGLU has this form alone.
 """
 
 from typing import Any
@@ -44,4 +46,30 @@ class _SwiGLU(torch.autograd.Function):
         # d silu(g)/dg = sigmoid(g) * (1 + g * (1 - sigmoid(g))), which is what aten::silu_backward multiplies by.
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         torch.mul(grad, F.silu(gate), out=grad_up)
+        return grad_gate_up
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """[..., 2F] -> [..., F]: the gate is the first half, `gelu(gate) * up`."""
+    check(gate_up)
+    result: Tensor = _GeGLU.apply(gate_up)
+    return result
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
         return grad_gate_up

@@ -18,9 +18,16 @@ from megalite.errors import UserError
 
 BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "model.block": {"pre_norm": "megalite.model.block:Block"},
+        "model.block": {
+            "pre_norm": "megalite.model.block:Block",
+            "reordered_norm": "megalite.model.post_norm:ReorderedNormBlock",
+            "sandwich_norm": "megalite.model.post_norm:SandwichNormBlock",
+        },
         "model.attention": {"gqa": "megalite.model.attention:GroupedQueryAttention"},
-        "model.feed_forward": {"swiglu": "megalite.model.feed_forward:SwiGLU"},
+        "model.feed_forward": {
+            "swiglu": "megalite.model.feed_forward:SwiGLU",
+            "geglu": "megalite.model.feed_forward:GeGLU",
+        },
         "objective.kind": {
             "next_token": "megalite.objective.next_token:NextToken",
             "sft": "megalite.objective.next_token:NextToken",

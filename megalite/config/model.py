@@ -10,6 +10,8 @@ from megalite.config.fields import DERIVED, Count, CountOrNone, derive
 from megalite.config.rope_scaling import RopeScaling
 from megalite.registry import BUILT_IN
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 TRAINING_ONLY = ("aux_loss", "aux_loss_scope", "router_z_loss", "router_bias_rate")
 """Fields that say how routers are trained, not what the model computes."""
 
@@ -45,10 +47,33 @@ class ModelConfig:
     """Use the token embedding as output layer."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    qk_norm_scope: Literal["head", "all_heads"] = "head"
+    """What qk_norm normalises: each head by itself, or all query heads, and all key heads, together (OLMo 2)."""
+    zero_centered_norm: bool = False
+    """RMSNorms multiply by 1 + weight instead of weight (Gemma)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     sliding_window: CountOrNone = 0
     """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
+    """For each layer whether its attention sees all tokens before or the sliding_window; empty: all layers alike."""
+    no_rope_layers: tuple[Annotated[int, AtLeast(0, 10_000)], ...] = ()
+    """Numbers of the layers, from 0, whose queries and keys are not rotated, as [3, 7] (SmolLM3)."""
+    rope_local_theta: Annotated[float, AtLeast(0, 1e30)] = 0.0
+    """Base of the rotary frequencies in layers of sliding_attention, which rope_scaling then does not change (Gemma 3);
+    0: they rotate as the others do."""
+    attention_multiplier: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """Factor of the attention scores (Granite, Gemma); 0: 1 / sqrt(head_dim)."""
+    attn_logit_softcapping: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """Bound of the attention scores x, as bound * tanh(x / bound) (Gemma 2); 0: none."""
+    final_logit_softcapping: Annotated[float, AtLeast(0, 1e6)] = 0.0
+    """The same for the logits (Gemma 2); 0: none."""
+    logits_scaling: Annotated[float, Above(0, 1e6)] = 1.0
+    """The logits are divided by this (Granite)."""
+    embedding_multiplier: Annotated[float, Above(0, 1e6)] = 1.0
+    """Factor of the token embeddings, rounded to their dtype (Granite; sqrt(hidden_size) in Gemma)."""
+    residual_multiplier: Annotated[float, Above(0, 1e6)] = 1.0
+    """Factor of what each attention and feed-forward layer adds to the residual stream (Granite)."""
     experts: CountOrNone = 0
     """Experts of a sparse layer: feed-forward networks out of which every token uses a few; 0: all layers are dense."""
     experts_per_token: Count = 2
@@ -81,11 +106,14 @@ class ModelConfig:
     """By how much a step moves the bias of each expert's score towards an even load, without a loss (Wang et al. 2024;
     0.001 is usual); 0 leaves it as it is."""
     block: Annotated[str, Named(tuple(BUILT_IN["model.block"]))] = "pre_norm"
-    """Decoder layer: `pre_norm` (attention, then feed-forward), or `module:Class` of your own (docs/extending.md)."""
+    """Decoder layer: a norm before attention and feed-forward (`pre_norm`), after them on what they add
+    (`reordered_norm`, OLMo 2), or both (`sandwich_norm`, Gemma 2); `module:Class` for one of your own
+    (docs/extending.md)."""
     attention: Annotated[str, Named(tuple(BUILT_IN["model.attention"]))] = "gqa"
     """Attention layer: `gqa` (grouped queries), or `module:Class` of your own."""
     feed_forward: Annotated[str, Named(tuple(BUILT_IN["model.feed_forward"]))] = "swiglu"
-    """Feed-forward layer: `swiglu`, or `module:Class` of your own."""
+    """Feed-forward layer: `swiglu`, `geglu` (the gate through GELU's tanh form, Gemma), or `module:Class` of your
+    own."""
 
     def __post_init__(self) -> None:
         only = self.expert_ffn_hidden_size if self.experts and not self.dense_layers else 0
@@ -97,6 +125,30 @@ class ModelConfig:
             router_groups_per_token=max(1, self.router_groups // 2),
         )
         derive(self, expert_ffn_hidden_size=self.ffn_hidden_size)
+
+        # One way to say the same, since models are compared field by field.
+        if self.head_dim and self.attention_multiplier == self.head_dim**-0.5:
+            object.__setattr__(self, "attention_multiplier", 0.0)
+        if len(set(self.layer_types)) == 1 and (self.layer_types[0] == SLIDING) == (self.sliding_window > 0):
+            object.__setattr__(self, "layer_types", ())
+
+    def slides(self, layer: int) -> bool:
+        """Whether attention of this layer sees the sliding window alone."""
+        return self.sliding_window > 0 and (not self.layer_types or self.layer_types[layer] == SLIDING)
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a token sees in this layer, itself among them; None: all before it."""
+        return self.sliding_window if self.slides(layer) else None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """`window` of every layer."""
+        return tuple(self.window(layer) for layer in range(self.layers))
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor of the attention scores."""
+        return self.attention_multiplier or self.head_dim**-0.5
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the feed-forward part of this layer is a choice among experts."""

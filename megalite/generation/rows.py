@@ -15,6 +15,7 @@ U numbers drawn at once; t positions that this rank has.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class RowGroup:
         documents_BT = self._documents_BC[:, :stop]
         if rows_t is not None and self.start > 0:
             positions = stage.positions(1, self.start, self._places_BC[:, self.start : stop])
-            return Positions(positions.cos, positions.sin, CachedRows(documents_BT.t(), rows_t))
+            return replace(positions, documents_SB=CachedRows(documents_BT.t(), rows_t))
         if not any(self._padding):
             return stage.positions(length, self.start, rows_s=rows_t)
         places_BS = self._places_BC[:, self.start : stop] if rows_t is None else self._places_BC[:, rows_t]

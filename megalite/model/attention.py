@@ -8,6 +8,7 @@ once a step (`Box.partial`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from megalite.config import ModelConfig
 from megalite.kernels.attention import Documents
 from megalite.mesh import Mesh
+from megalite.model.all_heads_norm import AllHeadsNorm
 from megalite.model.build import Build
 from megalite.parallel.heads import HeadSplit, split_heads
 from megalite.placement import Box, row_box
@@ -26,11 +28,17 @@ from megalite.placement import Box, row_box
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of a micro-batch's tokens: rotary tables [S, D] or [S, B, D], and document numbers [S, B] or None."""
+    """Positions of a micro-batch's tokens: rotary tables [S, D] or [S, B, D], and document numbers [S, B] or None;
+    `local` are the tables of layers with a window, where they have others."""
 
     cos: Tensor
     sin: Tensor
     documents_SB: Tensor | Documents | None = None
+    local: tuple[Tensor, Tensor] | None = None
+
+    def tables(self, local: bool) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a layer with or without a window."""
+        return self.local if local and self.local is not None else (self.cos, self.sin)
 
     @cached_property
     def documents(self) -> Documents | None:
@@ -46,21 +54,32 @@ class KeyValueCache(Protocol):
     def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]: ...
 
 
+def _query_box(name: str, rest: tuple[int, ...], split: HeadSplit, model: ModelConfig, mesh: Mesh) -> Box:
+    """This rank's queries among the rows [heads * head_dim, *rest] of a global tensor, first in its local one."""
+    dim, shape = model.head_dim, (model.heads * model.head_dim, *rest)
+    return row_box(name, shape, split.first_query * dim, split.queries * dim, 0, (mesh.rank,))
+
+
+def _key_boxes(
+    name: str, rest: tuple[int, ...], split: HeadSplit, model: ModelConfig, mesh: Mesh, row: int
+) -> Iterator[Box]:
+    """This rank's keys or values among the rows [kv_heads * head_dim, *rest], from `row` on in its local tensor."""
+    dim, shape = model.head_dim, (model.kv_heads * model.head_dim, *rest)
+    peers = [split_heads(model.heads, model.kv_heads, mesh.tp, index) for index in range(mesh.tp)]
+    for place, kv in enumerate(range(split.first_kv, split.first_kv + split.kvs)):
+        holders = [mesh.rank_at(tp=i) for i, peer in enumerate(peers) if 0 <= kv - peer.first_kv < peer.kvs]
+        yield row_box(name, shape, kv * dim, dim, row + place * dim, holders, partial=len(holders) > 1)
+
+
 def _projection_boxes(prefix: str, split: HeadSplit, model: ModelConfig, mesh: Mesh, kind: str) -> tuple[Box, ...]:
     """The boxes of the fused query/key/value weight (`kind` "weight") or bias: queries, then keys, then values."""
-    dim, rest = model.head_dim, (model.hidden_size,) if kind == "weight" else ()
-    shape = (model.heads * dim, *rest)
-    boxes = [row_box(f"{prefix}.q_proj.{kind}", shape, split.first_query * dim, split.queries * dim, 0, (mesh.rank,))]
-    row = split.queries * dim
-    peers = [split_heads(model.heads, model.kv_heads, mesh.tp, index) for index in range(mesh.tp)]
-    for projection in ("k_proj", "v_proj"):
-        for kv in range(split.first_kv, split.first_kv + split.kvs):
-            holders = [mesh.rank_at(tp=i) for i, peer in enumerate(peers) if 0 <= kv - peer.first_kv < peer.kvs]
-            shape = (model.kv_heads * dim, *rest)
-            name = f"{prefix}.{projection}.{kind}"
-            boxes.append(row_box(name, shape, kv * dim, dim, row, holders, partial=len(holders) > 1))
-            row += dim
-    return tuple(boxes)
+    rest = (model.hidden_size,) if kind == "weight" else ()
+    queries, keys = split.queries * model.head_dim, split.kvs * model.head_dim
+    return (
+        _query_box(f"{prefix}.q_proj.{kind}", rest, split, model, mesh),
+        *_key_boxes(f"{prefix}.k_proj.{kind}", rest, split, model, mesh, queries),
+        *_key_boxes(f"{prefix}.v_proj.{kind}", rest, split, model, mesh, queries + keys),
+    )
 
 
 class GroupedQueryAttention(nn.Module):
@@ -71,7 +90,8 @@ class GroupedQueryAttention(nn.Module):
         model, mesh = build.model, build.mesh
         prefix, dim = f"model.layers.{layer}.self_attn", model.head_dim
         self.layer, self.dim, self.kernels = layer, dim, build.kernels
-        self.window = model.sliding_window or None
+        self.window, self.rotates = model.window(layer), layer not in model.no_rope_layers
+        self.scores = {"scale": model.attention_multiplier or None, "softcap": model.attn_logit_softcapping or None}
         self.heads = split_heads(model.heads, model.kv_heads, mesh.tp, mesh.index("tp"))
         self.kv_index: Tensor | None
         index = None if self.heads.grouped else torch.tensor(self.heads.kv_of_query, device=mesh.device)
@@ -83,8 +103,13 @@ class GroupedQueryAttention(nn.Module):
             (model.hidden_size, model.heads * dim),
             (self.heads.first_query * dim, self.heads.queries * dim),
         )
-        self.q_norm = self.k_norm = None
-        if model.qk_norm:
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if model.qk_norm and model.qk_norm_scope == "all_heads":
+            q_box = _query_box(f"{prefix}.q_norm.weight", (), self.heads, model, mesh)
+            k_boxes = _key_boxes(f"{prefix}.k_norm.weight", (), self.heads, model, mesh, 0)
+            self.q_norm, self.k_norm = AllHeadsNorm(build, (q_box,)), AllHeadsNorm(build, tuple(k_boxes))
+        elif model.qk_norm:
             # Each rank normalises its own heads with the shared weight, so its gradient is one term of a sum.
             self.q_norm = build.norm(f"{prefix}.q_norm.weight", dim, partial=True)
             self.k_norm = build.norm(f"{prefix}.k_norm.weight", dim, partial=True)
@@ -108,12 +133,13 @@ class GroupedQueryAttention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_SBqD, k_SBkD = self.q_norm(q_SBqD), self.k_norm(k_SBkD)
-        q_SBqD, k_SBkD = self.kernels.rope(q_SBqD, k_SBkD, positions.cos, positions.sin)
+        if self.rotates:
+            q_SBqD, k_SBkD = self.kernels.rope(q_SBqD, k_SBkD, *positions.tables(self.window is not None))
         if cache is not None:
             k_SBkD, v_SBkD = cache.extend(self.layer, k_SBkD, v_SBkD)
         if self.kv_index is not None:
             k_SBkD, v_SBkD = k_SBkD.index_select(2, self.kv_index), v_SBkD.index_select(2, self.kv_index)
         mixed_SBqD = self.kernels.attention(
-            q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents
+            q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents, **self.scores
         )
         return mixed_SBqD.flatten(2)

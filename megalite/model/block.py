@@ -30,12 +30,18 @@ def build_block(build: Build, layer: int) -> nn.Module:
     return look_up("model.block", build.model.block)(build, layer)
 
 
+def scaled(x_sBH: Tensor, multiplier: float) -> Tensor:
+    """The multiple of what a part of a layer adds to the residual stream."""
+    return x_sBH if multiplier == 1.0 else x_sBH * multiplier
+
+
 class Block(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, build: Build, layer: int) -> None:
         super().__init__()
         model, prefix = build.model, f"model.layers.{layer}"
+        self.multiplier = model.residual_multiplier
         self.attention_norm = build.norm(f"{prefix}.input_layernorm.weight", model.hidden_size)
         self.attention = build_attention(build, layer)
         self.ffn_norm = build.norm(f"{prefix}.post_attention_layernorm.weight", model.hidden_size)
@@ -45,5 +51,5 @@ class Block(nn.Module):
         self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
     ) -> Tensor:
         attended_sBH = self.attention(self.attention_norm(x_sBH), positions, cache, recompute=selective)
-        x_sBH, normed_sBH = self.ffn_norm.add_and_norm(attended_sBH, x_sBH)
-        return x_sBH + self.feed_forward(normed_sBH, recompute=selective)
+        x_sBH, normed_sBH = self.ffn_norm.add_and_norm(scaled(attended_sBH, self.multiplier), x_sBH)
+        return x_sBH + scaled(self.feed_forward(normed_sBH, recompute=selective), self.multiplier)

@@ -65,6 +65,11 @@ class Build:
         """For projections into the residual stream, so that its scale does not grow with depth (GPT-2)."""
         return STD / math.sqrt(2 * self.model.layers)
 
+    @property
+    def norm_init(self) -> str:
+        """What weights of norms begin as."""
+        return "zeros" if self.model.zero_centered_norm else "ones"
+
     def parameter(
         self,
         key: str,
@@ -138,8 +143,8 @@ class Build:
 
     def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
         """A norm whose weight is replicated over the tensor ranks; `partial` as of `replicated_parameter`."""
-        weight = self.replicated_parameter(name, (size,), partial=partial, init="ones", role="vector")
-        return RMSNorm(weight, self.model.norm_eps, self.kernels)
+        weight = self.replicated_parameter(name, (size,), partial=partial, init=self.norm_init, role="vector")
+        return RMSNorm(weight, self.model.norm_eps, self.kernels, self.model.zero_centered_norm)
 
     def embedding(self, name: str, replicas: tuple[int, ...]) -> VocabParallelEmbedding:
         """The token embedding; `replicas` are the ranks that hold the same rows (a tied output layer elsewhere)."""

@@ -108,14 +108,18 @@ class Stage(nn.Module):
                 z_loss=z_loss,
                 tied_to=embedding.weight if tied and embedding is not None else None,
             )
+        # As Gemma rounds it; Granite's is a small whole number, which rounding leaves as it is.
+        self.embedding_multiplier = torch.tensor(model.embedding_multiplier, dtype=self.build.dtype).item()
         self.cos: Tensor
         self.sin: Tensor
-        if view_of is not None:
-            cos, sin = view_of.cos, view_of.sin
-        else:
-            cos, sin = rope_table(model.head_dim, model.max_positions, model.rope_theta, model.rope_scaling)
-        self.register_buffer("cos", cos.to(mesh.device), persistent=False)
-        self.register_buffer("sin", sin.to(mesh.device), persistent=False)
+        self.local_cos: Tensor | None
+        self.local_sin: Tensor | None
+        for name, table in (_tables(model) if view_of is None else view_of.tables()).items():
+            self.register_buffer(name, None if table is None else table.to(mesh.device), persistent=False)
+
+    def tables(self) -> dict[str, Tensor | None]:
+        """The rotary tables by name, [positions, D]."""
+        return {"cos": self.cos, "sin": self.sin, "local_cos": self.local_cos, "local_sin": self.local_sin}
 
     def whole_sequences(self) -> Stage:
         """A view of this stage with the same parameters but without sequence parallelism, for inference. Without
@@ -152,16 +156,22 @@ class Stage(nn.Module):
     ) -> Positions:
         """Rotary tables for `length` positions from `start` on, for these rows of the sequence, or for the given
         position of each token. `documents_BS` are those of all tokens that attention sees."""
-        if positions_BS is None:
-            window = slice(start, start + length) if rows_s is None else rows_s.clamp(max=len(self.cos) - 1)
-            return Positions(self.cos[window], self.sin[window])
-        index_SB = positions_BS.t()
-        documents_SB = None if documents_BS is None else documents_BS.t()
-        return Positions(self.cos[index_SB], self.sin[index_SB], documents_SB)
+        index: slice | Tensor
+        if positions_BS is not None:
+            index = positions_BS.t()
+        else:
+            index = slice(start, start + length) if rows_s is None else rows_s.clamp(max=len(self.cos) - 1)
+        documents_SB = None if documents_BS is None or positions_BS is None else documents_BS.t()
+        local = None
+        if self.local_cos is not None and self.local_sin is not None:
+            local = self.local_cos[index], self.local_sin[index]
+        return Positions(self.cos[index], self.sin[index], documents_SB, local)
 
     def forward(self, x: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         """Token ids [B, S] (first stage) or hidden [s, B, H] -> hidden [s, B, H], on the last stage before its norm."""
         hidden_sBH = self.embedding(x) if self.embedding is not None else x
+        if self.embedding is not None and self.embedding_multiplier != 1.0:
+            hidden_sBH = hidden_sBH * self.embedding_multiplier
         for block in self.layers:
             if self.recompute == "full" and torch.is_grad_enabled():
                 hidden_sBH = checkpoint(block, hidden_sBH, positions, use_reentrant=False, preserve_rng_state=False)
@@ -198,6 +208,15 @@ class Stage(nn.Module):
         """Last stage: logits [S, B, V] over the true vocabulary, on every tensor rank."""
         assert self.norm is not None and self.head is not None
         return self.head.logits(self.norm(hidden_sBH))
+
+
+def _tables(model: ModelConfig) -> dict[str, Tensor | None]:
+    """Cosines and sines of all layers, and those of layers with a window where they are others."""
+    cos, sin = rope_table(model.head_dim, model.max_positions, model.rope_theta, model.rope_scaling)
+    local_cos = local_sin = None
+    if model.rope_local_theta:
+        local_cos, local_sin = rope_table(model.head_dim, model.max_positions, model.rope_local_theta, {})
+    return {"cos": cos, "sin": sin, "local_cos": local_cos, "local_sin": local_sin}
 
 
 def _cooled(normed_sBH: Tensor, temperature: float) -> Tensor:

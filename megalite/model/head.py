@@ -106,7 +106,10 @@ class _LabelLogprobs(Function):
         for stats, chunk in zip(ctx.stats, head.chunks(hidden_NH)):
             logits_nv, labels_n = head.local_logits(hidden_NH[chunk]), labels_N[chunk]
             scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, -grads[0][chunk])
+            slope = head.slope(logits_nv)
             head.to_gradient_(logits_nv, labels_n, stats, scale_n, z_loss=0.0)
+            if slope is not None:
+                logits_nv.mul_(slope)
             torch.mm(logits_nv, weight.gathered(), out=grad_NH[chunk])
             if total is not None:
                 add_product_(total, logits_nv, hidden_NH[chunk])
@@ -135,6 +138,7 @@ class VocabParallelHead(nn.Module):
             self.weight.data, self.weight.tied_to = tied_to.data, tied_to
             self.weight.requires_grad_(tied_to.requires_grad)
         self.vocab_size, self.z_loss = build.model.vocab_size, z_loss
+        self.scaling, self.softcap = build.model.logits_scaling, build.model.final_logit_softcapping
         self.region, self.kernels = build.region, build.kernels
 
     def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
@@ -144,8 +148,19 @@ class VocabParallelHead(nn.Module):
             yield slice(start, start + rows)
 
     def local_logits(self, hidden_nH: Tensor) -> Tensor:
-        """This rank's columns of the logits, [n, v]."""
-        return functional.linear(hidden_nH, self.weight.gathered())
+        """This rank's columns of the logits, [n, v]: of z = hidden @ weight^T, softcap(z / scaling)."""
+        logits_nv = functional.linear(hidden_nH, self.weight.gathered())
+        if self.scaling != 1.0:
+            logits_nv = logits_nv.div_(self.scaling)
+        if self.softcap:
+            logits_nv = logits_nv.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_nv
+
+    def slope(self, logits_nv: Tensor) -> Tensor | float | None:
+        """The derivative of `local_logits` by z: what turns a gradient of logits into one of z; None for 1."""
+        if not self.softcap:
+            return None if self.scaling == 1.0 else 1.0 / self.scaling
+        return (logits_nv / self.softcap).square_().neg_().add_(1.0).div_(self.scaling)
 
     def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: Tensor | float) -> Tensor:
         """scale * (sum of the token losses), an fp64 scalar, equal on all tensor ranks.
@@ -169,7 +184,10 @@ class VocabParallelHead(nn.Module):
             stats = self.stats(logits_nv, labels_n)
         else:
             scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, scale).to(torch.float32)
+            slope = self.slope(logits_nv)
             stats = self._stats_and_gradient(logits_nv, labels_n, scale_n)
+            if slope is not None:
+                logits_nv.mul_(slope)
             torch.mm(logits_nv, self.weight, out=grad_nH)
             if total_vH is not None:
                 add_product_(total_vH, logits_nv, hidden_nH)

@@ -57,6 +57,7 @@ def fused_kernels() -> Kernels:
         grouped,
         rms_norm_triton,
         rope_triton,
+        swiglu,
         swiglu_triton,
     )
     from megalite.kernels.attention import flash_triton
@@ -68,6 +69,7 @@ def fused_kernels() -> Kernels:
         attention=flash_triton.attention,
         attention_parts=flash_triton.FlashParts(),
         swiglu=swiglu_triton.swiglu,
+        geglu=swiglu.geglu,
         grouped_product=grouped.grouped_product,
         grouped_input_gradient=grouped.grouped_input_gradient,
         grouped_weight_gradient_=grouped.grouped_weight_gradient_,

@@ -15,12 +15,13 @@ from megalite.model.families.llama import (
     MOST_LAYERS,
     ROTARY_FREQUENCIES,
     decoder_tensors,
+    derived_sizes,
     gated_tensors,
     read_decoder,
     tied_output,
     write_decoder,
 )
-from megalite.model.families.qwen2 import FULL, SLIDING, read_window
+from megalite.model.families.qwen2 import read_qwen_windows, write_qwen_windows
 from megalite.model.families.sparse import (
     MOST_EXPERTS,
     SPARSE_WITHOUT_EFFECT,
@@ -44,9 +45,9 @@ def _read(fields: Fields) -> ModelConfig:
     layers = fields.count("num_hidden_layers", MOST_LAYERS)
     return read_decoder(
         fields,
-        ("num_key_value_heads",) if fields.given("head_dim") else ("num_key_value_heads", "head_dim"),
+        derived_sizes(fields),
         qk_norm=True,
-        sliding_window=read_window(fields, used=fields.value("sliding_window") is not None),
+        **read_qwen_windows(fields, used=fields.value("sliding_window") is not None),
         experts=experts,
         experts_per_token=chosen,
         expert_ffn_hidden_size=fields.count("moe_intermediate_size", MOST_FFN),
@@ -61,13 +62,10 @@ def _read(fields: Fields) -> ModelConfig:
 
 
 def _write(model: ModelConfig) -> dict[str, object]:
-    windowed = model.sliding_window > 0
     return write_decoder(
         model,
         attention_bias=False,
-        sliding_window=model.sliding_window or None,
-        max_window_layers=0 if windowed else model.layers,
-        layer_types=[SLIDING if windowed else FULL] * model.layers,
+        **write_qwen_windows(model),
         n_routed_experts=model.experts,
         n_shared_experts=model.shared_experts or None,
         num_experts_per_tok=model.experts_per_token,
@@ -92,7 +90,7 @@ def _feed_forward(
 
 
 def _tensors(model: ModelConfig, experts: Callable[[ModelConfig, int], Iterator[FileTensor]]) -> Iterator[FileTensor]:
-    return decoder_tensors(model, qk_norm=True, feed_forward=functools.partial(_feed_forward, experts=experts))
+    return decoder_tensors(model, qk_norm="head", feed_forward=functools.partial(_feed_forward, experts=experts))
 
 
 DOTS1 = Family(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from megalite.config import ModelConfig
 from megalite.model.families.family import Family, Fields, FileTensor, whole
@@ -152,7 +152,8 @@ def read_decoder(
     if head_dim == 0 or head_dim % 2:
         raise fields.refusal("head_dim", head_dim, "is not an even number above 0; rotations need pairs of channels")
     positions = fields.count("max_position_embeddings", MOST_POSITIONS)
-    theta, scaling = read_rotary(fields, positions)
+    if "rope_theta" not in features:
+        features["rope_theta"], features["rope_scaling"] = read_rotary(fields, positions)
     return ModelConfig(
         layers=fields.count("num_hidden_layers", MOST_LAYERS),
         hidden_size=hidden,
@@ -162,12 +163,16 @@ def read_decoder(
         head_dim=head_dim,
         vocab_size=fields.count("vocab_size", MOST_VOCABULARY),
         max_positions=positions,
-        rope_theta=theta,
-        rope_scaling=scaling,
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings"),
         **features,
     )
+
+
+def derived_sizes(fields: Fields) -> tuple[str, ...]:
+    """`derived` of `read_decoder` where the configuration class has no head_dim: absent it is derived, null it is an
+    error."""
+    return ("num_key_value_heads",) if fields.given("head_dim") else ("num_key_value_heads", "head_dim")
 
 
 def write_decoder(model: ModelConfig, **fields: Any) -> dict[str, Any]:
@@ -204,31 +209,38 @@ def gated_tensors(prefix: str, hidden: int, width: int) -> Iterator[FileTensor]:
     yield whole(f"{prefix}down_proj.weight", hidden, width)
 
 
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+REORDERED_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
 def decoder_tensors(
     model: ModelConfig,
     *,
     bias: bool = False,
-    qk_norm: bool = False,
+    qk_norm: Literal["", "head", "all_heads"] = "",
+    norms: tuple[str, ...] = PRE_NORMS,
     feed_forward: Callable[[ModelConfig, int], Iterator[FileTensor]] = dense_tensors,
 ) -> Iterator[FileTensor]:
     """The tensors of the architecture, in the order of the model: from the numbers alone, not from megalite's layers,
-    so that what those have beyond it is found. `feed_forward` lists those of a layer's second part."""
+    so that what those have beyond it is found. `norms` are those of a layer, `qk_norm` says what a norm of queries or
+    keys spans; `feed_forward` lists the tensors of a layer's second part."""
     hidden, vocabulary = model.hidden_size, model.vocab_size
     queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     yield whole(EMBEDDING, vocabulary, hidden)
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
         attention = f"{prefix}self_attn."
-        yield whole(f"{prefix}input_layernorm.weight", hidden)
+        for norm in norms:
+            yield whole(f"{prefix}{norm}.weight", hidden)
         for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
             yield whole(f"{attention}{name}.weight", rows, hidden)
             if bias:
                 yield whole(f"{attention}{name}.bias", rows)
         if qk_norm:
-            yield whole(f"{attention}q_norm.weight", model.head_dim)
-            yield whole(f"{attention}k_norm.weight", model.head_dim)
+            yield whole(f"{attention}q_norm.weight", queries if qk_norm == "all_heads" else model.head_dim)
+            yield whole(f"{attention}k_norm.weight", keys if qk_norm == "all_heads" else model.head_dim)
         yield whole(f"{attention}o_proj.weight", hidden, queries)
-        yield whole(f"{prefix}post_attention_layernorm.weight", hidden)
         yield from feed_forward(model, layer)
     yield whole("model.norm.weight", hidden)
     if not model.tie_embeddings:
@@ -240,11 +252,16 @@ def tied_output(model: ModelConfig) -> dict[str, str]:
     return {OUTPUT: EMBEDDING} if model.tie_embeddings else {}
 
 
-def _read(fields: Fields) -> ModelConfig:
-    model = read_decoder(fields)
-    if model.hidden_size % model.heads:  # transformers refuses this of a Llama, whatever its head_dim
+def require_multiple(fields: Fields, model: ModelConfig) -> ModelConfig:
+    """The model, unless its hidden size is no multiple of its heads: some architectures refuse that, whatever their
+    head_dim."""
+    if model.hidden_size % model.heads:
         raise fields.refusal("hidden_size", model.hidden_size, f"is no multiple of num_attention_heads = {model.heads}")
     return model
+
+
+def _read(fields: Fields) -> ModelConfig:
+    return require_multiple(fields, read_decoder(fields))
 
 
 LLAMA = Family(

@@ -14,11 +14,11 @@ from megalite.model.families.llama import (
     read_decoder,
     tied_output,
 )
-from megalite.model.families.qwen2 import QWEN_DEFAULTS, read_window, write_qwen
+from megalite.model.families.qwen2 import QWEN_DEFAULTS, read_qwen_windows, write_qwen
 
 
 def _read(fields: Fields) -> ModelConfig:
-    return read_decoder(fields, ("num_key_value_heads",), qk_norm=True, sliding_window=read_window(fields))
+    return read_decoder(fields, ("num_key_value_heads",), qk_norm=True, **read_qwen_windows(fields))
 
 
 QWEN3 = Family(
@@ -29,7 +29,7 @@ QWEN3 = Family(
     without_effect=WITHOUT_EFFECT,
     read=_read,
     write=lambda model: write_qwen(model, attention_bias=False),
-    tensors=functools.partial(decoder_tensors, qk_norm=True),
+    tensors=functools.partial(decoder_tensors, qk_norm="head"),
     copies=tied_output,
     ignored=ROTARY_FREQUENCIES,
 )

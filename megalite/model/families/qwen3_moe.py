@@ -88,8 +88,8 @@ QWEN3_MOE = Family(
     without_effect=SPARSE_WITHOUT_EFFECT | {"max_window_layers": "is not read by this architecture"},
     read=_read,
     write=_write,
-    tensors=functools.partial(decoder_tensors, qk_norm=True, feed_forward=mixed_tensors),
+    tensors=functools.partial(decoder_tensors, qk_norm="head", feed_forward=mixed_tensors),
     copies=tied_output,
     ignored=ROTARY_FREQUENCIES,
-    stacked_tensors=functools.partial(decoder_tensors, qk_norm=True, feed_forward=mixed_stacked_tensors),
+    stacked_tensors=functools.partial(decoder_tensors, qk_norm="head", feed_forward=mixed_stacked_tensors),
 )

@@ -8,11 +8,13 @@ version of transformers would compute something else.
 from __future__ import annotations
 
 import math
+import operator
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from megalite.config import ModelConfig
+from megalite.config.model import FULL, SLIDING
 from megalite.config.rope_scaling import ROPE_SCALINGS
 from megalite.model.families.family import Fields
 
@@ -27,13 +29,40 @@ Rotary = tuple[float, dict[str, Any]]
 
 def read_rotary(fields: Fields, positions: int) -> Rotary:
     """Base of the rotary frequencies, and the scaling as `ModelConfig.rope_scaling` writes it."""
+    return _read_tables(fields, {name: fields.table(name) for name in _TABLES}, positions)
+
+
+def read_rotary_by_type(fields: Fields, positions: int, local_theta: float, slides: bool) -> dict[str, Any]:
+    """The rotary fields of `ModelConfig` where layers of sliding_attention have rotations of their own, without any
+    scaling: in transformers 5 a table for each type of layer, in version 4 one of full_attention. `local_theta` is
+    the base of the others where the file has no table of theirs, `slides` whether the model has such layers."""
+    typed = fields.table("rope_parameters")
+    if any(kind not in (FULL, SLIDING) or not isinstance(table, dict | None) for kind, table in typed.items()):
+        raise fields.refusal("rope_parameters", dict(typed), f"is not made of a table for {FULL} and one for {SLIDING}")
+    tables = {"rope_scaling": fields.table("rope_scaling"), f"rope_parameters.{FULL}": typed.get(FULL) or {}}
+    theta, scaling = _read_tables(fields, tables, positions)
+    if local := typed.get(SLIDING):
+        local_theta, local_scaling = _read_table(
+            fields, f"rope_parameters.{SLIDING}", local, local_theta, None, positions
+        )
+        if local_scaling:
+            problem = f"is not supported; layers of {SLIDING} rotate without scaling"
+            raise fields.refusal(f"rope_parameters.{SLIDING}", dict(local), problem)
+    differs = slides and (scaling or local_theta != theta)
+    return {"rope_theta": theta, "rope_scaling": scaling, "rope_local_theta": local_theta if differs else 0.0}
+
+
+def _read_tables(fields: Fields, tables: Mapping[str, Mapping[str, Any]], positions: int) -> Rotary:
+    """What the tables that are not empty say alike, or rope_theta alone."""
     theta = fields.check_number("rope_theta", fields.value("rope_theta"), above=1)
     original = fields.count(_ORIGINAL, 1 << 40) if fields.given(_ORIGINAL) else None
-    found = {name: table for name in _TABLES if (table := fields.table(name))}
+    found = {name: table for name, table in tables.items() if table}
     readings = {name: _read_table(fields, name, table, theta, original, positions) for name, table in found.items()}
-    if len(readings) == 2 and readings["rope_scaling"] != readings["rope_parameters"]:
+    if len(readings) == 2 and operator.ne(*readings.values()):
         raise fields.refusal(
-            "rope_scaling", found["rope_scaling"], "contradicts rope_parameters beside it; keep one table with all keys"
+            "rope_scaling",
+            dict(found["rope_scaling"]),
+            "contradicts rope_parameters beside it; keep one table with all keys",
         )
     rotary = next(iter(readings.values()), (theta, {}))
     if fields.given("rope_theta") and rotary[0] != theta:
