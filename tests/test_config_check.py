@@ -87,6 +87,27 @@ def layout(*overrides, world_size=1):
             "--model.experts 8 --model.experts_per_token 3 --model.router_groups 4 --model.router_groups_per_token 1",
             "model.experts_per_token = 3 exceeds the 2 experts of 1 of 4 groups; use fewer, or raise",
         ),
+        (1, "--model.layer_types full_attention", "model.layer_types = ['full_attention'] has 1 types for"),
+        (
+            1,
+            "--model.layers 2 --model.layer_types full_attention,sliding_attention",
+            "has layers of sliding_attention, and model.sliding_window = 0; give the window's tokens",
+        ),
+        (
+            1,
+            "--model.layers 2 --model.sliding_window 8 --model.layer_types full_attention,full_attention",
+            "model.sliding_window = 8 is the window of no layer in model.layer_types; leave out both",
+        ),
+        (1, "--model.no_rope_layers [1,8]", "model.no_rope_layers = [1, 8] names layer 8 of 8; name layers"),
+        (1, "--model.no_rope_layers [1,1,0,1]", "model.no_rope_layers = [1, 1, 0, 1] names a layer twice; list the"),
+        (1, "--model.rope_local_theta 1e4", "model.rope_local_theta = 10000.0 is of layers with a window, and there"),
+        (1, "--model.rope_local_theta 1 --model.sliding_window 8", "model.rope_local_theta = 1.0 is too small"),
+        (1, "--model.qk_norm_scope all_heads", "model.qk_norm_scope = all_heads has no effect without model.qk_norm"),
+        (
+            1,
+            "--model.feed_forward geglu --model.experts 4",
+            "model.feed_forward = geglu does not fit model.experts =",
+        ),
         (1, "--model.aux_loss 0.1", "model.aux_loss = 0.1 has no effect without experts"),
         (1, "--model.shared_experts 1", "model.shared_experts = 1 has no effect without experts"),
         (

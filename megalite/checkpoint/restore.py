@@ -30,7 +30,10 @@ from megalite.config.model import TRAINING_ONLY
 from megalite.errors import UserError
 from megalite.placement import Region
 
-ADAPTABLE = ("max_positions", "rope_theta", "rope_scaling", "sliding_window", "norm_eps", *TRAINING_ONLY)
+ADAPTABLE = (
+    *("max_positions", "rope_theta", "rope_scaling", "rope_local_theta", "sliding_window", "layer_types", "norm_eps"),
+    *TRAINING_ONLY,
+)
 """Model fields that may differ from the checkpoint a new run starts from: no weight depends on them."""
 
 

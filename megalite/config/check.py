@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
+from megalite.config.check_layers import check_layers
 from megalite.config.lengths import sequence_unit
 from megalite.config.schema import Config
 from megalite.config.sources import is_record_file, parse_sources
@@ -50,6 +51,7 @@ def check_combinations(config: Config, world_size: int) -> None:
     """Whether fields that are right alone fit each other and `world_size` ranks."""
     _check_data(config)
     _check_model(config)
+    check_layers(config, _refuse)
     _check_experts(config)
     _check_split(config)
     _check_fp8(config)

@@ -129,7 +129,7 @@ class ModelConfig:
         # One way to say the same, since models are compared field by field.
         if self.head_dim and self.attention_multiplier == self.head_dim**-0.5:
             object.__setattr__(self, "attention_multiplier", 0.0)
-        if len(set(self.layer_types)) == 1 and (self.layer_types[0] == SLIDING) == (self.sliding_window > 0):
+        if self.layer_types == (SLIDING if self.sliding_window else FULL,) * self.layers:
             object.__setattr__(self, "layer_types", ())
 
     def slides(self, layer: int) -> bool:

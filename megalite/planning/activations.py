@@ -26,6 +26,9 @@ from megalite.parallel.heads import split_heads
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
 
+NORMS = {"sandwich_norm": 4}
+"""Norms of the stream in a layer, by `model.block`; two in all others."""
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -49,8 +52,11 @@ def _norm_kept(job: Job, width: float) -> float:
 
 
 def _query_key_norm_kept(job: Job, layer: LayerShare) -> float:
-    """The same for norms of single heads, whose input is the projection that is kept anyway."""
-    return 4.0 * (layer.queries + layer.kvs) if job.architecture.model.qk_norm else 0.0
+    """The same for norms of queries and keys, whose input is the projection that is kept anyway."""
+    model = job.architecture.model
+    if not model.qk_norm:
+        return 0.0
+    return 8.0 if model.qk_norm_scope == "all_heads" else 4.0 * (layer.queries + layer.kvs)
 
 
 def _attention_kept(job: Job, layer: LayerShare) -> float:
@@ -59,6 +65,8 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     if job.recompute == "selective":
         return size * (2 * layer.query + 2 * layer.key)
     norms = _query_key_norm_kept(job, layer)
+    if job.architecture.model.attn_logit_softcapping and not job.device.is_gpu and job.context == 1:
+        return _written_out_kept(job, layer, norms)
     if not grouped:  # every query head gets its own copy of keys and values
         return size * (4 * layer.query) + 4 * layer.queries + norms
     if job.context > 1 and job.context_mode == "ulysses":
@@ -74,6 +82,15 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     else:
         statistics = 0.0 if form == "blocked" else 4.0 * layer.queries
     return size * kept + statistics + norms
+
+
+def _written_out_kept(job: Job, layer: LayerShare, norms: float) -> float:
+    """The same where attention is written out in fp32, as on CPUs for bounded scores: scores before and after the
+    softmax, mask, the heads of queries, keys and values as each query head reads them, their mixture, sums."""
+    size = job.element_bytes
+    projection = layer.query + 2 * layer.key if norms or size == 4 else 0
+    scores = 8.0 * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size
+    return size * (projection + layer.query) + scores + 16.0 * layer.query + 5.0 * layer.queries + norms
 
 
 def _exchanged_kept(job: Job, layer: LayerShare, norms: float) -> float:
@@ -111,7 +128,8 @@ def layer_kept(job: Job) -> float:
 
 def _inside_kept(job: Job, layer: LayerShare) -> float:
     size, hidden = job.element_bytes, layer.hidden / job.split
-    norms = 2 * _norm_kept(job, layer.hidden) / job.split
+    norms = NORMS.get(job.architecture.model.block, 2) * _norm_kept(job, layer.hidden) / job.split
+    norms += _norm_factors_kept(job, layer) / job.tokens
     feed_forward = layer.ffn * (2 if job.recompute == "selective" else 3)
     kept = norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer) + _experts_kept(job, layer)
     return kept + (_adapter_kept(job, layer) if job.architecture.frozen else 0.0)
@@ -129,6 +147,16 @@ def _adapter_kept(job: Job, layer: LayerShare) -> float:
         kept -= 0 if adapted & {"gate_proj", "up_proj"} else hidden
         kept -= 0 if "down_proj" in adapted or job.recompute == "selective" else layer.ffn
     return job.element_bytes * kept
+
+
+def _norm_factors_kept(job: Job, layer: LayerShare) -> float:
+    """Bytes of the fp32 sums 1 + weight of a layer's norms."""
+    model = job.architecture.model
+    if not model.zero_centered_norm:
+        return 0.0
+    heads = layer.query + layer.key if model.qk_norm_scope == "all_heads" else 2 * model.head_dim
+    inside = heads if model.qk_norm and job.recompute != "selective" else 0
+    return 4.0 * (NORMS.get(model.block, 2) * layer.hidden + inside)
 
 
 def _experts_kept(job: Job, layer: LayerShare) -> float:
@@ -210,6 +238,8 @@ def loss_working(job: Job) -> float:
     chunk = min(job.tokens, max(1, limit // rows)) * rows * size
     gathered = model.hidden_size * (2 if job.split > 1 else 1)
     product = min(rows * model.hidden_size, PRODUCT_BYTES // size)
+    if model.final_logit_softcapping:
+        chunk *= 2  # and the slope of the bound
     return job.tokens * size * gathered + chunk + _fresh_gradient(job, product)
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from megalite.model.cost import Matrix
 from megalite.parallel.zero import BUCKET_ELEMENTS
+from megalite.planning.activations import NORMS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.hardware import (
     Link,
@@ -87,8 +88,8 @@ def product_seconds(job: Job, rows: float, inner: float, outer: float) -> float:
 
 def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
     """Seconds of attention for one layer, forward and backward."""
-    window = job.architecture.model.sliding_window or job.seq_length
-    visible = min(window, job.seq_length) * (1 - min(window, job.seq_length) / (2 * job.seq_length))
+    windows = [min(window or job.seq_length, job.seq_length) for window in job.architecture.model.windows]
+    visible = sum(window * (1 - window / (2 * job.seq_length)) for window in windows) / len(windows)  # mean of layers
     if job.practice.explicit_attention:
         width = layer.query // layer.queries
         product = 2 * layer.queries * job.micro_batch_size * product_seconds(job, job.seq_length, width, job.seq_length)
@@ -107,8 +108,9 @@ def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
 def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
     """Seconds of norms, rotation, SwiGLU and sums, forward and backward: elements read and written over the rate."""
     hidden = layer.hidden / job.split
-    forward = 9 * hidden + 2 * (layer.query + layer.key) + 3 * layer.ffn
-    backward = 14 * hidden + 4 * layer.query + 6 * layer.key + 5 * layer.ffn
+    further_norms = NORMS.get(job.architecture.model.block, 2) - 2
+    forward = (9 + 2 * further_norms) * hidden + 2 * (layer.query + layer.key) + 3 * layer.ffn
+    backward = (14 + 3 * further_norms) * hidden + 4 * layer.query + 6 * layer.key + 5 * layer.ffn
     forward += layer.copies * (4 * layer.hidden + 4 * layer.expert_ffn)  # rows are moved, and moved back
     backward += layer.copies * (4 * layer.hidden + 8 * layer.expert_ffn)
     scale = job.practice.elementwise * job.element_bytes * job.tokens / job.device.memory_bandwidth

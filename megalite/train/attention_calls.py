@@ -33,9 +33,11 @@ def attention_calls(config: Config) -> list[Call]:
             width=model.head_dim,
             dtype=DTYPES[train.precision],
             gradients=gradients,
-            window=model.sliding_window or None,
+            window=window,
+            softcap=model.attn_logit_softcapping or None,
             documents=config.data.document_mask or config.objective.data_format in ("sft", "preference"),
         )
         for queries, kvs in sorted(heads)
+        for window in sorted(set(model.windows), key=lambda window: window or 0)
         for gradients in passes
     ]

@@ -117,10 +117,23 @@ def test_sliding_windows(changes: dict[str, Any], window: int) -> None:
                 "model_type": "qwen2",
                 "sliding_window": 5,
                 "use_sliding_window": True,
-                "max_window_layers": 2,
+                "layer_types": ["sliding_attention"] * 3,
             },
             "layer_types = ",
         ),
+        ({"model_type": "gemma2", "head_dim": 8, "sliding_window": None}, "layer_types = "),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, "is not made of a table for full_"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"sliding_attention": {"type": "linear", "factor": 2.0}}},
+            "layers of sliding_attention rotate without scaling",
+        ),
+        ({"model_type": "olmo3", "rope_theta": 1e4}, "rope_theta = 10000.0 is read by transformers 5 as the base of"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers = [1, 2, 1, 0] has other numbers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers = [1] is not a list of a 0 or a 1 for each"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_type = 'longrope'"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "is not of this architecture"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "partial_rotary_factor = 0.75"),
         (
             {
                 "model_type": "mistral",
@@ -143,6 +156,12 @@ def test_refused_by_name(changes: dict[str, Any], message: str) -> None:
         _read(**changes)
     assert str(raised.value).startswith("DIR/config.json: ")
     assert message in str(raised.value)
+
+
+def test_windows_in_some_layers() -> None:
+    model = _read(model_type="qwen2", sliding_window=5, use_sliding_window=True, max_window_layers=2)
+    assert model.windows == (None, None, 5, 5)
+    assert model_config_from_huggingface(huggingface_config(model, "float32")) == model
 
 
 def test_no_architecture_has_both() -> None:

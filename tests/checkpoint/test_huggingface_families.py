@@ -85,7 +85,11 @@ _ROTARY: Choices = {
     "rope_parameters": [..., ..., ..., *_SCALINGS],
     "original_max_position_embeddings": [..., ..., ..., 24],
 }
-_EXPERTS: dict[str, Choices] = {
+_BY_TYPE = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+}
+_OWN: dict[str, Choices] = {
     "mixtral": {
         "num_local_experts": [..., 4, 6],
         "num_experts_per_tok": [..., 1, 3],
@@ -101,6 +105,39 @@ _EXPERTS: dict[str, Choices] = {
         "mlp_only_layers": [..., None, [], [0]],
         "norm_topk_prob": [..., False, True],
     },
+    "smollm3": {
+        "no_rope_layers": [..., None, [0, 1, 1], [1, 0, 0]],
+        "no_rope_layer_interval": [..., 1, 2],
+        "pad_token_id": [None, 3],
+    },
+    "granite": {
+        "embedding_multiplier": [..., 12.0, 3],
+        "attention_multiplier": [..., 0.25],
+        "residual_multiplier": [..., 0.22],
+        "logits_scaling": [..., 8.0],
+    },
+    "olmo3": {"rope_theta": [..., 5e5], "sliding_window": [5, 9], "rope_parameters": [..., _BY_TYPE]},
+    "gemma2": {
+        "head_dim": [..., 6, 12],
+        "query_pre_attn_scalar": [..., 8, 20],
+        "attn_logit_softcapping": [..., None, 2.0],
+        "final_logit_softcapping": [..., None, 3.0],
+        "hidden_act": [..., ..., "gelu_pytorch_tanh"],
+        "hidden_activation": [..., "gelu_pytorch_tanh", "silu"],
+        "sliding_window": [5, 9],
+    },
+    "gemma3_text": {
+        "head_dim": [..., 6, 12],
+        "query_pre_attn_scalar": [..., 8, 20],
+        "final_logit_softcapping": [..., None, 3.0],
+        "hidden_act": [..., ..., "gelu_pytorch_tanh"],
+        "hidden_activation": [..., "gelu_pytorch_tanh", "silu"],
+        "sliding_window": [5, 9],
+        "sliding_window_pattern": [..., 1, 2],
+        "rope_local_base_freq": [..., ..., 500.0],
+        "rope_parameters": [..., _BY_TYPE],
+    },
+    "phi3": {"pad_token_id": [None, 3]},
     "dots1": {
         "n_routed_experts": [4, 8],
         "num_experts_per_tok": [1, 2, 3],
@@ -118,7 +155,7 @@ _EXPERTS: dict[str, Choices] = {
 def _generate(draw: random.Random, kind: str) -> dict[str, Any]:
     """Half of the fields of each kind at their most innocent, so that many configurations are accepted."""
     config: dict[str, Any] = {"model_type": kind}
-    for choices, oddity in ((_SIZES, 1.0), (_FLAGS, 0.25), (_ROTARY, 0.6), (_EXPERTS.get(kind, {}), 1.0)):
+    for choices, oddity in ((_SIZES, 1.0), (_FLAGS, 0.25), (_ROTARY, 0.6), (_OWN.get(kind, {}), 1.0)):
         for name, values in choices.items():
             value = draw.choice(values) if draw.random() < oddity else ...
             if value is not ...:
@@ -198,7 +235,12 @@ def test_absent_fields_take_the_defaults_of_the_configuration_class(kind: str) -
     )
     family = BY_TYPE[kind]
     theirs = transformers.AutoConfig.for_model(kind).to_dict()
-    written = {"rope_theta": theirs.get("rope_parameters", theirs)["rope_theta"], **theirs}
+    rotary = theirs["rope_parameters"]
+    by_type = {
+        "rope_local_base_freq": rotary.get("sliding_attention", {}).get("rope_theta"),
+        "sliding_window_pattern": theirs.get("_sliding_window_pattern"),
+    }
+    written = {"rope_theta": rotary.get("full_attention", rotary)["rope_theta"], **by_type, **theirs}
     derived = {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": None}  # from others, when it is made
     for name, value in family.defaults.items():
         assert written.get(name, derived.get(name)) in (value, derived.get(name, value)), name
@@ -223,6 +265,13 @@ def test_defaults(kind: str) -> None:
             "mixtral": (8, 128, 14336, 131072, 0),
             "qwen3_moe": (4, 64, 6144, 32768, 0),
             "dots1": (32, 144, 10944, 2048, 0),
+            "olmo2": (32, 128, 11008, 2048, 0),
+            "olmo3": (32, 128, 11008, 2048, 4096),
+            "phi3": (32, 96, 8192, 4096, 0),
+            "granite": (32, 128, 11008, 2048, 0),
+            "smollm3": (4, 128, 11008, 32768, 0),
+            "gemma2": (4, 256, 9216, 8192, 4096),
+            "gemma3_text": (4, 256, 9216, 131072, 4096),
         }[kind]
     )
 

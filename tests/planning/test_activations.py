@@ -30,6 +30,10 @@ def some_job(draw: random.Random, device: str, recompute: str, size: int, tensor
         vocab_size=50,
         max_positions=128,
         qk_norm=draw.random() < 0.5,
+        qk_norm_scope=draw.choice(("head", "all_heads")),
+        zero_centered_norm=draw.random() < 0.5,
+        block=draw.choice(("pre_norm", "reordered_norm", "sandwich_norm")),
+        feed_forward=draw.choice(("swiglu", "geglu")),
         attention_bias=draw.random() < 0.5,
     )
     return Job(
@@ -64,6 +68,19 @@ def test_a_layer_keeps_what_autograd_saves(kernels, tensor, size, recompute, mon
         dtype=torch.bfloat16 if size == 2 else torch.float32,
     )
     assert saved == pytest.approx(layer_kept(job), rel=1e-9), dataclasses.asdict(job.architecture.model)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bounded_scores_are_kept_on_cpus(size):
+    """Attention is written out then, with two fp32 numbers for each score."""
+    job = some_job(random.Random(), "cpu", "none", size, 1)
+    model = dataclasses.replace(job.architecture.model, attn_logit_softcapping=2.0)
+    job = dataclasses.replace(job, architecture=Architecture(model))
+    tokens, dtype = (job.seq_length, job.micro_batch_size), torch.bfloat16 if size == 2 else torch.float32
+    saved = saved_bytes(
+        model, silent_mesh(torch.device("cpu")), plain_kernels(), tokens=tokens, recompute="none", dtype=dtype
+    )
+    assert saved == pytest.approx(layer_kept(job), rel=0.1), dataclasses.asdict(model)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

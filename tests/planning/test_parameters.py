@@ -38,6 +38,10 @@ def some_model(draw: random.Random) -> ModelConfig:
         max_positions=16,
         tie_embeddings=draw.random() < 0.5,
         qk_norm=draw.random() < 0.5,
+        qk_norm_scope=draw.choice(("head", "all_heads")),
+        zero_centered_norm=draw.random() < 0.5,
+        block=draw.choice(("pre_norm", "reordered_norm", "sandwich_norm")),
+        feed_forward=draw.choice(("swiglu", "geglu")),
         attention_bias=draw.random() < 0.5,
     )
 

@@ -39,7 +39,10 @@ def read_rotary_by_type(fields: Fields, positions: int, local_theta: float, slid
     typed = fields.table("rope_parameters")
     if any(kind not in (FULL, SLIDING) or not isinstance(table, dict | None) for kind, table in typed.items()):
         raise fields.refusal("rope_parameters", dict(typed), f"is not made of a table for {FULL} and one for {SLIDING}")
-    tables = {"rope_scaling": fields.table("rope_scaling"), f"rope_parameters.{FULL}": typed.get(FULL) or {}}
+    scaling = fields.table("rope_scaling")
+    if scaling.get("rope_type") is None and scaling.get("type") is not None:
+        raise fields.refusal("rope_scaling.type", scaling["type"], "is not read by transformers 5; call it rope_type")
+    tables = {"rope_scaling": scaling, f"rope_parameters.{FULL}": typed.get(FULL) or {}}
     theta, scaling = _read_tables(fields, tables, positions)
     if local := typed.get(SLIDING):
         local_theta, local_scaling = _read_table(
