@@ -1,4 +1,4 @@
-"""Ministral: a Mistral with the window in some of its layers. Fields and defaults: `MinistralConfig` of transformers."""
+"""Ministral: a Mistral with the window in some of its layers. Fields and defaults: `MinistralConfig`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megalite.model.families.llama import (
 
 
 def _read(fields: Fields) -> ModelConfig:
-    return read_decoder(fields, ("head_dim",), **read_windows(fields, lambda layer: True))
+    return read_decoder(fields, (), **read_windows(fields, lambda layer: True))
 
 
 MINISTRAL = Family(
