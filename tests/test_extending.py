@@ -291,8 +291,8 @@ def test_ministral_there_and_back_and_its_logits(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(families, "FAMILIES", families.families_in(families.__path__))
     config = transformers.MinistralConfig(
         hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=101, max_position_embeddings=128, sliding_window=9, pad_token_id=0, eos_token_id=2, dtype="float32",
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        head_dim=8, vocab_size=101, max_position_embeddings=128, sliding_window=9, pad_token_id=0, eos_token_id=2,
+        dtype="float32", layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     )  # fmt: skip
     model = transformers.MinistralForCausalLM._from_config(config, attn_implementation="eager").eval()
     model.save_pretrained(tmp_path / "ministral")

@@ -22,8 +22,9 @@ from tests.fixtures import golden
 from tests.support.pool import Pool
 
 GREEDY = Sampling(temperature=0)
-SHARED = ("llama3_gqa", "llama_tied_mha", "mistral_swa")
-"""Models for the layouts: a key/value head on two tensor ranks, tied embeddings on two stages, one key/value head."""
+SHARED = ("llama3_gqa", "llama_tied_mha", "mistral_swa", "olmo2_reordered", "gemma3_two_bases")
+"""Models for the layouts: a key/value head on two tensor ranks, tied embeddings on two stages, one key/value head,
+norms over all heads, windows in some layers."""
 
 
 def _generator(name: str, rank: int = 0, mode: str = "gather", **layout: int) -> Generator:

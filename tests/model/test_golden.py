@@ -63,6 +63,23 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("name", ["granite_factors", "gemma2_softcaps"])
+def test_log_probabilities_have_the_gradients_of_the_loss(name: str) -> None:
+    """Scaled and bounded logits, made again in backward: the loss is minus the sum of the labels' log-probabilities."""
+    batch, gradients = golden.next_token_batch(golden.golden(name)["input_ids"]), []
+    for way in ("loss", "logprobs"):
+        stage = golden.whole_model(name)
+        hidden = stage(batch.tokens_BS, stage.positions(batch.tokens_BS.shape[1]))
+        if way == "loss":
+            stage.loss(hidden, batch.labels_BS, 1.0).backward()
+        else:
+            (-stage.logprobs(hidden, batch.labels_BS).sum()).backward()
+        gradients.append([parameter.grad for parameter in placed_parameters(stage)])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.fast
 def test_greedy_tokens(name: str) -> None:
     """Twenty tokens, each from a forward pass over all before it."""
     expected, stage = golden.golden(name), golden.whole_model(name)
