@@ -42,8 +42,12 @@ def read_rotary_by_type(fields: Fields, positions: int, local_theta: float, slid
     scaling = fields.table("rope_scaling")
     if scaling.get("rope_type") is None and scaling.get("type") is not None:
         raise fields.refusal("rope_scaling.type", scaling["type"], "is not read by transformers 5; call it rope_type")
+    if scaling and fields.value("rope_parameters") is not None and not typed.get(FULL):
+        raise fields.refusal("rope_parameters", dict(typed), f"lacks {FULL}, which rope_scaling beside it is of")
     tables = {"rope_scaling": scaling, f"rope_parameters.{FULL}": typed.get(FULL) or {}}
     theta, scaling = _read_tables(fields, tables, positions)
+    if _ORIGINAL in scaling and not any(_ORIGINAL in table for table in tables.values()):
+        raise fields.refusal("rope_type", scaling["type"], f"needs {_ORIGINAL} in the same table")
     if local := typed.get(SLIDING):
         local_theta, local_scaling = _read_table(
             fields, f"rope_parameters.{SLIDING}", local, local_theta, None, positions
