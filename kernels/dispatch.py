@@ -32,6 +32,9 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Operation as the configuration names it, and the module of its plain form -> the functions that it chooses."""
 
+PLAIN_ALONE = ("geglu",)
+"""Functions that have the plain form alone."""
+
 _PLAIN_ON_CPUS = ("adamw", "grouped")
 """Operations whose plain form is compiled code already: torch's fused AdamW, and one BLAS product for each group."""
 
@@ -145,7 +148,7 @@ def _function(operation: str, name: str, taken: str) -> Callable[..., Any]:
     if taken == "reference":
         return plain  # type: ignore[no-any-return]
     module = import_module(f"{__package__}.{'native' if taken == 'native' else f'{operation}_{taken}'}")
-    if not hasattr(module, name):
+    if name in PLAIN_ALONE:
         return _with_fallback(name, taken, plain, lambda *_, **__: "there is no such kernel", plain)
     return _with_fallback(name, taken, getattr(module, name), module.unsupported, plain)
 
