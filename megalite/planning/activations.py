@@ -65,7 +65,7 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     if job.recompute == "selective":
         return size * (2 * layer.query + 2 * layer.key)
     norms = _query_key_norm_kept(job, layer)
-    if job.architecture.model.attn_logit_softcapping and not job.device.is_gpu and job.context == 1:
+    if _attention_form(job, layer) == "reference":
         return _written_out_kept(job, layer, norms)
     if not grouped:  # every query head gets its own copy of keys and values
         return size * (4 * layer.query) + 4 * layer.queries + norms
@@ -105,12 +105,15 @@ def _exchanged_kept(job: Job, layer: LayerShare, norms: float) -> float:
 
 
 def _attention_form(job: Job, layer: LayerShare) -> str:
-    """Which form of attention computes the layer: `explicit`, `blocked`, or `fused` for all that keep log-sum-exps.
+    """Which form of attention computes the layer: `explicit`, `blocked`, `reference`, or `fused` for all that keep
+    log-sum-exps.
 
     CPUs are taken to have the compiled kernels, and matrix units for bf16 (AMX).
     """
     if job.device.is_gpu or job.context > 1:
         return "fused"
+    if job.architecture.model.attn_logit_softcapping:
+        return "reference"
     dtype = torch.float32 if job.element_bytes == 4 else torch.bfloat16
     sizes = (job.seq_length, job.seq_length, layer.queries, layer.kvs, job.architecture.model.head_dim)
     form = attention_form(dtype, *sizes, causal=True, trains=True, compiled=True, matrix_units=True)
@@ -141,7 +144,9 @@ def _adapter_kept(job: Job, layer: LayerShare) -> float:
     kept = len(adapted) * job.architecture.adapter.rank / job.split
     if not adapted & {"q_proj", "k_proj", "v_proj"}:
         kept -= hidden
-    if "o_proj" not in adapted and job.recompute == "selective":  # else attention itself keeps its output
+    if "o_proj" not in adapted and (
+        job.recompute == "selective" or _attention_form(job, layer) in ("explicit", "reference")
+    ):  # other forms of attention keep their output themselves
         kept -= layer.query
     if layer.ffn and not layer.copies:
         kept -= 0 if adapted & {"gate_proj", "up_proj"} else hidden
