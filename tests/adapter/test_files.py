@@ -36,6 +36,7 @@ from tests.adapter.support import (
 )
 from tests.align import peer
 from tests.checkpoint.support import assemble
+from tests.fixtures import golden
 from tests.support.parity import Layout
 
 pytest.importorskip("peft")
@@ -226,3 +227,13 @@ def test_a_run_does_not_go_on_without_its_base(base: Path, tmp_path: Path) -> No
     shutil.rmtree(copy)
     with pytest.raises(UserError, match=r"needs the weights of .*, which is not there; restore it"):
         merge_adapter(run, tmp_path / "merged")
+
+
+def test_an_adapter_beside_fused_weights_is_not_exported(tmp_path: Path) -> None:
+    """Phi-3's files have one tensor for q, k and v, beside which PEFT would put one adapter: not what was trained."""
+    base = golden.folder("phi3_fused")
+    train_and_save(0, Layout(), base, tmp_path / "run")
+    refused = pytest.raises(UserError, match=r"Phi3ForCausalLM has no weight of its own for .*; merge the adapter")
+    with CheckpointReader(tmp_path / "run") as reader, refused:
+        export_adapter(reader, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

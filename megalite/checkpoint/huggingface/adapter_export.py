@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.huggingface.export import Export, appearing, tokenizer_files
+from megalite.checkpoint.huggingface.export import KEPT, Export, appearing, tokenizer_files
+from megalite.checkpoint.huggingface.names import CONFIG, read_json
 from megalite.checkpoint.huggingface.peft import WEIGHTS, write_peft
 from megalite.checkpoint.huggingface_config import NAMES
 from megalite.checkpoint.source import CheckpointReader
@@ -47,7 +48,9 @@ def export_adapter(reader: CheckpointReader, directory: Path, dtype: str = "auto
 def _require_names(reader: CheckpointReader, names: list[str]) -> None:
     """Raise a `UserError` for an adapted weight that Hugging Face's family has under another name or in a fused one."""
     model = build_config({"model": reader.manifest.model}).model
-    family = family_of_model(model, "")
+    base = Path(reader.manifest.bases[""]["source"])
+    described = [path for path in (base / CONFIG, base / KEPT / CONFIG) if path.is_file()]
+    family = family_of_model(model, read_json(described[0]).get("model_type", "") if described else "")
     own = {tensor.name for tensor in family.tensors(model) if [part.name for part in tensor.parts] == [tensor.name]}
     known = {pair for name in own for pair in pair_names(name)}
     for name in names:
