@@ -17,7 +17,13 @@ def pool() -> Iterator[Pool]:
     workers.close()
 
 
-FIRST = ("tests/slurm/", "tests/kernels/test_interpreter.py", "tests/kernels/test_gpu_session.py")
+FIRST = (
+    "tests/slurm/",
+    "tests/kernels/test_interpreter.py",
+    "tests/kernels/test_gpu_session.py",
+    "tests/train/",
+    "tests/test_extending.py",
+)
 """What takes longest by itself: begun last, it would leave the other processes idle at the end."""
 
 
