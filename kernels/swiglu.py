@@ -8,7 +8,9 @@ written by hand so that only the fused input is kept for it. The Triton form of 
 `swiglu_triton.py`; GeGLU has this form alone.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,51 +27,46 @@ def check(gate_up: Tensor) -> None:
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: the gate is the first half, `silu(gate) * up`."""
     check(gate_up)
-    result: Tensor = _SwiGLU.apply(gate_up)
+    result: Tensor = _Gated.apply(gate_up, _SILU)
     return result
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        # d silu(g)/dg = sigmoid(g) * (1 + g * (1 - sigmoid(g))), which is what aten::silu_backward multiplies by.
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        return grad_gate_up
 
 
 def geglu(gate_up: Tensor) -> Tensor:
     """[..., 2F] -> [..., F]: the gate is the first half, `gelu(gate) * up`."""
     check(gate_up)
-    result: Tensor = _GeGLU.apply(gate_up)
+    result: Tensor = _Gated.apply(gate_up, _GELU)
     return result
 
 
-class _GeGLU(torch.autograd.Function):
+class _Activation(NamedTuple):
+    """gate -> activated gate; and (gradient, gate, `grad_input` to write) -> gradient of the gate."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[..., Tensor]
+
+
+# d silu(g)/dg = sigmoid(g) * (1 + g * (1 - sigmoid(g))), which is what aten::silu_backward multiplies by.
+_SILU = _Activation(F.silu, torch.ops.aten.silu_backward.grad_input)
+_GELU = _Activation(
+    partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh")
+)
+
+
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: _Activation) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.activation = activation
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh").mul_(up)
+        return activation.forward(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Any:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
-        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=grad_up)
-        return grad_gate_up
+        ctx.activation.backward(grad * up, gate, grad_input=grad_gate)
+        torch.mul(grad, ctx.activation.forward(gate), out=grad_up)
+        return grad_gate_up, None

@@ -143,28 +143,6 @@ def sections_of(example: str) -> support.Tables:
     return sections
 
 
-def resume(rank: int, layout: support.Layout, sections: support.Tables, run: str) -> None:
-    """Two steps from the checkpoint end where two steps more in the process that saved it do."""
-    ends = []
-    config = support.make_config(layout, **sections)
-    for saves in (True, False):
-        trainer = support.make_trainer(config, layout, rank)
-        with CheckpointManager(run, config, trainer.mesh) as manager:
-            if saves:
-                support.train(trainer, 2, seed=1)
-                manager.save(trainer, {"step": 2})
-                assert manager.wait()
-            else:
-                support.forget(trainer)
-                manager.load(trainer, run)
-        support.train(trainer, 2, seed=2)
-        ends.append(support.held(trainer))
-    for one, other in zip(*ends, strict=True):
-        assert one == other
-        for mine, theirs in zip(ends[0][one], ends[1][other], strict=True):
-            assert torch.equal(mine[2], theirs[2]), one
-
-
 FROM = support.Layout(tensor=2, sequence=True, data=2, zero=2)
 TO = support.Layout(pipeline=3, schedule="zb_h1")
 
@@ -172,7 +150,7 @@ TO = support.Layout(pipeline=3, schedule="zb_h1")
 @each_example
 def test_resumed_in_the_same_layout_and_in_another(pool: Any, tmp_path: Path, example: str) -> None:
     sections = sections_of(example)
-    pool.run(resume, FROM.world, FROM, sections, str(tmp_path / "same"))
+    pool.run(support.resume, FROM.world, FROM, sections, str(tmp_path / "same"))
     saved = support.assemble(pool.run(support.save_trained, FROM.world, FROM, sections, str(tmp_path / "run"), 3))
     loaded = pool.run(support.load_all, TO.world, TO, sections, str(tmp_path / "own"), [str(tmp_path / "run")])
     there = support.assemble([results[0][2] for results in loaded])

@@ -21,7 +21,7 @@ from megalite.checkpoint.huggingface.adapter_export import export_adapter, holds
 from megalite.checkpoint.huggingface.export import Export, Progress, export_huggingface
 from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.huggingface_config import NAMES
-from megalite.checkpoint.merge import merge_adapter
+from megalite.checkpoint.merge_adapter import merge_adapter
 from megalite.checkpoint.source import CheckpointReader
 from megalite.cli import Parser, file_path, number, program
 from megalite.errors import UserError

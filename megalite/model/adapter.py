@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 from torch import nn
 
-from megalite.config import AdapterConfig, Config, ModelConfig
+from megalite.config import Config, ModelConfig
 from megalite.errors import UserError
 from megalite.model.block import build_block
-from megalite.model.build import Adapter, Build
+from megalite.model.build import Adapter, Build, layer_name, make_adapter
 from megalite.model.cost import meta_build
 from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import Box
-from megalite.registry import look_up
 
 
 def build_adapter(config: Config) -> Adapter | None:
@@ -30,14 +28,6 @@ def build_adapter(config: Config) -> Adapter | None:
                 f"use some of {', '.join(known)}"
             )
     return make_adapter(config.adapter)
-
-
-def make_adapter(config: AdapterConfig) -> Adapter | None:
-    """The same without a check of its targets."""
-    if config.kind == "none":
-        return None
-    make: Callable[[AdapterConfig], Adapter] = look_up("adapter.kind", config.kind)
-    return make(config)
 
 
 @functools.lru_cache(maxsize=64)
@@ -59,9 +49,9 @@ class _Names:
         self.found: list[str] = []
 
     def column(self, build: Build, name: str, layer: ColumnParallelLinear, boxes: tuple[Box, ...]) -> nn.Module:
-        self.found += [box.name.split(".")[-2] for box in boxes]
+        self.found += [layer_name(box.name) for box in boxes]
         return layer
 
     def row(self, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]) -> nn.Module:
-        self.found.append(name.split(".")[-2])
+        self.found.append(layer_name(name))
         return layer

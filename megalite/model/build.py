@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from megalite.config import ModelConfig
+from megalite.config import AdapterConfig, ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import DATA_AXES, Mesh
 from megalite.model.norm import RMSNorm
@@ -23,6 +23,7 @@ from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
 from megalite.parallel.linear import PLAIN, ColumnParallelLinear, Products, RowParallelLinear
 from megalite.placement import Box, PlacedParameter, Placement, row_box
+from megalite.registry import look_up
 
 STD = 0.02
 """Standard deviation of initial weights."""
@@ -38,6 +39,19 @@ class Adapter(Protocol):
     def row(self, build: Build, name: str, layer: RowParallelLinear, columns: tuple[int, int]) -> nn.Module:
         """The replacement for a row-parallel layer, with the same call signature; `columns` as in `Build.row`."""
         ...
+
+
+def make_adapter(config: AdapterConfig) -> Adapter | None:
+    """The adapter of `adapter.kind`, its targets unchecked; None for `none`."""
+    if config.kind == "none":
+        return None
+    make: Callable[[AdapterConfig], Adapter] = look_up("adapter.kind", config.kind)
+    return make(config)
+
+
+def layer_name(name: str) -> str:
+    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`, as `adapter.targets` has it."""
+    return name.split(".")[-2]
 
 
 @dataclass(frozen=True)

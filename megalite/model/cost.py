@@ -141,7 +141,7 @@ def model_sizes(
 ) -> ModelSizes:
     """Sizes on tensor rank `index` of `tensor`, with one of `expert` shares of the experts; counted on the modules of
     one layer of each kind and both ends."""
-    from megalite.model.adapter import make_adapter
+    from megalite.model.build import make_adapter
 
     build = dataclasses.replace(meta_build(model, tensor, index, expert), adapter=make_adapter(adapter))
     sparse = model.sparse_layers

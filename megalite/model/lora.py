@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from megalite.config import AdapterConfig
 from megalite.errors import UserError
-from megalite.model.build import Build
+from megalite.model.build import Build, layer_name
 from megalite.parallel.linear import (
     ColumnParallelLinear,
     Prologue,
@@ -45,11 +45,6 @@ def pair_names(name: str) -> tuple[str, str]:
     """The global names of A and B beside the weight `name`; PEFT's, without its prefix."""
     stem = name.removesuffix(".weight")
     return stem + DOWN, stem + UP
-
-
-def layer_name(name: str) -> str:
-    """`q_proj` of `model.layers.0.self_attn.q_proj.weight`, as `adapter.targets` has it."""
-    return name.split(".")[-2]
 
 
 def adapted_layers(names: Iterable[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from megalite.planning.activations import stage_memory
 from megalite.planning.alignment import bytes_beside, rollout_bytes
 from megalite.planning.hardware import GIB
 from megalite.planning.job import Job
-from megalite.planning.muon import muon_bytes
+from megalite.planning.muon_cost import muon_bytes
 from megalite.planning.states import rank_shares, rank_states
 from megalite.schedule.ops import Op
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.alignment import critic_job, least_forward_seconds, parts_before_update
 from megalite.planning.job import Job
-from megalite.planning.muon import muon_seconds
+from megalite.planning.muon_cost import muon_seconds
 from megalite.planning.stage_time import (
     StageWork,
     TimeParts,

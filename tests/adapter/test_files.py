@@ -15,7 +15,7 @@ from megalite.checkpoint.huggingface.adapter_export import export_adapter
 from megalite.checkpoint.huggingface.export import export_huggingface
 from megalite.checkpoint.huggingface.importer import import_huggingface
 from megalite.checkpoint.manager import CheckpointManager
-from megalite.checkpoint.merge import merge_adapter
+from megalite.checkpoint.merge_adapter import merge_adapter
 from megalite.checkpoint.source import CheckpointReader, fill_model
 from megalite.checkpoint.weights import open_weights
 from megalite.config import Config

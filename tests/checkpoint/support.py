@@ -154,6 +154,28 @@ def forget(trainer: Trainer) -> None:
             values.fill_(torch.nan)
 
 
+def resume(rank: int, layout: Layout, sections: Tables, run: str) -> None:
+    """Two steps from the checkpoint end where two steps more in the process that saved it do."""
+    ends = []
+    config = make_config(layout, **sections)
+    for saves in (True, False):
+        trainer = make_trainer(config, layout, rank)
+        with CheckpointManager(run, config, trainer.mesh) as manager:
+            if saves:
+                train(trainer, 2, seed=1)
+                manager.save(trainer, {"step": 2})
+                assert manager.wait()
+            else:
+                forget(trainer)
+                manager.load(trainer, run)
+        train(trainer, 2, seed=2)
+        ends.append(held(trainer))
+    for one, other in zip(*ends, strict=True):
+        assert one == other
+        for mine, theirs in zip(ends[0][one], ends[1][other], strict=True):
+            assert torch.equal(mine[2], theirs[2]), one
+
+
 def load_all(
     rank: int, layout: Layout, sections: Tables, own_dir: str, run_dirs: list[str]
 ) -> list[tuple[dict[str, Any], int, Pieces]]:

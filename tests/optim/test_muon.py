@@ -332,28 +332,6 @@ def test_rounds_bound_what_a_worker_holds(pool: Pool, limit: int) -> None:
 SECTIONS: support.Tables = {"optimizer": {"kind": "muon", "eps": 1e-5}}
 
 
-def resume(rank: int, layout: support.Layout, run: str) -> None:
-    """Two steps from the checkpoint end where two steps more in the process that saved it do."""
-    ends = []
-    config = support.make_config(layout, **SECTIONS)
-    for saves in (True, False):
-        trainer = support.make_trainer(config, layout, rank)
-        with CheckpointManager(run, config, trainer.mesh) as manager:
-            if saves:
-                support.train(trainer, 2, seed=1)
-                manager.save(trainer, {"step": 2})
-                assert manager.wait()
-            else:
-                support.forget(trainer)
-                manager.load(trainer, run)
-        support.train(trainer, 2, seed=2)
-        ends.append(support.held(trainer))
-    assert ends[0].keys() == ends[1].keys()
-    for key, pieces in ends[0].items():
-        for mine, theirs in zip(pieces, ends[1][key], strict=True):
-            assert torch.equal(mine[2], theirs[2]), key
-
-
 KEPT = [
     support.Layout(),
     support.Layout(tensor=2, sequence=True, data=2, zero=2),
@@ -366,7 +344,7 @@ KEPT = [
 
 @pytest.mark.parametrize("layout", [KEPT[1], KEPT[4]], ids=["t2s-d2-z2", "d4-z3"])
 def test_resumed_where_it_was_saved(pool: Pool, tmp_path: Path, layout: support.Layout) -> None:
-    pool.run(resume, layout.world, layout, str(tmp_path))
+    pool.run(support.resume, layout.world, layout, SECTIONS, str(tmp_path))
 
 
 def walk(pool: Pool, folder: Path, layouts: list[support.Layout], **sections: Any) -> None:

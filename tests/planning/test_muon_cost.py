@@ -12,7 +12,7 @@ from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES
 from megalite.planning.job import Job
 from megalite.planning.memory import rank_memory
-from megalite.planning.muon import muon_bytes, muon_seconds
+from megalite.planning.muon_cost import muon_bytes, muon_seconds
 from megalite.planning.states import rank_matrices, rank_states
 from megalite.planning.step_time import least_step_seconds, step_time
 from tests.support.parity import Case, build_trainer
