@@ -31,10 +31,8 @@ def test_preempted(run, undisturbed):
     saved = run.checkpoints()[-1]
     assert f"it goes on from step_{saved:08d}" in run.log and saved < STEPS and saved == run.steps()[-1]
     assert_as_undisturbed(run, undisturbed)
-    assert run.cluster.show(run.jobs[0], "Restarts") in (
-        "1",
-        "2",
-    )  # SLURM may let the job in once more before the other
+    # At least: SLURM may let the job in while the other's nodes are still being cleared, and take them back.
+    assert int(run.cluster.show(run.jobs[0], "Restarts")) >= 1
     assert f"resumed at step {saved}" in run.rank_log(0)
 
 
