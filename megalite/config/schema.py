@@ -179,7 +179,8 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """What to do about a loss that jumps: go back and leave out the data around it (PaLM's recipe)."""
+    """What to do about a loss that jumps (go back and leave out the data around it: PaLM's recipe), and about bits
+    that flip."""
 
     spike_threshold: Annotated[float, AtLeast(0, 1e6)] = 0.0
     """Robust standard deviations by which a loss must go up and stay up; 5 is recommended, 0: look for no spikes."""
@@ -190,6 +191,10 @@ class RecoveryConfig:
     max_rollbacks: CountOrNone = 3
     """End the run, as a fault, when it would go back more often. Ten times as many steps of progress as it went back,
     at least 100, earn a rollback back."""
+    replica_check_interval: CountOrNone = 0
+    """Compare the bits of all weights that several ranks hold every so many steps and before each checkpoint, and
+    before every update the optimizer's shards with what the last one wrote. Where they differ, go back to a checkpoint
+    and make the same steps again, which tells a flipped bit from a bug; name the rank. 0: never."""
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from megalite.config import OptimizerConfig
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
+from megalite.optim.at_rest import StateSums
 from megalite.optim.shard import Segment
 from megalite.parallel.zero import StageBuckets
 from megalite.registry import look_up
@@ -42,13 +44,17 @@ def build_rule(config: OptimizerConfig, kernels: Kernels, mesh: Mesh) -> Rule:
 
 
 class Optimizer:
-    """All updates of this rank. `step_count` is the number of updates made."""
+    """All updates of this rank. `step_count` is the number of updates made. With `watched`, `damage` says whether
+    something else than an update has changed the shards."""
 
-    def __init__(self, stages: Sequence[StageBuckets], segments: Sequence[Segment], rule: Rule) -> None:
+    def __init__(
+        self, stages: Sequence[StageBuckets], segments: Sequence[Segment], rule: Rule, *, watched: bool = False
+    ) -> None:
         self.stages, self.rule = stages, rule
         self.segments = [segment for segment in segments if segment.gradient is not None]
         self.step_count = 0
         rule.prepare(self.segments)
+        self._at_rest = StateSums(self.segments) if watched else None
 
     @property
     def name(self) -> str:
@@ -62,6 +68,22 @@ class Optimizer:
     def set_step_count(self, steps: int) -> None:
         """Declare that the state is the one after `steps` updates."""
         self.step_count = steps
+        if self._at_rest is not None:
+            self._at_rest.forget()
+
+    @torch.no_grad()
+    def damage(self) -> Tensor | float:
+        """The number of master weights and states that are not what the last update wrote: fp64 scalar."""
+        if self._at_rest is None:
+            return 0.0
+        for stage in self.stages:
+            stage.wait_for_all_gather()
+        return self._at_rest.changed()
+
+    @torch.no_grad()
+    def damaged(self) -> list[str]:
+        """Their names."""
+        return [] if self._at_rest is None else self._at_rest.names()
 
     @torch.no_grad()
     def step(self, lr: float, gradient_scale: float) -> None:
@@ -70,6 +92,8 @@ class Optimizer:
             stage.wait_for_all_gather()
         self.step_count += 1
         self.rule.update(self.segments, lr=lr, gradient_scale=gradient_scale, step=self.step_count)
+        if self._at_rest is not None:
+            self._at_rest.remember()
         for stage in self.stages:
             stage.gather_parameters()
 

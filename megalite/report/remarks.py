@@ -77,8 +77,13 @@ def _endings(run: Run) -> Iterator[Remark]:
             False, f"{count} of {counted(len(starts), 'start')} ended without a word: killed, or still running."
         )
     rollbacks = run.happened("rollback")
-    if rollbacks:
-        yield Remark(False, f"Rolled back {times(len(rollbacks))}; the data around the failure was skipped.")
+    if skipping := [event for event in rollbacks if "samples" in event]:
+        yield Remark(False, f"Rolled back {times(len(skipping))}; the data around the failure was skipped.")
+    if again := len(rollbacks) - len(skipping):
+        yield Remark(False, f"Went back {times(again)} because copies differed; the same steps were made again.")
+    for event in run.happened("flipped_bit"):
+        where = f"rank {event.get('rank')}, host {event.get('host')}"
+        yield Remark(True, f"A bit flipped on {where}, by step {event.get('step')}: suspect its memory.")
 
 
 def when(event: dict[str, Any]) -> str:
@@ -101,7 +106,7 @@ def history(run: Run) -> list[tuple[str, str, str]]:
 _WORDS = {
     "start": "start", "ready": "training begins", "stop": "end", "rollback": "rollback", "lost": "steps to make again",
     "refused": "step refused", "empty": "nothing to learn", "slow": "slow rank", "no_answer": "rank lost",
-    "save_failed": "checkpoint failed",
+    "save_failed": "checkpoint failed", "damaged": "copies differ", "flipped_bit": "flipped bit",
 }  # fmt: skip
 
 
@@ -116,8 +121,14 @@ def _sentence(kind: str, details: dict[str, Any]) -> str:
         if kind == "stop":
             return f"exit code {details['code']}" + (f" after {details['signal']}" if details.get("signal") else "")
         if kind == "rollback":
-            skipped = "samples {} to {} left out".format(details["samples"][0], details["samples"][1] - 1)
-            return f"step {details['step']} to {details['to_step']}: {details['why']}; {skipped}"
+            what = "the same steps follow again"
+            if "samples" in details:
+                what = "samples {} to {} left out".format(details["samples"][0], details["samples"][1] - 1)
+            return f"step {details['step']} to {details['to_step']}: {details['why']}; {what}"
+        if kind == "damaged":
+            return f"step {details['step']}: {details['why']}"
+        if kind == "flipped_bit":
+            return f"rank {details['rank']} on {details['host']}, by step {details['step']}"
         if kind == "lost":
             return f"{details['steps']} after step {details['to_step']}, {details['seconds']:.0f} s of work"
         if kind == "slow":

@@ -16,7 +16,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.restore import planned_samples
 from megalite.config import Config
-from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved
+from megalite.errors import FINISHED, STOPPED, CommonError, Diverged, NotSaved, RunFailed
 from megalite.evaluation.during_training import Answers
 from megalite.kernels.attention.choice import choose_attention
 from megalite.mesh import Mesh
@@ -29,10 +29,11 @@ from megalite.optim.lr_schedule import learning_rate
 from megalite.runtime import StopRequest
 from megalite.train.attention_calls import attention_calls
 from megalite.train.inputs import open_data
+from megalite.train.integrity import Integrity
 from megalite.train.profile import Profiler
 from megalite.train.recovery import SpikeDetector, next_sample, skip_range, unearned
 from megalite.train.task import Task
-from megalite.train.trainer import StepResult
+from megalite.train.trainer import Damaged, StepResult
 
 MAX_REFUSED_STEPS = 5
 """Consecutive steps with a non-finite loss or gradient before the run rolls back or ends."""
@@ -115,6 +116,8 @@ class TrainingRun:
         self.meter = SpeedMeter(mesh.size, mesh.device)
         observers.wrap_steps("profiler", lambda: Profiler(config, mesh, task.trainer, observers.recorder).step)
         task.observe(observers.recorder)
+        interval = config.recovery.replica_check_interval
+        self.integrity = Integrity(task.saved.models, mesh, interval, observers.event)
         self._refused = 0
         self._recent: deque[int] = deque(maxlen=MAX_REFUSED_STEPS)
         """First samples of the latest steps: a spike is detected some steps after it began."""
@@ -164,6 +167,7 @@ class TrainingRun:
         self.state.attention = chosen or self.state.attention
         self.detector = SpikeDetector(self.config.recovery.spike_threshold, self.state.losses, self.state.lr)
         self.task.prepare(self.state.task)
+        self.integrity.sound = self.state.step
 
     def _train(self) -> int:
         self.observers.event("ready", step=self.state.step)
@@ -175,6 +179,9 @@ class TrainingRun:
                 started = time.perf_counter()
                 try:
                     outcome = self._step(step)
+                except Damaged as damage:
+                    self._make_again(step, self.integrity.report(step, damage), step - 1, started)
+                    continue
                 except CommonError:
                     self._save_before_the_end()
                     raise
@@ -191,7 +198,10 @@ class TrainingRun:
             validating = time.perf_counter() - validating
             stopping = stopping or bool((evaluate or answers) and self._asked_to_stop())
             interval = self.config.checkpoint.interval
-            due = step == self.last_step or stopping or (interval and step % interval == 0)
+            due = step == self.last_step or stopping or bool(interval and step % interval == 0)
+            if differs := self._find_damage(step, due):
+                self._make_again(step, differs, self.integrity.sound, started)
+                continue
             stall = self._save() if due else 0.0
             self._report(outcome, seconds, validation, answers, validating, stall)
             self.watch.compare(step, self.observers.recorder.work_seconds)
@@ -288,12 +298,7 @@ class TrainingRun:
         saved = self.checkpoints.steps()
         early_enough = [other for other in saved if other <= step - recovery.rollback_steps]
         target = max(early_enough, default=min(saved, default=0))
-        loaded = self.checkpoints.load_latest(self.task.saved, fingerprint=self.fingerprint, at_most=target)
-        if loaded is not None:
-            self._take_up(loaded)
-        else:
-            self._begin()
-        self.checkpoints.discard_after(self.state.step)
+        self._return_to(target)
         first, stop = skip_range(outcome.first, outcome.samples, recovery.skip_steps, self.state.samples, read)
         self.state.skips = [*skips, (first, stop)]
         self.state.rollbacks, self.state.rolled_back_at, self._refused = rollbacks, counting, 0
@@ -310,6 +315,37 @@ class TrainingRun:
         facts = {"step": step, "to_step": self.state.step, "why": outcome.failure, "samples": [first, stop]}
         self.observers.event("rollback", **facts, seconds=round(time.perf_counter() - started, 3))
         self.observers.rewind(self.state.step)
+
+    def _find_damage(self, step: int, saving: bool) -> str:
+        """What is not as it must be after `step`; empty if nothing, or if no check is due."""
+        if not self.integrity.due(step, saving):
+            return ""
+        try:
+            return self.integrity.check(step)
+        except Damaged as damage:
+            return self.integrity.report(step, damage)
+
+    def _make_again(self, step: int, why: str, at_most: int, started: float) -> None:
+        """Return to the newest checkpoint up to step `at_most`, and lose no data: the same steps follow again."""
+        recovery, state = self.config.recovery, self.state
+        counting = [*unearned(state.rolled_back_at, step, recovery.rollback_steps), step]
+        if len(counting) > recovery.max_rollbacks:
+            raise RunFailed(f"step {step}: {why}; this was rollback {len(counting)} (recovery.max_rollbacks)")
+        self._return_to(at_most)
+        self.state.skips, self.state.rollbacks, self.state.rolled_back_at = state.skips, state.rollbacks + 1, counting
+        log.warning("step %d: back to step %d, to make the same steps again", step, self.state.step)
+        seconds = round(time.perf_counter() - started, 3)
+        self.observers.event("rollback", step=step, to_step=self.state.step, why=why, seconds=seconds)
+        self.observers.rewind(self.state.step)
+
+    def _return_to(self, at_most: int) -> None:
+        """Take up the newest checkpoint up to a step, or begin again if there is none; discard the later ones."""
+        loaded = self.checkpoints.load_latest(self.task.saved, fingerprint=self.fingerprint, at_most=at_most)
+        if loaded is not None:
+            self._take_up(loaded)
+        else:
+            self._begin()
+        self.checkpoints.discard_after(self.state.step)
 
     def _validate(self) -> tuple[float, Mapping[str, float]]:
         """The task's loss and further metrics on the validation data; nan if nothing of it counts."""

@@ -48,6 +48,22 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+class Damaged(Exception):
+    """Master weights or optimizer states have changed between two updates, and nothing of the step was updated.
+
+    Raised by all ranks. `names` are the tensors that have changed on each rank.
+    """
+
+    def __init__(self, names: list[list[str]]) -> None:
+        self.names = names
+        hurt = [f"rank {rank}: {what[0]}" for rank, what in enumerate(names) if what]
+        super().__init__(f"changed between two updates: {'; '.join(hurt)}")
+
+    @property
+    def ranks(self) -> list[int]:
+        return [rank for rank, what in enumerate(self.names) if what]
+
+
 @dataclass(frozen=True)
 class _Shares:
     """One rank's terms of the sums over all ranks."""
@@ -78,7 +94,8 @@ class Trainer(ShardedModel):
         self.objective = objective or build_objective(config)
         super().__init__(config, mesh, kernels, head=head_for(self.objective.reads), prefix=prefix)
         rule = build_rule(config.optimizer, kernels, mesh)
-        self.optimizer = Optimizer(list(self.buckets.values()), self.segments, rule)
+        watched = config.recovery.replica_check_interval > 0
+        self.optimizer = Optimizer(list(self.buckets.values()), self.segments, rule, watched=watched)
         self.norm = GradientNorm(list(self.buckets.values()), mesh.rank, kernels)
         self.observe: Observer = unobserved
         self._data_group = mesh.data_group()
@@ -176,11 +193,13 @@ class Trainer(ShardedModel):
         """One optimizer step over this rank's micro-batches; every rank must pass the same number.
 
         All ranks agree on loss, norm and `flag` before anything is updated, so either all of them update or none does.
+        Raises `Damaged` on all of them if a rank's optimizer state is not what the last update wrote.
         """
         own = self.accumulate(batches, objective, shape)
-        square, loss, flags, units, *sums = self._agree(
-            self.norm.local_square_sum(), own.loss, flag, own.units, *own.metrics.values(), *own.loads
-        )
+        numbers = (self.norm.local_square_sum(), own.loss, flag, own.units, self.optimizer.damage())
+        square, loss, flags, units, damage, *sums = self._agree(*numbers, *own.metrics.values(), *own.loads)
+        if damage:
+            raise Damaged(self._world.gather_json(self.optimizer.damaged(), self.mesh.device))
         metrics = dict(zip(own.metrics, sums)) | expert_metrics(sums[len(own.metrics) :])
         loss += getattr(objective or self.objective, "offset", 0.0)
         grad_norm = float(np.float32(math.sqrt(square))) if square >= 0 else math.nan
