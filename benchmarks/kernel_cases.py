@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.config import ModelConfig
-from megalite.kernels import Kernels, grouped, grouped_torch
+from megalite.kernels import Kernels, grouped, grouped_torch, select_kernels, symmetric
 from megalite.kernels.attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.build import Build
@@ -247,6 +247,20 @@ def grouped_cases(at: Setting) -> Iterator[Case]:
         yield Case(name.strip("_"), 0.0, flop, working(calls, absent), None, absent)
 
 
+def symmetric_cases(at: Setting) -> Iterator[Case]:
+    """Muon's two products for a matrix of the feed-forward; flop are those of a plain product."""
+    rows, columns = sorted((at.sizes.hidden, at.sizes.ffn))
+    a = at.randn(rows, columns)
+    gram = symmetric.symmetric_product(a)
+    for name, matrix, addend in (("gram", a, None), ("gram_squared", gram, gram)):
+        absent: list[str] = []
+        calls: dict[str, Callable[[], Any]] = {"torch": partial(symmetric.symmetric_product, matrix, addend)}
+        if at.gpu:
+            ours = select_kernels({"symmetric": "triton"}, at.device)
+            calls["megalite triton"] = partial(ours.symmetric_product, matrix, addend)
+        yield Case(name, 0.0, 2.0 * rows * rows * matrix.shape[1], working(calls, absent), None, absent)
+
+
 def loss_cases(at: Setting) -> Iterator[Case]:
     logits, theirs = at.randn(at.sizes.tokens, at.sizes.vocab), liger(at)
     source, leaf = logits.clone(), logits.clone().requires_grad_()
@@ -405,6 +419,7 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "rope": rope_cases,
     "swiglu": swiglu_cases,
     "grouped": grouped_cases,
+    "symmetric": symmetric_cases,
     "cross_entropy": loss_cases,
     "linear_cross_entropy": fused_loss_cases,
     "attention": attention_cases,

@@ -49,7 +49,11 @@ NOTES = {
     "10m": "",
 }
 BYTES = 256
-GRID = {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)}
+GRIDS = {
+    "small": {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)},
+    "10m": {"adamw": (7.5e-4, 1.5e-3, 3e-3), "muon": (3e-3, 6e-3)},
+}
+"""Learning rates around the best of each model."""
 EVALUATIONS = 20
 HELD_OUT_SAMPLES = 32
 
@@ -148,9 +152,10 @@ def compare(options: Options) -> dict[str, Any]:
     """The grids at the first seed, then the best of each at the others."""
     text = read_text()
     first, *others = options.seeds
-    adamw = [train(options, text, "adamw", lr, lr, first) for lr in GRID["adamw"]]
+    grid = GRIDS[options.model]
+    adamw = [train(options, text, "adamw", lr, lr, first) for lr in grid["adamw"]]
     lr = best(adamw)["lr"]
-    muon = [train(options, text, "muon", lr, own, first) for own in GRID["muon"]]
+    muon = [train(options, text, "muon", lr, own, first) for own in grid["muon"]]
     own = best(muon)["muon_lr"]
     pairs = [(best(adamw), best(muon))]
     for seed in others:

@@ -28,6 +28,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "grouped": ("grouped_product", "grouped_input_gradient", "grouped_weight_gradient_"),
         "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_", "cross_entropy_stats_grad_"),
         "adamw": ("adamw_", "square_sum"),
+        "symmetric": ("symmetric_product",),
     }
 )
 """Operation as the configuration names it, and the module of its plain form -> the functions that it chooses."""
@@ -35,8 +36,12 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 PLAIN_ALONE = ("geglu",)
 """Functions that have the plain form alone."""
 
-_PLAIN_ON_CPUS = ("adamw", "grouped")
-"""Operations whose plain form is compiled code already: torch's fused AdamW, and one BLAS product for each group."""
+_PLAIN_ON_CPUS = ("adamw", "grouped", "symmetric")
+"""Operations whose plain form is compiled code already: torch's fused AdamW, and BLAS products."""
+
+_PLAIN_UNLESS_NAMED = ("symmetric",)
+"""Operations whose Triton form must be measured before `auto` may prefer it: it saves half of the flop, but has the
+vendor's product to beat."""
 
 _KINDS = {"triton": "Triton", "native": "the compiled CPU kernel", "torch": "torch's operator"}
 
@@ -63,6 +68,7 @@ class Kernels:
     cross_entropy_stats_grad_: Callable[..., Any]
     adamw_: Callable[..., Any]
     square_sum: Callable[..., Any]
+    symmetric_product: Callable[..., Any]
     choices: Mapping[str, str]
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 
@@ -103,6 +109,8 @@ def _take(operation: str, wanted: str, device: torch.device) -> tuple[str, str]:
     """The implementation to use and, in brackets, the reason if it was not configured by name."""
     if wanted != "auto":
         return wanted, ""
+    if operation in _PLAIN_UNLESS_NAMED:
+        return "reference", " (auto)"
     obstacle = _triton_obstacle(device)
     if obstacle is None:
         return "triton", " (auto)"

@@ -172,6 +172,8 @@ class KernelsConfig:
     """Softmax cross-entropy over the (split) vocabulary."""
     adamw: KernelChoice = DERIVED
     """The optimizer's update."""
+    symmetric: KernelChoice = DERIVED
+    """Muon's products A A^T; `triton` computes one half of each, and `auto` leaves them to torch."""
 
     def __post_init__(self) -> None:
         derive(self, **{operation.name: self.default for operation in fields(self)})

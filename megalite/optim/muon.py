@@ -13,7 +13,7 @@ AdamW's; so are adapters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from megalite.config import OptimizerConfig
 from megalite.errors import UserError
 from megalite.kernels import Kernels
+from megalite.kernels.symmetric import symmetric_product
 from megalite.mesh import DATA_AXES, EXPERT_DATA_AXES, Mesh
 from megalite.optim.adamw import AdamW
 from megalite.optim.shard import Segment
@@ -40,15 +41,16 @@ RMS = 0.2
 """Root mean square of an update's elements, about that of AdamW's."""
 
 
-def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
-    """U V^T, about, of matrix = U S V^T: [R, C] in its own dtype, computed in it (bf16 is enough: Jordan 2024)."""
+def newton_schulz(matrix: Tensor, steps: int, product: Callable[..., Tensor] = symmetric_product) -> Tensor:
+    """U V^T, about, of matrix = U S V^T: [R, C] in its own dtype, computed in it (bf16 is enough: Jordan 2024).
+    `product` is the form of `kernels.symmetric`."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix  # X X^T is then the smaller of the two products
     x = x / x.norm(dtype=torch.float32).clamp(min=EPS).to(x.dtype)
     first, third, fifth = COEFFICIENTS
     for _ in range(steps):
-        gram = x @ x.mT
-        polynomial = torch.addmm(gram, gram, gram, beta=third, alpha=fifth)
+        gram = product(x)
+        polynomial = product(gram, gram, beta=third, alpha=fifth)  # gram is its own transpose
         x = torch.addmm(x, polynomial, x, beta=first)
     return x.mT if tall else x
 
@@ -68,6 +70,7 @@ class Muon:
     def __init__(self, config: OptimizerConfig, kernels: Kernels, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
         self._adamw = AdamW(config, kernels, mesh)
+        self._product = kernels.symmetric_product
         self._matrices: list[list[Segment]] = []
         self._whole: list[WholeMatrices] = []
         self._others: list[Segment] = []
@@ -120,7 +123,7 @@ class Muon:
 
     def _orthogonalised(self, matrix: Tensor) -> Tensor:
         scale = RMS * max(matrix.shape) ** 0.5
-        return newton_schulz(matrix, self.config.newton_schulz_steps) * scale
+        return newton_schulz(matrix, self.config.newton_schulz_steps, self._product) * scale
 
 
 def _require_matrices(segment: Segment) -> None:

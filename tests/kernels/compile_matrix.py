@@ -32,6 +32,7 @@ from megalite.kernels import (
     rms_norm_triton,
     rope_triton,
     swiglu_triton,
+    symmetric_triton,
 )
 from megalite.kernels.attention import flash_triton as launches
 from megalite.kernels.attention import flash_triton_kernels as flash
@@ -153,6 +154,17 @@ def grouped_cases() -> Iterator[Case]:
     yield Case("grouped weight gradient", grouped_triton.grouped_weights_kernel, tile, warps, stages, types, True)
 
 
+def symmetric_cases() -> Iterator[Case]:
+    block, _, inner, warps, stages = symmetric_triton.TILES
+    tile = {"PRECISION": "tf32", "BLOCK": block, "BLOCK_K": inner}
+    types = {"alpha": "fp32", "beta": "fp32"}
+    for add in (False, True):
+        special = ones("column_stride") if add else ones("row_stride")  # tall matrices are read transposed
+        name = f"symmetric product{' and addend' if add else ' of a transposed matrix'}"
+        constants = {**tile, "ADD": add, **special}
+        yield Case(name, symmetric_triton.symmetric_kernel, constants, warps, stages, types, products=True)
+
+
 MASKS: dict[str, dict[str, bool]] = {
     "full": {},
     "causal": {"CAUSAL": True},
@@ -212,7 +224,8 @@ def cases(target: int, quick: bool) -> list[Case]:
     if quick:
         wanted = [case for case in norm_cases() if "h4096" in case.name]
         return [*wanted, attention_case("forward", 128, target, "causal")]
-    return [*norm_cases(), *pointwise_cases(), *loss_cases(), *grouped_cases(), *attention_cases(target)]
+    products = [*grouped_cases(), *symmetric_cases()]
+    return [*norm_cases(), *pointwise_cases(), *loss_cases(), *products, *attention_cases(target)]
 
 
 def measured(target: int, quick: bool, index: int) -> dict[str, Any]:

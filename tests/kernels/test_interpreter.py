@@ -10,13 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SUITE = [
-    "test_elementwise_kernels.py",
-    "test_loss_and_optimizer_kernels.py",
-    "test_attention_kernels.py",
-    "test_ops.py",
-    "test_training_step.py",
-]
+SUITE = sorted(path.name for path in (ROOT / "tests/kernels/suite").glob("test_*.py"))
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
