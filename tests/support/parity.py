@@ -23,7 +23,7 @@ from megalite.config.check import check_layout
 from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
 from megalite.kernels.cross_entropy import IGNORE_INDEX
-from megalite.mesh import Mesh, create_group
+from megalite.mesh import GroupFactory, Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.objective import Objective
 from megalite.optim.lr_schedule import learning_rate
@@ -32,6 +32,7 @@ from megalite.schedule.schedules import SCHEDULES, find_schedule
 from megalite.train.trainer import Trainer
 from tests.support.chaos import ChaosGroups
 from tests.support.pool import Pool
+from tests.support.virtual import World
 
 BASE: dict[str, Any] = {
     "run.seed": 7,
@@ -261,11 +262,13 @@ def pieces_of_gradients(trainer: Trainer) -> list[Piece]:
     ]
 
 
-def train_rank(rank: int, case: Case, world: int, chaos: bool) -> RankOutcome:
+def train_rank(
+    rank: int, case: Case, world: int, chaos: bool, make_group: GroupFactory = create_group
+) -> RankOutcome:
     """Train on this rank: gradients of the first step, then all steps, then an evaluation."""
     config = case.config(world)
     groups = ChaosGroups(seed=rank + 1)
-    make_group = groups if chaos else create_group
+    make_group = groups if chaos else make_group
     trainer = build_trainer(config, rank, world, make_group, objective=case.objective)
 
     def batches(first: int, samples: int) -> list[Any]:
@@ -314,6 +317,13 @@ def assemble(ranks: list[list[Piece]], copies: int, of_experts: int = 1) -> dict
         assert not left.any(), f"{name}: not every element is held by all that should, and by them alone"
         assert not whole[name].isnan().any(), f"{name} holds NaN"
     return whole
+
+
+def train_virtually(case: Case, layout: Layout) -> Outcome:
+    """The same with all ranks in this process, one after the other."""
+    case = case.having(layout.fields)
+    ranks = World(layout.world).run(lambda rank, make: train_rank(rank, case, layout.world, False, make))
+    return combine(ranks, layout)
 
 
 def train(pool: Pool, case: Case, layout: Layout, chaos: bool = False, timeout: float | None = None) -> Outcome:
