@@ -46,6 +46,8 @@ class AllHeadsNorm(nn.Module):
 class _SplitNorm(Function):
     """x_SBf -> y_SBf; the order of casts is that of `megalite.kernels.rms_norm`."""
 
+    spmd = {"x_SBf": "V", "weight_f": "V", "out": "V"}
+
     @staticmethod
     def forward(
         ctx: Any, x_SBf: Tensor, weight_f: Tensor, counts_f: Tensor, eps: float, total: int, group: Group

@@ -40,6 +40,8 @@ def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
 class _HeadLoss(Function):
     """(hidden_sBH, weight_vH, labels_N) -> scale * sum of token losses (fp64 scalar); must be the root of backward."""
 
+    spmd = {"hidden_sBH": "V|I", "weight": "V", "out": "I", "data": "P"}
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -83,6 +85,8 @@ class _LabelLogprobs(Function):
     seen, so each chunk's logits are dropped in forward and recomputed in backward (four GEMMs instead of three). Only
     hidden state, labels and three numbers per token are saved.
     """
+
+    spmd = {"hidden_sBH": "V|I", "weight": "V", "out": "I"}
 
     @staticmethod
     def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, labels_N: Tensor, head: Any) -> Tensor:
@@ -258,6 +262,8 @@ class _Score(Function):
 
     Every rank computes the whole loss from them, so in backward each takes its own part along the sequence without a
     reduction."""
+
+    spmd = {"hidden_sBH": "V|I", "weight": "R|I", "out": "I"}
 
     @staticmethod
     def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, region: TensorRegion) -> Tensor:

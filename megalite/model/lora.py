@@ -136,6 +136,8 @@ class _Column(Function):
     """x_sNI -> y_SNo = W x + b + scale * B A x, W and b frozen. In backward the sum of the input's gradient over the
     ranks runs under the adapter's own products."""
 
+    spmd = {"x": "V|I", "down": "R|I", "up": "V", "out": "V"}
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: PlacedParameter, up: PlacedParameter, module: LoRAColumn) -> Tensor:
         y_SNo, u_sNR = module.compute(x)
@@ -166,6 +168,8 @@ class _Column(Function):
 class _Row(Function):
     """x_SNi = prologue(inputs) -> y_sNO = W x + scale * B A x, W frozen: W and A have their input in common, in
     forward, in backward, and where it is recomputed."""
+
+    spmd = {"down": "V", "up": "R|I", "inputs": "V", "out": "V|I"}
 
     @staticmethod
     def forward(

@@ -37,6 +37,8 @@ class Choice:
 class _Logits(Function):
     """x_TH (any dtype) -> fp32 logits_TE; the product is taken in fp32 and its operands are kept as they are."""
 
+    spmd: dict[str, str] = {}
+
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, weight: PlacedParameter) -> Tensor:
         ctx.save_for_backward(x_TH)
@@ -56,6 +58,8 @@ class _Attach(Function):
     It does so in backward, which runs once where a layer is computed twice (recomputation) and not at all where
     nothing is trained.
     """
+
+    spmd = {"loss": "P|I", "out": "weights"}
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor, router: Router, counts_E: Tensor) -> Tensor:

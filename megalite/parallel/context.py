@@ -121,6 +121,8 @@ class ContextRegion:
 
 
 class _Gather(Function):
+    spmd = {"x_Bs": "V", "out": "I"}
+
     @staticmethod
     def forward(ctx: Any, x_Bs: Tensor, length: int, region: ContextRegion) -> Tensor:
         ctx.region = region

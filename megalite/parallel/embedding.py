@@ -20,6 +20,8 @@ from megalite.placement import Box, PlacedParameter, row_box
 class _Embed(Function):
     """ids_SB -> hidden_sBH. Each rank looks up the ids it holds, with zeros elsewhere; the results are summed."""
 
+    spmd = {"weight": "V", "out": "V|I"}
+
     @staticmethod
     def forward(ctx: Any, weight: PlacedParameter, ids_SB: Tensor, first: int, region: TensorRegion) -> Tensor:
         local_SB = ids_SB - first

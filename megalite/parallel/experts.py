@@ -53,6 +53,8 @@ def _summed_rows(sorting: Sorting, rows: Tensor, copies: int) -> Tensor:
 class _Spread(Function):
     """x [s, ..., width] -> sorted rows [N, width]: gathered over the tensor ranks, each row repeated `copies` times."""
 
+    spmd = {"x": "V|I", "out": "R"}
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, sorting: Sorting, copies: int, region: TensorRegion) -> Tensor:
         ctx.sorting, ctx.copies, ctx.region = sorting, copies, region
@@ -68,6 +70,8 @@ class _Spread(Function):
 
 class _Collect(Function):
     """Sorted rows [N, width] -> [s, ...]: each token's `copies` rows summed, and the sums summed over tensor ranks."""
+
+    spmd = {"rows": "P", "out": "V|I"}
 
     @staticmethod
     def forward(
@@ -119,6 +123,8 @@ class Exchange:
 
 
 class _Start(Function):
+    spmd = {"rows": "V", "out": "V"}
+
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
@@ -135,6 +141,8 @@ class _Start(Function):
 
 
 class _Finish(Function):
+    spmd = {"buffer": "V", "out": "V"}
+
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
@@ -169,6 +177,8 @@ class _GroupedLinear(Function):
 
     As in `linear._RowLinear`, only the inputs of a `prologue` are saved, and it is evaluated again in backward.
     """
+
+    spmd: dict[str, str] = {}
 
     @staticmethod
     def forward(

@@ -102,6 +102,8 @@ def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor) -> Tens
 class _ColumnLinear(Function):
     """x_sBI -> y_SBo: gather along the sequence, multiply by this rank's rows of the weight."""
 
+    spmd = {"x": "V|I", "weight": "V", "bias": "V", "out": "V"}
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -142,6 +144,8 @@ class _RowLinear(Function):
     With a `prologue`, only its inputs are saved and it is evaluated again in backward: cheap element-wise work (SwiGLU)
     is recomputed instead of stored.
     """
+
+    spmd = {"weight": "V", "inputs": "V", "out": "V|I"}
 
     @staticmethod
     def forward(

@@ -118,7 +118,7 @@ class Trainer(ShardedModel):
         if self.last_stage is not None:
             for batch in batches:
                 if batch is not None and self.context.group.index == 0:  # the ranks of a sequence all have it whole
-                    total += objective.units(batch)
+                    total = total + objective.units(batch)
             self._data_group.all_reduce(total).wait()
         return total
 
