@@ -46,7 +46,7 @@ class AllHeadsNorm(nn.Module):
 class _SplitNorm(Function):
     """x_SBf -> y_SBf; the order of casts is that of `megalite.kernels.rms_norm`."""
 
-    spmd = {"x_SBf": "V", "weight_f": "V", "out": "V"}
+    spmd = "x_SBf: V, weight_f: V -> V"
 
     @staticmethod
     def forward(

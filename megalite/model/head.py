@@ -40,7 +40,7 @@ def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
 class _HeadLoss(Function):
     """(hidden_sBH, weight_vH, labels_N) -> scale * sum of token losses (fp64 scalar); must be the root of backward."""
 
-    spmd = {"hidden_sBH": "V|I", "weight": "V", "out": "I", "data": "P"}
+    spmd = "hidden_sBH: V|I, weight: V -> I; data P"
 
     @staticmethod
     def forward(
@@ -86,7 +86,7 @@ class _LabelLogprobs(Function):
     hidden state, labels and three numbers per token are saved.
     """
 
-    spmd = {"hidden_sBH": "V|I", "weight": "V", "out": "I"}
+    spmd = "hidden_sBH: V|I, weight: V -> I"
 
     @staticmethod
     def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, labels_N: Tensor, head: Any) -> Tensor:
@@ -263,7 +263,7 @@ class _Score(Function):
     Every rank computes the whole loss from them, so in backward each takes its own part along the sequence without a
     reduction."""
 
-    spmd = {"hidden_sBH": "V|I", "weight": "R|I", "out": "I"}
+    spmd = "hidden_sBH: V|I, weight: R|I -> I"
 
     @staticmethod
     def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, region: TensorRegion) -> Tensor:

@@ -136,7 +136,7 @@ class _Column(Function):
     """x_sNI -> y_SNo = W x + b + scale * B A x, W and b frozen. In backward the sum of the input's gradient over the
     ranks runs under the adapter's own products."""
 
-    spmd = {"x": "V|I", "down": "R|I", "up": "V", "out": "V"}
+    spmd = "x: V|I, down: R|I, up: V -> V"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: PlacedParameter, up: PlacedParameter, module: LoRAColumn) -> Tensor:
@@ -169,7 +169,7 @@ class _Row(Function):
     """x_SNi = prologue(inputs) -> y_sNO = W x + scale * B A x, W frozen: W and A have their input in common, in
     forward, in backward, and where it is recomputed."""
 
-    spmd = {"down": "V", "up": "R|I", "inputs": "V", "out": "V|I"}
+    spmd = "down: V, up: R|I, inputs: V -> V|I"
 
     @staticmethod
     def forward(

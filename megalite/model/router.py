@@ -37,7 +37,7 @@ class Choice:
 class _Logits(Function):
     """x_TH (any dtype) -> fp32 logits_TE; the product is taken in fp32 and its operands are kept as they are."""
 
-    spmd: dict[str, str] = {}
+    spmd = "local"
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, weight: PlacedParameter) -> Tensor:
@@ -59,7 +59,7 @@ class _Attach(Function):
     nothing is trained.
     """
 
-    spmd = {"loss": "P|I", "out": "weights"}
+    spmd = "loss: P|I -> weights"
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, loss: Tensor, router: Router, counts_E: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class ContextRegion:
 
 
 class _Gather(Function):
-    spmd = {"x_Bs": "V", "out": "I"}
+    spmd = "x_Bs: V -> I"
 
     @staticmethod
     def forward(ctx: Any, x_Bs: Tensor, length: int, region: ContextRegion) -> Tensor:

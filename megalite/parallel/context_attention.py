@@ -133,7 +133,7 @@ class _Call:
 
 
 class _Gathered(Function):
-    spmd = {"q_sBHD": "V", "k_sBKD": "V", "v_sBKD": "V", "out": "V"}
+    spmd = "q_sBHD: V, k_sBKD: V, v_sBKD: V -> V"
 
     @staticmethod
     def forward(ctx: Any, q_sBHD: Tensor, k_sBKD: Tensor, v_sBKD: Tensor, call: _Call) -> Tensor:
@@ -159,7 +159,7 @@ class _Gathered(Function):
 class _Ring(Function):
     """Keys and values of rank r - t are at rank r in step t; their gradients follow them, and come home at the end."""
 
-    spmd = {"q_sBHD": "V", "k_sBKD": "V", "v_sBKD": "V", "out": "V"}
+    spmd = "q_sBHD: V, k_sBKD: V, v_sBKD: V -> V"
 
     @staticmethod
     def forward(ctx: Any, q_sBHD: Tensor, k_sBKD: Tensor, v_sBKD: Tensor, call: _Call) -> Tensor:
@@ -282,7 +282,7 @@ def _to_rows(x_SBeD: Tensor, counts: Sequence[int], region: ContextRegion) -> Te
 class _Exchanged(Function):
     """`there` of x, with `back` of the gradient: the two exchanges undo each other."""
 
-    spmd = {"x": "V", "out": "V"}
+    spmd = "x: V -> V"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, there: _Way, back: _Way, counts: Sequence[int], region: ContextRegion) -> Tensor:

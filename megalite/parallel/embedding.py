@@ -20,7 +20,7 @@ from megalite.placement import Box, PlacedParameter, row_box
 class _Embed(Function):
     """ids_SB -> hidden_sBH. Each rank looks up the ids it holds, with zeros elsewhere; the results are summed."""
 
-    spmd = {"weight": "V", "out": "V|I"}
+    spmd = "weight: V -> V|I"
 
     @staticmethod
     def forward(ctx: Any, weight: PlacedParameter, ids_SB: Tensor, first: int, region: TensorRegion) -> Tensor:

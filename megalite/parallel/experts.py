@@ -53,7 +53,7 @@ def _summed_rows(sorting: Sorting, rows: Tensor, copies: int) -> Tensor:
 class _Spread(Function):
     """x [s, ..., width] -> sorted rows [N, width]: gathered over the tensor ranks, each row repeated `copies` times."""
 
-    spmd = {"x": "V|I", "out": "R"}
+    spmd = "x: V|I -> R"
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sorting: Sorting, copies: int, region: TensorRegion) -> Tensor:
@@ -71,7 +71,7 @@ class _Spread(Function):
 class _Collect(Function):
     """Sorted rows [N, width] -> [s, ...]: each token's `copies` rows summed, and the sums summed over tensor ranks."""
 
-    spmd = {"rows": "P", "out": "V|I"}
+    spmd = "rows: P -> V|I"
 
     @staticmethod
     def forward(
@@ -123,7 +123,7 @@ class Exchange:
 
 
 class _Start(Function):
-    spmd = {"rows": "V", "out": "V"}
+    spmd = "rows: V -> V"
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
@@ -141,7 +141,7 @@ class _Start(Function):
 
 
 class _Finish(Function):
-    spmd = {"buffer": "V", "out": "V"}
+    spmd = "buffer: V -> V"
 
     @staticmethod
     def forward(ctx: Any, buffer: Tensor, exchange: Exchange) -> Tensor:
@@ -178,7 +178,7 @@ class _GroupedLinear(Function):
     As in `linear._RowLinear`, only the inputs of a `prologue` are saved, and it is evaluated again in backward.
     """
 
-    spmd: dict[str, str] = {}
+    spmd = "local"
 
     @staticmethod
     def forward(

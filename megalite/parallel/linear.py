@@ -102,7 +102,7 @@ def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor) -> Tens
 class _ColumnLinear(Function):
     """x_sBI -> y_SBo: gather along the sequence, multiply by this rank's rows of the weight."""
 
-    spmd = {"x": "V|I", "weight": "V", "bias": "V", "out": "V"}
+    spmd = "x: V|I, weight: V, bias: V -> V"
 
     @staticmethod
     def forward(
@@ -145,7 +145,7 @@ class _RowLinear(Function):
     is recomputed instead of stored.
     """
 
-    spmd = {"weight": "V", "inputs": "V", "out": "V|I"}
+    spmd = "weight: V, inputs: V -> V|I"
 
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
 """The backward pass of every autograd function that communicates is the adjoint of its forward pass.
 
-Along the function's own axis, inputs are drawn as the types say that stand beside the function (R and I alike on all ranks, V and P of each rank's
-own) and so are the gradients of the outputs, whose types are the dual ones. Then, for any small step dx,
+Along the function's own axis, inputs are drawn as the types say that stand beside the function (R and I alike on all
+ranks, V and P of each rank's own) and so are the gradients of the outputs, whose types are the dual ones. Then, for any
+small step dx,
 
     sum over ranks of <gradient of y, change of y>  =  sum over ranks of <gradient of x, dx>
 
@@ -273,7 +274,9 @@ class Seen:
     gradients: dict[str, tuple[Tensor, str, float]]
 
 
-def look(rank: int, make: GroupFactory, setting: Setting, axis: str, size: int, sequence: bool, fields: dict[str, Any]) -> Seen:
+def look(
+    rank: int, make: GroupFactory, setting: Setting, axis: str, size: int, sequence: bool, fields: dict[str, Any]
+) -> Seen:
     mesh = Mesh(**{axis: size}, rank=rank, make_group=make)
     for one in ("tp", "cp", "ep"):
         mesh.group(one)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 
 import pytest
-import torch
 
 from megalite.mesh import Mesh
 from megalite.objective.policy import ClippedPolicy, ClippedValue
 from megalite.objective.preference import DPO, BradleyTerry
 from tests.parallel.test_seams import FOCAL, REGRESSION
-from tests.spmd.typed import LETTERS, SpmdTypeError, check_step, functions, is_local
+from tests.spmd.typed import LETTERS, SpmdTypeError, check_step, functions, is_local, parse
 from tests.support.parity import Case, Layout
 
 pytestmark = pytest.mark.fast
@@ -113,7 +112,7 @@ def test_every_autograd_function_declares_its_types():
             continue
         found.add(cls.__name__)
         parameters = list(inspect.signature(cls.forward).parameters)
-        for name, kind in cls.spmd.items():
+        for name, kind in parse(cls.spmd).items():
             assert name in (*parameters, "out", "data"), f"{cls.__name__}.spmd names {name}"
             assert kind in parameters or set(kind.split("|")) <= LETTERS.keys(), f"{cls.__name__}.spmd: {kind}"
     assert len(found) >= 18
@@ -122,15 +121,14 @@ def test_every_autograd_function_declares_its_types():
 def test_what_the_types_refuse(monkeypatch):
     from megalite.parallel.linear import _ColumnLinear
 
-    monkeypatch.setattr(_ColumnLinear, "spmd", {"x": "R", "weight": "V", "bias": "V", "out": "V"})
-    with pytest.raises(SpmdTypeError, match="_ColumnLinear: x is .*I along tp, and declared"):
+    monkeypatch.setattr(_ColumnLinear, "spmd", "x: R, weight: V, bias: V -> V")
+    with pytest.raises(SpmdTypeError, match=r"_ColumnLinear: x is .*I along tp, and declared"):
         check(Layout(tensor=2))
-    monkeypatch.setattr(_ColumnLinear, "spmd", {"weight": "V", "out": "V"})
+    monkeypatch.setattr(_ColumnLinear, "spmd", "weight: V -> V")
     with pytest.raises(SpmdTypeError, match="declares no type for its argument x"):
         check(Layout(tensor=2))
 
 
-def test_declarations_need_no_package(monkeypatch):
-    """They are strings: nothing of the package is imported by what trains."""
+def test_declarations_need_no_package():
     text = [inspect.getsource(inspect.getmodule(cls)) for cls in functions() if not is_local(cls)]
     assert not any("spmd_types" in source for source in text)

@@ -119,5 +119,5 @@ def test_different_collectives_are_named():
         group = Mesh(tp=2, rank=rank, make_group=make).group("tp")
         group.all_reduce(torch.ones(2 + rank)).wait()
 
-    with pytest.raises(Stuck, match="rank 1 calls .*3.* where others of .* call .*2"):
+    with pytest.raises(Stuck, match=r"rank 1 calls .*3.* where others of .* call .*2"):
         World(2).run(call)

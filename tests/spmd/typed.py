@@ -6,10 +6,10 @@ their placements: R along the axes over which their gradient is summed. Operatio
 project's autograd functions by the declaration `spmd` beside each are then checked for every axis; one rank runs,
 with groups that send nothing, and what it would receive is typed as what was asked for.
 
-A declaration has, for the axis of the function's own group, the type of each tensor that it differentiates, and of
-its output, `out`; "V|I" is V under sequence parallelism and I otherwise. `out` may name an argument whose type it
-has along every axis. `data` is the output's type along the data axes, where it is not what follows from the
-arguments. Along all other axes the usual rules hold. A function without a group of its own declares nothing.
+A declaration such as "x: V|I, weight: V -> V" has, for the axis of the function's own group, the type of each tensor
+that it differentiates, and of its output; "V|I" is V under sequence parallelism and I otherwise. An output may be the
+name of an argument whose type it has along every axis. What follows "; data" is the output's type along the data axes,
+where it does not follow from the arguments. Along all other axes the usual rules hold. "local": no group of its own.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from unittest import mock
 import torch
 from spmd_types import MeshAxis, SpmdTypeError, register_local_autograd_function, rules, set_current_mesh
 from spmd_types._checker import infer_local_type_for_axis
+from spmd_types._type_attr import get_local_type
 from spmd_types.checker import typecheck
 from spmd_types.runtime import _set_local_type
-from spmd_types._type_attr import get_local_type
 from spmd_types.types import I, P, R, V
 from torch import Tensor
 from torch.autograd import Function
@@ -73,6 +73,16 @@ def is_local(cls: type[Function]) -> bool:
     return cls.__module__.startswith("megalite.kernels")
 
 
+def parse(declaration: str) -> dict[str, str]:
+    """A declaration as types by argument, with `out` and `data`; empty for "local"."""
+    if declaration == "local":
+        return {}
+    types, _, data = declaration.partition("; data ")
+    arguments, _, out = types.partition(" -> ")
+    parsed = dict(pair.split(": ") for pair in arguments.split(", ")) | {"out": out}
+    return parsed | ({"data": data} if data else {})
+
+
 class TypedMesh:
     """A mesh whose axes spmd-types knows."""
 
@@ -98,7 +108,11 @@ class TypedMesh:
 
     def of_group(self, group: Group) -> list[str]:
         """The axes along which the group's ranks lie."""
-        return [name for name in self.axes if any(r in group.ranks for r in set(self.mesh.ranks_along(name)) - {self.mesh.rank})]
+        return [
+            name
+            for name in self.axes
+            if any(r in group.ranks for r in set(self.mesh.ranks_along(name)) - {self.mesh.rank})
+        ]
 
     def of_parameter(self, parameter: PlacedParameter) -> Types:
         """What the placement says of the gradient: summed over an axis, equal along it, or of other elements."""
@@ -118,7 +132,9 @@ class TypedGroup(Group):
 
     typed: TypedMesh
 
-    def _retype(self, what: str, tensor: Tensor, allowed: Sequence[Any], becomes: Any, output: Tensor | None = None) -> None:
+    def _retype(
+        self, what: str, tensor: Tensor, allowed: Sequence[Any], becomes: Any, output: Tensor | None = None
+    ) -> None:
         if not _get_current_function_mode_stack():
             return
         types = self.typed.type_of(tensor)
@@ -166,7 +182,7 @@ def _own_region(arguments: dict[str, Any]) -> Any:
         for _ in range(3):
             if isinstance(value, Group):
                 return value
-            if hasattr(value, "group") and hasattr(value, "size") or hasattr(value, "leaving"):
+            if (hasattr(value, "group") and hasattr(value, "size")) or hasattr(value, "leaving"):
                 return value
             inner = next((getattr(value, name) for name in ("region", "layer") if hasattr(value, name)), None)
             if inner is None:
@@ -177,7 +193,7 @@ def _own_region(arguments: dict[str, Any]) -> Any:
 
 def hook(cls: type[Function], typed: TypedMesh) -> Any:
     """The `spmd_typecheck` of a function, from its declaration."""
-    declared: dict[str, str] = cls.spmd  # type: ignore[attr-defined]
+    declared = parse(cls.spmd)  # type: ignore[attr-defined]
     names = list(inspect.signature(cls.forward).parameters)[1:]
 
     def check(outputs: Any, **arguments: Any) -> None:

@@ -262,9 +262,7 @@ def pieces_of_gradients(trainer: Trainer) -> list[Piece]:
     ]
 
 
-def train_rank(
-    rank: int, case: Case, world: int, chaos: bool, make_group: GroupFactory = create_group
-) -> RankOutcome:
+def train_rank(rank: int, case: Case, world: int, chaos: bool, make_group: GroupFactory = create_group) -> RankOutcome:
     """Train on this rank: gradients of the first step, then all steps, then an evaluation."""
     config = case.config(world)
     groups = ChaosGroups(seed=rank + 1)

@@ -149,7 +149,9 @@ class VirtualGroup(Group):
         deposits = self.world.deposits
         deposit = deposits.setdefault(key, _Deposit(asked))
         if deposit.asked != asked:
-            raise Stuck(f"rank {self.ranks[self.index]} calls {asked} where others of {self.ranks} call {deposit.asked}")
+            raise Stuck(
+                f"rank {self.ranks[self.index]} calls {asked} where others of {self.ranks} call {deposit.asked}"
+            )
         deposit.brought[self.index], deposit.rows[self.index] = tensor.detach().clone(), list(rows)
 
         def take() -> None:
@@ -231,7 +233,9 @@ class VirtualGroup(Group):
 
         def finish() -> None:
             sent = self._landed.pop((source, number))
-            assert sent.shape == tensor.shape and sent.dtype == tensor.dtype, f"{sent.shape} sent, {tensor.shape} wanted"
+            assert sent.shape == tensor.shape and sent.dtype == tensor.dtype, (
+                f"{sent.shape} sent, {tensor.shape} wanted"
+            )
             with torch.no_grad():
                 tensor.copy_(sent)
 
