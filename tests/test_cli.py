@@ -35,6 +35,7 @@ MISTYPED = {  # an option of each, one letter wrong; nothing else is given, thou
     "tools/inspect_checkpoint.py": "--verfy",
     "tools/inspect_data.py": "--seq-lenght",
     "tools/merge_data.py": "--output",
+    "tools/mutate.py": "--sampel",
     "tools/plan.py": "--device-typ",
     "tools/preprocess_data.py": "--tokeniser-model",
     "tools/report.py": "--ouput",
@@ -46,7 +47,7 @@ MISTYPED = {  # an option of each, one letter wrong; nothing else is given, thou
     "launch/local.py": "--proceses",
     "megalite.train": "--chek",
 }
-COMPLETE = {"tools/doctor.py", "tools/torture.py", "launch/quickstart.py", "megalite.train"}
+COMPLETE = {"tools/doctor.py", "tools/mutate.py", "tools/torture.py", "launch/quickstart.py", "megalite.train"}
 """Those that need no argument."""
 
 

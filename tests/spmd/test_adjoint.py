@@ -34,6 +34,7 @@ from megalite.parallel.context import ContextRegion
 from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.experts import Exchange, Sorting, collect, spread
 from megalite.placement import PlacedParameter, row_box
+from tests.spmd.typed import functions, is_local, parse
 from tests.support.parity import Case
 from tests.support.virtual import World
 
@@ -287,7 +288,9 @@ def look(
     # The fused loss must be the root of backward: its gradient is 1.
     slope = torch.ones_like(output) if output.dim() == 0 else drawn.random("slope", DUAL[kind], output.shape)
     trained = {name: pair for name, pair in drawn.tensors.items() if pair[0].requires_grad}
-    gradients = torch.autograd.grad(output, [tensor for tensor, _ in trained.values()], slope.to(output.dtype))
+    gradients = torch.autograd.grad(
+        output, [tensor for tensor, _ in trained.values()], slope.to(output.dtype, copy=True)
+    )
     steps = {name: drawn.random(f"step {name}", k, tuple(x.shape)) for name, (x, k) in trained.items()}
 
     def moved(by: float) -> Tensor:
@@ -306,19 +309,37 @@ def look(
     return Seen(output.detach(), kind, float((change * slope).sum()), found)
 
 
-def check(setting: Setting, axis: str, size: int, sequence: bool, fields: dict[str, Any]) -> None:
+DECLARED = {cls.__name__: parse(cls.spmd) for cls in functions() if not is_local(cls)}  # type: ignore[attr-defined]
+
+
+def check_declarations(name: str, seen: Seen, sequence: bool) -> None:
+    """What was drawn, and the dual of what was drawn for the output, have the types that stand beside the function."""
+    names = name.split(" with ")[0].split(" and ")
+    declared = DECLARED[names[0]] | {"out": DECLARED[names[-1]].get("out", "")}
+    letters = {what: pair.split("|")[0 if sequence else -1] for what, pair in declared.items()}
+    kinds = {what: kind for what, (_, kind, _) in seen.gradients.items() if what in STREAMS}
+    wanted = {letter for what, letter in letters.items() if what.split("_")[0] in STREAMS}
+    if letters["out"]:
+        assert (seen.kind, set(kinds.values()) or wanted) == (letters["out"], wanted), f"{name} declares {declared}"
+
+
+STREAMS = ("x", "q", "k", "v", "hidden", "inputs", "rows", "buffer")
+
+
+def check(name: str, setting: Setting, axis: str, size: int, sequence: bool, fields: dict[str, Any]) -> None:
     ranks = World(size).run(lambda rank, make: look(rank, make, setting, axis, size, sequence, fields))
     for seen in ranks:
         if seen.kind in "RI":
             torch.testing.assert_close(seen.output, ranks[0].output, rtol=0, atol=0, msg="the outputs differ")
-        for name, (gradient, kind, _) in seen.gradients.items():
+        for what, (gradient, kind, _) in seen.gradients.items():
             if kind in "IP":
-                first = ranks[0].gradients[name][0]
-                torch.testing.assert_close(gradient, first, msg=f"the gradients of {name} differ")
+                first = ranks[0].gradients[what][0]
+                torch.testing.assert_close(gradient, first, msg=f"the gradients of {what} differ")
+    check_declarations(name, ranks[0], sequence)
     ours = sum(seen.change for seen in (ranks[:1] if ranks[0].kind == "I" else ranks))
     theirs, size_of = 0.0, 0.0
-    for name, (_, kind, _) in ranks[0].gradients.items():
-        terms = [seen.gradients[name][2] for seen in (ranks[:1] if kind == "I" else ranks)]
+    for what, (_, kind, _) in ranks[0].gradients.items():
+        terms = [seen.gradients[what][2] for seen in (ranks[:1] if kind == "I" else ranks)]
         theirs, size_of = theirs + sum(terms), size_of + sum(map(abs, terms))
     assert abs(ours - theirs) <= 2e-4 * (size_of + abs(ours)), f"{ours} of the outputs, {theirs} of the inputs"
 
@@ -328,7 +349,7 @@ def check(setting: Setting, axis: str, size: int, sequence: bool, fields: dict[s
 @pytest.mark.parametrize("name", TENSOR)
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_along_the_tensor_axis(name, size, sequence):
-    check(TENSOR[name], "tp", size, sequence, FIELDS.get(name, {}))
+    check(name, TENSOR[name], "tp", size, sequence, FIELDS.get(name, {}))
 
 
 @pytest.mark.fast
@@ -336,4 +357,4 @@ def test_along_the_tensor_axis(name, size, sequence):
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_along_the_other_axes(name, size):
     axis, setting = OTHER[name]
-    check(setting, axis, size, False, {})
+    check(name, setting, axis, size, False, {})

@@ -23,9 +23,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from spmd_types import MeshAxis, SpmdTypeError, register_local_autograd_function, rules, set_current_mesh
+from spmd_types import (
+    MeshAxis,
+    SpmdTypeError,
+    get_local_type,
+    register_local_autograd_function,
+    rules,
+    set_current_mesh,
+)
 from spmd_types._checker import infer_local_type_for_axis
-from spmd_types._type_attr import get_local_type
 from spmd_types.checker import typecheck
 from spmd_types.runtime import _set_local_type
 from spmd_types.types import I, P, R, V

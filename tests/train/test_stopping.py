@@ -50,3 +50,16 @@ def test_where_a_request_is_heard(arguments, tmp_path, monkeypatch, owner, name,
     assert saved[-1:] == ([f"step_{last:08d}"] if last else [])
     assert main(arguments) == FINISHED
     assert steps(tmp_path) == list(range(1, 10))
+
+
+def test_a_stopped_and_resumed_run_computes_what_an_undisturbed_one_does(arguments, tmp_path, monkeypatch):
+    def computed(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["grad_norm"], line["tokens"]) for line in lines]
+
+    assert main([*arguments, "--run.dir", str(tmp_path / "undisturbed")]) == FINISHED
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "evaluate", interrupted(Trainer.evaluate))
+        assert main(arguments) == STOPPED
+    assert main(arguments) == FINISHED
+    assert computed(tmp_path / "run") == computed(tmp_path / "undisturbed")
