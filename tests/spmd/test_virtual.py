@@ -72,11 +72,14 @@ PAIRS = [
 ]
 
 
+def tolerance(case: str) -> float:
+    """Muon's updates have the size of the learning rate whatever the gradient's: rounding shows more."""
+    return 1e-3 if case == "muon" else 1e-5
+
+
 @pytest.mark.parametrize("case, layout", PAIRS)
 def test_a_layout_against_one_rank(case, layout):
-    # Muon's updates have the size of the learning rate whatever the gradient's: rounding shows more.
-    relative = 1e-3 if case == "muon" else 1e-5
-    assert_close(train_virtually(CASES[case], LAYOUTS[layout]), train_alone(CASES[case]), relative)
+    assert_close(train_virtually(CASES[case], LAYOUTS[layout]), train_alone(CASES[case]), tolerance(case))
 
 
 @pytest.mark.parametrize("layout", ["p2-1f1b", "p2-zb_h1", "p2-zb_v"])
