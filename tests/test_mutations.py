@@ -63,7 +63,6 @@ def test_a_sample_is_noticed():
     assert done.returncode == 0, f"seed {seed}:\n{done.stdout}{done.stderr}"
 
 
-@pytest.mark.fast
 def test_an_error_that_is_not_noticed_is_told(tmp_path: Path):
     """A mutation that changes nothing, and one whose text is gone."""
     harmless = tmp_path / "mutations.toml"

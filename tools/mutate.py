@@ -48,8 +48,8 @@ class Mutation:
     new: str
     test: str
 
-    def apply(self, root: Path) -> str:
-        """Put the error into the tree at `root`; the file's text before."""
+    def put_into(self, root: Path) -> tuple[str, str]:
+        """The text of the file in the tree at `root`, and the same with the error."""
         path = root / self.file
         text = path.read_text() if path.is_file() else ""
         if text.count(self.old) != 1 or self.old == self.new:
@@ -57,8 +57,7 @@ class Mutation:
                 f"mutation {self.name!r}: its old text occurs {text.count(self.old)} times in {self.file}, not once; "
                 "write it anew for the code as it is"
             )
-        path.write_text(text.replace(self.old, self.new))
-        return text
+        return text, text.replace(self.old, self.new)
 
 
 def read_mutations(path: Path) -> list[Mutation]:
@@ -81,6 +80,7 @@ def copy_tree(target: Path) -> None:
 
 def preload() -> None:
     """Import what every test needs and no error touches: the processes that run them are forked from this one."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # no thread but this one may live where it forks
     for name in PRELOADED:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -136,9 +136,10 @@ def rows(root: Path, mutations: Sequence[Mutation]) -> Iterator[tuple[Mutation, 
     """(error, `found`, `SURVIVED` or `NO TEST`, seconds, what the test said) of each."""
     for mutation in mutations:
         began = time.monotonic()
-        before = mutation.apply(root)
+        right, wrong = mutation.put_into(root)
+        (root / mutation.file).write_text(wrong)
         code, output = run_tests(root, [mutation.test])
-        (root / mutation.file).write_text(before)
+        (root / mutation.file).write_text(right)
         verdict = {0: "SURVIVED", FAILED: "found"}.get(code, "NO TEST")
         yield mutation, verdict, time.monotonic() - began, reason(output)
 
@@ -181,6 +182,8 @@ def main() -> int:
         return 0
     if importlib.util.find_spec("pytest") is None:
         raise UserError("the tests need pytest; install megalite with its extra dev")
+    for mutation in mutations:
+        mutation.put_into(ROOT)
     preload()
     with tempfile.TemporaryDirectory(prefix="megalite-mutate-") as folder:
         root = Path(folder)

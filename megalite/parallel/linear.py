@@ -6,6 +6,8 @@ and output features of the whole layer, i / o this rank's share of them.
 Sequence parallelism saves memory here: a column-parallel layer saves its input split along the sequence and gathers it
 again in backward, overlapped with the input-gradient GEMM; the reduction of that gradient then overlaps with the
 weight-gradient GEMM. Weight gradients are accumulated straight into the parameter's fp32 `main_grad`.
+
+`spmd` of an autograd function are the types of what it takes and gives along its axis (docs/numerics.md, "Types").
 """
 
 from __future__ import annotations

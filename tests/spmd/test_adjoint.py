@@ -344,17 +344,18 @@ def check(name: str, setting: Setting, axis: str, size: int, sequence: bool, fie
     assert abs(ours - theirs) <= 2e-4 * (size_of + abs(ours)), f"{ours} of the outputs, {theirs} of the inputs"
 
 
-@pytest.mark.fast
+SIZES = [pytest.param(2, marks=pytest.mark.fast), 4, 8]
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", TENSOR)
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", SIZES)
 def test_along_the_tensor_axis(name, size, sequence):
     check(name, TENSOR[name], "tp", size, sequence, FIELDS.get(name, {}))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", OTHER)
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", SIZES)
 def test_along_the_other_axes(name, size):
     axis, setting = OTHER[name]
     check(name, setting, axis, size, False, {})

@@ -13,8 +13,6 @@ from tests.parallel.test_seams import FOCAL, REGRESSION
 from tests.spmd.typed import LETTERS, SpmdTypeError, check_step, functions, is_local, parse
 from tests.support.parity import Case, Layout
 
-pytestmark = pytest.mark.fast
-
 SIZES = {
     "model.layers": 8,
     "model.hidden_size": 16,
@@ -76,7 +74,7 @@ def check(layout, fields=None, rank=0, objective=None):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.fast), *list(FEATURES)[1:]])
 def test_a_step_on_512_ranks(name, sequence):
     layout = Layout(tensor=8, sequence=sequence, pipeline=8, data=8)
     for rank in (0, 8 * 8 * 4 + 11, 511):  # a first, a middle and the last stage
@@ -105,6 +103,7 @@ def test_experts(expert, sequence):
     check(Layout(tensor=2, sequence=sequence, data=8, expert=expert, context=4), BIASED)
 
 
+@pytest.mark.fast
 def test_every_autograd_function_declares_its_types():
     found = set()
     for cls in functions():
@@ -118,6 +117,7 @@ def test_every_autograd_function_declares_its_types():
     assert len(found) >= 18
 
 
+@pytest.mark.fast
 def test_what_the_types_refuse(monkeypatch):
     from megalite.parallel.linear import _ColumnLinear
 
@@ -129,6 +129,7 @@ def test_what_the_types_refuse(monkeypatch):
         check(Layout(tensor=2))
 
 
+@pytest.mark.fast
 def test_declarations_need_no_package():
     text = [inspect.getsource(inspect.getmodule(cls)) for cls in functions() if not is_local(cls)]
     assert not any("spmd_types" in source for source in text)
