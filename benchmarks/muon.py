@@ -49,7 +49,7 @@ NOTES = {
     "10m": "",
 }
 BYTES = 256
-GRIDS = {
+GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)},
     "10m": {"adamw": (3.75e-4, 7.5e-4, 1.5e-3), "muon": (3e-3, 6e-3)},
 }
