@@ -102,7 +102,7 @@ def layout(*overrides, world_size=1):
         (
             1,
             f"{LATENT} --model.rope_scaling {{type='yarn',mscale_all_dim=1.0}} --model.attention_multiplier 0.3",
-            "model.rope_scaling = {'type': 'yarn', 'mscale_all_dim': 1.0} lacks factor, original_max_position_embeddings",
+            "model.rope_scaling = {'type': 'yarn', 'mscale_all_dim': 1.0} lacks factor, original_max_position",
         ),
         (
             1,
