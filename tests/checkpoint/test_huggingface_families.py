@@ -365,6 +365,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"bits": 4}}, "quantization_config = "),
     ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
     ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
+    ({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
+    ({"model_type": "deepseek_v3", "num_key_value_heads": 8}, "num_key_value_heads = 8"),
+    ({"model_type": "deepseek_v3", "head_dim": 56}, "head_dim = 56"),
+    ({"model_type": "deepseek_v3", "n_group": 7}, "n_group = 7"),
+    ({"model_type": "deepseek_v3", "first_k_dense_replace": 61}, "first_k_dense_replace = 61"),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "norm_topk_prob": True}, "norm_topk_prob = True"),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
 ]
 
 
