@@ -165,18 +165,20 @@ def _attention(taken: str, device: torch.device) -> Callable[..., Any]:
     def form(module: str) -> Any:
         return import_module(f"{__package__}.attention.{module}")
 
-    sdpa = form("sdpa").attention_sdpa
+    if taken == "reference":
+        return form("reference").attention_reference  # type: ignore[no-any-return]
+    sdpa, at_one_width = form("sdpa").attention_sdpa, form("widths").at_one_width
     if taken == "triton":
         flash = form("flash_triton")
-        return _with_fallback("attention", taken, flash.attention, flash.unsupported, sdpa)
+        fused = _with_fallback("attention", taken, flash.attention, flash.unsupported, sdpa)
+        return at_one_width(fused)  # type: ignore[no-any-return]
     if taken == "measured":
         choice, candidates = form("choice"), {}
         if _triton_obstacle(device) is None:
             flash = form("flash_triton")
             candidates["triton"] = choice.within(flash.attention, flash.unsupported)
         return choice.MeasuredAttention({**candidates, **choice.sdpa_backends()})  # type: ignore[no-any-return]
-    plain = {"sdpa": sdpa, "cpu": form("cpu").attention_cpu, "reference": form("reference").attention_reference}
-    return plain[taken]  # type: ignore[no-any-return]
+    return at_one_width({"sdpa": sdpa, "cpu": form("cpu").attention_cpu}[taken])  # type: ignore[no-any-return]
 
 
 def _attention_parts(taken: str, device: torch.device) -> AttentionParts:

@@ -23,7 +23,10 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "reordered_norm": "megalite.model.post_norm:ReorderedNormBlock",
             "sandwich_norm": "megalite.model.post_norm:SandwichNormBlock",
         },
-        "model.attention": {"gqa": "megalite.model.attention:GroupedQueryAttention"},
+        "model.attention": {
+            "gqa": "megalite.model.attention:GroupedQueryAttention",
+            "mla": "megalite.model.latent_attention:LatentAttention",
+        },
         "model.feed_forward": {
             "swiglu": "megalite.model.feed_forward:SwiGLU",
             "geglu": "megalite.model.feed_forward:GeGLU",

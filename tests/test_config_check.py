@@ -15,6 +15,11 @@ from megalite.train.inputs import _repetition
 
 pytestmark = pytest.mark.fast
 
+LATENT = (
+    "--model.attention mla --model.kv_lora_rank 6 --model.qk_nope_head_dim 7 --model.qk_rope_head_dim 6 "
+    "--model.v_head_dim 5"
+)
+
 
 def layout(*overrides, world_size=1):
     base = ["--model.vocab_size", "101", "--train.global_batch_size", "12", "--train.seq_length", "96"]
@@ -86,6 +91,23 @@ def layout(*overrides, world_size=1):
             1,
             "--model.experts 8 --model.experts_per_token 3 --model.router_groups 4 --model.router_groups_per_token 1",
             "model.experts_per_token = 3 exceeds the 2 experts of 1 of 4 groups; use fewer, or raise",
+        ),
+        (1, "--model.kv_lora_rank 8", "model.kv_lora_rank = 8 has no effect with model.attention = gqa; leave it out"),
+        (1, "--model.attention mla", "model.kv_lora_rank = 0 is needed by model.attention = mla; give model.kv_lora"),
+        (1, f"{LATENT} --model.v_head_dim 0", "model.v_head_dim = 0 is needed by model.attention = mla"),
+        (1, f"{LATENT} --model.qk_rope_head_dim 5", "model.qk_rope_head_dim = 5 does not split into the pairs"),
+        (1, f"{LATENT} --model.head_dim 12", "model.head_dim = 12 is not model.qk_nope_head_dim + model.qk_rope_head"),
+        (1, f"{LATENT} --model.kv_heads 1", "model.kv_heads = 1 is not model.heads = 8, and in latent attention every"),
+        (1, f"{LATENT} --model.qk_norm true", "model.qk_norm = true is not part of model.attention = mla, which"),
+        (
+            1,
+            f"{LATENT} --model.rope_scaling {{type='yarn',mscale_all_dim=1.0}} --model.attention_multiplier 0.3",
+            "model.rope_scaling = {'type': 'yarn', 'mscale_all_dim': 1.0} lacks factor, original_max_position",
+        ),
+        (
+            1,
+            f"{LATENT} --train.fp8 tensor --train.precision bf16",
+            "model.heads = 8 gives a tensor rank a matrix of 104 rows or columns",
         ),
         (1, "--model.layer_types full_attention", "model.layer_types = ['full_attention'] has 1 types for"),
         (

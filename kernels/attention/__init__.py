@@ -12,6 +12,7 @@ A query that sees no key gives 0, and log-sum-exp -inf. Query head h reads kv he
     cpu.py            for CPUs, by a fixed rule: compiled (`native.py`), blocked.py, explicit products, or torch's
     flash_triton.py   FlashAttention (Dao et al. 2022 and 2023) in Triton; its kernels in flash_triton_kernels.py
     choice.py         `auto` on a GPU: Triton or one of torch's backends, whichever was measured fastest
+    widths.py         values of another width than queries and keys, which all but the first are then padded for
 
 All take (q_SBHD, k_SBKD, v_SBKD, **Options). Importing this package does not import Triton.
 """

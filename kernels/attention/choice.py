@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..layout import next_power_of_two
 from .reference import Documents, Options, read_options
 from .sdpa import attention_sdpa, fusable
+from .widths import at_one_width
 
 if TYPE_CHECKING:
     from megalite.mesh import Mesh
@@ -108,9 +109,12 @@ class MeasuredAttention:
         self.candidates = {**candidates, FALLBACK: attention_sdpa}
         self.chosen: dict[Call, str] = {}
         self._measure = measure or seconds
+        self._call = at_one_width(self._by_the_fastest)
 
     def __call__(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
-        tensors = (q_SBHD, k_SBKD, v_SBKD)
+        return self._call(q_SBHD, k_SBKD, v_SBKD, **options)
+
+    def _by_the_fastest(self, *tensors: Tensor, **options: Any) -> Any:
         call = Call.of(tensors, options)
         if call not in self.chosen:
             # Raises for an invalid call, which must not count as a failure of the candidates.

@@ -61,8 +61,8 @@ def read_options(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, options: dict[s
     asked = Options(**options)
     documents = asked.packed
     shapes = f"q {tuple(q_SBHD.shape)}, k {tuple(k_SBKD.shape)}, v {tuple(v_SBKD.shape)}"
-    if q_SBHD.dim() != 4 or k_SBKD.dim() != 4 or k_SBKD.shape != v_SBKD.shape:
-        raise ValueError(f"q must be [S, B, H, D], k and v alike [T, B, K, D], not {shapes}")
+    if q_SBHD.dim() != 4 or k_SBKD.dim() != 4 or k_SBKD.shape[:3] != v_SBKD.shape[:3] or v_SBKD.dim() != 4:
+        raise ValueError(f"q must be [S, B, H, D], k [T, B, K, D], v [T, B, K, V], not {shapes}")
     (queries, batch, heads, width), (keys, kv_batch, kv_heads, kv_width) = q_SBHD.shape, k_SBKD.shape
     if batch != kv_batch or width != kv_width or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"batch and head dim must be equal, and query heads a multiple of kv heads, not {shapes}")
@@ -121,8 +121,9 @@ def attention_reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention computed in fp32 (float64 for float64) with O(S T) memory: the formula of the package, differentiable.
 
-    q_SBHD [S, B, H, D]; k_SBKD and v_SBKD [T, B, K, D], H a multiple of K, any strides; `Options` by name. Returns
-    out_SBHD in q's dtype, and with `return_lse` also the log-sum-exp. Raises ValueError for shapes that do not fit.
+    q_SBHD [S, B, H, D]; k_SBKD [T, B, K, D] and v_SBKD [T, B, K, V], H a multiple of K, any strides; `Options` by name.
+    Returns the output [S, B, H, V] in q's dtype, and with `return_lse` also the log-sum-exp. Raises ValueError for
+    shapes that do not fit.
     """
     asked = read_options(q_SBHD, k_SBKD, v_SBKD, options)
     wide = torch.promote_types(q_SBHD.dtype, torch.float32)

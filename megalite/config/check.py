@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
+from megalite.config.check_latent import check_latent
 from megalite.config.check_layers import check_layers
 from megalite.config.lengths import sequence_unit
 from megalite.config.schema import Config
@@ -139,10 +140,11 @@ def _nearest_multiples(number: int, of: int) -> str:
 
 def _check_model(config: Config) -> None:
     model = config.model
+    check_latent(config, _refuse)
     if model.head_dim == 0:
         remedy = f"give model.head_dim, or a multiple of the {model.heads} heads"
         _refuse(config, "model.hidden_size", f"is not divisible by model.heads = {model.heads}", remedy)
-    if model.head_dim % 2:
+    if model.head_dim % 2 and not model.latent:
         _refuse(
             config, "model.head_dim", "does not split into the pairs that rotary positions turn", "use an even size"
         )
@@ -262,6 +264,11 @@ def _check_fp8(config: Config) -> None:
         "model.heads": model.heads // ranks * model.head_dim,
         "model.kv_heads": model.kv_heads * model.head_dim // math.gcd(model.kv_heads, ranks),
     }
+    if model.latent:
+        heads = model.heads // ranks
+        sizes["model.q_lora_rank"], sizes["model.kv_lora_rank"] = model.q_lora_rank, model.kv_lora_rank
+        sizes["model.qk_nope_head_dim"] = heads * (model.qk_nope_head_dim + model.v_head_dim)
+        sizes["model.v_head_dim"] = heads * model.v_head_dim
     for path, size in sizes.items():
         if size % _FP8_ALIGNMENT:
             problem = f"gives a tensor rank a matrix of {size} rows or columns, and train.fp8 = {config.train.fp8}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from megalite.config.bounds import Above, AtLeast, Named
 from megalite.config.fields import DERIVED, Count, CountOrNone, derive
-from megalite.config.rope_scaling import RopeScaling
+from megalite.config.rope_scaling import RopeScaling, yarn_magnitude
 from megalite.registry import BUILT_IN
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -32,7 +32,7 @@ class ModelConfig:
     kv_heads: Annotated[int, AtLeast(1, 2**16)] = DERIVED
     """Key/value heads: heads is multi-head attention (the default), 1 multi-query, between them grouped-query."""
     head_dim: Annotated[int, AtLeast(0, 2**16)] = DERIVED
-    """Width of one head; by default hidden_size / heads."""
+    """Width of one head; by default hidden_size / heads, in latent attention qk_nope_head_dim + qk_rope_head_dim."""
     vocab_size: CountOrNone = 0
     """Token ids run from 0 to vocab_size - 1; 0 takes the size from data.tokenizer."""
     max_positions: Annotated[int, AtLeast(1, 2**27)] = 4096
@@ -53,6 +53,20 @@ class ModelConfig:
     """RMSNorms multiply by 1 + weight instead of weight (Gemma)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
+    kv_lora_rank: Annotated[int, AtLeast(0, 2**16)] = 0
+    """Latent attention (`mla`): the width of the latent that a token's keys and values are made of."""
+    q_lora_rank: Annotated[int, AtLeast(0, 2**16)] = 0
+    """Latent attention: the width of the latent that a token's queries are made of; 0 makes them of the hidden state
+    (DeepSeek-V2-Lite)."""
+    qk_nope_head_dim: Annotated[int, AtLeast(0, 2**16)] = 0
+    """Latent attention: the part of a query or key head that is not rotated."""
+    qk_rope_head_dim: Annotated[int, AtLeast(0, 2**16)] = 0
+    """Latent attention: the part that is; that of the keys is one for all heads."""
+    v_head_dim: Annotated[int, AtLeast(0, 2**16)] = 0
+    """Latent attention: the width of a value head."""
+    rope_interleave: bool = True
+    """Latent attention rotates neighbouring channels together, as DeepSeek stores them; false: channels that are half
+    of qk_rope_head_dim apart, as in other attention."""
     sliding_window: CountOrNone = 0
     """A token sees this many tokens, itself among them (Mistral); 0 sees all before it."""
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] = ()
@@ -63,7 +77,8 @@ class ModelConfig:
     """Base of the rotary frequencies in layers of sliding_attention, which rope_scaling then does not change (Gemma 3);
     0: they rotate as the others do."""
     attention_multiplier: Annotated[float, AtLeast(0, 1e6)] = 0.0
-    """Factor of the attention scores (Granite, Gemma); 0: 1 / sqrt(head_dim)."""
+    """Factor of the attention scores (Granite, Gemma); 0: 1 / sqrt(head_dim), in latent attention with YaRN times the
+    square of its magnitude for mscale_all_dim (DeepSeek)."""
     attn_logit_softcapping: Annotated[float, AtLeast(0, 1e6)] = 0.0
     """Bound of the attention scores x, as bound * tanh(x / bound) (Gemma 2); 0: none."""
     final_logit_softcapping: Annotated[float, AtLeast(0, 1e6)] = 0.0
@@ -110,24 +125,26 @@ class ModelConfig:
     (`reordered_norm`, OLMo 2), or both (`sandwich_norm`, Gemma 2); `module:Class` for one of your own
     (docs/extending.md)."""
     attention: Annotated[str, Named(tuple(BUILT_IN["model.attention"]))] = "gqa"
-    """Attention layer: `gqa` (grouped queries), or `module:Class` of your own."""
+    """Attention layer: `gqa` (grouped queries), `mla` (latent attention, DeepSeek-V2), or `module:Class` of your
+    own."""
     feed_forward: Annotated[str, Named(tuple(BUILT_IN["model.feed_forward"]))] = "swiglu"
     """Feed-forward layer: `swiglu`, `geglu` (the gate through GELU's tanh form, Gemma), or `module:Class` of your
     own."""
 
     def __post_init__(self) -> None:
         only = self.expert_ffn_hidden_size if self.experts and not self.dense_layers else 0
+        even = self.hidden_size // self.heads if self.heads > 0 and self.hidden_size % self.heads == 0 else 0
         derive(
             self,
             ffn_hidden_size=only or -(-self.hidden_size * 8 // (3 * 64)) * 64,
             kv_heads=self.heads,
-            head_dim=self.hidden_size // self.heads if self.heads > 0 and self.hidden_size % self.heads == 0 else 0,
+            head_dim=self.qk_nope_head_dim + self.qk_rope_head_dim if self.latent else even,
             router_groups_per_token=max(1, self.router_groups // 2),
         )
         derive(self, expert_ffn_hidden_size=self.ffn_hidden_size)
 
         # One way to say the same, since models are compared field by field.
-        if self.head_dim and self.attention_multiplier == self.head_dim**-0.5:
+        if self.head_dim and self.attention_multiplier == self._default_scale:
             object.__setattr__(self, "attention_multiplier", 0.0)
         if self.layer_types == (SLIDING if self.sliding_window else FULL,) * self.layers:
             object.__setattr__(self, "layer_types", ())
@@ -148,7 +165,27 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """Factor of the attention scores."""
-        return self.attention_multiplier or self.head_dim**-0.5
+        return self.attention_multiplier or self._default_scale
+
+    @property
+    def _default_scale(self) -> float:
+        weight = self.rope_scaling.get("mscale_all_dim") if self.latent else None
+        return self.head_dim**-0.5 * (yarn_magnitude(self.rope_scaling["factor"], weight) ** 2 if weight else 1.0)
+
+    @property
+    def latent(self) -> bool:
+        """Whether keys and values are made of a latent, which generation caches in their stead."""
+        return self.kv_lora_rank > 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        return self.qk_rope_head_dim if self.latent else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.v_head_dim if self.latent else self.head_dim
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the feed-forward part of this layer is a choice among experts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -45,6 +46,11 @@ ROPE_SCALINGS: Mapping[str, Scaling] = MappingProxyType(
         ),
     }
 )
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """By how much YaRN sharpens attention over `factor` times the length (Peng et al. 2023, equation 22)."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def check_rope_scaling(table: Mapping[str, Any], path: str = "model.rope_scaling") -> str:

@@ -130,10 +130,12 @@ class Build:
     ) -> PlacedParameter:
         """A parameter that all tensor ranks hold whole; `options` as of `parameter`. `partial`: each rank uses it for
         different tokens or heads, so its gradient is one term of a sum; by default so under sequence parallelism."""
+        return self.parameter(name, shape, (self._replicated_box(name, shape, partial),), **options)
+
+    def _replicated_box(self, name: str, shape: tuple[int, ...], partial: bool | None = None) -> Box:
         replicas = self.mesh.ranks_along("tp")
         summed = (self.region.sequence if partial is None else partial) and len(replicas) > 1
-        box = row_box(name, shape, 0, shape[0], 0, replicas, partial=summed)
-        return self.parameter(name, shape, (box,), **options)
+        return row_box(name, shape, 0, shape[0], 0, replicas, partial=summed)
 
     def state(self, name: str, shape: tuple[int, ...], *, init: str) -> PlacedParameter:
         """fp32 numbers that are saved with the weights and that no gradient trains, the same on all ranks: what has
@@ -149,16 +151,21 @@ class Build:
 
     def replicated(
         self, name: str, features: tuple[int, int], *, init: str = "normal", std: float = STD, role: str = "matrix"
-    ) -> ColumnParallelLinear:
+    ) -> nn.Module:
         """A linear layer that all tensor ranks hold whole, `features` = (O, I), for activations as they are between
-        the tensor-parallel blocks: [s, B, I] -> [s, B, O]. Not quantised, and no adapter is put around it."""
+        the tensor-parallel blocks: [s, B, I] -> [s, B, O]. Not quantised."""
         weight = self.replicated_parameter(name, features, init=init, std=std, role=role)
-        return ColumnParallelLinear(weight, None, self.alone_region, PLAIN)
+        layer = ColumnParallelLinear(weight, None, self.alone_region, PLAIN)
+        if self.adapter is None:
+            return layer
+        return self.adapter.column(self, name, layer, (self._replicated_box(name, features),))
 
-    def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
-        """A norm whose weight is replicated over the tensor ranks; `partial` as of `replicated_parameter`."""
+    def norm(self, name: str, size: int, *, partial: bool | None = None, eps: float | None = None) -> RMSNorm:
+        """A norm whose weight is replicated over the tensor ranks; `partial` as of `replicated_parameter`, `eps` by
+        default `model.norm_eps`."""
         weight = self.replicated_parameter(name, (size,), partial=partial, init=self.norm_init, role="vector")
-        return RMSNorm(weight, self.model.norm_eps, self.kernels, self.model.zero_centered_norm)
+        eps = self.model.norm_eps if eps is None else eps
+        return RMSNorm(weight, eps, self.kernels, self.model.zero_centered_norm)
 
     def embedding(self, name: str, replicas: tuple[int, ...]) -> VocabParallelEmbedding:
         """The token embedding; `replicas` are the ranks that hold the same rows (a tied output layer elsewhere)."""

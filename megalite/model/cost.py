@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     from megalite.model.build import Build
 
-FORMULA = "6 * matmul parameters + 12 * layers * heads * head_dim * sequence, causal attention counted full"
-FORMULA_ADAPTER = (
-    "4 * frozen + 6 * trained matmul parameters + 12 * layers * heads * head_dim * sequence, "
-    "causal attention counted full"
+_ATTENTION = "6 * layers * heads * (head_dim + value_dim) * sequence, causal attention counted full"
+FORMULA = f"6 * matmul parameters + {_ATTENTION}"
+FORMULA_ADAPTER = f"4 * frozen + 6 * trained matmul parameters + {_ATTENTION}"
+FORMULA_HALF = (
+    "6 * matmul parameters + 3 * layers * heads * (head_dim + value_dim) * sequence, causal attention counted half"
 )
-FORMULA_HALF = "6 * matmul parameters + 6 * layers * heads * head_dim * sequence, causal attention counted half"
 
 PEAK_FLOPS = MappingProxyType(
     {
@@ -158,7 +158,7 @@ def _layer_sizes(build: Build, number: int) -> LayerSizes:
     from megalite.model.lora import adapted_layers
     from megalite.model.router import Router
     from megalite.parallel.experts import GroupedLinear
-    from megalite.parallel.linear import RowParallelLinear
+    from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
     from megalite.placement import PlacedParameter
 
     layer, matrices, adapter = build_block(build, number), [], []
@@ -179,7 +179,8 @@ def _layer_sizes(build: Build, number: int) -> LayerSizes:
                 used = build.model.experts_per_token
                 matrices.append(Matrix(inputs, outputs // experts, module.rows, count=experts, used=used))
             else:
-                split = not isinstance(module, Router)
+                alone = isinstance(module, ColumnParallelLinear) and module.region is not build.region
+                split = not isinstance(module, Router) and not alone
                 matrices.append(Matrix(inputs, outputs, isinstance(module, RowParallelLinear), split))
     added = sum(matrix.elements for matrix in adapter)
     vectors = sum(parameter.numel() for parameter in layer.parameters()) - added
@@ -226,7 +227,7 @@ def output_in_layers(model: ModelConfig) -> float:
 
 def attention_flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """The products QK^T and PV, forward and backward, over the full square of scores."""
-    return 12.0 * model.layers * model.heads * model.head_dim * seq_length
+    return 6.0 * model.layers * model.heads * (model.head_dim + model.value_dim) * seq_length
 
 
 def training_flops_per_token(

@@ -212,10 +212,10 @@ class Stage(nn.Module):
 
 def _tables(model: ModelConfig) -> dict[str, Tensor | None]:
     """Cosines and sines of all layers, and those of layers with a window where they are others."""
-    cos, sin = rope_table(model.head_dim, model.max_positions, model.rope_theta, model.rope_scaling)
+    cos, sin = rope_table(model.rotary_dim, model.max_positions, model.rope_theta, model.rope_scaling)
     local_cos = local_sin = None
     if model.rope_local_theta:
-        local_cos, local_sin = rope_table(model.head_dim, model.max_positions, model.rope_local_theta, {})
+        local_cos, local_sin = rope_table(model.rotary_dim, model.max_positions, model.rope_local_theta, {})
     return {"cos": cos, "sin": sin, "local_cos": local_cos, "local_sin": local_sin}
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.config.rope_scaling import yarn_magnitude
+
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
     """The D / 2 frequencies in radians per position (fp32), and the factor on cosine and sine."""
@@ -60,10 +62,9 @@ def _yarn(speeds: Tensor, theta: float, scaling: Mapping[str, Any]) -> tuple[Ten
 
 
 def _yarn_magnitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    return magnitude(mscale) / magnitude(mscale_all_dim) if mscale and mscale_all_dim else magnitude(1.0)
+    if mscale and mscale_all_dim:
+        return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
+    return yarn_magnitude(factor)
 
 
 _SCALINGS: Mapping[str, Callable[[Tensor, float, Mapping[str, Any]], tuple[Tensor, float]]] = MappingProxyType(

@@ -28,6 +28,7 @@ from megalite.kernels import Kernels
 from megalite.kernels.attention import Documents, Options
 from megalite.kernels.attention.parts import AttentionParts, Seen, merge
 from megalite.kernels.attention.reference import document_begins
+from megalite.kernels.attention.widths import padded
 from megalite.mesh import Group
 from megalite.parallel.collectives import all_gather_stacked
 from megalite.parallel.context import ContextRegion
@@ -68,6 +69,10 @@ class ContextAttention:
         self._sights: dict[tuple[int, int | None, int | None], Seen] = {}
 
     def __call__(self, q_sBHD: Tensor, k_sBKD: Tensor, v_sBKD: Tensor, **options: Any) -> Tensor:
+        width = v_sBKD.shape[-1]
+        if k_sBKD.shape[-1] != width:  # parts of a sequence travel as one tensor, and heads likewise
+            options["scale"] = Options(**options).scale_for(q_sBHD)
+            return self(*padded(q_sBHD, k_sBKD, v_sBKD), **options)[..., :width]
         asked = Options(**options)
         if isinstance(asked.documents, CachedRows):
             seen, scale = asked.documents.seen(asked.window), asked.scale_for(q_sBHD)

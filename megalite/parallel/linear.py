@@ -181,6 +181,24 @@ class _RowLinear(Function):
         return grad_weight, None, None, None, *grad_inputs
 
 
+class _Entered(Function):
+    """x [s, ...] -> [S, ...]; the ranks' gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, region: TensorRegion) -> Tensor:
+        ctx.region = region
+        return region.gather(x) if region.split > 1 else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.region.sum(grads[0].clone()), None
+
+
+def enter_region(x: Tensor, region: TensorRegion) -> Tensor:
+    """Activations [s, ...] that every tensor rank computed alike, for use by each with its own heads: [S, ...]."""
+    return x if region.size == 1 else _Entered.apply(x, region)
+
+
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the rows of W (output features) split over the tensor ranks.
 

@@ -25,6 +25,7 @@ from megalite.kernels.cross_entropy import CHUNK_ELEMENTS, PRODUCT_BYTES
 from megalite.parallel.heads import split_heads
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
+from megalite.planning.latent import LatentWidths
 
 NORMS = {"sandwich_norm": 4}
 """Norms of the stream in a layer, by `model.block`; two in all others."""
@@ -60,8 +61,11 @@ def _query_key_norm_kept(job: Job, layer: LayerShare) -> float:
 
 
 def _attention_kept(job: Job, layer: LayerShare) -> float:
-    """Bytes a token between the two projections, the projection's output and the mixed values included."""
+    """Bytes a token between the two projections, the projection's output and the mixed values included; in latent
+    attention also of the projections down."""
     size, grouped = job.element_bytes, layer.queries % layer.kvs == 0
+    if layer.latent is not None:
+        return layer.latent.down_kept(size, job.split) + _latent_kept(job, layer, layer.latent)
     if job.recompute == "selective":
         return size * (2 * layer.query + 2 * layer.key)
     norms = _query_key_norm_kept(job, layer)
@@ -82,6 +86,21 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     else:
         statistics = 0.0 if form == "blocked" else 4.0 * layer.queries
     return size * kept + statistics + norms
+
+
+def _latent_kept(job: Job, layer: LayerShare, latent: LatentWidths) -> float:
+    """The same between the projections up and the one out."""
+    size = job.element_bytes
+    if job.recompute == "selective":
+        return latent.selective_kept(size, layer.query, layer.mixed, job.tensor)
+    if job.context > 1 and job.context_mode == "ulysses":
+        return latent.exchanged_kept(size, layer.queries, layer.mixed, job.context)
+    kept = latent.attention_kept(size, layer.queries, layer.mixed)
+    form = _attention_form(job, layer)
+    if form in ("explicit", "reference"):  # all scores as well
+        scores = 8.0 if form == "reference" else 2.0
+        kept += scores * layer.queries * job.seq_length + job.seq_length / job.micro_batch_size
+    return kept
 
 
 def _written_out_kept(job: Job, layer: LayerShare, norms: float) -> float:
@@ -142,12 +161,18 @@ def _adapter_kept(job: Job, layer: LayerShare) -> float:
     """Bytes a token that an adapter keeps, less what frozen matrices without one do not keep: their inputs."""
     adapted, hidden = set(layer.sizes.adapted), layer.hidden / job.split
     kept = len(adapted) * job.architecture.adapter.rank / job.split
-    if not adapted & {"q_proj", "k_proj", "v_proj"}:
+    if not adapted & {"q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"}:
         kept -= hidden
+    if layer.latent is not None:
+        kept -= 0 if "q_b_proj" in adapted else layer.latent.queries / job.split
+        kept -= 0 if "kv_b_proj" in adapted else layer.latent.keys / job.split
     if "o_proj" not in adapted and (
-        job.recompute == "selective" or _attention_form(job, layer) in ("explicit", "reference")
+        job.recompute == "selective"
+        or _attention_form(job, layer) in ("explicit", "reference")
+        or (job.context > 1 and job.context_mode == "ulysses")
+        or (layer.latent is not None and layer.latent.padded)
     ):  # other forms of attention keep their output themselves
-        kept -= layer.query
+        kept -= layer.mixed
     if layer.ffn and not layer.copies:
         kept -= 0 if adapted & {"gate_proj", "up_proj"} else hidden
         kept -= 0 if "down_proj" in adapted or job.recompute == "selective" else layer.ffn
@@ -275,4 +300,7 @@ def _postponed_width(job: Job) -> float:
     layer = job.layer
     stream = (4 if layer.ffn else 2) * layer.hidden / job.split
     experts = layer.copies * (2 * layer.hidden + 3 * layer.expert_ffn)
-    return stream + 2 * layer.query + 2 * layer.key + 3 * layer.ffn + experts
+    attention: float = 2 * layer.query + 2 * layer.key
+    if layer.latent is not None:
+        attention = layer.latent.postponed(layer.query, layer.mixed, job.split)
+    return stream + attention + 3 * layer.ffn + experts

@@ -58,7 +58,7 @@ def rollout_bytes(job: Job, rank: int) -> dict[str, float]:
     assert rollout is not None
     layers = sum(job.layers[stage] for stage in job.stages_of(rank))
     length = (rollout.prompt + rollout.tokens) / job.context
-    cached = 2.0 * layers * job.layer.key * job.element_bytes * rollout.batch * length
+    cached = 1.0 * layers * job.layer.cached * job.element_bytes * rollout.batch * length
     prompts = _prompt_job(job)
     work = max(inference_bytes(kind) for stage in job.stages_of(rank) for kind, _ in prompts.kinds(stage))
     if job.stages - 1 in job.stages_of(rank):
@@ -115,7 +115,7 @@ def _layer_token_seconds(job: Job, rows: int, length: float) -> float:
         max(size * matrix.elements / device.memory_bandwidth, matrix_seconds(job, matrix, rows))
         for matrix in layer.sizes.matrices
     )
-    cache = 2.0 * size * layer.key * length / job.context * rows / device.memory_bandwidth
+    cache = 1.0 * size * layer.cached * length / job.context * rows / device.memory_bandwidth
     talk = 0.0
     if job.tensor > 1:  # an all-reduce after attention and one after the feed-forward
         moved = size * rows * layer.hidden

@@ -12,19 +12,23 @@ from megalite.config import AdapterConfig, ModelConfig
 from megalite.model.cost import NO_ADAPTER, LayerSizes, ModelSizes, attention_flops_per_token, model_sizes
 from megalite.model.partition import layers_of_stage
 from megalite.parallel.heads import split_heads
+from megalite.planning.latent import LatentWidths
 
 
 @dataclass(frozen=True)
 class LayerShare:
     """One layer on one tensor rank: widths in elements a token, and weights.
 
-    `query`, `key` (keys alone; values are as many) and `ffn` are this rank's widths; `queries` its query heads. A token
-    of a sparse layer makes `copies` rows, for experts of width `expert_ffn`; `ffn` is then that of the shared ones.
+    `query`, `key` (keys alone; values are as many but in latent attention), `mixed` (attention's output) and `ffn` are
+    this rank's widths; `queries` its query heads; `cached` is what generation keeps. A token of a sparse layer makes
+    `copies` rows, for experts of width `expert_ffn`; `ffn` is then that of the shared ones.
     """
 
     hidden: int
     query: int
     key: int
+    mixed: int
+    cached: int
     ffn: int
     queries: int
     kvs: int
@@ -33,6 +37,7 @@ class LayerShare:
     expert_ffn: int = 0
     experts: int = 0
     """Experts of the whole layer: the router's width."""
+    latent: LatentWidths | None = None
 
     @property
     def largest_matrix(self) -> int:
@@ -89,6 +94,7 @@ class Architecture:
         splits = [split_heads(model.heads, model.kv_heads, tensor, part) for part in range(tensor)]
         index = index if index >= 0 else max(range(tensor), key=lambda part: splits[part].kvs)
         split, dim = splits[index], model.head_dim
+        latent = LatentWidths.of(model, split.queries)
         sparse = model.experts > 0 and not dense
         sizes = self.sizes(tensor, index, expert)
         width = model.shared_experts * model.expert_ffn_hidden_size if sparse else model.ffn_hidden_size
@@ -96,6 +102,8 @@ class Architecture:
             hidden=model.hidden_size,
             query=split.queries * dim,
             key=split.kvs * dim,
+            mixed=split.queries * model.value_dim,
+            cached=latent.keys + latent.rotated if latent else 2 * split.kvs * dim,
             ffn=width // tensor,
             queries=split.queries,
             kvs=split.kvs,
@@ -103,6 +111,7 @@ class Architecture:
             copies=model.experts_per_token if sparse else 0,
             expert_ffn=model.expert_ffn_hidden_size // tensor if sparse else 0,
             experts=model.experts if sparse else 0,
+            latent=latent,
         )
 
 

@@ -95,7 +95,7 @@ def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
         product = 2 * layer.queries * job.micro_batch_size * product_seconds(job, job.seq_length, width, job.seq_length)
         scores = job.tokens * job.seq_length * layer.queries / job.device.memory_bandwidth
         return product + SCORE_BYTES[0] * scores, 2 * product + SCORE_BYTES[1] * scores
-    flops = 4.0 * job.tokens * visible * layer.query
+    flops = 4.0 * job.tokens * visible * (layer.query if layer.latent is None else layer.latent.wide)
     if job.device.is_gpu:
         rate = job.device.matmul_flops / (1 if job.element_bytes == 2 else 16)
     else:
@@ -111,6 +111,10 @@ def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
     further_norms = NORMS.get(job.architecture.model.block, 2) - 2
     forward = (9 + 2 * further_norms) * hidden + 2 * (layer.query + layer.key) + 3 * layer.ffn
     backward = (14 + 3 * further_norms) * hidden + 4 * layer.query + 6 * layer.key + 5 * layer.ffn
+    if layer.latent is not None:  # heads are put together of their parts, and values padded
+        latents = (layer.latent.queries + layer.latent.keys) / job.split
+        forward += 2 * layer.key + 2 * layer.mixed + 2 * latents
+        backward += 2 * layer.key + 2 * layer.mixed + 4 * latents
     forward += layer.copies * (4 * layer.hidden + 4 * layer.expert_ffn)  # rows are moved, and moved back
     backward += layer.copies * (4 * layer.hidden + 8 * layer.expert_ffn)
     scale = job.practice.elementwise * job.element_bytes * job.tokens / job.device.memory_bandwidth
@@ -121,9 +125,10 @@ def _tensor_link(job: Job) -> Link:
     return link(job.device, job.tensor, 1)
 
 
-def _exchange(job: Job) -> float:
-    """Seconds of one all-gather or reduce-scatter of a whole activation over the tensor ranks."""
-    size = job.tokens * job.architecture.model.hidden_size * job.element_bytes
+def _exchange(job: Job, width: int = 0) -> float:
+    """Seconds of one all-gather or reduce-scatter of a whole activation over the tensor ranks, by default of hidden
+    size."""
+    size = job.tokens * (width or job.architecture.model.hidden_size) * job.element_bytes
     return gather_seconds(size, job.tensor, _tensor_link(job))
 
 
@@ -138,27 +143,27 @@ def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
     input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a
     row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
     """
-    exchange, overlaps = _exchange(job), job.practice.overlaps_tensor
+    overlaps = job.practice.overlaps_tensor
     pairs = [pair for pair in zip(products, job.layer.sizes.matrices, strict=True) if pair[1].split]
-    products = [own for own, _ in pairs]
-    columns, rows = ([own for own, matrix in pairs if matrix.rows is split] for split in (False, True))
+    columns = [(own, _exchange(job, matrix.inputs)) for own, matrix in pairs if not matrix.rows]
+    rows = [(own, _exchange(job, matrix.outputs)) for own, matrix in pairs if matrix.rows]
 
     def hidden(seconds: float, beside: float) -> float:
         return max(job.practice.hiding_cost * seconds, exposed(seconds, beside))
 
-    def all_hidden(seconds: float, products: Iterable[float], hides: bool) -> float:
-        return sum(hidden(seconds, own) if hides else seconds for own in products)
+    def all_hidden(exchanges: Iterable[tuple[float, float]], hides: bool, times: int = 1) -> float:
+        return sum(hidden(times * seconds, own) if hides else times * seconds for own, seconds in exchanges)
 
     # Into and out of each of the two blocks; an all-reduce is both in one.
-    forward = all_hidden(exchange, products, overlaps == "all")
+    forward = all_hidden([*columns, *rows], overlaps == "all")
     hides = overlaps != "none" and not job.splits_backward
     if job.split == 1:  # the sums of the input gradients alone, as all-reduces
-        summed = all_hidden(2 * exchange, columns, hides)
+        summed = all_hidden(columns, hides, times=2)
         return (forward, summed, 0.0) if job.splits_backward else (forward, 0.0, summed)
-    gathered = all_hidden(exchange, rows, overlaps == "all")
-    once = all_hidden(exchange, columns, hides)
+    gathered = all_hidden(rows, overlaps == "all")
+    once = all_hidden(columns, hides)
     if job.splits_backward:
-        return forward, gathered + once, len(products) * exchange
+        return forward, gathered + once, all_hidden([*columns, *rows], False)
     return forward, gathered + once, once
 
 

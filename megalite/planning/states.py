@@ -118,7 +118,7 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
 
 def _tables(job: Job, rank: int) -> float:
     """Bytes of the rotary angles of all stages of a rank."""
-    return 8.0 * job.architecture.model.max_positions * job.architecture.model.head_dim * len(job.stages_of(rank))
+    return 8.0 * job.architecture.model.max_positions * job.architecture.model.rotary_dim * len(job.stages_of(rank))
 
 
 def frozen_bytes(job: Job, rank: int) -> float:

@@ -30,7 +30,7 @@ def attention_calls(config: Config) -> list[Call]:
             batch=train.micro_batch_size,
             heads=queries,
             kv_heads=kvs,
-            width=model.head_dim,
+            width=max(model.head_dim, model.value_dim),  # the narrower are padded
             dtype=DTYPES[train.precision],
             gradients=gradients,
             window=window,

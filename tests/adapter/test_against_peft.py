@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from megalite.generation.loading import load_model, open_checkpoint
 from tests.adapter.support import BETA, PAIRS, SFT, load_peft, make_adapter, run_rank
 from tests.align import peer
+from tests.fixtures import golden
 from tests.support.parity import Layout, assemble, distance
 
 pytest.importorskip("peft")
@@ -48,3 +51,16 @@ def test_losses_and_gradients(pool: Any, base: Path, tmp_path: Path, layout: Lay
         assert ours.keys() == gradients.keys() and len(ours) == 2 * 7 * 4
         far = {key: gap for key in ours if not (gap := distance(ours[key], gradients[key])) <= 1e-5}
         assert not far
+
+
+def test_every_matrix_of_latent_attention_takes_an_adapter(tmp_path: Path) -> None:
+    """Also the projections down, which every tensor rank holds whole: PEFT's logits."""
+    base, ids_BS = golden.folder("deepseek3_experts"), golden.golden("deepseek3_experts")["input_ids"]
+    targets = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=targets)
+    with torch.no_grad():
+        theirs = load_peft(base, adapter)(ids_BS).logits
+        with open_checkpoint(adapter) as opened, load_model(opened, ()) as loaded:
+            stage = loaded.model.stages[0]
+            ours = stage.logits(stage(ids_BS, stage.positions(ids_BS.shape[1]))).transpose(0, 1)
+    assert (ours - theirs).abs().max() < 2e-5

@@ -98,7 +98,7 @@ def test_sliding_windows(changes: dict[str, Any], window: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "deepseek_v3", "n_routed_experts": 8}, "model_type = 'deepseek_v3'"),
+        ({"model_type": "deepseek_v9", "n_routed_experts": 8}, "model_type = 'deepseek_v9'"),
         ({"model_type": "qwen3_next"}, "model_type = 'qwen3_next'"),
         ({"model_type": None}, "model_type = None"),
         ({"num_experts": 8}, "num_experts = 8"),

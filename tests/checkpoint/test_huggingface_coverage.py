@@ -95,6 +95,15 @@ def test_names_without_model(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "back" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_a_layer_for_further_tokens_is_left_out(tmp_path: Path) -> None:
+    """The one after DeepSeek-V3's 61; any other that config.json does not count is refused."""
+    tensors, name = _tensors("deepseek3_experts"), "model.layers.{}.eh_proj.weight"
+    with open_checkpoint(_copy(tmp_path / "v3", "deepseek3_experts", tensors | {name.format(61): torch.ones(2, 2)})):
+        pass
+    other = _copy(tmp_path / "other", "deepseek3_experts", tensors | {name.format(60): torch.ones(2, 2)})
+    assert name.format(60) in _refusal(other)
+
+
 def test_two_places_for_the_weights(tmp_path: Path) -> None:
     """An index beside a whole file, and a shard that holds more than the index says."""
     folder = _copy(tmp_path / "model", "llama3_gqa")

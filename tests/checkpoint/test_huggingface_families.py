@@ -22,7 +22,10 @@ from tests.fixtures import golden
 
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 LENGTH = 40
-REQUIRED = {"dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+}
 """Fields without a default."""
 
 Choices = dict[str, list[Any]]
@@ -89,6 +92,25 @@ _BY_TYPE = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
 }
+_LATENT: Choices = {
+    "num_hidden_layers": [2, 3],
+    "num_key_value_heads": [..., None, 4, 8],
+    "q_lora_rank": [None, 10, 14],
+    "kv_lora_rank": [10, 12],
+    "qk_nope_head_dim": [8],
+    "qk_rope_head_dim": [4, 6, 5],
+    "head_dim": [..., ..., 4, 6],
+    "v_head_dim": [5, 16],
+    "n_routed_experts": [4, 8],
+    "num_experts_per_tok": [1, 2, 3],
+    "n_shared_experts": [1, 2],
+    "moe_intermediate_size": [12],
+    "first_k_dense_replace": [0, 1, 2],
+    "n_group": [1, 2],
+    "topk_group": [1, 2],
+    "routed_scaling_factor": [..., 1.0, 2.5],
+    "moe_layer_freq": [..., 1],
+}
 _OWN: dict[str, Choices] = {
     "mixtral": {
         "num_local_experts": [..., 4, 6],
@@ -148,6 +170,14 @@ _OWN: dict[str, Choices] = {
         "topk_group": [..., 1, 2],
         "norm_topk_prob": [..., False, True],
         "routed_scaling_factor": [..., 1.0, 2.5],
+    },
+    "deepseek_v2": {**_LATENT, "topk_method": [..., "greedy", "group_limited_greedy", "noaux_tc"]},
+    "deepseek_v3": {
+        **_LATENT,
+        "qk_nope_head_dim": [7, 8],
+        "norm_topk_prob": [..., None, False, True],
+        "rope_interleave": [..., None, False, True],
+        "num_nextn_predict_layers": [..., 1],
     },
 }
 
@@ -274,6 +304,8 @@ def test_defaults(kind: str) -> None:
             "smollm3": (4, 128, 11008, 32768, 0),
             "gemma2": (4, 256, 9216, 8192, 4096),
             "gemma3_text": (4, 256, 9216, 131072, 4096),
+            "deepseek_v2": (32, 192, 11008, 2048, 0),
+            "deepseek_v3": (128, 192, 18432, 4096, 0),
         }[kind]
     )
 
@@ -333,6 +365,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"bits": 4}}, "quantization_config = "),
     ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
     ({"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
+    ({"model_type": "deepseek_v3", "quantization_config": {"quant_method": "fp8"}}, "quantization_config = "),
+    ({"model_type": "deepseek_v3", "num_key_value_heads": 8}, "num_key_value_heads = 8"),
+    ({"model_type": "deepseek_v3", "head_dim": 56}, "head_dim = 56"),
+    ({"model_type": "deepseek_v3", "n_group": 7}, "n_group = 7"),
+    ({"model_type": "deepseek_v3", "first_k_dense_replace": 61}, "first_k_dense_replace = 61"),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'"),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "norm_topk_prob": True}, "norm_topk_prob = True"),
+    ({"model_type": "deepseek_v2", "num_experts_per_tok": 6, "qk_rope_head_dim": 7}, "qk_rope_head_dim = 7"),
 ]
 
 

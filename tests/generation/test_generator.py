@@ -80,12 +80,20 @@ def test_layouts_agree(pool: Pool, layout: dict[str, Any]) -> None:
         assert result == alone
 
 
-def _greedy(rank: int, name: str, layout: dict[str, int]) -> list[list[int]]:
+def _greedy(rank: int, name: str, layout: dict[str, Any]) -> list[list[int]]:
     generator = _generator(name, rank, **layout)
     return _rows(generator.run(golden.golden(name)["prompts"].tolist(), GREEDY, Limits(6)))
 
 
-@pytest.mark.parametrize("name", ["mixtral_experts", "dots1_experts"])
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"cp": 2}, {"cp": 2, "mode": "ulysses"}], ids=str)
+def test_latents_on_ranks(pool: Pool, layout: dict[str, Any]) -> None:
+    """Every tensor rank caches the latents of all tokens, every context rank those of its own."""
+    expected = golden.golden("deepseek3_experts")["greedy"][:, :14].tolist()
+    world_size = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
+    assert pool.run(_greedy, world_size, "deepseek3_experts", layout) == [expected] * world_size
+
+
+@pytest.mark.parametrize("name", ["mixtral_experts", "dots1_experts", "deepseek2_experts"])
 def test_experts_on_two_ranks(pool: Pool, name: str) -> None:
     """Both ranks read the same prompts and get the same tokens, through experts of which each has half."""
     expected = golden.golden(name)["greedy"][:, :14].tolist()
@@ -105,10 +113,11 @@ def test_a_row_does_not_see_the_others(name: str) -> None:
 
 
 @pytest.mark.fast
-def test_log_probabilities_are_those_of_the_whole_sequence() -> None:
+@pytest.mark.parametrize("name", ["llama3_gqa", "deepseek3_experts"])
+def test_log_probabilities_are_those_of_the_whole_sequence(name: str) -> None:
     """At temperature 1, and also where the sampling is sharper."""
-    generator = _generator("llama3_gqa")
-    for completion in generator.run(_ragged_prompts("llama3_gqa"), Sampling(0.5, 7, 0.9, 3), Limits(9)):
+    generator = _generator(name)
+    for completion in generator.run(_ragged_prompts(name), Sampling(0.5, 7, 0.9, 3), Limits(9)):
         ids = torch.tensor([completion.prompt_ids + completion.new_ids])
         stage = generator.stages[0]
         logits_SV = stage.logits(stage(ids, stage.positions(ids.shape[1])))[:, 0]

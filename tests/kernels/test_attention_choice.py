@@ -246,12 +246,25 @@ def unannounced(rank, case, layout):
     return fakes.measured, len(fakes.called)
 
 
+LATENT = {
+    "model.attention": "mla",
+    "model.heads": 4,
+    "model.kv_heads": 4,
+    "model.head_dim": 10,
+    "model.kv_lora_rank": 6,
+    "model.qk_nope_head_dim": 6,
+    "model.qk_rope_head_dim": 4,
+    "model.v_head_dim": 12,
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "layout"),
     [
         ({}, Layout(tensor=2, sequence=True)),
         ({"model.heads": 6, "model.kv_heads": 3, "model.head_dim": 8}, Layout(tensor=2)),
         ({"model.heads": 12, "model.kv_heads": 4, "model.head_dim": 8}, Layout(tensor=3)),
+        (LATENT, Layout(tensor=2)),
         ({"model.sliding_window": 5, "data.document_mask": True, "train.precision": "bf16"}, Layout(pipeline=2)),
     ],
 )
@@ -295,5 +308,5 @@ def test_auto_on_a_cuda_device_chooses_among_ours_and_torchs():
 def test_sdpa_is_torchs_own_on_a_cpu_too():
     tensors = heads()
     assert "ScaledDotProduct" in type(attention_sdpa(*tensors).grad_fn.next_functions[0][0]).__name__
-    assert select_kernels({"attention": "sdpa"}, CPU).attention is attention_sdpa
-    assert select_kernels({}, CPU).attention is attention_cpu is select_kernels({"attention": "cpu"}, CPU).attention
+    for taken, form in (("sdpa", attention_sdpa), ("cpu", attention_cpu), ("auto", attention_cpu)):
+        assert select_kernels({"attention": taken}, CPU).attention.__wrapped__ is form  # for heads of one width

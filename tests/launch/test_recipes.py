@@ -38,6 +38,7 @@ PLANS = {  # recipe: world sizes, vocabulary where the recipe leaves it to the t
     "llama3-70b-256gpu": ((256,), None, 70553.7),
     "llama3-405b-8192gpu": ((8192,), None, 405853.4),
     "mixtral-8x7b-16gpu": ((16,), None, 46702.8),
+    "deepseek-v2-lite-16gpu": ((16,), None, 15706.5),
     "qwen3-30b-a3b-32gpu": ((32,), None, 30532.1),
 }
 

@@ -89,6 +89,9 @@ def test_greedy_tokens(name: str) -> None:
     assert torch.equal(ids_BS, expected["greedy"])
 
 
+YARN_WITHOUT_MSCALES = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -125,6 +128,12 @@ def test_greedy_tokens(name: str) -> None:
         ("gemma3_two_bases", {"rope_local_theta": 1.1e4}),
         ("gemma3_two_bases", {"rope_theta": 1.1e6}),
         ("gemma3_two_bases", {"rope_scaling": {}}),
+        ("deepseek2_experts", {"rope_interleave": False}),
+        ("deepseek2_experts", {"router_groups": 1, "router_groups_per_token": 1}),
+        ("deepseek2_experts", {"router_renormalise": True}),
+        ("deepseek3_experts", {"rope_interleave": False}),
+        ("deepseek3_experts", {"attention_multiplier": 13**-0.5}),
+        ("deepseek3_experts", {"rope_scaling": YARN_WITHOUT_MSCALES}),
     ],
 )
 def test_a_wrong_field_shows(name: str, change: dict[str, Any]) -> None:

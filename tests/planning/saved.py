@@ -61,12 +61,13 @@ def fused_kernels() -> Kernels:
         swiglu_triton,
     )
     from megalite.kernels.attention import flash_triton
+    from megalite.kernels.attention.widths import at_one_width
 
     return Kernels(
         rms_norm=rms_norm_triton.rms_norm,
         add_rms_norm=rms_norm_triton.add_rms_norm,
         rope=rope_triton.rope,
-        attention=flash_triton.attention,
+        attention=at_one_width(flash_triton.attention),
         attention_parts=flash_triton.FlashParts(),
         swiglu=swiglu_triton.swiglu,
         geglu=swiglu.geglu,

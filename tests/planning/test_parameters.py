@@ -12,6 +12,7 @@ from megalite.mesh import Mesh
 from megalite.model.attention import GroupedQueryAttention
 from megalite.model.cost import output_in_layers, parameter_count, training_flops_per_token
 from megalite.model.decoder import Stage
+from megalite.model.families import family_of_config
 from megalite.placement import placed_parameters, row_box
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import DEVICES
@@ -26,6 +27,10 @@ CUT_OFF = {"GPT 1.7 B (Megatron H100)", "LLaMA 65B", "Llama 3 405B"}
 
 
 def some_model(draw: random.Random) -> ModelConfig:
+    return (some_latent_model if draw.random() < 0.3 else some_grouped_model)(draw)
+
+
+def some_grouped_model(draw: random.Random) -> ModelConfig:
     kv_heads = draw.choice((1, 2, 3, 6))
     return ModelConfig(
         layers=draw.randint(8, 11),
@@ -43,6 +48,23 @@ def some_model(draw: random.Random) -> ModelConfig:
         block=draw.choice(("pre_norm", "reordered_norm", "sandwich_norm")),
         feed_forward=draw.choice(("swiglu", "geglu")),
         attention_bias=draw.random() < 0.5,
+    )
+
+
+def some_latent_model(draw: random.Random) -> ModelConfig:
+    return ModelConfig(
+        layers=draw.randint(8, 11),
+        hidden_size=draw.randint(10, 40),
+        ffn_hidden_size=12 * draw.randint(2, 6),
+        heads=12,
+        attention="mla",
+        q_lora_rank=draw.choice((0, draw.randint(2, 9))),
+        kv_lora_rank=draw.randint(2, 9),
+        qk_nope_head_dim=draw.randint(2, 9),
+        qk_rope_head_dim=2 * draw.randint(1, 4),
+        v_head_dim=draw.randint(2, 9),
+        vocab_size=draw.randint(30, 3000),
+        max_positions=16,
     )
 
 
@@ -115,7 +137,7 @@ class GatedAttention(GroupedQueryAttention):
 
 
 def test_a_new_tensor_in_a_layer_is_counted_everywhere():
-    model = dataclasses.replace(some_model(random.Random()), norm_eps=0.25)
+    model = dataclasses.replace(some_grouped_model(random.Random()), norm_eps=0.25)
     plain = [parameter_count(model), training_flops_per_token(model, 8), output_in_layers(model)]
     model = dataclasses.replace(model, attention=f"{__name__}:GatedAttention")
     built = Stage(model, silent_mesh(), plain_kernels(), dtype=torch.float32)
@@ -136,7 +158,7 @@ def test_flops_are_those_that_the_trainer_reports():
     model, length = some_model(random.Random()), random.randint(5, 5000)
     architecture = Architecture(model)
     assert architecture.flops_per_token(length, "full") == training_flops_per_token(model, length)
-    attention = 6 * model.layers * model.heads * model.head_dim * length
+    attention = 3 * model.layers * model.heads * (model.head_dim + model.value_dim) * length
     assert training_flops_per_token(model, length) - architecture.flops_per_token(length, "half") == attention
 
 
@@ -154,6 +176,46 @@ def test_published_parameters(point):
         assert point.predicted == pytest.approx(point.published, abs=1 if point.published > 100 else 0.1001)
     else:
         assert point.predicted == point.published
+
+
+DEEPSEEK = {
+    "DeepSeek-V2-Lite": (
+        {
+            "model_type": "deepseek_v2",
+            "hidden_size": 2048,
+            "intermediate_size": 10944,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "q_lora_rank": None,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 6,
+            "moe_intermediate_size": 1408,
+            "first_k_dense_replace": 1,
+            "vocab_size": 102400,
+        },
+        15_706_484_224,
+        2.7e9,
+    ),
+    "DeepSeek-V3": ({"model_type": "deepseek_v3"}, 671_026_419_200, 37.6e9),
+}
+"""config.json as published (arXiv:2405.04434, arXiv:2412.19437), all parameters, those that a token uses; V3's without
+the layer for further tokens."""
+
+
+@pytest.mark.parametrize("name", DEEPSEEK)
+def test_published_parameters_of_latent_attention(name):
+    fields, parameters, used = DEEPSEEK[name]
+    model = family_of_config(fields, name).read_config(fields, name)
+    architecture = Architecture(model)
+    assert architecture.parameters == parameters
+    embedding = model.vocab_size * model.hidden_size
+    assert architecture.matmul_parameters + embedding == pytest.approx(used, rel=2e-3 if used > 1e10 else 2e-2)
+    # QK^T is 192 wide, PV 128.
+    attention = 6 * model.layers * model.heads * (192 + 128) * 4096
+    assert architecture.flops_per_token(4096) == 6 * architecture.matmul_parameters + attention
+    layer = architecture.layer(tensor=8)
+    assert (layer.cached, layer.query, layer.mixed) == (576, model.heads // 8 * 192, model.heads // 8 * 128)
 
 
 @pytest.mark.parametrize("point", flops_points(), ids=lambda point: point.name)

@@ -154,7 +154,8 @@ class HuggingFaceSource:
     def _check_coverage(self, tensors: dict[str, FileTensor]) -> None:
         """Check that every tensor of the architecture exists, and nothing else except redundant copies."""
         found = {name: file.entry(stored).shape for name, (file, stored) in self._where.items()}
-        found = {name: shape for name, shape in found.items() if not self.family.ignored.fullmatch(name)}
+        ignored = {name for name in found.keys() - tensors.keys() if self.family.ignored.fullmatch(name)}
+        found = {name: shape for name, shape in found.items() if name not in ignored}
         for name, original in self.family.copies(self.model).items():
             if name not in found or original not in found:
                 continue

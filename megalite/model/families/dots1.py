@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from megalite.config import ModelConfig
-from megalite.model.families.family import Family, Fields, FileTensor, whole
+from megalite.model.families.family import Family, Fields, FileTensor
 from megalite.model.families.llama import (
     DEFAULTS,
     FIXED,
@@ -16,7 +16,6 @@ from megalite.model.families.llama import (
     ROTARY_FREQUENCIES,
     decoder_tensors,
     derived_sizes,
-    gated_tensors,
     read_decoder,
     tied_output,
     write_decoder,
@@ -29,18 +28,13 @@ from megalite.model.families.sparse import (
     mixed_tensors,
     read_chosen,
     read_experts,
+    read_groups,
+    shared_tensors,
 )
 
 
 def _read(fields: Fields) -> ModelConfig:
     experts = read_experts(fields, "n_routed_experts", "num_local_experts")
-    groups = fields.count("n_group", experts, null=1)
-    if experts % groups:
-        raise fields.refusal("n_group", groups, f"does not divide n_routed_experts = {experts}")
-    chosen, best = read_chosen(fields, experts), fields.count("topk_group", groups, null=1)
-    if chosen > best * (experts // groups):
-        problem = f"is more than the experts of topk_group = {best} out of n_group = {groups}"
-        raise fields.refusal("num_experts_per_tok", chosen, problem)
     dense = fields.count("first_k_dense_replace", MOST_LAYERS, least=0, null=0)
     layers = fields.count("num_hidden_layers", MOST_LAYERS)
     return read_decoder(
@@ -49,15 +43,14 @@ def _read(fields: Fields) -> ModelConfig:
         qk_norm=True,
         **read_qwen_windows(fields, used=fields.value("sliding_window") is not None),
         experts=experts,
-        experts_per_token=chosen,
+        experts_per_token=read_chosen(fields, experts),
         expert_ffn_hidden_size=fields.count("moe_intermediate_size", MOST_FFN),
         shared_experts=fields.count("n_shared_experts", MOST_EXPERTS),
         dense_layers=tuple(range(min(dense, layers))),
         router="sigmoid",
         router_renormalise=fields.flag("norm_topk_prob"),
         router_scale=fields.number("routed_scaling_factor"),
-        router_groups=groups,
-        router_groups_per_token=best,
+        **read_groups(fields),
     )
 
 
@@ -82,11 +75,8 @@ def _feed_forward(
     model: ModelConfig, layer: int, experts: Callable[[ModelConfig, int], Iterator[FileTensor]]
 ) -> Iterator[FileTensor]:
     yield from experts(model, layer)
-    if not model.is_sparse(layer):
-        return
-    mlp, width = f"model.layers.{layer}.mlp.", model.shared_experts * model.expert_ffn_hidden_size
-    yield whole(f"{mlp}gate.e_score_correction_bias", model.experts, fp32=True)
-    yield from gated_tensors(f"{mlp}shared_experts.", model.hidden_size, width)
+    if model.is_sparse(layer):
+        yield from shared_tensors(model, layer)
 
 
 def _tensors(model: ModelConfig, experts: Callable[[ModelConfig, int], Iterator[FileTensor]]) -> Iterator[FileTensor]:

@@ -170,6 +170,9 @@ class Family:
         if fields.value("model_type") != self.model_type:
             raise fields.refusal("model_type", config.get("model_type"), f"is not {self.model_type!r}")
         self._check_architectures(fields)
+        if (quantised := fields.value("quantization_config")) is not None:
+            problem = "means quantised weights, which are not read; save the model in bf16 and remove the field"
+            raise fields.refusal("quantization_config", quantised, problem)
         model = self.read(fields)
         fields.refuse_rest(self.fixed, self.without_effect)
         return model

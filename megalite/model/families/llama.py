@@ -5,6 +5,7 @@ Fields and defaults: `LlamaConfig` of transformers.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
@@ -146,11 +147,11 @@ def read_decoder(
     """
     hidden, heads = fields.count("hidden_size", MOST_HIDDEN), fields.count("num_attention_heads", MOST_HEADS)
     kv_heads = fields.count("num_key_value_heads", MOST_HEADS, null=heads if "num_key_value_heads" in derived else None)
-    head_dim = fields.count("head_dim", MOST_HEADS, null=hidden // heads if "head_dim" in derived else None)
+    if "head_dim" not in features:
+        null = hidden // heads if "head_dim" in derived else None
+        features["head_dim"] = even(fields, "head_dim", fields.count("head_dim", MOST_HEADS, null=null))
     if heads % kv_heads:
         raise fields.refusal("num_key_value_heads", kv_heads, f"does not divide num_attention_heads = {heads}")
-    if head_dim == 0 or head_dim % 2:
-        raise fields.refusal("head_dim", head_dim, "is not an even number above 0; rotations need pairs of channels")
     positions = fields.count("max_position_embeddings", MOST_POSITIONS)
     if "rope_theta" not in features:
         features["rope_theta"], features["rope_scaling"] = read_rotary(fields, positions)
@@ -160,13 +161,19 @@ def read_decoder(
         ffn_hidden_size=fields.count("intermediate_size", MOST_FFN),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
         vocab_size=fields.count("vocab_size", MOST_VOCABULARY),
         max_positions=positions,
         norm_eps=fields.number("rms_norm_eps"),
         tie_embeddings=fields.flag("tie_word_embeddings"),
         **features,
     )
+
+
+def even(fields: Fields, name: str, width: int) -> int:
+    """`width`, the value of field `name`, if rotations can turn so many channels."""
+    if width == 0 or width % 2:
+        raise fields.refusal(name, width, "is not an even number above 0; rotations need pairs of channels")
+    return width
 
 
 def derived_sizes(fields: Fields) -> tuple[str, ...]:
@@ -214,37 +221,44 @@ REORDERED_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
+def attention_tensors(
+    model: ModelConfig, layer: int, *, bias: bool = False, qk_norm: Literal["", "head", "all_heads"] = ""
+) -> Iterator[FileTensor]:
+    """Grouped-query attention of a layer; `qk_norm` says what a norm of queries or keys spans."""
+    hidden, prefix = model.hidden_size, f"model.layers.{layer}.self_attn."
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+        yield whole(f"{prefix}{name}.weight", rows, hidden)
+        if bias:
+            yield whole(f"{prefix}{name}.bias", rows)
+    if qk_norm:
+        yield whole(f"{prefix}q_norm.weight", queries if qk_norm == "all_heads" else model.head_dim)
+        yield whole(f"{prefix}k_norm.weight", keys if qk_norm == "all_heads" else model.head_dim)
+    yield whole(f"{prefix}o_proj.weight", hidden, queries)
+
+
 def decoder_tensors(
     model: ModelConfig,
     *,
     bias: bool = False,
     qk_norm: Literal["", "head", "all_heads"] = "",
     norms: tuple[str, ...] = PRE_NORMS,
+    attention: Callable[[ModelConfig, int], Iterator[FileTensor]] | None = None,
     feed_forward: Callable[[ModelConfig, int], Iterator[FileTensor]] = dense_tensors,
 ) -> Iterator[FileTensor]:
     """The tensors of the architecture, in the order of the model: from the numbers alone, not from megalite's layers,
-    so that what those have beyond it is found. `norms` are those of a layer, `qk_norm` says what a norm of queries or
-    keys spans; `feed_forward` lists the tensors of a layer's second part."""
-    hidden, vocabulary = model.hidden_size, model.vocab_size
-    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
-    yield whole(EMBEDDING, vocabulary, hidden)
+    so that what those have beyond it is found. `norms` are those of a layer; `attention` lists the tensors of its first
+    part, by default `attention_tensors` with `bias` and `qk_norm`, and `feed_forward` those of its second."""
+    attention = attention or functools.partial(attention_tensors, bias=bias, qk_norm=qk_norm)
+    yield whole(EMBEDDING, model.vocab_size, model.hidden_size)
     for layer in range(model.layers):
-        prefix = f"model.layers.{layer}."
-        attention = f"{prefix}self_attn."
         for norm in norms:
-            yield whole(f"{prefix}{norm}.weight", hidden)
-        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-            yield whole(f"{attention}{name}.weight", rows, hidden)
-            if bias:
-                yield whole(f"{attention}{name}.bias", rows)
-        if qk_norm:
-            yield whole(f"{attention}q_norm.weight", queries if qk_norm == "all_heads" else model.head_dim)
-            yield whole(f"{attention}k_norm.weight", keys if qk_norm == "all_heads" else model.head_dim)
-        yield whole(f"{attention}o_proj.weight", hidden, queries)
+            yield whole(f"model.layers.{layer}.{norm}.weight", model.hidden_size)
+        yield from attention(model, layer)
         yield from feed_forward(model, layer)
-    yield whole("model.norm.weight", hidden)
+    yield whole("model.norm.weight", model.hidden_size)
     if not model.tie_embeddings:
-        yield whole(OUTPUT, vocabulary, hidden)
+        yield whole(OUTPUT, model.vocab_size, model.hidden_size)
 
 
 def tied_output(model: ModelConfig) -> dict[str, str]:

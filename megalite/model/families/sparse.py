@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megalite.config import ModelConfig
 from megalite.model.families.family import STACK, Fields, FileTensor, Rows, whole
-from megalite.model.families.llama import WITHOUT_EFFECT, dense_tensors
+from megalite.model.families.llama import WITHOUT_EFFECT, dense_tensors, gated_tensors
 
 MOST_EXPERTS = 1 << 16
 
@@ -28,6 +28,27 @@ def read_experts(fields: Fields, *names: str) -> int:
 def read_chosen(fields: Fields, experts: int) -> int:
     """Experts of a token."""
     return fields.count("num_experts_per_tok", experts)
+
+
+def read_groups(fields: Fields) -> dict[str, int]:
+    """The groups of experts and how many of them a token may use, as fields of `ModelConfig`."""
+    experts = fields.count("n_routed_experts", MOST_EXPERTS)
+    groups = fields.count("n_group", experts, null=1)
+    if experts % groups:
+        raise fields.refusal("n_group", groups, f"does not divide n_routed_experts = {experts}")
+    chosen, best = read_chosen(fields, experts), fields.count("topk_group", groups, null=1)
+    if chosen > best * (experts // groups):
+        problem = f"is more than the experts of topk_group = {best} out of n_group = {groups}"
+        raise fields.refusal("num_experts_per_tok", chosen, problem)
+    return {"router_groups": groups, "router_groups_per_token": best}
+
+
+def shared_tensors(model: ModelConfig, layer: int, *, bias: bool = True) -> Iterator[FileTensor]:
+    """What a sparse layer of DeepSeek's kind has besides router and experts: the router's `bias` and shared experts."""
+    mlp, width = f"model.layers.{layer}.mlp.", model.shared_experts * model.expert_ffn_hidden_size
+    if bias:
+        yield whole(f"{mlp}gate.e_score_correction_bias", model.experts, fp32=True)
+    yield from gated_tensors(f"{mlp}shared_experts.", model.hidden_size, width)
 
 
 def expert_tensors(
