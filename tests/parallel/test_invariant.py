@@ -167,7 +167,7 @@ JOB: dict[str, dict[str, Any]] = {
         "global_batch_size": 8,
         "precision": "fp32",
         "invariant": 4,
-        "eval_interval": 10,
+        "eval_interval": 5,
         "eval_samples": 8,
     },
     "parallel": {"sequence": False},
@@ -211,10 +211,10 @@ def assert_equal(one: Any, other: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_jobs_of_one_to_eight_processes_and_one_that_is_resized_twice(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, data={"split": [9, 1], "train": [str(tmp_path / "tokens")]}, **JOB)
+    recipe = write_recipe(tmp_path, data={"valid": [str(tmp_path / "tokens")]}, **JOB)
     for number, shape in enumerate(SHAPES):
         start(recipe, tmp_path / str(number), shape)
         assert_equal(result(tmp_path / str(number)), result(tmp_path / "0"))
-    for steps, shape in ((6, (2, 1, 4)), (13, (1, 1, 2)), (20, (4, 2, 1))):
+    for steps, shape in ((5, (1, 1, 2)), (15, (2, 1, 4)), (20, (2, 1, 1))):
         start(recipe, tmp_path / "resized", shape, steps)
     assert_equal(result(tmp_path / "resized"), result(tmp_path / "0"))
