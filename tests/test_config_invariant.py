@@ -73,3 +73,39 @@ def test_refused(world_size: int, overrides: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         check(world_size, overrides)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+POLICY = (
+    "--model.vocab_size 101 --train.seq_length 96 --objective.kind grpo --rollout.reward mine:reward "
+    "--rollout.max_new_tokens 32 --rollout.answers 2 --run.device cpu --train.batch_invariant true"
+)
+
+
+def check_policy(overrides: str) -> None:
+    check_layout(load_config(None, f"{POLICY} {overrides}".split()), 1)
+
+
+@pytest.mark.parametrize("overrides", ["", "--objective.kind ppo --parallel.zero 3 --model.qk_norm true"])
+def test_batches_covered(overrides: str) -> None:
+    check_policy(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("--objective.kind next_token", "objective.kind = next_token is not covered by train.batch_invariant = true;"),
+        ("--run.device auto", "run.device = auto is not covered by train.batch_invariant = true; use cpu, or"),
+        (
+            "--rollout.temperature 0.7",
+            "rollout.temperature = 0.7 is not covered by train.batch_invariant = true; use 1",
+        ),
+        ("--model.feed_forward geglu", "model.feed_forward = geglu is not covered by"),
+        ("--kernels.default reference", "kernels.attention = reference is not covered by"),
+        ("--kernels.swiglu reference", "use auto or native, or train.batch_invariant = false"),
+        ("--adapter.kind lora", "adapter.kind = lora is not covered by"),
+    ],
+)
+def test_batches_refused(overrides: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_policy(overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)

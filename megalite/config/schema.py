@@ -128,6 +128,9 @@ class TrainConfig:
     invariant: Annotated[int, AtLeast(0, 1024)] = 0
     """Cut batch, heads, widths and vocabulary into so many virtual parts, a power of two, and sum over them in one
     order: all tensor and data sizes that divide it then give the same bits (docs/invariance.md); 0: off."""
+    batch_invariant: bool = False
+    """ppo, grpo: compute a token's log-probability by the same bits whether it is generated or trained on, whatever the
+    batch (docs/invariance.md)."""
     eval_interval: CountOrNone = 0
     """Steps between validation losses; 0: none."""
     eval_samples: Count = 64

@@ -255,6 +255,12 @@ class VocabParallelHead(nn.Module):
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
+    def token_logprobs(self, logits_BV: Tensor, tokens_B: Tensor) -> Tensor:
+        """The log-probabilities of tokens, fp32 [B], from `logits`, by the same arithmetic as `logprobs`."""
+        stats_B3 = self.kernels.cross_entropy_stats(logits_BV, tokens_B)
+        return cross_entropy_loss(stats_B3, tokens_B, vocab_size=self.vocab_size).neg_()
+
+    @torch.no_grad()
     def logits(self, hidden_sBH: Tensor) -> Tensor:
         """Logits over the true vocabulary on every tensor rank: [S, B, V], for generation and evaluation."""
         logits_SBv = self.local_logits(self.region.gather(hidden_sBH))

@@ -25,6 +25,7 @@ from megalite.mesh import Mesh
 from megalite.model.adapter import build_adapter
 from megalite.model.attention import Positions
 from megalite.model.balance import Balance
+from megalite.model.batch_invariant import BatchInvariantBuild
 from megalite.model.build import Build
 from megalite.model.decoder import SCORE, Stage
 from megalite.model.init import initialise_parameter
@@ -66,7 +67,7 @@ class ShardedModel:
     @property
     def make_build(self) -> Callable[..., Build]:
         """What makes the build context of the stages."""
-        return Build
+        return BatchInvariantBuild if self.config.train.batch_invariant else Build
 
     def __init__(
         self,
