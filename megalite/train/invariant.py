@@ -70,7 +70,7 @@ class InvariantTrainer(Trainer):
         return outputs
 
     def _total(self, losses: list[Tensor]) -> Tensor:
-        each = len(losses) // self.own_parts
+        each = -(-len(losses) // self.own_parts)
         return tree_sum([torch.stack(losses[i : i + each]).sum() for i in range(0, len(losses), each)])
 
 
