@@ -84,47 +84,52 @@ def _attend(
     [B, S], and where each row's last document begins [B]."""
     *seen, begins_B = sight
     (queries, batch, heads, width), (keys, _, kv_heads, _) = q_SBHD.shape, k_TBKD.shape
-    blocks = -(-keys // KEYS)
+    blocks, begins = -(-keys // KEYS), begins_B.tolist()
     # Row b's keys from its text's beginning on, and then those before it; places beyond all keys are seen by nobody.
     order_BT = torch.arange(blocks * KEYS, device=q_SBHD.device).repeat(batch, 1)
     beyond_BT = order_BT >= keys
     order_BT = (order_BT + begins_B[:, None]).remainder_(keys)
-    k_CXDN = _blocks(k_TBKD, order_BT).transpose(-1, -2)
-    v_CXNE = _blocks(v_TBKD, order_BT)
-    v_CXNE = torch.cat((v_CXNE, torch.ones_like(v_CXNE[..., :1])), -1)  # a last column for the sums of probabilities
+    k_XCDN = _blocks(k_TBKD, begins, blocks, width).transpose(-1, -2)
+    v_XCNE = _blocks(v_TBKD, begins, blocks, width + 1)  # a last column of ones, for the sums of probabilities
     scale, out_SBHD = asked.scale_for(q_SBHD), torch.empty_like(q_SBHD)
     lse_BHS = torch.empty((batch, heads, queries), device=q_SBHD.device)
     for start in range(0, queries, ROWS):
         part, count = slice(start, start + ROWS), min(ROWS, queries - start)
-        q_XRD = _rows(q_SBHD[part], kv_heads).mul_(scale)
-        scores_CXRN = torch.matmul(q_XRD, k_CXDN)
+        q_X1RD = _rows(q_SBHD[part], kv_heads).mul_(scale).unsqueeze(1)
+        scores_XCRN = torch.matmul(q_X1RD, k_XCDN)
         if asked.softcap is not None:
-            scores_CXRN = scores_CXRN.div_(asked.softcap).tanh_().mul_(asked.softcap)
+            scores_XCRN = scores_XCRN.div_(asked.softcap).tanh_().mul_(asked.softcap)
         first_BS, last_BS = (bound_BS[:, part, None] for bound_BS in seen)
         hidden_BST = (order_BT[:, None] < first_BS) | (order_BT[:, None] >= last_BS) | beyond_BT[:, None]
-        view = scores_CXRN.view(blocks, batch, kv_heads, heads // kv_heads, ROWS, KEYS)
-        hidden_CBSN = hidden_BST.unflatten(2, (blocks, KEYS)).permute(2, 0, 1, 3)
-        view[..., :count, :].masked_fill_(hidden_CBSN[:, :, None, None], -torch.inf)
-        top_XR1 = scores_CXRN.amax((0, 3)).unsqueeze(-1)
-        top_XR1 = top_XR1.where(top_XR1 > -torch.inf, 0)
-        terms_CXRE = torch.matmul(scores_CXRN.sub_(top_XR1).exp_(), v_CXNE)
-        total_XRE = terms_CXRE[0].clone()
-        for term_XRE in terms_CXRE[1:]:
-            total_XRE += term_XRE
+        view = scores_XCRN.view(batch, kv_heads, blocks, heads // kv_heads, ROWS, KEYS)
+        hidden_BCSN = hidden_BST.unflatten(2, (blocks, KEYS)).transpose(1, 2)
+        view[..., :count, :].masked_fill_(hidden_BCSN[:, None, :, None], -torch.inf)
+        top_X1R1 = scores_XCRN.amax((1, 3), keepdim=True)
+        top_X1R1 = top_X1R1.where(top_X1R1 > -torch.inf, 0)
+        terms_XCRE = torch.matmul(scores_XCRN.sub_(top_X1R1).exp_(), v_XCNE)
+        total_XRE = terms_XCRE[:, 0].clone()
+        for block in range(1, blocks):
+            total_XRE += terms_XCRE[:, block]
         sum_XR1 = total_XRE[..., -1:]
         out_XRD = total_XRE[..., :-1] / sum_XR1.where(sum_XR1 > 0, 1)
         out_SBHD[part] = out_XRD.view(batch, heads, ROWS, width)[:, :, :count].permute(2, 0, 1, 3)
-        lse_XR1 = sum_XR1.log() + top_XR1
+        lse_XR1 = sum_XR1.log() + top_X1R1.squeeze(1)
         lse_BHS[:, :, part] = lse_XR1.view(batch, heads, ROWS)[:, :, :count]
     return out_SBHD, lse_BHS
 
 
-def _blocks(x_TBKD: Tensor, order_BT: Tensor) -> Tensor:
-    """Rows in their order, cut into blocks: fp32 [C, X, KEYS, D], contiguous."""
-    x_BTKD = x_TBKD.transpose(0, 1)
-    index_BT11 = order_BT[:, :, None, None].expand(-1, -1, *x_BTKD.shape[2:])
-    x_BCNKD = x_BTKD.gather(1, index_BT11).float().unflatten(1, (-1, KEYS))
-    return x_BCNKD.permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
+def _blocks(x_TBKD: Tensor, begins: list[int], blocks: int, width: int) -> Tensor:
+    """Every row from its beginning on, then what is before that, then zeros, cut into blocks: fp32 [X, C, KEYS, width],
+    contiguous. Columns beyond those of `x_TBKD` are 1."""
+    (keys, batch, kv_heads, own), x_BKTD = x_TBKD.shape, x_TBKD.permute(1, 2, 0, 3)
+    to_BKTE = torch.ones((batch, kv_heads, blocks * KEYS, width), device=x_TBKD.device)
+    to_BKTE[:, :, keys:, :own] = 0
+    alike = len(set(begins)) == 1
+    for row, begin in enumerate(begins[:1] if alike else begins):
+        rows = slice(None) if alike else slice(row, row + 1)
+        to_BKTE[rows, :, : keys - begin, :own] = x_BKTD[rows, :, begin:]
+        to_BKTE[rows, :, keys - begin : keys, :own] = x_BKTD[rows, :, :begin]
+    return to_BKTE.view(batch * kv_heads, blocks, KEYS, width)
 
 
 def _rows(q_SBHD: Tensor, kv_heads: int) -> Tensor:
