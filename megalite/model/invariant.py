@@ -28,7 +28,14 @@ from megalite.model.head import VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import all_gather_stacked
 from megalite.parallel.embedding import vocabulary_box
-from megalite.parallel.invariant import ColumnParts, RowParts, kernels_of_parts, ranges_of_parts, spread, tree_sum
+from megalite.parallel.invariant import (
+    ColumnParts,
+    RowParts,
+    kernels_of_parts,
+    ranges_of_parts,
+    shared_by_parts,
+    tree_sum,
+)
 from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import Box, PlacedParameter
 
@@ -94,7 +101,7 @@ class HeadsNorm(RMSNorm):
         self.parts, self.group = build.own_parts, build.region.group
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = spread(self.factors, self.parts, self.group)
+        weights = shared_by_parts(self.factors, self.parts, self.group)
         cut = zip(x.chunk(self.parts, 2), weights)
         return torch.cat([self.kernels.rms_norm(part.contiguous(), weight, self.eps) for part, weight in cut], 2).to(
             x.dtype

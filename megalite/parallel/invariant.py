@@ -191,11 +191,13 @@ def kernels_of_parts(kernels: Kernels, parts: int) -> Kernels:
     )
 
 
-class _Spread(Function):
+class _Shared(Function):
     """A weight that all parts of all tensor ranks use -> one view for each part of this rank.
 
     In backward the parts' gradients are summed up the tree, so every rank gets the whole gradient.
     """
+
+    spmd = "weight: I -> R"
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, parts: int, group: Group) -> tuple[Tensor, ...]:
@@ -209,9 +211,9 @@ class _Spread(Function):
         return total, None, None
 
 
-def spread(weight: Tensor, parts: int, group: Group) -> tuple[Tensor, ...]:
+def shared_by_parts(weight: Tensor, parts: int, group: Group) -> tuple[Tensor, ...]:
     """`weight`, once for each of this rank's parts; its gradient is the sum over the parts of all ranks of `group`."""
-    copies: tuple[Tensor, ...] = _Spread.apply(weight, parts, group)
+    copies: tuple[Tensor, ...] = _Shared.apply(weight, parts, group)
     return copies
 
 
