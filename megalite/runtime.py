@@ -246,7 +246,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and build the mesh, with the start-up timeout."""
     import torch.distributed as dist
 
-    from megalite.mesh import DATA_AXES, Mesh, create_group
+    from megalite.mesh import DATA_AXES, GroupFactory, Mesh, create_group
     from megalite.rendezvous import open_store
 
     timeout = timedelta(seconds=max(STARTUP_TIMEOUT_SECONDS, config.train.timeout_seconds))
@@ -256,6 +256,11 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = open_store(world.rank, world.size, timeout)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    make_group: GroupFactory = functools.partial(create_group, timeout=timeout)
+    if config.train.invariant:
+        from megalite.parallel.invariant import tree_groups
+
+        make_group = tree_groups(make_group)
     parallel = config.parallel
     mesh = Mesh(
         pp=parallel.pipeline,
@@ -265,7 +270,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
         tp=parallel.tensor,
         rank=world.rank,
         device=device,
-        make_group=functools.partial(create_group, timeout=timeout),
+        make_group=make_group,
     )
     for axes in (("tp",), ("pp",), ("cp",), DATA_AXES):  # every rank makes its groups here, in one order
         mesh.group(*axes)

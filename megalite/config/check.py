@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
+from megalite.config.check_invariant import check_batch_invariant, check_invariant
 from megalite.config.check_latent import check_latent
 from megalite.config.check_layers import check_layers
 from megalite.config.lengths import sequence_unit
@@ -59,6 +60,8 @@ def check_combinations(config: Config, world_size: int) -> None:
     check_alignment(config, _refuse)
     _check_evaluation(config)
     _check_world(config, world_size)
+    check_invariant(config, world_size, _refuse)
+    check_batch_invariant(config, _refuse)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
 
@@ -307,14 +310,17 @@ def _check_batches(config: Config, world_size: int) -> None:
     """Every batch size of the run must divide into a number of micro-batches that the pipeline schedule accepts."""
     _check_ramp(config)
     train, parallel = config.train, config.parallel
-    schedule, copies = find_schedule(parallel.schedule), config.data_parallel(world_size)
+    schedule = find_schedule(parallel.schedule)
+    copies, of_what = config.data_parallel(world_size), "copies of the model"
+    if train.invariant:
+        copies, of_what = train.invariant, "parts of train.invariant"
     unit = train.micro_batch_size * copies
     for size in config.batch_sizes:
         path = "train.global_batch_size" if size == train.global_batch_size else "train.batch_ramp"
         what = "" if size == train.global_batch_size else f"goes through {size}, which "
         if size % unit:
-            problem = f"{what}is not divisible by train.micro_batch_size = {train.micro_batch_size} * {copies} copies"
-            _refuse(config, path, f"{problem} of the model", f"use {_nearest_multiples(size, unit)}")
+            problem = f"{what}is not divisible by train.micro_batch_size = {train.micro_batch_size} * {copies}"
+            _refuse(config, path, f"{problem} {of_what}", f"use {_nearest_multiples(size, unit)}")
         refusal = schedule.refusal(parallel.pipeline, size // unit, parallel.virtual_stages)
         if refusal and refusal.field == "train.global_batch_size":
             multiple = schedule.micro_batches_multiple(parallel.pipeline)

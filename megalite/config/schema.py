@@ -125,6 +125,12 @@ class TrainConfig:
     """What backward computes again instead of keeping: nothing, the cheap large activations, whole layers."""
     deterministic: bool = False
     """Refuse operations whose results vary from run to run."""
+    invariant: Annotated[int, AtLeast(0, 1024)] = 0
+    """Cut batch, heads, widths and vocabulary into so many virtual parts, a power of two, and sum over them in one
+    order: all tensor and data sizes that divide it then give the same bits (docs/invariance.md); 0: off."""
+    batch_invariant: bool = False
+    """ppo, grpo: compute a token's log-probability by the same bits whether it is generated or trained on, whatever the
+    batch (docs/invariance.md)."""
     eval_interval: CountOrNone = 0
     """Steps between validation losses; 0: none."""
     eval_samples: Count = 64
@@ -422,8 +428,10 @@ class Config:
 
     @property
     def padded_vocab_size(self) -> int:
-        """model.vocab_size rounded up to a multiple of parallel.tensor; the added columns are masked."""
-        return -(-self.model.vocab_size // self.parallel.tensor) * self.parallel.tensor
+        """model.vocab_size rounded up to a multiple of parallel.tensor, and of train.invariant; the added columns are
+        masked."""
+        unit = max(self.parallel.tensor, self.train.invariant)
+        return -(-self.model.vocab_size // unit) * unit
 
     def data_parallel(self, world_size: int) -> int:
         """Ranks among `world_size` that read different samples: copies of the model, its experts left out."""

@@ -65,13 +65,24 @@ class Generator:
     alike.
 
     `stages` are those of `ShardedModel.generating()`, by number, and `owners` says for each stage of the model which
-    pipeline rank holds it. Copies along the data axes need not generate the same rows, or at the same time.
+    pipeline rank holds it. Copies along the data axes need not generate the same rows, or at the same time. With
+    `trainer_logprobs`, the log-probabilities of completions are computed as in training, at temperature 1.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], owners: Sequence[int], mesh: Mesh, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, Stage],
+        owners: Sequence[int],
+        mesh: Mesh,
+        model: ModelConfig,
+        *,
+        trainer_logprobs: bool = False,
+    ) -> None:
         if any(stage.region.sequence for stage in stages.values()):
             raise ValueError("generation needs whole sequences: use the stages of ShardedModel.generating()")
         self.stages, self.owners, self.mesh, self.model = stages, tuple(owners), mesh, model
+        last = stages.get(len(self.owners) - 1)
+        self._trainer_head = last.head if trainer_logprobs and last is not None else None
         self.look_every = _LOOK_EVERY if mesh.device.type == "cuda" else 1
         self._context = next(iter(stages.values())).context
         mesh.group("pp", "cp", "tp")  # made now, on every rank
@@ -114,8 +125,10 @@ class Generator:
 
         def draw(group: RowGroup, logits_BV: Tensor) -> Tensor:
             numbers_B = group.uniforms(sampling.seed)
-            drawn = sample(logits_BV, sampling, numbers_B, sampler_logprobs=sampler_logprobs)
-            return torch.stack([part.double() for part in drawn])  # float64 holds every id
+            tokens_B, logprobs_B = sample(logits_BV, sampling, numbers_B, sampler_logprobs=sampler_logprobs)
+            if self._trainer_head is not None:
+                logprobs_B = self._trainer_head.token_logprobs(logits_BV, tokens_B)
+            return torch.stack((tokens_B.double(), logprobs_B.double()))  # float64 holds every id
 
         def told(number: int, drawn_2B: Tensor) -> None:
             group = groups[number]

@@ -18,6 +18,7 @@ from torch import nn
 from megalite.config import AdapterConfig, ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import DATA_AXES, Mesh
+from megalite.model.head import VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
@@ -171,6 +172,12 @@ class Build:
         """The token embedding; `replicas` are the ranks that hold the same rows (a tied output layer elsewhere)."""
         weight, first, _ = self.vocabulary(name, replicas, role="embedding")
         return VocabParallelEmbedding(weight, first, self.region)
+
+    def head(
+        self, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
+    ) -> VocabParallelHead:
+        """The output layer; `replicas` as of `embedding`, for the rest see `VocabParallelHead`."""
+        return VocabParallelHead(self, name, replicas, z_loss=z_loss, tied_to=tied_to)
 
     def vocabulary(self, name: str, replicas: tuple[int, ...], *, role: str) -> tuple[PlacedParameter, int, int]:
         """(weight [v, H] with padding, its first row, its true rows) of a vocabulary split over the tensor ranks."""

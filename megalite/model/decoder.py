@@ -7,7 +7,7 @@ Activations are sequence first: hidden_sBH. Source: Touvron et al. 2023 (Llama).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from megalite.mesh import EXPERT_DATA_AXES, Mesh
 from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.block import build_block
 from megalite.model.build import Adapter, Build
-from megalite.model.head import ScalarHead, VocabParallelHead
+from megalite.model.head import ScalarHead
 from megalite.model.partition import layers_of_stage
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
@@ -43,7 +43,7 @@ class Stage(nn.Module):
     `selective` (core attention and SwiGLU are recomputed in backward) or `full` (whole layers are); `fp8` is `none`,
     `tensor` or `row` (see `megalite.parallel.fp8`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to all
     global names; `adapter` wraps linear layers. With `view_of`, the parameters are shared with that stage. With a
-    `context`, attention sees the sequence of all its ranks.
+    `context`, attention sees the sequence of all its ranks. `make_build` makes the layers' context.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Stage(nn.Module):
         adapter: Adapter | None = None,
         view_of: Stage | None = None,
         context: ContextRegion | None = None,
+        make_build: Callable[..., Build] = Build,
     ) -> None:
         super().__init__()
         stages = len(owners)
@@ -79,7 +80,7 @@ class Stage(nn.Module):
         if context.size > 1:
             kernels = dataclasses.replace(kernels, attention=ContextAttention(context, kernels))
         if view_of is None:
-            self.build = Build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, adapter)
+            self.build = make_build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, adapter)
         else:
             self.build = dataclasses.replace(
                 view_of.build,
@@ -101,8 +102,7 @@ class Stage(nn.Module):
             self.scalar = ScalarHead(self.build, SCORE)
         elif self.last:
             embedding = self.embedding or embedding
-            self.head = VocabParallelHead(
-                self.build,
+            self.head = self.build.head(
                 EMBEDDING if tied else OUTPUT,
                 ends,
                 z_loss=z_loss,

@@ -12,7 +12,7 @@ contributes (max, sum of exponentials, target logit) of its columns, and every r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,12 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, chunk_rows, cross_entropy_loss, merge_stats
-from megalite.model.build import Build
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
 from megalite.placement import PlacedParameter
+
+if TYPE_CHECKING:
+    from megalite.model.build import Build
 
 
 def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
@@ -153,7 +155,10 @@ class VocabParallelHead(nn.Module):
 
     def local_logits(self, hidden_nH: Tensor) -> Tensor:
         """This rank's columns of the logits, [n, v]: of z = hidden @ weight^T, softcap(z / scaling)."""
-        logits_nv = functional.linear(hidden_nH, self.weight.gathered())
+        return self._bounded(functional.linear(hidden_nH, self.weight.gathered()))
+
+    def _bounded(self, logits_nv: Tensor) -> Tensor:
+        """softcap(z / scaling), in place."""
         if self.scaling != 1.0:
             logits_nv = logits_nv.div_(self.scaling)
         if self.softcap:
@@ -248,6 +253,12 @@ class VocabParallelHead(nn.Module):
             likeliest_n = (stats[..., 2] >= stats[..., 0]) & (labels_N[chunk] != IGNORE_INDEX)
             parts.append(torch.stack((-loss_n, likeliest_n.to(loss_n.dtype))))
         return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def token_logprobs(self, logits_BV: Tensor, tokens_B: Tensor) -> Tensor:
+        """The log-probabilities of tokens, fp32 [B], from `logits`, by the same arithmetic as `logprobs`."""
+        stats_B3 = self.kernels.cross_entropy_stats(logits_BV, tokens_B)
+        return cross_entropy_loss(stats_B3, tokens_B, vocab_size=self.vocab_size).neg_()
 
     @torch.no_grad()
     def logits(self, hidden_sBH: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from megalite.mesh import Mesh
 from megalite.model.adapter import build_adapter
 from megalite.model.attention import Positions
 from megalite.model.balance import Balance
+from megalite.model.batch_invariant import BatchInvariantBuild
+from megalite.model.build import Build
 from megalite.model.decoder import SCORE, Stage
 from megalite.model.init import initialise_parameter
 from megalite.model.router import Router
@@ -59,6 +61,13 @@ class ShardedModel:
     """
 
     base: Mapping[str, str] | None = None
+
+    make_buckets: type[StageBuckets] = StageBuckets
+
+    @property
+    def make_build(self) -> Callable[..., Build]:
+        """What makes the build context of the stages."""
+        return BatchInvariantBuild if self.config.train.batch_invariant else Build
 
     def __init__(
         self,
@@ -96,6 +105,7 @@ class ShardedModel:
                 prefix=prefix,
                 adapter=adapter,
                 context=self.context,
+                make_build=self.make_build,
             )
         parameters = [parameter for stage in self.stages.values() for parameter in placed_parameters(stage)]
         for parameter in parameters:
@@ -103,7 +113,7 @@ class ShardedModel:
                 parameter.requires_grad_(False)
         aliases = [parameter for parameter in parameters if parameter.tied_to is not None]
         self.buckets = {
-            number: StageBuckets(stage, mesh, zero=config.parallel.zero, aliases=aliases)
+            number: self.make_buckets(stage, mesh, zero=config.parallel.zero, aliases=aliases)
             for number, stage in self.stages.items()
         }
         self.segments: list[Segment] = segments_of(self.buckets.values())

@@ -54,14 +54,14 @@ class _Embed(Function):
 
 
 def vocabulary_box(
-    name: str, vocab_size: int, hidden_size: int, region: TensorRegion, replicas: tuple[int, ...]
+    name: str, vocab_size: int, hidden_size: int, region: TensorRegion, replicas: tuple[int, ...], parts: int = 1
 ) -> tuple[int, int, tuple[Box, ...]]:
     """(rows per rank with padding, first row, boxes) of a vocabulary-parallel weight.
 
-    The vocabulary is padded to a multiple of the tensor size; the last ranks may hold fewer true rows, or none. Several
-    `replicas` each have a gradient of their own, a term of the sum.
+    The vocabulary is padded to a multiple of the tensor size, and of `parts` virtual parts of each rank; the last ranks
+    may hold fewer true rows, or none. Several `replicas` each have a gradient of their own, a term of the sum.
     """
-    rows = -(-vocab_size // region.group.size)
+    rows = -(-vocab_size // (region.group.size * parts)) * parts
     first = region.group.index * rows
     true_rows = max(0, min(vocab_size - first, rows))
     shape = (vocab_size, hidden_size)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite.parallel.linear import PLAIN, Products
+from megalite.parallel.linear import PLAIN, Products, WideGradients
 
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Fp8Products:
+class Fp8Products(WideGradients):
     """Both GEMMs in FP8; inputs and results are bf16. `per_row`: one scale per row of either operand."""
 
     per_row: bool

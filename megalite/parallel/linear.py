@@ -38,8 +38,34 @@ class Products(Protocol):
         """grad [..., O] -> grad @ weight [..., I]."""
         ...
 
+    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
+        """total += grad^T @ input, accumulated in the dtype of `total` (fp32)."""
+        ...
 
-class PlainProducts:
+    def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
+        """total += the sum of grad over its rows."""
+        ...
+
+
+def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
+    """total_OI += grad_NO^T @ input_NI, accumulated in the dtype of `total` (fp32) whatever the operands' dtype."""
+    if grad_NO.dtype == total.dtype:
+        total.addmm_(grad_NO.t(), input_NI)
+    else:
+        total.add_(grad_NO.t() @ input_NI)
+
+
+class WideGradients:
+    """The gradients of weights and biases, of operands in their own dtype."""
+
+    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
+        accumulate_product(total_OI, grad_NO, input_NI)
+
+    def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
+        total_O.add_(grad_NO.sum(0))
+
+
+class PlainProducts(WideGradients):
     """In the dtype of the tensors."""
 
     def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -52,21 +78,15 @@ class PlainProducts:
 PLAIN: Products = PlainProducts()
 
 
-def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
-    """total_OI += grad_NO^T @ input_NI, accumulated in the dtype of `total` (fp32) whatever the operands' dtype."""
-    if grad_NO.dtype == total.dtype:
-        total.addmm_(grad_NO.t(), input_NI)
-    else:
-        total.add_(grad_NO.t() @ input_NI)
-
-
-def add_weight_gradient(weight: PlacedParameter, grad_output: Tensor, inputs: Tensor) -> Tensor | None:
+def add_weight_gradient(
+    weight: PlacedParameter, grad_output: Tensor, inputs: Tensor, products: Products = PLAIN
+) -> Tensor | None:
     """Add grad_output^T @ inputs to the weight's gradient buffer; without a buffer, return it for autograd."""
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
     total = weight.grad_buffer()
     if total is None:
         return grad_NO.t() @ input_NI
-    accumulate_product(total, grad_NO, input_NI)
+    products.weight_gradient_(total, grad_NO, input_NI)
     weight.gradient_added()
     return None
 
@@ -88,15 +108,15 @@ def replay(prologue: Prologue, inputs: Iterable[Tensor]) -> tuple[tuple[Tensor, 
         return inputs, prologue(*inputs)
 
 
-def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor) -> Tensor | None:
+def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor, products: Products = PLAIN) -> Tensor | None:
     """The same for a bias: the sum of `grad_output` over all but the last dimension."""
     if bias is None or not bias.requires_grad:
         return None
-    grad = grad_output.flatten(0, -2).sum(0)
+    grad_NO = grad_output.flatten(0, -2)
     total = bias.grad_buffer()
     if total is None:
-        return grad
-    total.add_(grad)
+        return grad_NO.sum(0)
+    products.bias_gradient_(total, grad_NO)
     bias.gradient_added()
     return None
 
@@ -122,20 +142,21 @@ class _ColumnLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_SBo,), weight, region = grads, ctx.weight, ctx.region
+        products: Products = ctx.products
         trained, delayed = weight.requires_grad, weight.delay is not None
         gathered = DONE
         if trained and not delayed:
             x_SBI, gathered = region.gather_start(*ctx.saved_tensors)
-        product = ctx.products.input_gradient(grad_SBo, weight.gathered()) if ctx.needs_input_grad[0] else None
+        product = products.input_gradient(grad_SBo, weight.gathered()) if ctx.needs_input_grad[0] else None
         grad_x, summed = (None, DONE) if product is None else region.sum_start(product)
         gathered.wait()
         grad_weight = None
         if trained and delayed:  # the saved input stays split along the sequence until then
             (x,) = ctx.saved_tensors
-            weight.delay(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x)))
+            weight.delay(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x), products))
         elif trained:
-            grad_weight = add_weight_gradient(weight, grad_SBo, x_SBI)
-        grad_bias = add_bias_gradient(ctx.bias, grad_SBo)
+            grad_weight = add_weight_gradient(weight, grad_SBo, x_SBI, products)
+        grad_bias = add_bias_gradient(ctx.bias, grad_SBo, products)
         summed.wait()
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -166,17 +187,18 @@ class _RowLinear(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_sBO,), inputs, weight, region = grads, ctx.saved_tensors, ctx.weight, ctx.region
+        products: Products = ctx.products
         grad_SBO = region.gather(grad_sBO)
-        grad_x = ctx.products.input_gradient(grad_SBO, weight.gathered())
+        grad_x = products.input_gradient(grad_SBO, weight.gathered())
         if ctx.prologue is not None:
             inputs, output = replay(ctx.prologue, inputs)
         grad_weight = None
         if weight.requires_grad:
             x_SBi = inputs[0] if ctx.prologue is None else output.detach()
             if weight.delay is not None:
-                weight.delay(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi))
+                weight.delay(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi, products))
             else:
-                grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi)
+                grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi, products)
         grad_inputs = (grad_x,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_x)
         return grad_weight, None, None, None, *grad_inputs
 

@@ -181,7 +181,8 @@ class PolicyTask:
         limits = Limits(rollout.max_new_tokens, self._stop_ids, self._stop_strings)
         asked = [prompts[row // each].ids for row in rows]
         with self.trainer.generating() as stages:
-            generator = Generator(stages, self.trainer.owners, mesh, config.model)
+            exact = config.train.batch_invariant
+            generator = Generator(stages, self.trainer.owners, mesh, config.model, trainer_logprobs=exact)
             completions = generator.run_all(
                 asked,
                 sampling,

@@ -19,26 +19,33 @@ class Reader:
         self, config: Config, mesh: Mesh, trainer: Trainer, dataset: Rows | PromptDataset | None, eod: int | None
     ) -> None:
         self.config = config
-        self.per_step = config.train.micro_batch_size * mesh.samples_size
-        self._batches: Batches | None = None
+        parts = config.train.invariant or mesh.samples_size
+        self._own_parts = parts // mesh.samples_size
+        self.per_step = config.train.micro_batch_size * parts
+        self._batches: list[Batches] = []
         if dataset is None or isinstance(dataset, PromptDataset):
             return
         if trainer.needs_batches or config.data.document_mask or dataset.separate:
-            self._batches = Batches(
-                dataset,
-                micro_batch_size=config.train.micro_batch_size,
-                dp_rank=mesh.samples_index,
-                dp_size=mesh.samples_size,
-                device=mesh.device,
-                document_mask=config.data.document_mask,
-                end_of_document=eod if config.data.mask_end_of_document else None,
-            )
+            self._batches = [
+                Batches(
+                    dataset,
+                    micro_batch_size=config.train.micro_batch_size,
+                    dp_rank=mesh.samples_index * self._own_parts + part,
+                    dp_size=parts,
+                    device=mesh.device,
+                    document_mask=config.data.document_mask,
+                    end_of_document=eod if config.data.mask_end_of_document else None,
+                )
+                for part in range(self._own_parts)
+            ]
 
     def read(self, first: int, samples: int) -> list[Batch] | list[None]:
-        if self._batches is None:
-            return [None] * -(-samples // self.per_step)
-        return self._batches.next_batch(first, samples)
+        """The micro-batches of the samples [first, first + samples): of one part of the batch after the other, where
+        this rank has several (`train.invariant`)."""
+        if not self._batches:
+            return [None] * (-(-samples // self.per_step) * self._own_parts)
+        return [batch for part in self._batches for batch in part.next_batch(first, samples)]
 
     def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
+        for part in self._batches:
+            part.close()

@@ -132,17 +132,18 @@ class Start:
         """Connect to the other ranks, build the model and train."""
         with self.stop.at_once(self.world, self.lock.release if self.lock else lambda: None):
             device = choose_device(self.config, self.world)
-            if self.config.train.deterministic:
+            deterministic = self.config.train.deterministic or bool(self.config.train.invariant)
+            if deterministic:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
                 torch.use_deterministic_algorithms(True)
+            if self.config.train.invariant and device.type == "cpu":
+                torch.set_num_threads(1)  # a product's order of summation may depend on it, and it on the layout
             mesh = connect(self.config, self.world, device)
             asked = self.stop.agreed(mesh)
         if asked:
             log.info("stopped on request before training began")
             return STOPPED
-        kernels = select_kernels(
-            dataclasses.asdict(self.config.kernels), device, deterministic=self.config.train.deterministic
-        )
+        kernels = select_kernels(dataclasses.asdict(self.config.kernels), device, deterministic=deterministic)
         task = build_task(self.config, mesh, kernels)
         mesh.warm_up()
         if self.world.rank == 0:

@@ -19,6 +19,7 @@ from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.objective.work import Work, flops_per_token, passes_of
 from megalite.observe.timeline import Recorder
+from megalite.train.invariant import build_trainer
 from megalite.train.reader import Reader
 from megalite.train.trainer import StepResult, Trainer
 
@@ -78,7 +79,7 @@ class GradientTask:
 
     def __init__(self, config: Config, mesh: Mesh, kernels: Kernels) -> None:
         self.config, self.mesh = config, mesh
-        self.trainer = Trainer(config, mesh, kernels)
+        self.trainer = build_trainer(config, mesh, kernels)
         self.phase: Phase = lambda name: nullcontext()
         self._readers: list[Reader] = []
         self._flops_per_token = flops_per_token(passes_of(config), config.train.seq_length)

@@ -96,10 +96,13 @@ class Trainer(ShardedModel):
         rule = build_rule(config.optimizer, kernels, mesh)
         watched = config.recovery.replica_check_interval > 0
         self.optimizer = Optimizer(list(self.buckets.values()), self.segments, rule, watched=watched)
-        self.norm = GradientNorm(list(self.buckets.values()), mesh.rank, kernels)
+        self.norm = self.make_norm()
         self.observe: Observer = unobserved
         self._data_group = mesh.data_group()
         self._world = mesh.world
+
+    def make_norm(self) -> GradientNorm:
+        return GradientNorm(list(self.buckets.values()), self.mesh.rank, self.kernels)
 
     def initialise(self, trained: bool | None = None) -> None:
         super().initialise(trained)
@@ -141,9 +144,13 @@ class Trainer(ShardedModel):
         """
         if not losses:
             return 0.0
-        share = torch.stack([losses[micro] for micro in sorted(losses)]).sum()
+        share = self._total([losses[micro] for micro in sorted(losses)])
         counts = self.mesh.index("tp") == 0 and (objective.reads == "loss" or self.context.group.index == 0)
         return share if counts else 0.0 * share
+
+    def _total(self, losses: list[Tensor]) -> Tensor:
+        """The sum of fp64 scalars, one of each micro-batch."""
+        return torch.stack(losses).sum()
 
     def _share_of_units(self, units: Tensor) -> Tensor | float:
         """The unit count as a term of a global sum: every rank of the last stage knows it, and one contributes it."""

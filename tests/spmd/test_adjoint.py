@@ -33,6 +33,7 @@ from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.context import ContextRegion
 from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.experts import Exchange, Sorting, collect, spread
+from megalite.parallel.invariant import shared_by_parts
 from megalite.placement import PlacedParameter, row_box
 from tests.spmd.typed import functions, is_local, parse
 from tests.support.parity import Case
@@ -179,6 +180,11 @@ def collecting(drawn, build):
     return lambda: collect(x, sorting(), 2, build.region, (S, B, H)), drawn.stream
 
 
+def shared_weight(drawn, build):
+    weight = drawn.input("weight", "I", H)
+    return lambda: torch.stack(shared_by_parts(weight, 2, build.region.group)), "R"
+
+
 def lora_column(drawn, build):
     part = WIDTH // drawn.mesh.tp
     box = row_box("l.q_proj.weight", (WIDTH, H), drawn.index * part, part, 0, (drawn.mesh.rank,))
@@ -248,6 +254,7 @@ TENSOR: dict[str, Setting] = {
     "_Logits": router,
     "_Spread": spreading,
     "_Collect": collecting,
+    "_Shared": shared_weight,
     "_Column": lora_column,
     "_Row": lora_row,
 }

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from megalite.mesh import Group, Work, create_group
+from megalite.parallel.invariant import TreeGroup
 
 LONGEST_DELAY_SECONDS = 0.002
 
@@ -42,13 +43,15 @@ class ChaosGroups:
     seed: int = 0
     make: Callable[[tuple[int, ...], int], Group] = create_group
     in_flight: dict[int, str] = field(default_factory=dict)
+    sums_up_the_tree: bool = False
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.numbers = itertools.count()
 
     def __call__(self, ranks: tuple[int, ...], rank: int) -> Group:
-        return ChaosGroup(ranks, rank, self.make(ranks, rank).handle, self)
+        kind = ChaosTree if self.sums_up_the_tree else ChaosGroup
+        return kind(ranks, rank, self.make(ranks, rank).handle, self)
 
     def verify(self) -> None:
         """Raise RaceError if any operation has not been waited for."""
@@ -101,6 +104,10 @@ class ChaosGroup(Group):
         copy = _copy(tensor)
         start = partial(Group.receive, self, copy, source)
         return _InFlight(self, "receive", start, output=(tensor, copy))
+
+
+class ChaosTree(TreeGroup, ChaosGroup):
+    """The same of the groups of `train.invariant`."""
 
 
 class _InFlight:

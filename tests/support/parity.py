@@ -27,8 +27,10 @@ from megalite.mesh import GroupFactory, Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.objective import Objective
 from megalite.optim.lr_schedule import learning_rate
+from megalite.parallel.invariant import tree_groups
 from megalite.placement import Box, placed_parameters
 from megalite.schedule.schedules import SCHEDULES, find_schedule
+from megalite.train.invariant import InvariantTrainer
 from megalite.train.trainer import Trainer
 from tests.support.chaos import ChaosGroups
 from tests.support.pool import Pool
@@ -210,14 +212,21 @@ def sample(number: int, config: Config, documents: bool) -> tuple[Tensor, ...]:
 
 def micro_batches(first: int, samples: int, config: Config, mesh: Mesh, documents: bool) -> list[Batch]:
     """This data rank's micro-batches of the samples [first, first + samples), as the data loader deals them."""
-    size = config.train.micro_batch_size
-    starts = range(first + mesh.samples_index * size, first + samples, size * mesh.samples_size)
+    size, parts = config.train.micro_batch_size, config.train.invariant or mesh.samples_size
+    own = parts // mesh.samples_size
+    starts = [
+        start
+        for part in range(mesh.samples_index * own, (mesh.samples_index + 1) * own)
+        for start in range(first + part * size, first + samples, size * parts)
+    ]
     rows = [[sample(number, config, documents) for number in range(start, start + size)] for start in starts]
     return [Batch(*(torch.stack(column) for column in zip(*block))) for block in rows]
 
 
 def build_trainer(config: Config, rank: int, world: int, make_group: Any = create_group, **options: Any) -> Trainer:
     parallel = config.parallel
+    if config.train.invariant and make_group is create_group:
+        make_group = tree_groups(make_group)
     mesh = Mesh(
         pp=parallel.pipeline,
         dp=config.data_parallel(world) // parallel.expert,
@@ -227,7 +236,8 @@ def build_trainer(config: Config, rank: int, world: int, make_group: Any = creat
         rank=rank,
         make_group=make_group,
     )
-    trainer = Trainer(config, mesh, select_kernels({}, mesh.device), **options)
+    kind = InvariantTrainer if config.train.invariant else Trainer
+    trainer = kind(config, mesh, select_kernels({}, mesh.device), **options)
     trainer.initialise()
     return trainer
 
@@ -265,7 +275,7 @@ def pieces_of_gradients(trainer: Trainer) -> list[Piece]:
 def train_rank(rank: int, case: Case, world: int, chaos: bool, make_group: GroupFactory = create_group) -> RankOutcome:
     """Train on this rank: gradients of the first step, then all steps, then an evaluation."""
     config = case.config(world)
-    groups = ChaosGroups(seed=rank + 1)
+    groups = ChaosGroups(seed=rank + 1, sums_up_the_tree=config.train.invariant > 0)
     make_group = groups if chaos else make_group
     trainer = build_trainer(config, rank, world, make_group, objective=case.objective)
 

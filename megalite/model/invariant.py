@@ -1,0 +1,178 @@
+"""The build context of a model whose bits do not depend on the number of ranks (`train.invariant`).
+
+`Build` gives layers their parts; this one gives them parts that compute for each virtual part by itself and sum up the
+binary tree (`megalite.parallel.invariant`). Layers know nothing of it.
+
+N = S * B tokens of the micro-batch, n tokens of one chunk, H hidden, v columns of the vocabulary of one virtual part,
+D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megalite.kernels.cross_entropy import (
+    IGNORE_INDEX,
+    add_product_,
+    chunk_rows,
+    cross_entropy_loss,
+    merge_stats,
+)
+from megalite.model.build import Build
+from megalite.model.head import VocabParallelHead
+from megalite.model.norm import RMSNorm
+from megalite.parallel.collectives import all_gather_stacked
+from megalite.parallel.embedding import vocabulary_box
+from megalite.parallel.invariant import (
+    ColumnParts,
+    RowParts,
+    kernels_of_parts,
+    ranges_of_parts,
+    shared_by_parts,
+    tree_sum,
+)
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.placement import Box, PlacedParameter
+
+
+@dataclass(frozen=True)
+class InvariantBuild(Build):
+    """`parts` is the number of virtual parts of all tensor ranks together, a multiple of their number."""
+
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kernels", kernels_of_parts(self.kernels, self.own_parts))
+
+    @property
+    def own_parts(self) -> int:
+        """Virtual parts of this rank."""
+        return self.parts // self.region.size
+
+    def column(self, boxes: tuple[Box, ...], bias_boxes: tuple[Box, ...] = ()) -> nn.Module:
+        layer = super().column(boxes, bias_boxes)
+        assert isinstance(layer, ColumnParallelLinear)
+        # The boxes of one tensor, such as a rank's key heads, lie one after the other.
+        sizes: dict[str, int] = {}
+        for box in boxes:
+            sizes[box.name] = sizes.get(box.name, 0) + box.size[0]
+        layer.products = ColumnParts(ranges_of_parts(list(sizes.values()), self.own_parts))
+        return layer
+
+    def row(self, name: str, features: tuple[int, int], columns: tuple[int, int]) -> nn.Module:
+        layer = super().row(name, features, columns)
+        assert isinstance(layer, RowParallelLinear)
+        layer.products = RowParts(ranges_of_parts([columns[1]], self.own_parts))
+        return layer
+
+    def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
+        if not partial:
+            return super().norm(name, size, partial=partial)
+        weight = self.replicated_parameter(name, (size,), partial=False, init=self.norm_init, role="vector")
+        return HeadsNorm(weight, self)
+
+    def head(
+        self, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
+    ) -> VocabParallelHead:
+        return InvariantHead(self, name, replicas, z_loss=z_loss, tied_to=tied_to)
+
+    def vocabulary(self, name: str, replicas: tuple[int, ...], *, role: str) -> tuple[PlacedParameter, int, int]:
+        hidden = self.model.hidden_size
+        rows, first, boxes = vocabulary_box(
+            name, self.model.vocab_size, hidden, self.region, replicas, parts=self.own_parts
+        )
+        weight = self.parameter(f"{role}: {name}", (rows, hidden), boxes, role=role)
+        return weight, first, sum(box.size[0] for box in boxes)
+
+
+class HeadsNorm(RMSNorm):
+    """A norm of every head by itself, [S, B, heads, D], whose one weight all heads share.
+
+    Its gradient is a sum over heads, and goes up the tree in every backward pass: all ranks have it whole.
+    """
+
+    def __init__(self, weight: PlacedParameter, build: InvariantBuild) -> None:
+        super().__init__(weight, build.model.norm_eps, build.kernels, build.model.zero_centered_norm)
+        self.parts, self.group = build.own_parts, build.region.group
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = shared_by_parts(self.factors, self.parts, self.group)
+        cut = zip(x.chunk(self.parts, 2), weights)
+        return torch.cat([self.kernels.rms_norm(part.contiguous(), weight, self.eps) for part, weight in cut], 2).to(
+            x.dtype
+        )
+
+
+class InvariantHead(VocabParallelHead):
+    """The output layer with logits and statistics of each virtual part of the vocabulary by itself."""
+
+    def __init__(
+        self,
+        build: InvariantBuild,
+        name: str,
+        replicas: tuple[int, ...],
+        *,
+        z_loss: float,
+        tied_to: PlacedParameter | None,
+    ) -> None:
+        super().__init__(build, name, replicas, z_loss=z_loss, tied_to=tied_to)
+        self.parts, self.own_parts = build.parts, build.own_parts
+
+    def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
+        rows = chunk_rows(self.weight.shape[0] // self.own_parts * self.parts, hidden_NH.device)
+        for start in range(0, hidden_NH.shape[0], rows):
+            yield slice(start, start + rows)
+
+    def _rows(self) -> Iterator[tuple[slice, int, int]]:
+        """(rows of the weight, first token, true rows) of each of this rank's parts."""
+        each = self.weight.shape[0] // self.own_parts
+        for part in range(self.own_parts):
+            yield (
+                slice(part * each, (part + 1) * each),
+                self.first + part * each,
+                max(0, min(self.valid - part * each, each)),
+            )
+
+    def chunk_loss(
+        self,
+        hidden_nH: Tensor,
+        labels_n: Tensor,
+        scale: Tensor | float,
+        grad_nH: Tensor | None,
+        total_vH: Tensor | None,
+    ) -> Tensor:
+        weight, hidden_nH = self.weight.gathered(), hidden_nH.clone()
+        weights = [weight[rows].clone() for rows, _, _ in self._rows()]
+        logits = [self._bounded(functional.linear(hidden_nH, part_vH)) for part_vH in weights]
+        stats_n3 = self._merged_stats(logits, labels_n)
+        if grad_nH is not None:
+            scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, scale).to(torch.float32)
+            terms = []
+            for logits_nv, part_vH, (rows, first, valid) in zip(logits, weights, self._rows()):
+                slope = self.slope(logits_nv)
+                self.kernels.cross_entropy_grad_(
+                    logits_nv, labels_n, stats_n3, scale_n, vocab_start=first, valid=valid, z_loss=self.z_loss
+                )
+                if slope is not None:
+                    logits_nv.mul_(slope)
+                terms.append(logits_nv @ part_vH)
+                if total_vH is not None:
+                    gradient = torch.zeros(part_vH.shape, dtype=total_vH.dtype, device=total_vH.device)
+                    add_product_(gradient, logits_nv, hidden_nH)
+                    total_vH[rows] += gradient
+            grad_nH.copy_(tree_sum(terms))
+        loss_n = cross_entropy_loss(stats_n3, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
+        return loss_n.sum(dtype=torch.float64) * scale
+
+    def _merged_stats(self, logits: list[Tensor], labels_n: Tensor) -> Tensor:
+        """The statistics of the whole vocabulary, merged from those of all parts of all ranks at once."""
+        own = [
+            self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=first, valid=valid)
+            for logits_nv, (_, first, valid) in zip(logits, self._rows())
+        ]
+        return merge_stats(all_gather_stacked(torch.stack(own), self.region.group).flatten(0, 1))
