@@ -10,7 +10,7 @@ S tokens of a sequence, s those of a tensor on this rank, B samples of a micro-b
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ def module_names(stage: Stage) -> dict[str, str]:
 def _common(names: Sequence[str], *, fused: bool) -> str:
     """What the modules of these tensors have in common at the beginning of their names."""
     modules = [name.rpartition(".")[0].split(".") for name in names]
-    shared: list[str] = os.path.commonprefix(modules)  # of lists as well as of strings
+    shared = [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules))]
     name, rest = ".".join(shared), dict.fromkeys(".".join(parts[len(shared) :]) for parts in modules)
     return f"{name}.{'+'.join(rest)}" if fused and len(rest) > 1 else name
 

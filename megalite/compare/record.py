@@ -42,6 +42,7 @@ from megalite.compare.pieces import (
 from megalite.compare.place import Features, TokenGrid, input_features, module_names, output_features
 from megalite.compare.rounding import Rounding
 from megalite.model.head import VocabParallelHead
+from megalite.model.router import Choice
 from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.linear import RowParallelLinear
 from megalite.placement import Box, PlacedParameter, placed_parameters
@@ -53,16 +54,25 @@ _BLOCK = re.compile(r"layers\.\d+")
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A module of a stage, as it is recorded."""
+    """A module of a stage, and the name under which something of it is recorded.
+
+    `doer` is what computes that, `within` the module around it.
+    """
 
     stage: int
     path: str
     name: str
     module: nn.Module
+    doer: str
+    within: str
 
-    @property
-    def parent(self) -> str:
-        return self.name.rpartition(".")[0] or "model"
+    @staticmethod
+    def of(stage: int, path: str, name: str, module: nn.Module) -> _Site:
+        return _Site(stage, path, name, module, name, name.rpartition(".")[0] or "model")
+
+    def part(self, name: str, doer: str = "") -> _Site:
+        """Something else of the module."""
+        return dataclasses.replace(self, name=f"{self.name}.{name}", doer=doer or self.doer)
 
 
 class Recorder:
@@ -77,7 +87,7 @@ class Recorder:
         self._mesh, self._hidden = trainer.mesh, trainer.config.model.hidden_size
         self._step, self._samples, self._clock = 0, 0, 0
         self._op: Op | None = None
-        self._turns: dict[tuple[str, str], Turn] = {}
+        self._turns: dict[tuple[str, str, float], Turn] = {}
         self._owners: dict[int, tuple[_Site, ...]] = {}
 
     def start(self) -> None:
@@ -89,7 +99,7 @@ class Recorder:
             names = module_names(stage)
             for path, module in stage.named_modules():
                 if path in names:
-                    self._attach(_Site(number, path, names[path], module))
+                    self._attach(_Site.of(number, path, names[path], module))
         self.trainer.observe = self._observe
         accumulate = self.trainer.accumulate
 
@@ -130,8 +140,9 @@ class Recorder:
         for parameter in placed_parameters(module):
             self._owners[id(parameter)] = (*self._owners.get(id(parameter), ()), site)
         if hasattr(module, "add_and_norm"):  # a norm that is called with what is added before it
-            added = dataclasses.replace(site, name=f"{site.name}.residual")
-            module.add_and_norm = functools.partial(self._add_and_norm, site, added, module.add_and_norm)
+            added = site.part("residual", site.within)
+            inner: Any = module.add_and_norm
+            module.__dict__["add_and_norm"] = functools.partial(self._add_and_norm, site, added, inner)
         if isinstance(module, VocabParallelHead):
             module.loss = functools.partial(self._loss, site, module.loss)  # type: ignore[method-assign]
             module.logprobs = functools.partial(self._logprobs, site, module.logprobs)  # type: ignore[method-assign]
@@ -145,7 +156,7 @@ class Recorder:
             return None
         if isinstance(module, RowParallelLinear) or _BLOCK.fullmatch(site.path):
             name = f"{site.name}.input"
-            where = f"{site.parent} forward" if isinstance(module, RowParallelLinear) else f"input of {site.name}"
+            where = f"{site.within} forward" if isinstance(module, RowParallelLinear) else f"input of {site.name}"
             features = list(input_features(module, name, x.shape[-1], self._hidden))
             self._record_tokens("activation", where, FORWARD, site.stage, self._op.micro, x, features)
         return (self._watched(site, x), *args[1:])
@@ -170,11 +181,8 @@ class Recorder:
     def _after(self, site: _Site, module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return self._recorded(site, output)
-        if self._op is not None and self._op.kind == "F" and dataclasses.is_dataclass(output):
-            for field in dataclasses.fields(output):
-                value = getattr(output, field.name)
-                if isinstance(value, Tensor) and value.is_floating_point():  # a router's weights
-                    self._recorded(dataclasses.replace(site, name=f"{site.name}.{field.name.partition('_')[0]}"), value)
+        if self._op is not None and isinstance(output, Choice):
+            return dataclasses.replace(output, weights_sBK=self._recorded(site.part("weights"), output.weights_sBK))
         return None
 
     def _recorded(self, site: _Site, output: Tensor) -> Tensor:
@@ -191,9 +199,9 @@ class Recorder:
             values_sBF = output if values_sBF.dim() == output.dim() else output.t().unsqueeze(-1)
         if op.kind != "F":  # computed once more for backward
             return output
-        self._record_tokens("activation", f"{site.name} forward", FORWARD, site.stage, op.micro, values_sBF, features)
+        self._record_tokens("activation", f"{site.doer} forward", FORWARD, site.stage, op.micro, values_sBF, features)
         if output.requires_grad and output.dim() > 2:
-            where = f"{site.parent} backward"
+            where = f"{site.within} backward"
             output.register_hook(self._listener(site, where, op.micro, features))
         return output
 
@@ -212,11 +220,15 @@ class Recorder:
         first = [(one.name, one.first) for one in features]
         return site.name, self._step, micro, self._mesh.samples_index, self._mesh.index("cp"), part, first
 
-    def _add_and_norm(self, site: _Site, added: _Site, inner: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_and_norm(
+        self, site: _Site, added: _Site, inner: Any, x: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self._op is None or self._op.kind != "F":
             total, y = inner(x, residual)
         else:
             total, y = inner(self._watched(site, x), residual)
+            if total.requires_grad:  # the gradient from the stream alone: what y passes on is the norm's own business
+                total = total.view_as(total)
         return self._recorded(added, total), self._recorded(site, y)
 
     def _loss(self, site: _Site, inner: Any, hidden: Tensor, labels_BS: Tensor, scale: Any) -> Tensor:
@@ -235,7 +247,7 @@ class Recorder:
             return inner(hidden, labels_BS)
         self._record_ids("labels", labels_BS)
         result: Tensor = inner(self._watched(site, hidden), labels_BS)
-        return self._recorded(dataclasses.replace(site, name=f"{site.name}.logprobs"), result)
+        return self._recorded(site.part("logprobs"), result)
 
     # Before and after an update
 
@@ -263,7 +275,7 @@ class Recorder:
         owner = name.rpartition(".")[0]
         for site in reversed(sites):
             for watched in (f"{site.name}.input", site.name, *(f"{owner}{end}" for end in ("", ".input"))):
-                turn = self._turns.get(("activation_gradient", watched))
+                turn = self._turns.get(("activation_gradient", watched, BACKWARD))
                 if turn is not None:
                     return stage, turn[-1] + 0.5, owner
         return stage, 1e9, owner  # after all of the stage: the embedding
@@ -298,14 +310,18 @@ class Recorder:
 
     @torch.no_grad()
     def _round_weights(self, rounding: Rounding) -> None:
-        rounded = {}
+        rounded: dict[int, Tensor] = {}
+
+        def write(parameter: PlacedParameter) -> None:
+            parameter.copy_(rounded.get(id(parameter), parameter))
+
         with contextlib.ExitStack() as stack:
             for buckets in self.trainer.buckets.values():
                 stack.enter_context(buckets.whole())
             for parameter, box in self._weights():
                 values = rounded.setdefault(id(parameter), parameter.detach().clone())
                 box.view(values).copy_(rounding(box.view(values), "weight", box.name, box.offset, box.size))
-        self.trainer.fill(lambda parameter: parameter.copy_(rounded.get(id(parameter), parameter)))
+        self.trainer.fill(write)
         for segment in self.trainer.segments:
             segment.take_parameters()
 
@@ -316,7 +332,8 @@ class Recorder:
         return TokenGrid(self._mesh, self.trainer.context, length, size, self._samples)
 
     def _port(self, name: str, kind: str, operation: str, turn: Turn) -> Port:
-        return Port(name, kind, self._step, operation, self._turns.setdefault((kind, name), tuple(map(float, turn))))
+        turn = self._turns.setdefault((kind, name, turn[0]), tuple(map(float, turn)))
+        return Port(name, kind, self._step, operation, turn)
 
     def _record_number(self, name: str, kind: str, operation: str, turn: Turn, value: float) -> None:
         self._keep(self._port(name, kind, operation, turn), (1,), (0,), torch.tensor([value], dtype=torch.float64))
@@ -358,4 +375,3 @@ class Recorder:
         if kept.size or bits is not None:
             size = tuple(values.shape)
             self.pieces.append(Piece(port, self._mesh.rank, shape, offset, size, kept, corner, partial, bits))
-

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
-import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from megalite.affinity import own_cores
 from megalite.compare.pieces import Piece, Sampling, read_pieces
 from megalite.config import Config, check, load_config
 from megalite.errors import FINISHED, INTERRUPTED, UNUSABLE, RunFailed, UserError
-from megalite.processes import GPU_ENVIRONMENT, Processes, outcome
+from megalite.processes import GPU_ENVIRONMENT, Processes, outcome, run_ranks
 from megalite.train.inputs import check_inputs
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -122,7 +122,10 @@ class Recordings:
         path = folder / "order.json"
         path.write_text(json.dumps(order))
         program = WORKER.with_name("huggingface.py") if side.model else WORKER
-        ends = self._run([sys.executable, "-P", str(program), str(path)], side, folder)
+        threads = {"OMP_NUM_THREADS": str(max(1, len(own_cores()) // side.processes))}
+        environment = {**threads, **GPU_ENVIRONMENT, **os.environ}
+        command = [sys.executable, "-P", str(program), str(path)]
+        ends = run_ranks(self.processes, command, side.processes, environment, folder)
         code = outcome([code for _, code in ends], self.processes.requests)
         if code == INTERRUPTED or self.processes.requests:
             raise KeyboardInterrupt
@@ -133,29 +136,6 @@ class Recordings:
             why = refusals[0].read_text() if refusals else self._last_words(folder)
             raise RunFailed(f"side {side.letter} failed: {why}")
         return list(self._read(folder, side.processes))
-
-    def _run(self, command: Sequence[str], side: Side, folder: Path) -> list[tuple[int, int]]:
-        """The ranks of a side, on this machine alone; (rank, code) as they end."""
-        import os
-
-        count = side.processes
-        environment = {"OMP_NUM_THREADS": str(max(1, len(own_cores()) // count)), **GPU_ENVIRONMENT, **os.environ}
-        with socket.create_server(("127.0.0.1", 0), backlog=4096) as store:
-            place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
-            for rank in range(count):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                if rank == 0:
-                    own["MEGALITE_STORE_SOCKET"] = str(store.fileno())
-                with (folder / f"output_{rank:05d}.log").open("wb") as output:
-                    self.processes.start(
-                        command,
-                        env={**environment, **place, **own},
-                        pass_fds=[store.fileno()] if rank == 0 else [],
-                        stdout=output,
-                        stderr=output,
-                    )
-        return self.processes.wait()
 
     def _last_words(self, folder: Path) -> str:
         """The line of an error in a rank's output."""

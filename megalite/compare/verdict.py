@@ -1,8 +1,9 @@
 """Which tensor differs first: each difference held against the noise of the same elements.
 
-Two measures of a box, each against its own noise: the root of the mean square, which a few wrong elements raise, and
-the median, which a small shift of all elements raises. A box differs if one of them exceeds `FACTOR` times its noise.
-The noise of a box is that of its own elements, or of the whole tensor where that is larger.
+Two measures of a box, each against its own noise: the root of the mean square, which a few wrong elements raise, and a
+low quantile, which a small shift of all elements raises (the lower quartile of the differences against the median of
+the noise). A box differs if one of them exceeds `FACTOR` times its noise. For the mean square that is the noise of the
+box's own elements, or of the whole tensor where that is larger.
 
 Three cases of their own:
 
@@ -15,7 +16,7 @@ Three cases of their own:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,17 +175,20 @@ class _Judge:
                     continue
                 values, reference = piece.values, a.box(piece)
                 gap = _gap(values, reference)
+                if not gap.any():
+                    yield 0.0, piece, side, 0.0, overall.rms
+                    continue
                 own = _Spread.of([noise[_place(piece)] for noise in noises], trimmed)
                 least = self._least(a, reference)
                 found = _Spread.of([gap], trimmed)
                 if exact:
-                    yield (math.inf if gap.any() else 0.0), piece, side, found.rms, 0.0
+                    yield math.inf, piece, side, found.rms, 0.0
                     continue
                 rms = max(own.rms, overall.rms, least * _rms(reference), self._number_noise(a))
                 median = max(own.median, least * float(np.median(np.abs(reference)))) if noises else rms
                 if a.whole.size == 1:
                     median = rms
-                ratio = max(_ratio(found.rms, FACTOR * rms), _ratio(found.median, FACTOR * median))
+                ratio = max(_ratio(found.rms, FACTOR * rms), _ratio(found.quartile, FACTOR * median))
                 yield ratio, piece, side, found.rms, rms
 
     def _least(self, a: Tensor, reference: np.ndarray) -> float:
@@ -224,19 +228,22 @@ class _Judge:
 
 @dataclass(frozen=True)
 class _Spread:
-    """Root mean square and median size of some elements, over several runs."""
+    """Root mean square, median and lower quartile of the sizes of some elements, over several runs."""
 
     rms: float
     median: float
+    quartile: float
 
     @staticmethod
     def of(runs: Sequence[np.ndarray], trimmed: float) -> _Spread:
         """`trimmed` is the share of the largest elements of each run that is left out."""
         if not runs or not runs[0].size:
-            return _Spread(0.0, 0.0)
+            return _Spread(0.0, 0.0, 0.0)
         sizes = [_trimmed(np.abs(run).ravel(), trimmed) for run in runs]
         rms = math.sqrt(sum(_rms(each) ** 2 for each in sizes) / len(sizes))
-        return _Spread(rms, max(float(np.median(each)) for each in sizes))
+        ranked = [np.partition(each, (each.size // 4, each.size // 2)) for each in sizes]
+        quartile, median = (max(float(each[each.size // part]) for each in ranked) for part in (4, 2))
+        return _Spread(rms, median, quartile)
 
 
 def _trimmed(sizes: np.ndarray, share: float) -> np.ndarray:
