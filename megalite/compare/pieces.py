@@ -27,6 +27,9 @@ START, INPUT, FORWARD, LOSS, BACKWARD, NORM, RATE, STATE, WEIGHT = range(9)
 
 INDEX, VALUES = "pieces.jsonl", "values.bin"
 
+MASTER = "master"
+"""The name of fp32 master weights among an optimizer's state."""
+
 Turn = tuple[float, ...]
 
 

@@ -28,6 +28,7 @@ from megalite.compare.pieces import (
     FORWARD,
     INPUT,
     LOSS,
+    MASTER,
     NORM,
     RATE,
     START,
@@ -161,12 +162,12 @@ class Recorder:
             self._record_tokens("activation", where, FORWARD, site.stage, self._op.micro, x, features)
         return (self._watched(site, x), *args[1:])
 
-    def _watched(self, site: _Site, x: Tensor) -> Tensor:
-        """The module's input under another name in the graph, whose gradient is this module's part of it alone."""
+    def _watched(self, site: _Site, x: Tensor, called: str = "input") -> Tensor:
+        """The module's input as a tensor of its own in the graph, whose gradient is this module's part of it alone."""
         op = self._op
         if op is None or not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()):
             return x
-        features = list(input_features(site.module, f"{site.name}.input", x.shape[-1], self._hidden))
+        features = list(input_features(site.module, f"{site.name}.{called}", x.shape[-1], self._hidden))
         alias = x.view_as(x)
         alias.register_hook(self._listener(site, f"{site.name} backward", op.micro, features))
         return alias
@@ -226,7 +227,7 @@ class Recorder:
         if self._op is None or self._op.kind != "F":
             total, y = inner(x, residual)
         else:
-            total, y = inner(self._watched(site, x), residual)
+            total, y = inner(self._watched(site, x, "added"), residual)
             if total.requires_grad:  # the gradient from the stream alone: what y passes on is the norm's own business
                 total = total.view_as(total)
         return self._recorded(added, total), self._recorded(site, y)
@@ -274,7 +275,7 @@ class Recorder:
         stage = sites[0].stage if sites else 0
         owner = name.rpartition(".")[0]
         for site in reversed(sites):
-            for watched in (f"{site.name}.input", site.name, *(f"{owner}{end}" for end in ("", ".input"))):
+            for watched in (f"{site.name}.input", f"{site.name}.added", site.name, owner):
                 turn = self._turns.get(("activation_gradient", watched, BACKWARD))
                 if turn is not None:
                     return stage, turn[-1] + 0.5, owner
@@ -284,12 +285,12 @@ class Recorder:
         for segment in self.trainer.optimizer.segments:
             state = dict(segment.state)
             if segment.separate_master:
-                state["master"] = segment.master.detach()
+                state[MASTER] = segment.master.detach()
             for name in sorted(state):
                 if state[name].shape != segment.master.shape:
                     continue
                 for box, part in segment.pieces():
-                    turn = (STATE, float(name == "master"))
+                    turn = (STATE, float(name == MASTER))
                     port = self._port(f"{name}: {box.name}", "optimizer_state", "optimizer", turn)
                     self._keep(port, box.shape, box.offset, state[name][part].view(box.size))
 

@@ -30,4 +30,5 @@ def compare_sides(
             runs.record(a, f"noise_{seed}", {"seed": seed, "precision": precision, "weights": not same})
             for seed in range(1, noise_runs + 1)
         ]
-    return compare(ours, theirs, noise, precision=precision, same_precision=same)
+    names = b.model is None
+    return compare(ours, theirs, noise, precision=precision, same_precision=same, same_names=names)

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from megalite.compare.gather import Key, Tensor, by_name, gather, ports
-from megalite.compare.pieces import Piece, Port
+from megalite.compare.pieces import MASTER, Piece, Port
 from megalite.compare.rounding import EPSILON
 
 FACTOR = 10.0
-"""How many times its noise a difference is. Over clean pairs of layouts the largest was 3.4."""
+"""How many times its noise a difference is. Over the clean pairs of the tests the largest was 4 and 6."""
 
-FLIPS = 0.005
+FLIPS = 0.02
 """The share of a weight's elements that may have gone the other way."""
 
 _NUMBERS = ("loss", "grad_norm")
@@ -107,11 +107,18 @@ class Verdict:
 
 
 def compare(
-    a: Sequence[Piece], b: Sequence[Piece], noise: Sequence[Sequence[Piece]], *, precision: str, same_precision: bool
+    a: Sequence[Piece],
+    b: Sequence[Piece],
+    noise: Sequence[Sequence[Piece]],
+    *,
+    precision: str,
+    same_precision: bool,
+    same_names: bool = True,
 ) -> Verdict:
     """Side B against side A, whose recordings with random rounding are `noise`.
 
     `precision` is the coarser one of the two sides; initial weights are compared bit by bit if it is that of both.
+    `same_names`: a weight or a gradient that B lacks is a difference, as it is not where B names its tensors itself.
     """
     ours, theirs, noisy = by_name(a), by_name(b), [by_name(run) for run in noise]
     judge = _Judge(EPSILON[precision], same_precision)
@@ -120,7 +127,15 @@ def compare(
         if key in theirs:
             runs = [gather(run[key]) for run in noisy if key in run]
             measured.append(judge.measure(gather(ours[key]), gather(theirs[key]), runs))
+        elif same_names and key[1] in ("weight", "gradient"):
+            measured.append(_lacking(gather(ours[key]), ours[key], "b lacks it"))
     return Verdict(measured, len(ours.keys() ^ theirs.keys()))
+
+
+def _lacking(a: Tensor, pieces: Sequence[Piece], remark: str) -> Measured:
+    """A difference without size: something that one side does not have, or in another shape."""
+    first, shape = pieces[0], a.pieces[0].shape
+    return Measured(a.port, math.inf, 0.0, math.inf, first.rank, "b", shape, first.offset, first.size, False, remark)
 
 
 class _Judge:
@@ -139,8 +154,11 @@ class _Judge:
         same = a.whole.shape == b.whole.shape and np.array_equal(a.whole, b.whole, equal_nan=a.whole.dtype.kind == "f")
         if a.bits is not None and b.bits is not None:
             same = a.bits == b.bits
-        if a.pieces[0].shape != b.pieces[0].shape or not b.covered.all() or a.whole.shape != b.whole.shape:
-            return self._unlike(a, b)
+        shapes = b.pieces[0].shape, a.pieces[0].shape
+        if shapes[0] != shapes[1]:
+            return _lacking(a, b.pieces, f"its shape is {shapes[0]} in b, {shapes[1]} in a")
+        if a.whole.shape != b.whole.shape or not (a.covered.all() and b.covered.all()):
+            return _lacking(a, b.pieces, "one side lacks a part of it")
         size = _rms(a.whole)
         noises = [run.whole.astype(np.float64) - a.whole for run in runs if run.whole.shape == a.whole.shape]
         worst = max(self._boxes(a, b, noises), key=lambda each: each[0])
@@ -155,19 +173,13 @@ class _Judge:
             a.port, difference / scale, noise / scale, ratio, piece.rank, side, shape, *box, bool(same), remark
         )
 
-    def _unlike(self, a: Tensor, b: Tensor) -> Measured:
-        piece, shapes = b.pieces[0], (a.pieces[0].shape, b.pieces[0].shape)
-        remark = f"its shape is {shapes[1]} in b, {shapes[0]} in a" if shapes[0] != shapes[1] else "b lacks a part"
-        box = piece.offset, piece.size
-        return Measured(a.port, math.inf, 0.0, math.inf, piece.rank, "b", shapes[0], *box, False, remark)
-
     def _boxes(
         self, a: Tensor, b: Tensor, noises: Sequence[np.ndarray]
     ) -> Iterator[tuple[float, Piece, str, float, float]]:
         """(ratio, piece, side, difference, noise) of each rank's box of side B, and of side A's replicas."""
         kind = a.port.kind
         exact = kind in _EXACT or (kind == "weight" and a.port.step == 0 and self.same_precision)
-        trimmed = FLIPS if kind == "weight" else 0.0
+        trimmed = FLIPS if kind == "weight" or a.port.name.startswith(f"{MASTER}: ") else 0.0
         overall = _Spread.of(noises, trimmed)
         for side, tensor in (("b", b), ("a", a)):
             for piece in tensor.pieces:
