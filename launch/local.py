@@ -15,16 +15,15 @@ if __name__ == "__main__":  # a request waits from now on, before libraries are 
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP))
 
 import os
-import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.affinity import own_cores
 from megalite.cli import program
 from megalite.config import parse_command_line
 from megalite.errors import FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError
-from megalite.processes import GPU_ENVIRONMENT, Processes, outcome
+from megalite.processes import GPU_ENVIRONMENT, Processes, outcome, run_ranks
 from megalite.train.inputs import check_inputs
 
 USAGE = "usage: bash launch/local.sh RECIPE.toml|PROGRAM.py [--processes N] [--check] [--SECTION.FIELD VALUE ...]"
@@ -66,24 +65,6 @@ def rank_environment(processes: int, gpus: int) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": "100000000000",
         "MALLOC_TOP_PAD_": "67108864",
     }
-
-
-def run_ranks(
-    processes: Processes, command: Sequence[str], count: int, environment: Mapping[str, str]
-) -> list[tuple[int, int]]:
-    """Start the ranks and wait for all of them: (rank, code) as they end."""
-    with socket.create_server(("127.0.0.1", 0), backlog=4096) as store:
-        place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
-        for rank in range(count):
-            if processes.requests:
-                break
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            if rank == 0:
-                own["MEGALITE_STORE_SOCKET"] = str(store.fileno())
-            descriptors = [store.fileno()] if rank == 0 else []
-            processes.start(command, env={**environment, **place, **own}, pass_fds=descriptors)
-    return processes.wait()
 
 
 def plan(arguments: Sequence[str], processes: int | None) -> tuple[list[str], int, int, str] | None:

@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -112,6 +114,32 @@ class Processes:
             time.sleep(_POLL_SECONDS if left else 0)
         self._children.clear()
         return ends
+
+
+def run_ranks(
+    processes: Processes, command: Sequence[str], count: int, environment: Mapping[str, str], logs: Path | None = None
+) -> list[tuple[int, int]]:
+    """Start the ranks of a job on this machine and wait for all of them: (rank, code) as they end.
+
+    `logs` is a folder for what they print, `output_<rank>.log`; without it they print where this process does.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as store:
+        place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
+        for rank in range(count):
+            if processes.requests:
+                break
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            if rank == 0:
+                own["MEGALITE_STORE_SOCKET"] = str(store.fileno())
+            descriptors = [store.fileno()] if rank == 0 else []
+            with contextlib.ExitStack() as stack:
+                options: dict[str, Any] = {}
+                if logs is not None:
+                    output = stack.enter_context((logs / f"output_{rank:05d}.log").open("wb"))
+                    options = {"stdout": output, "stderr": output}
+                processes.start(command, env={**environment, **place, **own}, pass_fds=descriptors, **options)
+    return processes.wait()
 
 
 def outcome(codes: Collection[int], requests: Collection[int]) -> int:

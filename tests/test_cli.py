@@ -26,6 +26,7 @@ PROGRAMS = [
 MISTYPED = {  # an option of each, one letter wrong; nothing else is given, though much is required
     "tools/chat.py": "--max-new-token",
     "tools/clean_data.py": "--ouput",
+    "tools/compare.py": "--noise-run",
     "tools/convert_checkpoint.py": "--dtpe",
     "tools/dedup_data.py": "--treshold",
     "tools/doctor.py": "--time-limt",
