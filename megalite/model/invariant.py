@@ -70,9 +70,9 @@ class InvariantBuild(Build):
         layer.products = RowParts(ranges_of_parts([columns[1]], self.own_parts))
         return layer
 
-    def norm(self, name: str, size: int, *, partial: bool | None = None) -> RMSNorm:
+    def norm(self, name: str, size: int, *, partial: bool | None = None, eps: float | None = None) -> RMSNorm:
         if not partial:
-            return super().norm(name, size, partial=partial)
+            return super().norm(name, size, partial=partial, eps=eps)
         weight = self.replicated_parameter(name, (size,), partial=False, init=self.norm_init, role="vector")
         return HeadsNorm(weight, self)
 

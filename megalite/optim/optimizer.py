@@ -65,6 +65,10 @@ class Optimizer:
         """The names of all state tensors, sorted."""
         return tuple(sorted({name for segment in self.segments for name in segment.state}))
 
+    @property
+    def watched(self) -> bool:
+        return self._at_rest is not None
+
     def set_step_count(self, steps: int) -> None:
         """Declare that the state is the one after `steps` updates."""
         self.step_count = steps

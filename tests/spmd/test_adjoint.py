@@ -34,6 +34,7 @@ from megalite.parallel.context import ContextRegion
 from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.experts import Exchange, Sorting, collect, spread
 from megalite.parallel.invariant import shared_by_parts
+from megalite.parallel.linear import enter_region
 from megalite.placement import PlacedParameter, row_box
 from tests.spmd.typed import functions, is_local, parse
 from tests.support.parity import Case
@@ -185,6 +186,11 @@ def shared_weight(drawn, build):
     return lambda: torch.stack(shared_by_parts(weight, 2, build.region.group)), "R"
 
 
+def entering(drawn, build):
+    x = drawn.input("x", drawn.stream, drawn.rows, B, H)
+    return lambda: enter_region(x, build.region).clone(), "R"  # it may be the input itself
+
+
 def lora_column(drawn, build):
     part = WIDTH // drawn.mesh.tp
     box = row_box("l.q_proj.weight", (WIDTH, H), drawn.index * part, part, 0, (drawn.mesh.rank,))
@@ -255,6 +261,7 @@ TENSOR: dict[str, Setting] = {
     "_Spread": spreading,
     "_Collect": collecting,
     "_Shared": shared_weight,
+    "_Entered": entering,
     "_Column": lora_column,
     "_Row": lora_row,
 }

@@ -41,6 +41,15 @@ FEATURES = {
     "biases": {"model.attention_bias": True},
     "tied": {"model.tie_embeddings": True, "train.z_loss": 1e-3},
     "shared heads": {"model.kv_heads": 2},
+    "latent attention": {
+        "model.attention": "mla",
+        "model.kv_heads": 16,
+        "model.q_lora_rank": 8,
+        "model.kv_lora_rank": 8,
+        "model.qk_nope_head_dim": 2,
+        "model.qk_rope_head_dim": 2,
+        "model.v_head_dim": 4,
+    },
     "lora": {"adapter.kind": "lora", "adapter.rank": 2},
     "gemma": {
         "model.block": "sandwich_norm",
