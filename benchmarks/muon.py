@@ -51,7 +51,7 @@ NOTES = {
 BYTES = 256
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     "small": {"adamw": (1.5e-3, 3e-3, 6e-3), "muon": (3e-3, 6e-3, 1.2e-2)},
-    "10m": {"adamw": (3.75e-4, 7.5e-4, 1.5e-3), "muon": (3e-3, 6e-3)},
+    "10m": {"adamw": (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3), "muon": (3e-3, 6e-3)},
 }
 """Learning rates around the best of each model."""
 EVALUATIONS = 20
