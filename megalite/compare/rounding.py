@@ -58,6 +58,8 @@ class Rounding:
 
 
 class _BothWays(Function):
+    spmd = "local"
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, rounding: Rounding, key: tuple[object, ...]) -> Tensor:
         ctx.rounding, ctx.key = rounding, key

@@ -59,6 +59,7 @@ def fused_kernels() -> Kernels:
         rope_triton,
         swiglu,
         swiglu_triton,
+        symmetric,
     )
     from megalite.kernels.attention import flash_triton
     from megalite.kernels.attention.widths import at_one_width
@@ -79,6 +80,7 @@ def fused_kernels() -> Kernels:
         cross_entropy_stats_grad_=cross_entropy.cross_entropy_stats_grad_,
         adamw_=adamw.adamw_,
         square_sum=adamw.square_sum,
+        symmetric_product=symmetric.symmetric_product,
         choices=MappingProxyType({}),
     )
 
