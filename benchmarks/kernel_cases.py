@@ -7,7 +7,7 @@ reference"); the eager formulas here are those of Hugging Face's Llama, written 
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -252,12 +252,13 @@ def symmetric_cases(at: Setting) -> Iterator[Case]:
     rows, columns = sorted((at.sizes.hidden, at.sizes.ffn))
     a = at.randn(rows, columns)
     gram = symmetric.symmetric_product(a)
+    ours = replace(at, kernels=select_kernels({"symmetric": "triton"}, at.device)) if at.gpu else at
+    product = ours.kernels.symmetric_product
     for name, matrix, addend in (("gram", a, None), ("gram_squared", gram, gram)):
         absent: list[str] = []
-        calls: dict[str, Callable[[], Any]] = {"torch": partial(symmetric.symmetric_product, matrix, addend)}
+        calls: dict[str, Callable[[], Any]] = {ours.name("symmetric"): partial(product, matrix, addend)}
         if at.gpu:
-            ours = select_kernels({"symmetric": "triton"}, at.device)
-            calls["megalite triton"] = partial(ours.symmetric_product, matrix, addend)
+            calls["torch"] = partial(symmetric.symmetric_product, matrix, addend)
         yield Case(name, 0.0, 2.0 * rows * rows * matrix.shape[1], working(calls, absent), None, absent)
 
 

@@ -192,8 +192,8 @@ def weight_gradient_doubled(trainer: Any, layer: int) -> Iterator[None]:
     inner = linear.add_weight_gradient
     wrong = {id(block.feed_forward.down.weight) for block in blocks(trainer, layer)}
 
-    def add(weight: Any, grad: Tensor, inputs: Tensor) -> Any:
-        return inner(weight, 2 * grad if id(weight) in wrong else grad, inputs)
+    def add(weight: Any, grad: Tensor, inputs: Tensor, *rest: Any) -> Any:
+        return inner(weight, 2 * grad if id(weight) in wrong else grad, inputs, *rest)
 
     with mock.patch.object(linear, "add_weight_gradient", add):
         yield

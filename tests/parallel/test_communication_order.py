@@ -73,7 +73,7 @@ def test_a_step_begins_with_the_count_and_ends_with_one_message_to_all(zero):
     assert isinstance(count, Start) and isinstance(wait, Wait) and wait.start is count
     assert (count.name, count.elements, count.during) == ("all_reduce", 1, None)
     sums = [start for start in started(later, "all_reduce") if start.during is None]
-    assert [start.elements for start in sums] == [1, 4] and sums[1].group == trainer.mesh.world.ranks
+    assert [start.elements for start in sums] == [1, 5] and sums[1].group == trainer.mesh.world.ranks
     assert all(isinstance(start, Wait) or start.name == "all_gather" for start in later[later.index(sums[1]) + 3 :])
 
 
