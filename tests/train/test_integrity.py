@@ -40,7 +40,7 @@ def targets(trainer, kind):
         "moment": lambda: segment.state["exp_avg"],
         "copy": lambda: segment.bucket.parameters[segment.bucket.slots[0].stop - 8 :][:8],
         "norm": lambda: vectors.bucket.parameters[:8],
-        "gradient": lambda: segment.gradient,
+        "gradient": lambda: segment.gradient[segment.gradient.abs().argmax() :][:1],
     }[kind]()
 
 
@@ -62,7 +62,8 @@ def train(rank, recipe, overrides, world, hurt, every_time):
         moment = FOUND_BY if kind == "copy" else FLIPPED_AT
         if rank == GUILTY and hurt == kind and trainer.optimizer.step_count == moment and (every_time or not done):
             done.append(True)
-            flip(targets(trainer, kind))
+            # Half of the largest gradient, or twice: less may round to the same weight.
+            flip(targets(trainer, kind), 23 if kind == "gradient" else 12)
 
     accumulate, update = trainer.accumulate, trainer.optimizer.rule.update
 
