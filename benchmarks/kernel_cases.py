@@ -21,7 +21,6 @@ from megalite.kernels import Kernels, grouped, grouped_torch, select_kernels, sy
 from megalite.kernels.attention import Documents
 from megalite.mesh import Mesh
 from megalite.model.build import Build
-from megalite.model.head import VocabParallelHead
 from megalite.parallel.collectives import TensorRegion
 
 EPS = 1e-5
@@ -307,7 +306,7 @@ def fused_loss_cases(at: Setting) -> Iterator[Case]:
     mesh = Mesh(device=at.device)
     model = ModelConfig(vocab_size=at.sizes.vocab, hidden_size=at.sizes.hidden)
     build = Build(model, mesh, TensorRegion(mesh.group("tp"), False), at.kernels, at.dtype)
-    head = VocabParallelHead(build, "head", (0,), z_loss=0.0, tied_to=None)
+    head = build.head("head", (0,), z_loss=0.0, tied_to=None)
     hidden = at.randn(at.sizes.tokens, 1, at.sizes.hidden).requires_grad_()
     weight = at.randn(at.sizes.vocab, at.sizes.hidden).div_(64).requires_grad_()
     head.weight.data.copy_(weight.detach())

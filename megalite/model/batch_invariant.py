@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -15,14 +16,22 @@ from megalite.kernels.attention.batch_invariant import BatchInvariantAttention
 from megalite.model.build import Build
 from megalite.model.head import VocabParallelHead
 from megalite.parallel.batch_invariant import RowBlocks
-from megalite.placement import PlacedParameter
 
 _BY_ROW = ("rms_norm", "rope", "swiglu", "cross_entropy")
+
+
+class BatchInvariantHead(VocabParallelHead):
+    """The output layer, with logits of one token whatever the others."""
+
+    def local_logits(self, hidden_nH: Tensor) -> Tensor:
+        return self._bounded(RowBlocks().output(hidden_nH, self.weight.gathered(), None))
 
 
 @dataclass(frozen=True)
 class BatchInvariantBuild(Build):
     """Raises UserError where a kernel does not compute rows by themselves."""
+
+    make_head: ClassVar[type[VocabParallelHead]] = BatchInvariantHead
 
     def __post_init__(self) -> None:
         for operation in _BY_ROW:
@@ -34,15 +43,3 @@ class BatchInvariantBuild(Build):
         attention = BatchInvariantAttention(self.kernels.attention_parts)
         object.__setattr__(self, "kernels", dataclasses.replace(self.kernels, attention=attention))
         object.__setattr__(self, "products", RowBlocks())
-
-    def head(
-        self, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
-    ) -> VocabParallelHead:
-        return BatchInvariantHead(self, name, replicas, z_loss=z_loss, tied_to=tied_to)
-
-
-class BatchInvariantHead(VocabParallelHead):
-    """The output layer, with logits of one token whatever the others."""
-
-    def local_logits(self, hidden_nH: Tensor) -> Tensor:
-        return self._bounded(RowBlocks().output(hidden_nH, self.weight.gathered(), None))

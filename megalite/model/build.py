@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from megalite.config import AdapterConfig, ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import DATA_AXES, Mesh
-from megalite.model.head import VocabParallelHead
+from megalite.model.head import ScalarHead, VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
@@ -74,6 +74,8 @@ class Build:
     adapter: Adapter | None = None
     shared: Mapping[str, PlacedParameter] | None = None
     parameters: dict[str, PlacedParameter] = field(default_factory=dict)
+
+    make_head: ClassVar[type[VocabParallelHead]] = VocabParallelHead
 
     @property
     def residual_std(self) -> float:
@@ -176,8 +178,20 @@ class Build:
     def head(
         self, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
     ) -> VocabParallelHead:
-        """The output layer; `replicas` as of `embedding`, for the rest see `VocabParallelHead`."""
-        return VocabParallelHead(self, name, replicas, z_loss=z_loss, tied_to=tied_to)
+        """The output layer; `replicas` as of `embedding`.
+
+        `tied_to` is the embedding's weight if both are in this process: the storage is shared, while the gradients are
+        kept apart and added once a step, as they are when the two are on different pipeline stages.
+        """
+        weight, first, valid = self.vocabulary(name, replicas, role="output")
+        if tied_to is not None and weight.tied_to is None:
+            weight.data, weight.tied_to = tied_to.data, tied_to
+            weight.requires_grad_(tied_to.requires_grad)
+        return self.make_head(weight, first, valid, self.region, self.kernels, self.model, z_loss=z_loss)
+
+    def scalar_head(self, name: str) -> ScalarHead:
+        """One value per position."""
+        return ScalarHead(self.replicated_parameter(name, (1, self.model.hidden_size), role="output"), self.region)
 
     def vocabulary(self, name: str, replicas: tuple[int, ...], *, role: str) -> tuple[PlacedParameter, int, int]:
         """(weight [v, H] with padding, its first row, its true rows) of a vocabulary split over the tensor ranks."""

@@ -19,7 +19,6 @@ from megalite.mesh import EXPERT_DATA_AXES, Mesh
 from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.block import build_block
 from megalite.model.build import Adapter, Build
-from megalite.model.head import ScalarHead
 from megalite.model.partition import layers_of_stage
 from megalite.model.rope import rope_table
 from megalite.parallel.collectives import TensorRegion
@@ -99,7 +98,7 @@ class Stage(nn.Module):
         if self.last:
             self.norm = self.build.norm("model.norm.weight", model.hidden_size)
         if self.last and head == "scalar":
-            self.scalar = ScalarHead(self.build, SCORE)
+            self.scalar = self.build.scalar_head(SCORE)
         elif self.last:
             embedding = self.embedding or embedding
             self.head = self.build.head(

@@ -12,20 +12,19 @@ contributes (max, sum of exponentials, target logit) of its columns, and every r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from megalite.config import ModelConfig
+from megalite.kernels import Kernels
 from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, chunk_rows, cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
 from megalite.placement import PlacedParameter
-
-if TYPE_CHECKING:
-    from megalite.model.build import Build
 
 
 def _weight_total(weight: PlacedParameter) -> tuple[Tensor | None, bool]:
@@ -131,21 +130,25 @@ class _LabelLogprobs(Function):
 class VocabParallelHead(nn.Module):
     """The output layer: hidden [s, B, H] to logits over the vocabulary, or straight to the loss.
 
-    `tied_to` is the embedding's weight if both are in this process: the storage is shared, while the gradients are kept
-    apart and added once a step, as they are when the two are on different pipeline stages.
+    Of `weight` [v, H] the first `valid` rows are tokens from `first` on; the rest is padding.
     """
 
     def __init__(
-        self, build: Build, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
+        self,
+        weight: PlacedParameter,
+        first: int,
+        valid: int,
+        region: TensorRegion,
+        kernels: Kernels,
+        model: ModelConfig,
+        *,
+        z_loss: float,
     ) -> None:
         super().__init__()
-        self.weight, self.first, self.valid = build.vocabulary(name, replicas, role="output")
-        if tied_to is not None and self.weight.tied_to is None:
-            self.weight.data, self.weight.tied_to = tied_to.data, tied_to
-            self.weight.requires_grad_(tied_to.requires_grad)
-        self.vocab_size, self.z_loss = build.model.vocab_size, z_loss
-        self.scaling, self.softcap = build.model.logits_scaling, build.model.final_logit_softcapping
-        self.region, self.kernels = build.region, build.kernels
+        self.weight, self.first, self.valid = weight, first, valid
+        self.vocab_size, self.z_loss = model.vocab_size, z_loss
+        self.scaling, self.softcap = model.logits_scaling, model.final_logit_softcapping
+        self.region, self.kernels = region, kernels
 
     def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
         """Chunks of tokens whose logits are in memory at a time; on GPUs a multiple of the GEMM tile size."""
@@ -188,20 +191,31 @@ class VocabParallelHead(nn.Module):
         total_vH: Tensor | None,
     ) -> Tensor:
         """One chunk's scaled loss; writes its hidden gradient to `grad_nH`, adds its weight gradient to `total_vH`."""
-        logits_nv = self.local_logits(hidden_nH)
         if grad_nH is None:
-            stats = self.stats(logits_nv, labels_n)
+            stats_n3 = self.chunk_stats(hidden_nH, labels_n)
         else:
             scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, scale).to(torch.float32)
-            slope = self.slope(logits_nv)
-            stats = self._stats_and_gradient(logits_nv, labels_n, scale_n)
-            if slope is not None:
-                logits_nv.mul_(slope)
-            torch.mm(logits_nv, self.weight, out=grad_nH)
-            if total_vH is not None:
-                add_product_(total_vH, logits_nv, hidden_nH)
-        loss_n = cross_entropy_loss(stats, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
+            stats_n3 = self.chunk_gradients(hidden_nH, labels_n, scale_n, grad_nH, total_vH)
+        loss_n = cross_entropy_loss(stats_n3, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
         return loss_n.sum(dtype=torch.float64) * scale
+
+    def chunk_stats(self, hidden_nH: Tensor, labels_n: Tensor) -> Tensor:
+        """One chunk's statistics, as of `stats`."""
+        return self.stats(self.local_logits(hidden_nH), labels_n)
+
+    def chunk_gradients(
+        self, hidden_nH: Tensor, labels_n: Tensor, scale_n: Tensor, grad_nH: Tensor, total_vH: Tensor | None
+    ) -> Tensor:
+        """The same, and both gradients of `scale_n` times the token losses."""
+        logits_nv = self.local_logits(hidden_nH)
+        slope = self.slope(logits_nv)
+        stats_n3 = self._stats_and_gradient(logits_nv, labels_n, scale_n)
+        if slope is not None:
+            logits_nv.mul_(slope)
+        torch.mm(logits_nv, self.weight, out=grad_nH)
+        if total_vH is not None:
+            add_product_(total_vH, logits_nv, hidden_nH)
+        return stats_n3
 
     def stats(self, logits_nv: Tensor, labels_n: Tensor) -> Tensor:
         """(max, sum of exponentials, logit of the label) over the whole vocabulary for each token."""
@@ -301,10 +315,9 @@ class ScalarHead(nn.Module):
     Its weight [1, H] is replicated over the tensor ranks, like a norm's.
     """
 
-    def __init__(self, build: Build, name: str) -> None:
+    def __init__(self, weight: PlacedParameter, region: TensorRegion) -> None:
         super().__init__()
-        self.weight = build.replicated_parameter(name, (1, build.model.hidden_size), role="output")
-        self.region = build.region
+        self.weight, self.region = weight, region
 
     def forward(self, hidden_sBH: Tensor) -> Tensor:
         return _Score.apply(hidden_sBH, self.weight, self.region).t()

@@ -11,18 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalite.kernels.cross_entropy import (
-    IGNORE_INDEX,
-    add_product_,
-    chunk_rows,
-    cross_entropy_loss,
-    merge_stats,
-)
+from megalite.kernels.cross_entropy import add_product_, chunk_rows, merge_stats
 from megalite.model.build import Build
 from megalite.model.head import VocabParallelHead
 from megalite.model.norm import RMSNorm
@@ -40,11 +35,74 @@ from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import Box, PlacedParameter
 
 
+class InvariantHead(VocabParallelHead):
+    """The output layer with logits and statistics of each virtual part of the vocabulary by itself."""
+
+    parts: int
+    own_parts: int
+    """Virtual parts of all tensor ranks, and of this one."""
+
+    def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
+        rows = chunk_rows(self.weight.shape[0] // self.own_parts * self.parts, hidden_NH.device)
+        for start in range(0, hidden_NH.shape[0], rows):
+            yield slice(start, start + rows)
+
+    def _rows(self) -> Iterator[tuple[slice, int, int]]:
+        """(rows of the weight, first token, true rows) of each of this rank's parts."""
+        each = self.weight.shape[0] // self.own_parts
+        for part in range(self.own_parts):
+            yield (
+                slice(part * each, (part + 1) * each),
+                self.first + part * each,
+                max(0, min(self.valid - part * each, each)),
+            )
+
+    def _logits(self, hidden_nH: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and logits of each part, in memory of their own."""
+        weight = self.weight.gathered()
+        weights = [weight[rows].clone() for rows, _, _ in self._rows()]
+        return weights, [self._bounded(functional.linear(hidden_nH, part_vH)) for part_vH in weights]
+
+    def chunk_stats(self, hidden_nH: Tensor, labels_n: Tensor) -> Tensor:
+        return self._merged_stats(self._logits(hidden_nH.clone())[1], labels_n)
+
+    def chunk_gradients(
+        self, hidden_nH: Tensor, labels_n: Tensor, scale_n: Tensor, grad_nH: Tensor, total_vH: Tensor | None
+    ) -> Tensor:
+        hidden_nH, terms = hidden_nH.clone(), []
+        weights, logits = self._logits(hidden_nH)
+        stats_n3 = self._merged_stats(logits, labels_n)
+        for logits_nv, part_vH, (rows, first, valid) in zip(logits, weights, self._rows()):
+            slope = self.slope(logits_nv)
+            self.kernels.cross_entropy_grad_(
+                logits_nv, labels_n, stats_n3, scale_n, vocab_start=first, valid=valid, z_loss=self.z_loss
+            )
+            if slope is not None:
+                logits_nv.mul_(slope)
+            terms.append(logits_nv @ part_vH)
+            if total_vH is not None:
+                gradient = torch.zeros(part_vH.shape, dtype=total_vH.dtype, device=total_vH.device)
+                add_product_(gradient, logits_nv, hidden_nH)
+                total_vH[rows] += gradient
+        grad_nH.copy_(tree_sum(terms))
+        return stats_n3
+
+    def _merged_stats(self, logits: list[Tensor], labels_n: Tensor) -> Tensor:
+        """The statistics of the whole vocabulary, merged from those of all parts of all ranks at once."""
+        own = [
+            self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=first, valid=valid)
+            for logits_nv, (_, first, valid) in zip(logits, self._rows())
+        ]
+        return merge_stats(all_gather_stacked(torch.stack(own), self.region.group).flatten(0, 1))
+
+
 @dataclass(frozen=True)
 class InvariantBuild(Build):
     """`parts` is the number of virtual parts of all tensor ranks together, a multiple of their number."""
 
     parts: int = 1
+
+    make_head: ClassVar[type[VocabParallelHead]] = InvariantHead
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kernels", kernels_of_parts(self.kernels, self.own_parts))
@@ -79,7 +137,10 @@ class InvariantBuild(Build):
     def head(
         self, name: str, replicas: tuple[int, ...], *, z_loss: float, tied_to: PlacedParameter | None
     ) -> VocabParallelHead:
-        return InvariantHead(self, name, replicas, z_loss=z_loss, tied_to=tied_to)
+        head = super().head(name, replicas, z_loss=z_loss, tied_to=tied_to)
+        assert isinstance(head, InvariantHead)
+        head.parts, head.own_parts = self.parts, self.own_parts
+        return head
 
     def vocabulary(self, name: str, replicas: tuple[int, ...], *, role: str) -> tuple[PlacedParameter, int, int]:
         hidden = self.model.hidden_size
@@ -106,73 +167,3 @@ class HeadsNorm(RMSNorm):
         return torch.cat([self.kernels.rms_norm(part.contiguous(), weight, self.eps) for part, weight in cut], 2).to(
             x.dtype
         )
-
-
-class InvariantHead(VocabParallelHead):
-    """The output layer with logits and statistics of each virtual part of the vocabulary by itself."""
-
-    def __init__(
-        self,
-        build: InvariantBuild,
-        name: str,
-        replicas: tuple[int, ...],
-        *,
-        z_loss: float,
-        tied_to: PlacedParameter | None,
-    ) -> None:
-        super().__init__(build, name, replicas, z_loss=z_loss, tied_to=tied_to)
-        self.parts, self.own_parts = build.parts, build.own_parts
-
-    def chunks(self, hidden_NH: Tensor) -> Iterator[slice]:
-        rows = chunk_rows(self.weight.shape[0] // self.own_parts * self.parts, hidden_NH.device)
-        for start in range(0, hidden_NH.shape[0], rows):
-            yield slice(start, start + rows)
-
-    def _rows(self) -> Iterator[tuple[slice, int, int]]:
-        """(rows of the weight, first token, true rows) of each of this rank's parts."""
-        each = self.weight.shape[0] // self.own_parts
-        for part in range(self.own_parts):
-            yield (
-                slice(part * each, (part + 1) * each),
-                self.first + part * each,
-                max(0, min(self.valid - part * each, each)),
-            )
-
-    def chunk_loss(
-        self,
-        hidden_nH: Tensor,
-        labels_n: Tensor,
-        scale: Tensor | float,
-        grad_nH: Tensor | None,
-        total_vH: Tensor | None,
-    ) -> Tensor:
-        weight, hidden_nH = self.weight.gathered(), hidden_nH.clone()
-        weights = [weight[rows].clone() for rows, _, _ in self._rows()]
-        logits = [self._bounded(functional.linear(hidden_nH, part_vH)) for part_vH in weights]
-        stats_n3 = self._merged_stats(logits, labels_n)
-        if grad_nH is not None:
-            scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, scale).to(torch.float32)
-            terms = []
-            for logits_nv, part_vH, (rows, first, valid) in zip(logits, weights, self._rows()):
-                slope = self.slope(logits_nv)
-                self.kernels.cross_entropy_grad_(
-                    logits_nv, labels_n, stats_n3, scale_n, vocab_start=first, valid=valid, z_loss=self.z_loss
-                )
-                if slope is not None:
-                    logits_nv.mul_(slope)
-                terms.append(logits_nv @ part_vH)
-                if total_vH is not None:
-                    gradient = torch.zeros(part_vH.shape, dtype=total_vH.dtype, device=total_vH.device)
-                    add_product_(gradient, logits_nv, hidden_nH)
-                    total_vH[rows] += gradient
-            grad_nH.copy_(tree_sum(terms))
-        loss_n = cross_entropy_loss(stats_n3, labels_n, vocab_size=self.vocab_size, z_loss=self.z_loss)
-        return loss_n.sum(dtype=torch.float64) * scale
-
-    def _merged_stats(self, logits: list[Tensor], labels_n: Tensor) -> Tensor:
-        """The statistics of the whole vocabulary, merged from those of all parts of all ranks at once."""
-        own = [
-            self.kernels.cross_entropy_stats(logits_nv, labels_n, vocab_start=first, valid=valid)
-            for logits_nv, (_, first, valid) in zip(logits, self._rows())
-        ]
-        return merge_stats(all_gather_stacked(torch.stack(own), self.region.group).flatten(0, 1))

@@ -12,12 +12,10 @@ from megalite.compare.pieces import Piece, Sampling
 from megalite.compare.record import Recorder
 from megalite.compare.rounding import Rounding
 from megalite.compare.verdict import Verdict, compare
-from megalite.kernels import select_kernels
-from megalite.mesh import Mesh
 from megalite.optim import lr_schedule
 from megalite.train.trainer import Trainer
 from tests.compare import errors
-from tests.support.parity import Case, Layout, micro_batches
+from tests.support.parity import Case, Layout, build_trainer, micro_batches
 from tests.support.pool import Pool
 
 
@@ -32,28 +30,11 @@ class Error:
         return getattr(errors, self.name)(trainer, self.layer)
 
 
-def build(case: Case, rank: int, world: int) -> Trainer:
-    """A trainer with initial weights, and the kernels that the configuration names."""
-    config = case.config(world)
-    parallel = config.parallel
-    mesh = Mesh(
-        pp=parallel.pipeline,
-        dp=config.data_parallel(world) // parallel.expert,
-        ep=parallel.expert,
-        cp=parallel.context,
-        tp=parallel.tensor,
-        rank=rank,
-    )
-    trainer = Trainer(config, mesh, select_kernels(dataclasses.asdict(config.kernels), mesh.device))
-    trainer.initialise()
-    return trainer
-
-
 def record_rank(
     rank: int, case: Case, world: int, rounding: Rounding | None, error: Error | None, sampling: Sampling
 ) -> list[Piece]:
     """One rank's recording of `case.steps` steps."""
-    trainer = build(case, rank, world)
+    trainer = build_trainer(case.config(world), rank, world)
     config = trainer.config
     with error.put_in(trainer) if error else contextlib.nullcontext():
         recorder = Recorder(trainer, sampling, rounding)

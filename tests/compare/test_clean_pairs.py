@@ -11,8 +11,8 @@ import torch
 
 from megalite.compare.pieces import Sampling
 from megalite.compare.record import Recorder
-from tests.compare.support import Run, build, compare_pair
-from tests.support.parity import EVERYTHING, Case, Layout, micro_batches
+from tests.compare.support import Run, compare_pair
+from tests.support.parity import EVERYTHING, Case, Layout, build_trainer, micro_batches
 
 SPARSE = {
     "model.experts": 6,
@@ -103,7 +103,8 @@ def test_samples_and_hashes_say_the_same(pool):
 
 
 def train_rank(rank, run, recorded):
-    trainer = build(run.case.having(run.layout.fields), rank, run.layout.world)
+    world = run.layout.world
+    trainer = build_trainer(run.case.having(run.layout.fields).config(world), rank, world)
     recorder = Recorder(trainer)
     if recorded:
         recorder.start()

@@ -13,7 +13,6 @@ from megalite.kernels import select_kernels
 from megalite.kernels.cross_entropy import IGNORE_INDEX
 from megalite.mesh import Mesh
 from megalite.model.build import Build
-from megalite.model.head import VocabParallelHead
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.placement import row_box, split_evenly
 from tests.support.chaos import ChaosGroups
@@ -178,7 +177,7 @@ def test_embedding(pool, ranks, sequence, main, vocabulary):
 def head_loss(rank, ranks, sequence, main, table_VH, hidden, labels_BS, scale, z_loss):
     sizes = {"vocab_size": table_VH.shape[0], "hidden_size": table_VH.shape[1]}
     build, groups = build_of(rank, ranks, sequence, torch.float32, **sizes)
-    region, head = build.region, VocabParallelHead(build, "h", (rank,), z_loss=z_loss, tied_to=None)
+    region, head = build.region, build.head("h", (rank,), z_loss=z_loss, tied_to=None)
     head.weight.data.fill_(7.0)  # padded columns hold anything
     for box in head.weight.placement.boxes:
         box.view(head.weight.data).copy_(box.of(table_VH))
@@ -252,7 +251,7 @@ def test_label_outside_the_vocabulary_is_not_a_number(pool, label):
 def head_only_loss(rank, table_VH, hidden, labels_BS):
     sizes = {"vocab_size": table_VH.shape[0], "hidden_size": table_VH.shape[1]}
     build, groups = build_of(rank, 2, False, torch.float32, **sizes)
-    head = VocabParallelHead(build, "h", (rank,), z_loss=0.0, tied_to=None)
+    head = build.head("h", (rank,), z_loss=0.0, tied_to=None)
     head.weight.data.fill_(7.0)
     for box in head.weight.placement.boxes:
         box.view(head.weight.data).copy_(box.of(table_VH))

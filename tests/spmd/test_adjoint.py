@@ -26,7 +26,6 @@ from megalite.kernels import Kernels, select_kernels
 from megalite.mesh import CPU, GroupFactory, Mesh
 from megalite.model.all_heads_norm import AllHeadsNorm
 from megalite.model.build import Build
-from megalite.model.head import ScalarHead, VocabParallelHead
 from megalite.model.lora import LoRA
 from megalite.model.router import Router
 from megalite.parallel.collectives import TensorRegion
@@ -132,21 +131,21 @@ def labels() -> Tensor:
 
 
 def loss(drawn, build):
-    head = VocabParallelHead(build, "h", (drawn.mesh.rank,), z_loss=0.01, tied_to=None)
+    head = build.head("h", (drawn.mesh.rank,), z_loss=0.01, tied_to=None)
     drawn.parameters(head)
     x = drawn.input("x", drawn.stream, drawn.rows, B, H)
     return lambda: head.loss(x, labels(), 0.3), "I"
 
 
 def logprobs(drawn, build):
-    head = VocabParallelHead(build, "h", (drawn.mesh.rank,), z_loss=0.0, tied_to=None)
+    head = build.head("h", (drawn.mesh.rank,), z_loss=0.0, tied_to=None)
     drawn.parameters(head)
     x = drawn.input("x", drawn.stream, drawn.rows, B, H)
     return lambda: head.logprobs(x, labels()), "I"
 
 
 def score(drawn, build):
-    head = ScalarHead(build, "h")
+    head = build.scalar_head("h")
     drawn.parameters(head)
     x = drawn.input("x", drawn.stream, drawn.rows, B, H)
     return lambda: head(x), "I"

@@ -223,11 +223,12 @@ def micro_batches(first: int, samples: int, config: Config, mesh: Mesh, document
     return [Batch(*(torch.stack(column) for column in zip(*block))) for block in rows]
 
 
-def build_trainer(config: Config, rank: int, world: int, make_group: Any = create_group, **options: Any) -> Trainer:
+def mesh_of(config: Config, rank: int, world: int, make_group: Any = create_group) -> Mesh:
+    """The mesh of a configuration's layout."""
     parallel = config.parallel
     if config.train.invariant and make_group is create_group:
         make_group = tree_groups(make_group)
-    mesh = Mesh(
+    return Mesh(
         pp=parallel.pipeline,
         dp=config.data_parallel(world) // parallel.expert,
         ep=parallel.expert,
@@ -236,8 +237,13 @@ def build_trainer(config: Config, rank: int, world: int, make_group: Any = creat
         rank=rank,
         make_group=make_group,
     )
+
+
+def build_trainer(config: Config, rank: int, world: int, make_group: Any = create_group, **options: Any) -> Trainer:
+    """A trainer with initial weights, and the kernels that the configuration names."""
+    mesh = mesh_of(config, rank, world, make_group)
     kind = InvariantTrainer if config.train.invariant else Trainer
-    trainer = kind(config, mesh, select_kernels({}, mesh.device), **options)
+    trainer = kind(config, mesh, select_kernels(dataclasses.asdict(config.kernels), mesh.device), **options)
     trainer.initialise()
     return trainer
 

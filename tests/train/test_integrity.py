@@ -9,7 +9,6 @@ from megalite.checkpoint.source import CheckpointReader
 from megalite.config import load_config
 from megalite.errors import RunFailed
 from megalite.kernels import select_kernels
-from megalite.mesh import Mesh
 from megalite.observe.events import EventLog
 from megalite.observe.observers import Observers
 from megalite.observe.watch import Watch
@@ -18,7 +17,7 @@ from megalite.train.loop import TrainingRun
 from megalite.train.replicas import Difference, digest
 from megalite.train.start import build_task
 from tests.support.chaos import ChaosGroups
-from tests.support.parity import Layout
+from tests.support.parity import Layout, mesh_of
 from tests.support.tiny import write_recipe
 
 STEPS, INTERVAL, FLIPPED_AT, GUILTY = 10, 3, 4, 1
@@ -47,13 +46,7 @@ def targets(trainer, kind):
 def train(rank, recipe, overrides, world, hurt, every_time):
     """A whole run on one rank of the pool; (its error or "", whether steps were made again)."""
     config = load_config(recipe, overrides)
-    mesh = Mesh(
-        pp=config.parallel.pipeline,
-        dp=config.data_parallel(world),
-        tp=config.parallel.tensor,
-        rank=rank,
-        make_group=ChaosGroups(3),
-    )
+    mesh = mesh_of(config, rank, world, ChaosGroups(3))
     task = build_task(config, mesh, select_kernels({}, torch.device("cpu")))
     trainer, done = task.trainer, []
 
