@@ -30,7 +30,7 @@ from megalite.generation.generator import Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels import select_kernels
 from megalite.mesh import CPU, Mesh
-from megalite.train.invariant import build_trainer
+from megalite.train.invariant_trainer import build_trainer
 from megalite.train.trainer import Trainer
 
 MODEL = {"layers": 4, "hidden_size": 512, "ffn_hidden_size": 1408, "heads": 8, "kv_heads": 8, "vocab_size": 8192}

@@ -258,7 +258,7 @@ def connect(config: Config, world: World, device: torch.device) -> Mesh:
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     make_group: GroupFactory = functools.partial(create_group, timeout=timeout)
     if config.train.invariant:
-        from megalite.parallel.invariant import tree_groups
+        from megalite.parallel.virtual_parts import tree_groups
 
         make_group = tree_groups(make_group)
     parallel = config.parallel

@@ -99,7 +99,7 @@ def main() -> int:
         fail(str(error), FAILED)
     summary = verdict.summary()
     if options.output is not None:
-        from megalite.compare.page import write_page  # loads matplotlib
+        from megalite.compare.compare_page import write_page  # loads matplotlib
 
         summary["page"] = str(write_page(verdict, a, b, options.output))
     print(json.dumps(summary, ensure_ascii=False))

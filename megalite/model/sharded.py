@@ -25,7 +25,7 @@ from megalite.mesh import Mesh
 from megalite.model.adapter import build_adapter
 from megalite.model.attention import Positions
 from megalite.model.balance import Balance
-from megalite.model.batch_invariant import BatchInvariantBuild
+from megalite.model.batch_invariant_build import BatchInvariantBuild
 from megalite.model.build import Build
 from megalite.model.decoder import SCORE, Stage
 from megalite.model.init import initialise_parameter

@@ -25,7 +25,7 @@ from megalite.kernels.cross_entropy import CHUNK_ELEMENTS, PRODUCT_BYTES
 from megalite.parallel.heads import split_heads
 from megalite.planning.architecture import LayerShare, vocabulary_rows
 from megalite.planning.job import Job
-from megalite.planning.latent import LatentWidths
+from megalite.planning.latent_cost import LatentWidths
 
 NORMS = {"sandwich_norm": 4}
 """Norms of the stream in a layer, by `model.block`; two in all others."""

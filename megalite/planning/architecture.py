@@ -12,7 +12,7 @@ from megalite.config import AdapterConfig, ModelConfig
 from megalite.model.cost import NO_ADAPTER, LayerSizes, ModelSizes, attention_flops_per_token, model_sizes
 from megalite.model.partition import layers_of_stage
 from megalite.parallel.heads import split_heads
-from megalite.planning.latent import LatentWidths
+from megalite.planning.latent_cost import LatentWidths
 
 
 @dataclass(frozen=True)

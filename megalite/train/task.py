@@ -19,7 +19,7 @@ from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.objective.work import Work, flops_per_token, passes_of
 from megalite.observe.timeline import Recorder
-from megalite.train.invariant import build_trainer
+from megalite.train.invariant_trainer import build_trainer
 from megalite.train.reader import Reader
 from megalite.train.trainer import StepResult, Trainer
 

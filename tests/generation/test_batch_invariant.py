@@ -18,7 +18,7 @@ from megalite.kernels.attention import attention_reference
 from megalite.kernels.attention.batch_invariant import BatchInvariantAttention
 from megalite.mesh import CPU, Mesh
 from megalite.model.sharded import ShardedModel
-from megalite.parallel.batch_invariant import ROWS, RowBlocks
+from megalite.parallel.row_blocks import ROWS, RowBlocks
 from tests.align import tiny
 from tests.align.tiny import build_task, config_of
 from tests.support.parity import Case, Layout

@@ -21,7 +21,7 @@ from megalite.checkpoint.source import CheckpointReader
 from megalite.kernels import select_kernels
 from megalite.mesh import CPU, Mesh
 from megalite.optim.exact_norm import ExactNorm
-from megalite.parallel.invariant import kernels_of_parts, tree_sum
+from megalite.parallel.virtual_parts import kernels_of_parts, tree_sum
 from tests.support.chaos import ChaosGroups
 from tests.support.parity import EVERYTHING, Case, Layout, assert_close, assert_same_bits, train, train_alone
 from tests.support.pool import Pool

@@ -32,8 +32,8 @@ from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.context import ContextRegion
 from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.experts import Exchange, Sorting, collect, spread
-from megalite.parallel.invariant import shared_by_parts
 from megalite.parallel.linear import enter_region
+from megalite.parallel.virtual_parts import shared_by_parts
 from megalite.placement import PlacedParameter, row_box
 from tests.spmd.typed import functions, is_local, parse
 from tests.support.parity import Case

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megalite.mesh import Group, Work, create_group
-from megalite.parallel.invariant import TreeGroup
+from megalite.parallel.virtual_parts import TreeGroup
 
 LONGEST_DELAY_SECONDS = 0.002
 

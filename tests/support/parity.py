@@ -27,10 +27,10 @@ from megalite.mesh import GroupFactory, Mesh, create_group
 from megalite.model.decoder import Stage
 from megalite.objective import Objective
 from megalite.optim.lr_schedule import learning_rate
-from megalite.parallel.invariant import tree_groups
+from megalite.parallel.virtual_parts import tree_groups
 from megalite.placement import Box, placed_parameters
 from megalite.schedule.schedules import SCHEDULES, find_schedule
-from megalite.train.invariant import InvariantTrainer
+from megalite.train.invariant_trainer import InvariantTrainer
 from megalite.train.trainer import Trainer
 from tests.support.chaos import ChaosGroups
 from tests.support.pool import Pool

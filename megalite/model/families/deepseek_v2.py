@@ -9,8 +9,7 @@ import functools
 from typing import Any
 
 from megalite.config import ModelConfig
-from megalite.model.families.family import Family, Fields
-from megalite.model.families.latent import (
+from megalite.model.families.deepseek import (
     DEEPSEEK_DEFAULTS,
     DEEPSEEK_FIXED,
     DEEPSEEK_WITHOUT_EFFECT,
@@ -18,6 +17,7 @@ from megalite.model.families.latent import (
     read_latent,
     write_latent,
 )
+from megalite.model.families.family import Family, Fields
 from megalite.model.families.llama import ROTARY_FREQUENCIES, require_multiple, tied_output
 from megalite.model.families.sparse import MOST_EXPERTS, read_groups
 

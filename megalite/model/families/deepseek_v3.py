@@ -11,8 +11,7 @@ import re
 from typing import Any
 
 from megalite.config import ModelConfig
-from megalite.model.families.family import Family, Fields
-from megalite.model.families.latent import (
+from megalite.model.families.deepseek import (
     DEEPSEEK_DEFAULTS,
     DEEPSEEK_FIXED,
     DEEPSEEK_WITHOUT_EFFECT,
@@ -20,6 +19,7 @@ from megalite.model.families.latent import (
     read_latent,
     write_latent,
 )
+from megalite.model.families.family import Family, Fields
 from megalite.model.families.llama import ROTARY_FREQUENCIES, tied_output
 from megalite.model.families.sparse import read_groups
 

@@ -15,7 +15,7 @@ from megalite.errors import UserError
 from megalite.kernels.attention.batch_invariant import BatchInvariantAttention
 from megalite.model.build import Build
 from megalite.model.head import VocabParallelHead
-from megalite.parallel.batch_invariant import RowBlocks
+from megalite.parallel.row_blocks import RowBlocks
 
 _BY_ROW = ("rms_norm", "rope", "swiglu", "cross_entropy")
 

@@ -12,18 +12,18 @@ from megalite.config import Config
 from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.model.build import Build
-from megalite.model.invariant import InvariantBuild
+from megalite.model.invariant_build import InvariantBuild
 from megalite.model.sharded import Finish, MicroBatches
 from megalite.optim.exact_norm import ExactNorm
 from megalite.parallel.engine import Observer, unobserved
-from megalite.parallel.invariant import PartBuckets, tree_sum
+from megalite.parallel.virtual_parts import PartBuckets, tree_sum
 from megalite.train.trainer import Trainer
 
 
 class InvariantTrainer(Trainer):
     """A trainer of `train.invariant` virtual parts, of the model and of the batch.
 
-    Its mesh must have tree groups (`megalite.parallel.invariant.tree_groups`). A step's micro-batches are those of
+    Its mesh must have tree groups (`megalite.parallel.virtual_parts.tree_groups`). A step's micro-batches are those of
     this rank's parts of the batch, one part after the other and equally many of each.
     """
 

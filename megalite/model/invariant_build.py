@@ -1,7 +1,7 @@
 """The build context of a model whose bits do not depend on the number of ranks (`train.invariant`).
 
 `Build` gives layers their parts; this one gives them parts that compute for each virtual part by itself and sum up the
-binary tree (`megalite.parallel.invariant`). Layers know nothing of it.
+binary tree (`megalite.parallel.virtual_parts`). Layers know nothing of it.
 
 N = S * B tokens of the micro-batch, n tokens of one chunk, H hidden, v columns of the vocabulary of one virtual part,
 D head dim.
@@ -23,7 +23,8 @@ from megalite.model.head import VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import all_gather_stacked
 from megalite.parallel.embedding import vocabulary_box
-from megalite.parallel.invariant import (
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.virtual_parts import (
     ColumnParts,
     RowParts,
     kernels_of_parts,
@@ -31,7 +32,6 @@ from megalite.parallel.invariant import (
     shared_by_parts,
     tree_sum,
 )
-from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import Box, PlacedParameter
 
 

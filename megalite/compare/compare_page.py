@@ -36,7 +36,7 @@ def write_page(verdict: Verdict, a: Side, b: Side, output: Path) -> Path:
     with styled():
         picture = to_png(draw(verdict))
     write_file(output / "compare.png", picture)
-    text = resources.files("megalite.compare").joinpath("page.html").read_text(encoding="utf-8")
+    text = resources.files("megalite.compare").joinpath("compare_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     content = _content(verdict, a, b) | {"picture": base64.b64encode(picture).decode()}
     page = output / "compare.html"
