@@ -29,7 +29,7 @@ extensions = [
 setup(
     packages=[*find_packages(include=["megalite", "megalite.*"]), "megalite.kernels", "megalite.kernels.attention"],
     package_dir={"megalite.kernels": "kernels"},
-    package_data={"": ["*.pyi", "*.toml", "*.html", "*.yaml"]},
+    package_data={"": ["*.pyi", "*.toml", "*.html", "*.css", "*.yaml"]},
     ext_modules=extensions,
     cmdclass={"build_ext": build_ext},
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,19 @@ from megalite.compare.sides import Side
 from megalite.compare.verdict import FACTOR, Measured, Verdict
 from megalite.errors import UserError
 from megalite.observe.formatting import counted
-from megalite.report.style import ALARM, FAINT, RUNS, WIDE, legend_below, new_figure, plain, styled, to_png, write_file
+from megalite.report.style import (
+    ALARM,
+    FAINT,
+    RUNS,
+    WIDE,
+    legend_below,
+    new_figure,
+    page_template,
+    plain,
+    styled,
+    to_png,
+    write_file,
+)
 
 _ROWS = 60
 """The table begins with the first difference, or where the ratio is largest."""
@@ -27,8 +38,6 @@ _PARTS = {
 
 def write_page(verdict: Verdict, a: Side, b: Side, output: Path) -> Path:
     """Write compare.html and compare.png to the directory `output`; the page's path. Raises `UserError`."""
-    import jinja2  # here, for machines that train without it
-
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -36,11 +45,11 @@ def write_page(verdict: Verdict, a: Side, b: Side, output: Path) -> Path:
     with styled():
         picture = to_png(draw(verdict))
     write_file(output / "compare.png", picture)
-    text = resources.files("megalite.compare").joinpath("compare_page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     content = _content(verdict, a, b) | {"picture": base64.b64encode(picture).decode()}
     page = output / "compare.html"
-    write_file(page, environment.from_string(text).render(**content).encode("utf-8", "backslashreplace"))
+    write_file(
+        page, page_template("megalite.compare/compare_page.html").render(**content).encode("utf-8", "backslashreplace")
+    )
     return page
 
 

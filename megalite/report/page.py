@@ -6,7 +6,6 @@ import base64
 import math
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megalite.report import curves, timing
 from megalite.report.remarks import history, remarks
 from megalite.report.run_directory import Run
 from megalite.report.scores import Score, draw_scores, rows_of
-from megalite.report.style import styled, to_png, write_file
+from megalite.report.style import page_template, styled, to_png, write_file
 
 _SUMMARY = (
     "state", "steps", "tokens", "validation loss", "training loss", "tokens/s", "MFU", "memory",
@@ -34,7 +33,7 @@ _ABSENT = "–"
 
 def write_report(runs: Sequence[Run], output: Path, scores: Sequence[Score] = ()) -> Path:
     """Write report.html and its pictures to the directory `output`; the page's path. Runs or scores may be missing."""
-    template = _template()
+    template = page_template("megalite.report/page.html")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,14 +50,6 @@ def write_report(runs: Sequence[Run], output: Path, scores: Sequence[Score] = ()
     page = output / "report.html"
     write_file(page, text.encode("utf-8", "backslashreplace"))
     return page
-
-
-def _template() -> Any:
-    import jinja2  # here, for machines that train without it
-
-    text = resources.files("megalite.report").joinpath("page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(text)
 
 
 def _pictures(runs: Sequence[Run], scores: Sequence[Score]) -> Iterator[tuple[str, Figure | None]]:

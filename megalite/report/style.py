@@ -1,9 +1,10 @@
-"""How the pictures look: one quiet style, the same colours for the same things everywhere."""
+"""How pictures and pages look: one quiet style, the same colours for the same things everywhere."""
 
 from __future__ import annotations
 
 import io
 from contextlib import AbstractContextManager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,15 @@ def write_file(path: Path, content: bytes) -> None:
         write_atomically(path, content)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written ({error.strerror}); name a writable directory") from error
+
+
+def page_template(name: str) -> Any:
+    """The Jinja template of a page, or of what pages include: `PACKAGE/FILE`."""
+    import jinja2  # here, for machines that train without it
+
+    def read(name: str) -> str:
+        package, _, file = name.partition("/")
+        return resources.files(package).joinpath(file).read_text(encoding="utf-8")
+
+    loader = jinja2.FunctionLoader(read)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)

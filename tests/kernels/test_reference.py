@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from megalite.config.schema import KernelsConfig
+from megalite.config import KernelsConfig
 from megalite.errors import UserError
 from megalite.kernels import OPERATIONS, native, select_kernels
 from megalite.kernels import cross_entropy as cross_entropy_file
