@@ -11,7 +11,6 @@ from megalite.model.families.family import Fields, FileTensor, whole
 from megalite.model.families.llama import (
     DEFAULTS,
     FIXED,
-    MOST_FFN,
     MOST_HEADS,
     MOST_HIDDEN,
     MOST_LAYERS,
@@ -21,12 +20,10 @@ from megalite.model.families.llama import (
     write_decoder,
 )
 from megalite.model.families.sparse import (
-    MOST_EXPERTS,
     SPARSE_WITHOUT_EFFECT,
     mixed_stacked_tensors,
     mixed_tensors,
-    read_chosen,
-    read_experts,
+    read_shared_and_routed,
     shared_tensors,
 )
 
@@ -62,11 +59,9 @@ def read_latent(fields: Fields, **features: Any) -> ModelConfig:
     if kv_heads != heads:
         problem = f"is not num_attention_heads = {heads}; in latent attention every head has keys of its own"
         raise fields.refusal("num_key_value_heads", kv_heads, problem)
-    experts = read_experts(fields, "n_routed_experts", "num_local_experts", "num_experts")
-    dense, layers = (
-        fields.count("first_k_dense_replace", MOST_LAYERS, least=0, null=0),
-        fields.count("num_hidden_layers", MOST_LAYERS),
-    )
+    experts = read_shared_and_routed(fields, "n_routed_experts", "num_local_experts", "num_experts")
+    dense = fields.count("first_k_dense_replace", MOST_LAYERS, least=0, null=0)
+    layers = fields.count("num_hidden_layers", MOST_LAYERS)
     if dense >= layers:
         problem = f"leaves none of num_hidden_layers = {layers} for experts"
         raise fields.refusal("first_k_dense_replace", dense, problem)
@@ -79,12 +74,8 @@ def read_latent(fields: Fields, **features: Any) -> ModelConfig:
         qk_nope_head_dim=plain,
         qk_rope_head_dim=rotated,
         v_head_dim=fields.count("v_head_dim", MOST_HEADS),
-        experts=experts,
-        experts_per_token=read_chosen(fields, experts),
-        expert_ffn_hidden_size=fields.count("moe_intermediate_size", MOST_FFN),
-        shared_experts=fields.count("n_shared_experts", MOST_EXPERTS),
         dense_layers=tuple(range(dense)),
-        router_scale=fields.number("routed_scaling_factor"),
+        **experts,
         **features,
     )
 

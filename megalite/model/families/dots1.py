@@ -11,7 +11,6 @@ from megalite.model.families.family import Family, Fields, FileTensor
 from megalite.model.families.llama import (
     DEFAULTS,
     FIXED,
-    MOST_FFN,
     MOST_LAYERS,
     ROTARY_FREQUENCIES,
     decoder_tensors,
@@ -22,19 +21,17 @@ from megalite.model.families.llama import (
 )
 from megalite.model.families.qwen2 import read_qwen_windows, write_qwen_windows
 from megalite.model.families.sparse import (
-    MOST_EXPERTS,
     SPARSE_WITHOUT_EFFECT,
     mixed_stacked_tensors,
     mixed_tensors,
-    read_chosen,
-    read_experts,
     read_groups,
+    read_shared_and_routed,
     shared_tensors,
 )
 
 
 def _read(fields: Fields) -> ModelConfig:
-    experts = read_experts(fields, "n_routed_experts", "num_local_experts")
+    experts = read_shared_and_routed(fields, "n_routed_experts", "num_local_experts")
     dense = fields.count("first_k_dense_replace", MOST_LAYERS, least=0, null=0)
     layers = fields.count("num_hidden_layers", MOST_LAYERS)
     return read_decoder(
@@ -42,14 +39,10 @@ def _read(fields: Fields) -> ModelConfig:
         derived_sizes(fields),
         qk_norm=True,
         **read_qwen_windows(fields, used=fields.value("sliding_window") is not None),
-        experts=experts,
-        experts_per_token=read_chosen(fields, experts),
-        expert_ffn_hidden_size=fields.count("moe_intermediate_size", MOST_FFN),
-        shared_experts=fields.count("n_shared_experts", MOST_EXPERTS),
         dense_layers=tuple(range(min(dense, layers))),
         router="sigmoid",
         router_renormalise=fields.flag("norm_topk_prob"),
-        router_scale=fields.number("routed_scaling_factor"),
+        **experts,
         **read_groups(fields),
     )
 

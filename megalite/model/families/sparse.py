@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megalite.config import ModelConfig
 from megalite.model.families.family import STACK, Fields, FileTensor, Rows, whole
-from megalite.model.families.llama import WITHOUT_EFFECT, dense_tensors, gated_tensors
+from megalite.model.families.llama import MOST_FFN, WITHOUT_EFFECT, dense_tensors, gated_tensors
 
 MOST_EXPERTS = 1 << 16
 
@@ -41,6 +42,18 @@ def read_groups(fields: Fields) -> dict[str, int]:
         problem = f"is more than the experts of topk_group = {best} out of n_group = {groups}"
         raise fields.refusal("num_experts_per_tok", chosen, problem)
     return {"router_groups": groups, "router_groups_per_token": best}
+
+
+def read_shared_and_routed(fields: Fields, *names: str) -> dict[str, Any]:
+    """The experts of DeepSeek's kind, as fields of `ModelConfig`; `names` as of `read_experts`."""
+    experts = read_experts(fields, *names)
+    return {
+        "experts": experts,
+        "experts_per_token": read_chosen(fields, experts),
+        "expert_ffn_hidden_size": fields.count("moe_intermediate_size", MOST_FFN),
+        "shared_experts": fields.count("n_shared_experts", MOST_EXPERTS),
+        "router_scale": fields.number("routed_scaling_factor"),
+    }
 
 
 def shared_tensors(model: ModelConfig, layer: int, *, bias: bool = True) -> Iterator[FileTensor]:
