@@ -6,7 +6,8 @@
 #
 #   75, stopped with a checkpoint  becomes 0; rank 0 writes it to the file MEGALITE_OUTCOME, where the job's script looks
 #   2, unusable configuration      stays, and is written there too: ranks that SLURM kills end with other codes
-#   anything else                  stays, with a line that names the rank and the node
+#   anything else                  stays, with a line that names the rank and the node; the first to fail writes it there,
+#                                  because srun tells the highest code of all, which may be that of a rank it killed
 set -u
 
 : "${SLURM_PROCID:?this is run by srun, once for each rank}" "${MEGALITE_OUTCOME:?}"
@@ -44,6 +45,7 @@ case $code in
         if [ "$code" -gt 128 ]; then
             how="was ended by SIG$(kill -l $((code - 128)))"
         fi
+        (set -o noclobber && echo "$code" > "$MEGALITE_OUTCOME") 2> /dev/null
         echo "error: rank $RANK on ${SLURMD_NODENAME:-$(hostname)} $how" >&2
         ;;
 esac

@@ -14,6 +14,7 @@ export MEGALITE_OUTCOME=$RUN/launch/$start.outcome # where rank 0 tells how the 
 stopping=""                                        # the signal that asked to stop
 stopped_at=0
 overdue=""
+repeater="" # the process that repeats the request
 
 say() { printf '%s %s: %s\n' "$(date '+%F %T')" "$start" "$*"; }
 
@@ -22,6 +23,7 @@ newest_checkpoint() {
 }
 
 # The first request counts; it is repeated until the step has ended, because ranks that are still starting miss it.
+# Whoever repeats it must end with this script, however that ends: a job that comes back has the same number.
 # SIGTERM once the time limit has passed means that SLURM kills everything within seconds, this script too.
 # shellcheck disable=SC2317 # called by the traps
 request_stop() {
@@ -39,7 +41,7 @@ request_stop() {
 # shellcheck disable=SC2317
 repeat_request() {
     local steps said
-    while :; do
+    while kill -0 $$ 2> /dev/null; do
         steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format='%i %j' | sed -n 's/ megalite-.*//p')
         for step in $steps; do
             # A step may end between the two commands: nothing is left to ask then.
@@ -48,6 +50,11 @@ repeat_request() {
         done
         sleep 10
     done
+}
+
+stop_repeating() {
+    [ -z "$repeater" ] || kill "$repeater" 2> /dev/null
+    repeater=""
 }
 
 # Where rank 0 shall listen: at the address by which this node, the first, reaches the second, and on no other network;
@@ -100,6 +107,7 @@ explain() {
 # and one that SLURM has given back already, are not RUNNING any more; one beyond its time limit says so.
 start_again() {
     local job="" state reason restarts
+    trap '' USR1 TERM INT # it is decided: the SIGTERM that comes with the requeue asks for nothing more
     for _ in 1 2 3 4 5 6; do
         job=$(scontrol show job --oneliner "$SLURM_JOB_ID") && break
         sleep 10
@@ -159,6 +167,7 @@ if [ -e "$SUBMISSION.finished" ]; then
     say "the training has finished: nothing to do"
     exit 0
 fi
+trap stop_repeating EXIT
 trap 'request_stop USR1' USR1 # from SLURM near the time limit, or: scancel --batch --signal=USR1 JOB
 trap 'request_stop TERM' TERM # preemption, a lost node
 trap 'request_stop INT' INT   # scancel --batch --signal=INT JOB: save, stop, and do not come back
@@ -205,7 +214,7 @@ fi
 run_step train --kill-on-bad-exit=1 --unbuffered --output="${logs//%/%%}%5t.out" \
     "${CONTAINER[@]}" bash "$REPOSITORY/launch/entry.sh" "$PYTHON" -m megalite.train "${RECIPE[@]}"
 code=$?
-[ -z "$stopping" ] || kill "$repeater"
+stop_repeating
 code=$(cat "$MEGALITE_OUTCOME" 2> /dev/null || echo $code)
 rm -f "$MEGALITE_OUTCOME"
 newest=$(newest_checkpoint)

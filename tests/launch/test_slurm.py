@@ -184,9 +184,9 @@ def test_recipes_that_cannot_be_read(capsys, tmp_path):
         ("exit 0", 0, None, ""),
         ("exit 75", 0, "75", ""),
         ("exit 2", 2, "2", ""),
-        ("exit 5", 5, None, "error: rank 0 on n0 ended with code 5"),
-        ("kill -KILL $$", 137, None, "error: rank 0 on n0 was ended by SIGKILL"),
-        ("kill -USR1 $$ $PPID; exit 7", 7, None, "error: rank 0 on n0 ended with code 7"),
+        ("exit 5", 5, "5", "error: rank 0 on n0 ended with code 5"),
+        ("kill -KILL $$", 137, "137", "error: rank 0 on n0 was ended by SIGKILL"),
+        ("kill -USR1 $$ $PPID; exit 7", 7, "7", "error: rank 0 on n0 ended with code 7"),
         ("trap 'exit 75' TERM; kill -TERM $$ $PPID; sleep 9", 0, "75", ""),
     ],
 )
@@ -199,6 +199,17 @@ def test_what_becomes_of_a_ranks_exit_code(tmp_path, ends_with, code, outcome, s
     assert done.returncode == code and says in done.stderr
     assert ("error: rank" in done.stderr) == bool(says)
     assert (path.read_text().strip() if path.exists() else None) == outcome
+
+
+def test_the_first_rank_that_fails_gives_the_code(tmp_path):
+    """SLURM then kills the others, and srun would tell their code, which is higher."""
+    path = tmp_path / "outcome"
+    for rank, ends_with in (("1", "exit 5"), ("0", "kill -TERM $$")):
+        place = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "n0"}
+        place |= {"MEGALITE_OUTCOME": str(path), "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
+        command = ["bash", str(ROOT / "launch/entry.sh"), "bash", "-c", ends_with]
+        subprocess.run(command, env=os.environ | place, capture_output=True, check=False, timeout=60)
+    assert path.read_text() == "5\n"
 
 
 # Submitting, with a stand-in for sbatch
