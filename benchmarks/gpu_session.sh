@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, within ten minutes:
+# Everything that needs a GPU, within nine minutes:
 #
 #   bash benchmarks/gpu_session.sh [options] [SECTION ...]
 #
 #   run      a tiny run from its first step to a generated token: benchmarks/gpu_run.py
+#   train    benchmarks/train.py: Llama 8B's shape, 1.24 B and GPT-2's 1.5 B, FP8, recomputation, the plain yardstick
+#   rollouts benchmarks/gpu_rollouts.py: the trainer's own generation
 #   step     a whole training step, kernels against references; the tests of data, timing and profiles that need a GPU
 #   suite    the kernels' tests, natively
 #   rule     FlashAttention's rule: errors at most twice those of torch's own bf16 formula
@@ -11,12 +13,12 @@
 #   speed    benchmarks/kernels.py
 #
 #   --out DIR      results (default benchmarks/results): session.json (written anew after every section), session.log,
-#                  run.json, kernels_cuda_bfloat16.{json,txt,png}
+#                  run.json, train_MODEL.json, rollouts.json, kernels_cuda_bfloat16.{json,txt,png}
 #   --wheels DIR   wheels of packages that the machine lacks (pytest, liger-kernel, ...), installed into a scratch place
-#   --budget S     seconds for all sections together (default 560); what one leaves of its share goes to the next
-#   --device cpu   rehearse without a GPU: the kernels in Triton's interpreter, `run` and `speed` on the CPU
+#   --budget S     seconds for all sections together (default 530); what one leaves of its share goes to the next
+#   --device cpu   rehearse without a GPU: the kernels in Triton's interpreter, the rest on the CPU with small models
 #
-# Needs a Python with torch, triton, numpy and pytest ($PYTHON, default python3); what else megalite depends on is either
+# Needs a Python with torch, triton, numpy, rich and pytest ($PYTHON, default python3); what else megalite depends on is either
 # not used here or brought along (benchmarks/stand_ins). Where megalite is not installed, it is copied to a scratch
 # directory and its index builder is compiled there, with torch's own copy of pybind11 where there is no other. Sections
 # are independent: a failure is recorded, and the next begins. Exits 1 if any failed.
@@ -24,9 +26,10 @@ set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 PYTHON=${PYTHON:-python3}
-OUT=$ROOT/benchmarks/results WHEELS='' BUDGET=560 DEVICE=cuda
-SECTIONS=(run step suite rule repeats speed)
-declare -A SHARE=([run]=110 [step]=60 [suite]=150 [rule]=60 [repeats]=40 [speed]=140)
+OUT=$ROOT/benchmarks/results WHEELS='' BUDGET=530 DEVICE=cuda
+SECTIONS=(run train rollouts step suite speed rule repeats)
+declare -A SHARE=([run]=80 [train]=165 [rollouts]=30 [step]=35 [suite]=90 [speed]=70 [rule]=35 [repeats]=25)
+WHOLE=530 # the sum of the shares
 chosen=()
 
 refuse() {
@@ -100,11 +103,33 @@ tests() { # NAME WHAT...: tests that need a GPU, a report under NAME
         "${parallel[@]}" --junitxml "$SCRATCH/$name.xml" -o junit_family=xunit1 "$@"
 }
 
-section() {
+rows() { # MODEL SECONDS ROW...: a model's turns; it begins none later, and what it has measured stays
+    local model=$1 seconds=$2
+    shift 2
+    "$PYTHON" benchmarks/train.py --model "$model" --device "$DEVICE" --rounds 1 --warmup 2 --steps 4 \
+        --budget "$seconds" --output "$OUT/train_$model" --rows "$@"
+}
+
+training() { # SECONDS: each model for itself, so that one which fails or takes long leaves the others their time
+    local bf16=megalite,precision=bf16 plain=plain,precision=bf16 failed=0
+    if [ "$DEVICE" = cpu ]; then
+        rows 10m "$1" $bf16 $plain # without FP8, whose products take minutes on a CPU
+        return
+    fi
+    rows llama3-8b $(($1 * 6 / 10)) $bf16 $plain,compile=1 $bf16,fp8=row $bf16,fp8=tensor $bf16,recompute=selective ||
+        failed=1
+    rows 1.24b $(($1 * 2 / 10)) $bf16 $plain,compile=1 || failed=1
+    rows gpt2-1.5b $(($1 * 2 / 10)) $bf16 $plain,compile=1 || failed=1
+    return $failed
+}
+
+section() { # NAME SECONDS
     local suite=tests/kernels/suite others=(tests/data tests/report)
     [ "$DEVICE" = cuda ] || others=()
     case $1 in
         run) env -u TRITON_INTERPRET "$PYTHON" benchmarks/gpu_run.py --device "$DEVICE" --out "$OUT" ;;
+        train) env -u TRITON_INTERPRET OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" bash -c "training $2" ;;
+        rollouts) env -u TRITON_INTERPRET "$PYTHON" benchmarks/gpu_rollouts.py --device "$DEVICE" --out "$OUT" ;;
         step) tests step $suite/test_training_step.py "${others[@]}" ;;
         suite) tests suite $suite -k 'not twice and not bitwise and not train' ;;
         rule) tests rule $suite/test_attention_kernels.py -k twice ;;
@@ -144,7 +169,7 @@ part.replace(target)
 PYTHON
 }
 
-export -f section tests
+export -f section tests training rows
 export PYTHON OUT SCRATCH DEVICE
 unset TRITON_INTERPRET
 [ "$DEVICE" = cuda ] || export TRITON_INTERPRET=1
@@ -152,14 +177,14 @@ unset TRITON_INTERPRET
 spare=0 failed=0
 for name in "${chosen[@]}"; do
     left=$((BUDGET - (SECONDS - START)))
-    limit=$((SHARE[$name] * BUDGET / 560 + spare))
+    limit=$((SHARE[$name] * BUDGET / WHOLE + spare))
     [ $limit -lt $left ] || limit=$left
     begin=$SECONDS
     if [ "$limit" -lt 10 ]; then
         status=124
     else
         echo "== $name (at most $limit s)"
-        timeout --kill-after=5 "$limit" bash -c "section $name"
+        timeout --kill-after=5 "$limit" bash -c "section $name $((limit - 3))"
         status=$?
     fi
     took=$((SECONDS - begin))

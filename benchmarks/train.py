@@ -2,9 +2,9 @@
 
     python benchmarks/train.py [--model 10m] [--rows ROW ...] [--against picotron=PATH transformers] [--rounds 3]
 
-A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners
-are megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the
-peers named by `--against`. Options: tensor, pipeline, context, expert, data (ranks along each), precision, compile,
+A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners are
+megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the peers
+named by `--against`. Options: tensor, pipeline, context, expert, data (ranks along each), precision, fp8, compile,
 kernels, recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the
 environment that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all
 alike. A `plain` row is added for every precision among the rows (not to models with experts), and without `--rows` a
@@ -107,7 +107,7 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
         name, _, value = option.partition("=")
         if name in AXES and value.isdigit() and int(value) > 0:
             layout[name] = int(value)
-        elif name in ("precision", "kernels", "recompute", "schedule", "context_mode"):
+        elif name in ("precision", "fp8", "kernels", "recompute", "schedule", "context_mode"):
             chosen[name] = value
         elif name in ("compile", "sequence", "micro_batch", "layers") and value.isdigit():
             chosen[name] = bool(int(value)) if known[name].type == "bool" else int(value)
@@ -118,6 +118,8 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
         raise UserError(f"--rows {text}: {runner} runs in one process; leave out {', '.join(layout)}")
     if chosen.get("compile") and runner != "plain":
         raise UserError(f"--rows {text}: compile is the plain runner's; {runner} brings its own kernels")
+    if chosen.get("fp8", "none") != "none" and runner != "megalite":
+        raise UserError(f"--rows {text}: fp8 is megalite's; {runner} has other products")
     if runner != "megalite" and PRESETS[arguments.model].model.get("experts"):
         raise UserError(f"--rows {text}: {runner} has no experts; --model {arguments.model} is megalite's alone")
     if runner == "bare" and (chosen["precision"], device) != ("fp32", "cpu"):

@@ -67,6 +67,7 @@ class Job:
     layout: dict[str, int] = field(default_factory=dict)
     kernels: str = "auto"
     recompute: str = "none"
+    fp8: str = "none"
     schedule: str = "1f1b"
     sequence: bool = True
     context_mode: str = "gather"

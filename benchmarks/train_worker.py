@@ -41,6 +41,7 @@ def configuration(job: Job) -> Config:
         "global_batch_size": job.preset.global_batch,
         "precision": job.precision,
         "recompute": job.recompute,
+        "fp8": job.fp8,
     }
     return build_config({"model": job.shape, "parallel": parallel, "train": train, "kernels": {"default": job.kernels}})
 

@@ -57,21 +57,27 @@ def test_the_stand_in_for_tomli_w_writes_what_is_read_back(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_and_a_step_rehearsed_on_a_bare_machine(tmp_path: Path) -> None:
+def test_sections_rehearsed_on_a_bare_machine(tmp_path: Path) -> None:
     """Sections stand alone: the second runs and is told of whatever the first did."""
     result = bare("bash", str(SCRIPT), "--device", "cpu", "--budget", "4000", "--out", str(tmp_path), "run", "step",
-                  timeout=1700)  # fmt: skip
+                  "train", "rollouts", timeout=1700)  # fmt: skip
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     session = json.loads((tmp_path / "session.json").read_text())
-    assert {name: section["exit"] for name, section in session["sections"].items()} == {"run": 0, "step": 0}
+    assert {name: section["exit"] for name, section in session["sections"].items()} == {
+        "run": 0, "step": 0, "train": 0, "rollouts": 0,
+    }  # fmt: skip
     stages = json.loads((tmp_path / "run.json").read_text())["stages"]
     assert len(stages) == 8 and all(stage["wrong"] is None for stage in stages)
+    trained = json.loads((tmp_path / "train_10m.json").read_text())["rows"]
+    assert all(row["tokens_per_second"] > 0 for row in trained.values()) and len(trained) == 2
+    answered = json.loads((tmp_path / "rollouts.json").read_text())["rows"]
+    assert answered.keys() == {"1", "16", "64"} and all(row["tokens_per_second"] > 0 for row in answered.values())
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["walk"], "sections are run step suite"), (["--device", "tpu"], "cuda or cpu"), (["--budget", "x"], "seconds")],
+    [(["walk"], "sections are run train rollouts"), (["--device", "tpu"], "cuda or cpu"), (["--budget", "x"], "seconds")],
 )
 def test_mistakes_are_one_line(arguments, words) -> None:
     result = bare("bash", str(SCRIPT), *arguments)
