@@ -77,7 +77,7 @@ def test_sections_rehearsed_on_a_bare_machine(tmp_path: Path) -> None:
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["walk"], "sections are run train rollouts"), (["--device", "tpu"], "cuda or cpu"), (["--budget", "x"], "seconds")],
+    [(["walk"], "sections are run train"), (["--device", "tpu"], "cuda or cpu"), (["--budget", "x"], "seconds")],
 )
 def test_mistakes_are_one_line(arguments, words) -> None:
     result = bare("bash", str(SCRIPT), *arguments)
