@@ -22,6 +22,6 @@ def test_a_layers_bytes_outside_products_are_the_committed_ones(tmp_path):
         remedy = "run benchmarks/memory_passes.py again, with --before, and see docs/throughput.md"
         for field in ("gb_outside_products", "gb_of_products", "gb_kept"):
             assert counts[field] == pytest.approx(now[field], rel=0.01), f"{field}: {remedy}"
-        assert counts["gb_outside_products"] < before["gb_outside_products"] - 2.1
+        assert counts["gb_outside_products"] < before["gb_outside_products"] - 2.2
         assert counts["gb_kept"] <= before["gb_kept"]
-    assert counted["now"]["none"]["gb_outside_products"] < 4.7
+    assert counted["now"]["none"]["gb_outside_products"] < 4.55
