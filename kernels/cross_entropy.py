@@ -20,6 +20,8 @@ Shapes: N tokens, V columns of this shard (the last V - valid are padding), H hi
 import torch
 from torch import Tensor
 
+from .accumulate import accumulate_product
+
 IGNORE_INDEX = -100  # label of a position that does not count in the loss
 PIECE_BYTES = 1 << 20  # rows are processed in pieces whose fp32 form fits in the CPU cache
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # logits that the output layer materialises at a time
@@ -159,17 +161,9 @@ def _pieces(logits_NV: Tensor) -> list[slice]:
 
 
 def add_product_(total_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor) -> None:
-    """total_VH += grad_NV^T @ hidden_NH, in the dtype of `total_VH` (fp32) whatever the operands' dtype.
-
-    Narrow factors give a narrow product before it is added; it is made for some rows at a time (`PRODUCT_BYTES`).
-    """
-    if grad_NV.dtype == total_VH.dtype:
-        total_VH.addmm_(grad_NV.t(), hidden_NH)
-        return
-    step = max(1, PRODUCT_BYTES // (grad_NV.element_size() * max(total_VH.shape[1], 1)))
-    for start in range(0, total_VH.shape[0], step):
-        rows = slice(start, start + step)
-        total_VH[rows] += grad_NV[:, rows].t() @ hidden_NH
+    """total_VH += grad_NV^T @ hidden_NH, see `accumulate_product`. Where there is a product before it is added, it is
+    made for some rows at a time (`PRODUCT_BYTES`)."""
+    accumulate_product(total_VH, grad_NV, hidden_NH, block_bytes=PRODUCT_BYTES)
 
 
 def chunk_rows(columns: int, device: torch.device) -> int:

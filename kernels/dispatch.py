@@ -22,7 +22,7 @@ from .attention.parts import PLAIN_PARTS, AttentionParts
 OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "rms_norm": ("rms_norm", "add_rms_norm"),
-        "rope": ("rope",),
+        "rope": ("rope", "rope_qkv"),
         "attention": ("attention",),
         "swiglu": ("swiglu", "geglu"),
         "grouped": ("grouped_product", "grouped_input_gradient", "grouped_weight_gradient_"),
@@ -56,6 +56,7 @@ class Kernels:
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     rope: Callable[..., Any]
+    rope_qkv: Callable[..., Any]
     attention: Callable[..., Any]
     attention_parts: AttentionParts
     swiglu: Callable[..., Any]

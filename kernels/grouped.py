@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .accumulate import accumulate_product
+
 
 def check(rows_N: Tensor, weight_GOI: Tensor, ends_G: Tensor, dim: int) -> None:
     """Raise ValueError for shapes that do not fit each other; all forms call it first. The rows are as wide as the
@@ -58,8 +60,5 @@ def grouped_weight_gradient_(total_GOI: Tensor, grad_NO: Tensor, x_NI: Tensor, e
     check(x_NI, total_GOI, ends_G, 2)
     check(grad_NO, total_GOI, ends_G, 1)
     for group, rows in groups(ends_G):
-        if grad_NO.dtype == total_GOI.dtype:
-            total_GOI[group].addmm_(grad_NO[rows].t(), x_NI[rows])
-        else:
-            total_GOI[group].add_(grad_NO[rows].t() @ x_NI[rows])
+        accumulate_product(total_GOI[group], grad_NO[rows], x_NI[rows])
     return total_GOI

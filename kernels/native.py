@@ -165,6 +165,14 @@ def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     return result
 
 
+def rope_qkv(
+    qkv_SBE: Tensor, cos: Tensor, sin: Tensor, q_heads: int, k_heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rope.rope_qkv`; v stays a view."""
+    q_SBHD, k_SBKD, v_SBKD = rope_plain.split_qkv(qkv_SBE, q_heads, k_heads, width)
+    return *rope(q_SBHD, k_SBKD, cos, sin), v_SBKD
+
+
 class _Rotation(torch.autograd.Function):
     """The gradient of a rotation is the inverse rotation, so q and k are not saved."""
 

@@ -38,6 +38,25 @@ def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     return _rotate(q_SBHD, cos, sin), _rotate(k_SBKD, cos, sin)
 
 
+def split_qkv(qkv_SBE: Tensor, q_heads: int, k_heads: int, width: int) -> tuple[Tensor, ...]:
+    """The views q [S, B, H, D], k and v [S, B, K, D] of a fused projection; ValueError if it has other heads."""
+    if qkv_SBE.dim() != 3 or qkv_SBE.shape[2] != (q_heads + 2 * k_heads) * width:
+        heads = f"{q_heads} + 2 * {k_heads} heads of {width}"
+        raise ValueError(f"qkv must be [S, B, E] with {heads}, not {tuple(qkv_SBE.shape)}")
+    return qkv_SBE.unflatten(-1, (-1, width)).split((q_heads, k_heads, k_heads), 2)
+
+
+def rope_qkv(
+    qkv_SBE: Tensor, cos: Tensor, sin: Tensor, q_heads: int, k_heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of a fused projection [S, B, (H + 2 K) D], rotated as by `rope`, and v.
+
+    A fused form may copy v, so that what attention keeps of it does not keep the whole projection.
+    """
+    q_SBHD, k_SBKD, v_SBKD = split_qkv(qkv_SBE, q_heads, k_heads, width)
+    return *rope(q_SBHD, k_SBKD, cos, sin), v_SBKD
+
+
 def _rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated: Tensor = _Rotation.apply(x_SBND, cos, sin)
     return rotated

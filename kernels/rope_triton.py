@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .layout import next_power_of_two, obstacle, warps_for
-from .rope import check
+from .rope import check, split_qkv
 
 TILE = 2048  # elements of the first half that a program turns
 
 
 @triton.jit
 def _turn(
-    in_ptr, out_ptr, cos, sin, s, b, batch, heads, stride_s, stride_b, stride_h, first_head, half, width,
+    in_ptr, out_ptr, cos, sin, s, b, batch, heads, stride_s, stride_b, stride_h, out_stride, first_head, half, width,
     HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     head = first_head + tl.arange(0, HEADS)[:, None]
     source = in_ptr + s * stride_s + b * stride_b + head.to(tl.int64) * stride_h
-    target = out_ptr + ((s * batch + b) * heads + head) * width
+    target = out_ptr + (s * batch + b) * out_stride + head * width
     pair = tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (pair < half)
     first = tl.load(source + pair, mask=mask, other=0.0)
@@ -45,7 +45,8 @@ def _turn(
 @triton.jit
 def rope_kernel(
     q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, batch, q_heads, k_heads,
-    q_stride_s, q_stride_b, q_stride_h, k_stride_s, k_stride_b, k_stride_h, table_stride_s, table_stride_b, half, width,
+    q_stride_s, q_stride_b, q_stride_h, k_stride_s, k_stride_b, k_stride_h, q_out_stride, k_out_stride,
+    table_stride_s, table_stride_b, half, width,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -59,19 +60,20 @@ def rope_kernel(
     block = tl.program_id(1)
     q_blocks = tl.cdiv(q_heads, HEADS)
     if block < q_blocks:
-        _turn(q_ptr, q_out_ptr, cos, sin, s, b, batch, q_heads, q_stride_s, q_stride_b, q_stride_h, block * HEADS,
-              half, width, HEADS, HALF, REST)  # fmt: skip
+        _turn(q_ptr, q_out_ptr, cos, sin, s, b, batch, q_heads, q_stride_s, q_stride_b, q_stride_h, q_out_stride,
+              block * HEADS, half, width, HEADS, HALF, REST)  # fmt: skip
     else:
-        _turn(k_ptr, k_out_ptr, cos, sin, s, b, batch, k_heads, k_stride_s, k_stride_b, k_stride_h,
+        _turn(k_ptr, k_out_ptr, cos, sin, s, b, batch, k_heads, k_stride_s, k_stride_b, k_stride_h, k_out_stride,
               (block - q_blocks) * HEADS, half, width, HEADS, HALF, REST)  # fmt: skip
 
 
-@torch.library.custom_op("megalite::rope", mutates_args=())
-def _rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _launch(
+    q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, q_out: Tensor, k_out: Tensor, inverse: bool
+) -> None:
+    """Turn q and k into `q_out` and `k_out`, whose heads lie one after the other; their tokens may be further apart."""
     q_SBHD, k_SBKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_SBHD, k_SBKD))
     sequence, batch, q_heads, width = q_SBHD.shape
     k_heads, half = k_SBKD.shape[2], cos.shape[-1] // 2
-    q_out, k_out = _rope_fake(q_SBHD, k_SBKD, cos, sin, inverse)
     cos, sin = cos.contiguous().float(), sin.contiguous().float()
     table_strides = (cos.stride(0), 0 if cos.dim() == 2 else cos.stride(1))
     block = next_power_of_two(half)
@@ -79,16 +81,38 @@ def _rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, inverse: boo
     rest = width - 2 * half
     rope_kernel[(sequence * batch, triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))](
         q_SBHD, k_SBKD, q_out, k_out, cos, sin, batch, q_heads, k_heads,
-        *q_SBHD.stride()[:3], *k_SBKD.stride()[:3], *table_strides, half, width,
+        *q_SBHD.stride()[:3], *k_SBKD.stride()[:3], q_out.stride(1), k_out.stride(1), *table_strides, half, width,
         INVERSE=inverse, HEADS=heads, HALF=block, REST=next_power_of_two(rest) if rest else 0,
         num_warps=warps_for(2 * heads * block),
     )  # fmt: skip
+
+
+@torch.library.custom_op("megalite::rope", mutates_args=())
+def _rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    q_out, k_out = _rope_fake(q_SBHD, k_SBKD, cos, sin, inverse)
+    _launch(q_SBHD, k_SBKD, cos, sin, q_out, k_out, inverse)
     return q_out, k_out
 
 
 @_rope.register_fake
 def _rope_fake(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return q_SBHD.new_empty(q_SBHD.shape), k_SBKD.new_empty(k_SBKD.shape)
+
+
+@torch.library.custom_op("megalite::rope_fused_gradient", mutates_args=())
+def _fused_gradient(dq_SBHD: Tensor, dk_SBKD: Tensor, dv_SBKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of the fused projection [S, B, (H + 2 K) D]: q's and k's turned back straight into their places."""
+    dqkv_SBE = _fused_gradient_fake(dq_SBHD, dk_SBKD, dv_SBKD, cos, sin)
+    dq_out, dk_out, dv_out = split_qkv(dqkv_SBE, dq_SBHD.shape[2], dk_SBKD.shape[2], dq_SBHD.shape[3])
+    _launch(dq_SBHD, dk_SBKD, cos, sin, dq_out, dk_out, True)
+    dv_out.copy_(dv_SBKD)
+    return dqkv_SBE
+
+
+@_fused_gradient.register_fake
+def _fused_gradient_fake(dq_SBHD: Tensor, dk_SBKD: Tensor, dv_SBKD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    sequence, batch, q_heads, width = dq_SBHD.shape
+    return dq_SBHD.new_empty((sequence, batch, (q_heads + 2 * dk_SBKD.shape[2]) * width))
 
 
 class _Rope(torch.autograd.Function):
@@ -105,6 +129,22 @@ class _Rope(torch.autograd.Function):
         return dq, dk, None, None
 
 
+class _RopeFused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv_SBE: Tensor, cos: Tensor, sin: Tensor, q_heads: int, k_heads: int, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        q_SBHD, k_SBKD, v_SBKD = split_qkv(qkv_SBE, q_heads, k_heads, width)
+        q_out, k_out = _rope(q_SBHD, k_SBKD, cos, sin, False)
+        return q_out, k_out, v_SBKD.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq_SBHD: Tensor, dk_SBKD: Tensor, dv_SBKD: Tensor) -> tuple[Tensor, *tuple[None, ...]]:
+        return _fused_gradient(dq_SBHD, dk_SBKD, dv_SBKD, *ctx.saved_tensors), None, None, None, None, None
+
+
 def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
     """Why these arguments cannot take the Triton path, or None."""
     return obstacle(q_SBHD)
@@ -115,3 +155,16 @@ def rope(q_SBHD: Tensor, k_SBKD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
     check(q_SBHD, k_SBKD, cos, sin)
     pair: tuple[Tensor, Tensor] = _Rope.apply(q_SBHD, k_SBKD, cos, sin)
     return pair
+
+
+def rope_qkv(
+    qkv_SBE: Tensor, cos: Tensor, sin: Tensor, q_heads: int, k_heads: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `rope.rope_qkv`: v is a copy, with which attention does not keep the projection; backward writes the gradient
+    of the projection in one piece."""
+    q_SBHD, k_SBKD, v_SBKD = split_qkv(qkv_SBE, q_heads, k_heads, width)
+    check(q_SBHD, k_SBKD, cos, sin)
+    if not torch.is_grad_enabled():
+        return *_rope(q_SBHD, k_SBKD, cos, sin, False), v_SBKD
+    parts: tuple[Tensor, Tensor, Tensor] = _RopeFused.apply(qkv_SBE, cos, sin, q_heads, k_heads, width)
+    return parts

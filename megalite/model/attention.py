@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
 from megalite.kernels.attention import Documents
+from megalite.kernels.rope import split_qkv
 from megalite.mesh import Mesh
 from megalite.model.all_heads_norm import AllHeadsNorm
 from megalite.model.build import Build
@@ -128,13 +129,15 @@ class GroupedQueryAttention(nn.Module):
 
     def core_attention(self, qkv_SBE: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         """Everything between the two projections: query/key norm, rotary embedding, attention itself."""
-        q_SBqD, k_SBkD, v_SBkD = qkv_SBE.unflatten(-1, (-1, self.dim)).split(
-            (self.heads.queries, self.heads.kvs, self.heads.kvs), dim=2
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q_SBqD, k_SBkD = self.q_norm(q_SBqD), self.k_norm(k_SBkD)
-        if self.rotates:
-            q_SBqD, k_SBkD = self.kernels.rope(q_SBqD, k_SBkD, *positions.tables(self.window is not None))
+        tables, heads = positions.tables(self.window is not None), (self.heads.queries, self.heads.kvs, self.dim)
+        if self.rotates and self.q_norm is None:
+            q_SBqD, k_SBkD, v_SBkD = self.kernels.rope_qkv(qkv_SBE, *tables, *heads)
+        else:
+            q_SBqD, k_SBkD, v_SBkD = split_qkv(qkv_SBE, *heads)
+            if self.q_norm is not None and self.k_norm is not None:
+                q_SBqD, k_SBkD = self.q_norm(q_SBqD), self.k_norm(k_SBkD)
+            if self.rotates:
+                q_SBqD, k_SBkD = self.kernels.rope(q_SBqD, k_SBkD, *tables)
         if cache is not None:
             k_SBkD, v_SBkD = cache.extend(self.layer, k_SBkD, v_SBkD)
         if self.kv_index is not None:

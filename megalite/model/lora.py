@@ -25,12 +25,12 @@ from torch.nn import functional
 
 from megalite.config import AdapterConfig
 from megalite.errors import UserError
+from megalite.kernels.accumulate import accumulate_product
 from megalite.model.build import Build, layer_name
 from megalite.parallel.linear import (
     ColumnParallelLinear,
     Prologue,
     RowParallelLinear,
-    accumulate_product,
     add_weight_gradient,
     now_or_later,
     replay,

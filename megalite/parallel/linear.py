@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+from megalite.kernels.accumulate import accumulate_product
 from megalite.mesh import DONE
 from megalite.parallel.collectives import TensorRegion
 from megalite.placement import PlacedParameter
@@ -45,14 +46,6 @@ class Products(Protocol):
     def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
         """total += the sum of grad over its rows."""
         ...
-
-
-def accumulate_product(total: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
-    """total_OI += grad_NO^T @ input_NI, accumulated in the dtype of `total` (fp32) whatever the operands' dtype."""
-    if grad_NO.dtype == total.dtype:
-        total.addmm_(grad_NO.t(), input_NI)
-    else:
-        total.add_(grad_NO.t() @ input_NI)
 
 
 class WideGradients:

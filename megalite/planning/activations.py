@@ -76,6 +76,8 @@ def _attention_kept(job: Job, layer: LayerShare) -> float:
     if job.context > 1 and job.context_mode == "ulysses":
         return _exchanged_kept(job, layer, norms)
     kept = 3 * layer.query + 3 * layer.key
+    if job.device.is_gpu and not norms:  # rotation takes values out of the projection, which nobody keeps then
+        kept -= layer.query + layer.key
     form = _attention_form(job, layer)
     if form == "explicit" and layer.kvs > 1 and job.micro_batch_size > 1:
         # The product copies the values, since samples and heads do not lie in one run; nobody else, then, but norms of

@@ -327,6 +327,7 @@ FLAT = torch.zeros(5)
         ("rope", "rope", (HEADS, HEADS[:3], torch.ones(4, 8), torch.ones(4, 8)), {}, "k must be"),
         ("rope", "rope", (HEADS, HEADS, torch.ones(4, 8), torch.ones(5, 8)), {}, "cos and sin"),
         ("rope", "rope", (HEADS, HEADS, torch.ones(4, 10), torch.ones(4, 10)), {}, "at most 8, not 10"),
+        ("rope", "rope_qkv", (torch.ones(4, 2, 31), HEADS, HEADS, 2, 1, 8), {}, "2 + 2 * 1 heads of 8, not (4, 2, 31)"),
         ("swiglu", "swiglu", (torch.ones(2, 7),), {}, "[..., 2 F], not (2, 7)"),
         ("cross_entropy", "cross_entropy_stats", (torch.ones(3, 4), torch.ones(2).long()), {}, "(3, 4), (2,)"),
         ("cross_entropy", "cross_entropy_stats", (torch.ones(4, 3).t(), torch.ones(3).long()), {}, "strides (1, 3)"),

@@ -68,6 +68,7 @@ def fused_kernels() -> Kernels:
         rms_norm=rms_norm_triton.rms_norm,
         add_rms_norm=rms_norm_triton.add_rms_norm,
         rope=rope_triton.rope,
+        rope_qkv=rope_triton.rope_qkv,
         attention=at_one_width(flash_triton.attention),
         attention_parts=flash_triton.FlashParts(),
         swiglu=swiglu_triton.swiglu,

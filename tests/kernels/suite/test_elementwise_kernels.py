@@ -117,6 +117,32 @@ def test_rope_reads_a_fused_projection_and_expanded_gradients(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "rotated"), [(4, 2, 64, 64), (3, 1, 40, 40), (5, 5, 80, 20)])
+@pytest.mark.parametrize(("per_document", "batch"), [(False, 1), (True, 2)])
+def test_rope_of_a_fused_projection(device, dtype, heads, kv_heads, width, rotated, per_document, batch):
+    """Its gradient is one tensor in which nothing is left out, and v does not keep the projection."""
+    sequence, sizes = 5, (heads, kv_heads, width)
+    qkv = torch.randn(sequence, batch, (heads + 2 * kv_heads) * width, device=device).to(dtype)
+    shape = (sequence, batch) if per_document else (sequence,)
+    tables = rotary_table(torch.randint(0, 5000, shape, device=device), rotated, device)
+    compare(
+        lambda qkv: rope_triton.rope_qkv(qkv, *tables, *sizes),
+        lambda qkv: rope.rope_qkv(qkv, *tables, *sizes),
+        (qkv,),
+        dtype,
+    )
+    q, k, v = rope_triton.rope_qkv(qkv.requires_grad_(), *tables, *sizes)
+    assert v.is_contiguous() and v.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
+    mine = torch.autograd.grad((q.sum() + 3 * k.sum() + (v * v).sum()).float(), qkv)[0]
+    q, k, v = rope.split_qkv(qkv, *sizes)
+    q, k = rope_triton.rope(q, k, *tables)
+    assert mine.is_contiguous()
+    assert torch.equal(mine, torch.autograd.grad((q.sum() + 3 * k.sum() + (v * v).sum()).float(), qkv)[0])
+    with torch.no_grad():
+        assert all(map(torch.equal, rope_triton.rope_qkv(qkv, *tables, *sizes), (q, k, v)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 3, 2 * 96), (1, 2), (3, 2 * 2500)])
 def test_swiglu(device, dtype, shape):
     compare(swiglu_triton.swiglu, swiglu.swiglu, (3 * torch.randn(shape, device=device).to(dtype),), dtype)
