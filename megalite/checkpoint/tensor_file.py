@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.checksum import Checksum
+from megalite.checkpoint.direct import write_direct
 from megalite.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,6 +30,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _MAX_EXTENT = 1 << 48
 _CHUNK = 1 << 30
+_DIRECT_BYTES = 8 << 20
+"""Files of this size and more are written past the page cache."""
 
 
 class DamagedFile(UserError):
@@ -242,17 +245,20 @@ def write_tensor_file(
     Checksums are computed from memory while writing. Raises OSError (disk full, no permission).
     """
     header = safetensors_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors], metadata)
+    contents = [tensor_bytes(tensor) for _, tensor in tensors]
+    size = len(header) + sum(map(len, contents))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         with ThreadPoolExecutor(1) as beside:
-            checksums = beside.map(checksum, [tensor_bytes(tensor) for _, tensor in tensors])
-            _write_all(descriptor, memoryview(header))
-            for _, tensor in tensors:
-                _write_all(descriptor, tensor_bytes(tensor))
+            checksums = beside.map(checksum, contents)
+            if size >= _DIRECT_BYTES:
+                write_direct(descriptor, [memoryview(header), *contents])
+            else:
+                for content in (memoryview(header), *contents):
+                    _write_all(descriptor, content)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    size = len(header) + sum(tensor.nbytes for _, tensor in tensors)
     return WrittenFile(size, checksum(header[8:]), list(checksums))
 
 
