@@ -3,9 +3,11 @@
     python benchmarks/checkpoint.py [--processes 2] [--hidden-size 512] [--repeats 5] [--folder DIR]
 
 A small Llama under ZeRO-1 (data parallel over the processes) is saved and loaded; the others move exactly the bytes
-that megalite's file of the same rank holds. Every writer syncs its file before it is done; before reading, the files
-are dropped from the page cache. The methods take turns, and the numbers are medians: seconds until the slowest rank is
-done, and throughput as a fraction of the raw files'.
+that megalite's file of the same rank holds. Every writer syncs its file before it is done. Nothing is in the page cache
+when a method begins: what one left there would slow the next. Earlier files of all methods are deleted outside of the
+measured time. The methods take turns in an order that rotates, and the numbers are medians, with the quartiles: seconds
+until the slowest rank is done, and throughput as a fraction of the raw files' in the same turn. Loading includes the
+all-gather of the weights, which the others do not have; `megalite, reading` is the part up to there.
 """
 
 import json
@@ -26,6 +28,8 @@ import torch.distributed.checkpoint as dcp
 import tyro
 
 from megalite.checkpoint.manager import CheckpointManager
+from megalite.checkpoint.restore import read_state
+from megalite.checkpoint.source import CheckpointReader
 from megalite.config import build_config
 from megalite.data.batch import Batch
 from megalite.kernels import select_kernels
@@ -61,7 +65,7 @@ def make_trainer(options: Options, rank: int, *, background: bool) -> Trainer:
                 "global_batch_size": 4 * options.processes,
                 "precision": "fp32",
             },
-            "checkpoint": {"keep": 1, "async_save": background},
+            "checkpoint": {"keep": 0, "async_save": background},
         }
     )
     mesh = Mesh(dp=options.processes, rank=rank)
@@ -88,6 +92,7 @@ def slowest(work: Callable[[], object]) -> float:
 
 
 def drop_from_cache(folder: Path) -> None:
+    dist.barrier()
     for path in (path for path in folder.rglob("*") if path.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -97,7 +102,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 class Methods:
-    """The four ways of one rank to write and to read as many bytes as megalite's file of this rank holds."""
+    """The ways of one rank to write and to read as many bytes as megalite's file of this rank holds."""
 
     def __init__(self, options: Options, rank: int, folder: Path) -> None:
         self.trainer, self.folder, self.rank = make_trainer(options, rank, background=False), folder, rank
@@ -123,7 +128,7 @@ class Methods:
         return path
 
     def writers(self, turn: int) -> dict[str, Callable[[], object]]:
-        raw, pickled, plain = (self._fresh(name) for name in ("raw", "torch", "dcp"))
+        raw, pickled, plain, _ = (self._fresh(name) for name in ("raw", "torch", "dcp", "megalite/checkpoints"))
 
         def write_raw() -> None:
             with open(raw / str(self.rank), "wb", buffering=0) as file:
@@ -152,9 +157,14 @@ class Methods:
                 while view:
                     view = view[file.readinto(view) :]
 
+        def read() -> None:
+            with CheckpointReader(self.folder / "megalite") as reader:
+                read_state(self.trainer, reader, optimizer=True)
+
         return {
             "raw files": read_raw,
             "megalite": lambda: self.manager.load_latest(self.trainer),
+            "megalite, reading": read,
             "torch.save": lambda: torch.load(self.folder / "torch" / str(self.rank)),
             "plain DCP": lambda: dcp.load(self.state, storage_reader=dcp.FileSystemReader(self.folder / "dcp")),
         }
@@ -167,11 +177,12 @@ def measure(rank: int, options: Options, folder: Path, store: str) -> None:
     writing: dict[str, list[float]] = {}
     reading: dict[str, list[float]] = {}
     for turn in range(1, options.repeats + 1):
-        for name, work in methods.writers(turn).items():
-            writing.setdefault(name, []).append(slowest(work))
-        drop_from_cache(folder)
-        for name, work in methods.readers().items():
-            reading.setdefault(name, []).append(slowest(work))
+        for seconds, works in ((writing, methods.writers(turn)), (reading, methods.readers())):
+            names = list(works)
+            for place in range(len(names)):
+                name = names[(place + turn) % len(names)]
+                drop_from_cache(folder)
+                seconds.setdefault(name, []).append(slowest(works[name]))
     methods.manager.close()
     stalls, steps = behind(options, rank, folder)
     if rank == 0:
@@ -204,19 +215,21 @@ def report(
     print(f"{options.processes} processes, {gigabytes:.3f} GB in all, medians of {options.repeats} turns")
     ratios = {}
     for direction, methods in seconds.items():
-        raw = statistics.median(methods["raw files"])
         for name, times in methods.items():
+            shares = [raw / own for raw, own in zip(methods["raw files"], times)]
+            low, share, high = statistics.quantiles(shares, n=4) if len(shares) > 1 else shares * 3
             median = statistics.median(times)
-            ratios[f"{direction} {name}"] = round(raw / median, 3)
+            ratios[f"{direction} {name}"] = [round(number, 3) for number in (share, low, high)]
             print(
-                f"{direction}  {name:10}  {median:7.3f} s  {gigabytes / median:6.2f} GB/s  {raw / median:5.2f} of raw"
+                f"{direction}  {name:17}  {median:7.3f} s  {gigabytes / median:6.2f} GB/s  "
+                f"{share:5.2f} of raw ({low:.2f} to {high:.2f})"
             )
     stall, step = statistics.median(stalls), statistics.median(steps)
     save = statistics.median(seconds["save"]["megalite"])
-    shares = f"{stall / save:.2f} of a save, {stall / step:.2f} of a step"
-    print(f"stall of a save behind the training: {stall:.3f} s = {shares}")
-    ratios |= {"stall of save": round(stall / save, 3), "stall of step": round(stall / step, 3)}
-    print(json.dumps(ratios))
+    of_both = f"{stall / save:.2f} of a save, {stall / step:.2f} of a step"
+    print(f"stall of a save behind the training: {stall:.3f} s = {of_both}")
+    own = {"stall of save": round(stall / save, 3), "stall of step": round(stall / step, 3)}
+    print(json.dumps({"share of raw: median, quartiles": ratios, **own}))
 
 
 def main() -> None:

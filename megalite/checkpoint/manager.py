@@ -15,7 +15,6 @@ import functools
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint import directory
+from megalite.checkpoint.checksum import CRC32, agreed, newest
 from megalite.checkpoint.huggingface.names import is_huggingface
 from megalite.checkpoint.huggingface.peft import is_peft
 from megalite.checkpoint.identity import RunIdentity
@@ -106,6 +106,9 @@ class CheckpointManager:
             raise UserError(refusal)
         self._owner = self._peers.first(self._lock.token if self._lock else None)
         self._looked = time.monotonic()
+        self._checksum = agreed(self._peers.exchange(newest().name))
+        if mesh.rank == 0 and self._checksum is CRC32:
+            log.warning("the package xxhash is missing: new checkpoints get CRC-32 checksums, which are slower")
 
     def _begin(self) -> None:
         self._lock = self._lock or RunLock(self.folder.parent)
@@ -146,7 +149,7 @@ class CheckpointManager:
             self._staging = Staging(trainer)
         model, bases = model_fields(self.config.model), bases_of(trainer)
         updates = trainer.optimizer.step_count
-        manifest = Manifest(position(state), updates, dict(state), model, {}, {}, {}, bases=bases)
+        manifest = Manifest(position(state), updates, dict(state), model, {}, {}, {}, self._checksum, bases=bases)
         tensors = self._staging.snapshot(copy=background)
         snapshot = _Snapshot(self.folder / directory.step_name(manifest.step), tensors, manifest)
         if background:
@@ -225,18 +228,20 @@ class CheckpointManager:
                 raise ValueError(f"{kind} of {box.name} is not finite")
         path = partial / f"rank_{self._peers.rank:05d}.safetensors"
         metadata = {"format": "pt", "step": str(snapshot.manifest.step)}
-        written = write_tensor_file(path, [(key, values) for _, _, key, values in pieces], metadata)
+        written = write_tensor_file(
+            path, [(key, values) for _, _, key, values in pieces], metadata, snapshot.manifest.checksum
+        )
         entries = [
-            (kind, box.name, box.shape, box.offset, box.size, crc32)
-            for (kind, box, _, _), crc32 in zip(pieces, written.tensor_crc32)
+            (kind, box.name, box.shape, box.offset, box.size, checksum)
+            for (kind, box, _, _), checksum in zip(pieces, written.tensor_checksums)
         ]
-        return {"file": path.name, "bytes": written.size, "header": written.header_crc32, "pieces": entries}
+        return {"file": path.name, "bytes": written.size, "header": written.header_checksum, "pieces": entries}
 
     def _commit(self, partial: Path, snapshot: _Snapshot, reports: list[dict[str, Any]]) -> None:
         manifest, index = snapshot.manifest, Index()
         for report in reports:
-            for kind, name, shape, offset, size, crc32 in report["pieces"]:
-                piece = Piece(report["file"], tuple(offset), tuple(size), crc32)
+            for kind, name, shape, offset, size, checksum in report["pieces"]:
+                piece = Piece(report["file"], tuple(offset), tuple(size), checksum)
                 add_piece(index, kind, name, shape, "F32", piece)
                 manifest.files[piece.file] = (report["bytes"], report["header"])
         manifest.index = index
@@ -244,7 +249,7 @@ class CheckpointManager:
         manifest.check_tiling(partial)
         for name, content in self._extras():
             write_durably(partial / name, content)
-            manifest.extras[name] = (len(content), zlib.crc32(content))
+            manifest.extras[name] = (len(content), manifest.checksum(content))
         self._verify()
         directory.commit(partial, snapshot.final, manifest)
 

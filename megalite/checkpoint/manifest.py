@@ -3,7 +3,11 @@
 A checkpoint directory holds safetensors files of *pieces*, boxes of global tensors under keys such as
 `weight/model.norm.weight/0`, and one `manifest.json`, written last: step, run, model, the loop's state, the files with
 their sizes, and for each kind of tensor (`weight`, the fp32 master weights; and what the optimizer keeps, under its own
-names) the global shape and the pieces with their CRC-32. The manifest carries a checksum of itself.
+names) the global shape and the pieces with their checksums. Which checksum that is, the manifest says in `checksum`,
+and the checksums stand under that name (megalite/checkpoint/checksum.py); version 1 does not say it and means crc32.
+
+The manifest carries a CRC-32 of itself in any case: it is checked before anything in the manifest is believed, the name
+of a checksum included, and costs nothing for so short a text.
 
 `Manifest.from_file` trusts nothing: file names must stay inside the directory, and pieces must tile every tensor.
 """
@@ -21,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from megalite.checkpoint.checksum import CRC32, Checksum, find_checksum
 from megalite.checkpoint.tensor_file import DTYPES, DamagedFile, is_extents, parse_json, read_regular
 from megalite.errors import UserError
 
@@ -28,7 +33,7 @@ MANIFEST = "manifest.json"
 WEIGHT = "weight"
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
-_FORMAT, _VERSION = "megalite checkpoint", 1
+_FORMAT, _VERSION, _READABLE = "megalite checkpoint", 2, (1, 2)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}")
 _RUN = re.compile("[0-9a-f]{0,64}")
 _PREFIX = re.compile(rb'\{"crc32": "([0-9a-f]{8})", "checkpoint": ')
@@ -43,7 +48,7 @@ class Piece:
     file: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
-    crc32: int
+    checksum: str
 
 
 @dataclass
@@ -97,19 +102,20 @@ class Manifest:
     """The description of a checkpoint.
 
     `updates` counts optimizer updates so far; `model` holds the fields of `ModelConfig`; `state` is the training
-    loop's. `files` are the tensor files, with (bytes, CRC-32 of the header), `extras` further files (config.toml, a
-    tokenizer) with (bytes, CRC-32). `run` is the id of the run that wrote it; empty for imported weights and for
-    checkpoints of older versions. `bases` says for adapters, by the prefix of the model, which weights they belong to:
-    `source` (a path) and `sha256`.
+    loop's. `files` are the tensor files, with (bytes, checksum of the header), `extras` further files (config.toml, a
+    tokenizer) with (bytes, checksum); `checksum` computes these and the pieces'. `run` is the id of the run that wrote
+    it; empty for imported weights and for checkpoints of older versions. `bases` says for adapters, by the prefix of
+    the model, which weights they belong to: `source` (a path) and `sha256`.
     """
 
     step: int
     updates: int
     state: dict[str, Any]
     model: dict[str, Any]
-    files: dict[str, tuple[int, int]]
-    extras: dict[str, tuple[int, int]]
+    files: dict[str, tuple[int, str]]
+    extras: dict[str, tuple[int, str]]
     index: Index
+    checksum: Checksum
     run: str = ""
     bases: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -131,6 +137,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's content. Raises ValueError if the state is not valid JSON (NaN, infinities)."""
+        key = self.checksum.name
         body = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -140,11 +147,16 @@ class Manifest:
             "bases": self.bases,
             "state": self.state,
             "model": self.model,
-            "files": _files_json(self.files, "header_crc32"),
-            "extras": _files_json(self.extras, "crc32"),
+            "checksum": key,
+            "files": _files_json(self.files, f"header_{key}"),
+            "extras": _files_json(self.extras, key),
             "tensors": {
                 kind: {
-                    name: {"shape": entry.shape, "dtype": entry.dtype, "pieces": [_piece_json(p) for p in entry.pieces]}
+                    name: {
+                        "shape": entry.shape,
+                        "dtype": entry.dtype,
+                        "pieces": [_piece_json(p, key) for p in entry.pieces],
+                    }
                     for name, entry in entries.items()
                 }
                 for kind, entries in self.index.items()
@@ -166,19 +178,19 @@ class Manifest:
         return _Parser(path).manifest(parse_json(text, path))
 
 
-def _files_json(files: Mapping[str, tuple[int, int]], checksum: str) -> dict[str, Any]:
-    return {name: {"bytes": size, checksum: f"{crc32:08x}"} for name, (size, crc32) in files.items()}
+def _files_json(files: Mapping[str, tuple[int, str]], key: str) -> dict[str, Any]:
+    return {name: {"bytes": size, key: checksum} for name, (size, checksum) in files.items()}
 
 
-def _piece_json(piece: Piece) -> dict[str, Any]:
-    return {"file": piece.file, "offset": piece.offset, "size": piece.size, "crc32": f"{piece.crc32:08x}"}
+def _piece_json(piece: Piece, key: str) -> dict[str, Any]:
+    return {"file": piece.file, "offset": piece.offset, "size": piece.size, key: piece.checksum}
 
 
 class _Parser:
     """From JSON to a `Manifest`, one check for every field."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.kind = path, CRC32
 
     def require(self, condition: bool, fault: str) -> None:
         if not condition:
@@ -193,9 +205,10 @@ class _Parser:
         self.require(type(value) is int and 0 <= value < 1 << 62, f"{what} is {str(value)[:40]!r}, not a count")
         return value
 
-    def crc32(self, value: Any, what: str) -> int:
-        self.require(isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None, f"{what}: no checksum")
-        return int(value, 16)
+    def checksum(self, value: Any, what: str) -> str:
+        pattern = f"[0-9a-f]{{{self.kind.digits}}}"
+        self.require(isinstance(value, str) and re.fullmatch(pattern, value) is not None, f"{what}: no checksum")
+        return value
 
     def file_name(self, name: str) -> str:
         plain = _FILE_NAME.fullmatch(name) is not None and name != MANIFEST
@@ -206,11 +219,14 @@ class _Parser:
         self.require(isinstance(body, dict), "not an object")
         self.require(body.get("format") == _FORMAT, f"format is {str(body.get('format'))[:40]!r}, not {_FORMAT!r}")
         version = body.get("version")
-        if version != _VERSION:
+        if type(version) is not int or version not in _READABLE:
             raise UserError(
-                f"{self.path} has version {str(version)[:20]}, this megalite reads {_VERSION}: use the one it came from"
+                f"{self.path} has version {str(version)[:20]}, this megalite reads up to {_VERSION}: use the one "
+                "that it came from"
             )
-        files, extras = self.files(body, "files", "header_crc32"), self.files(body, "extras", "crc32")
+        self.kind = find_checksum(body.get("checksum", CRC32.name), self.path)
+        key = self.kind.name
+        files, extras = self.files(body, "files", f"header_{key}"), self.files(body, "extras", key)
         tensors = self.object(body, "tensors")
         plain = WEIGHT in tensors and all(_KIND.fullmatch(kind) for kind in tensors)
         self.require(plain, f"kinds of tensors are {sorted(tensors)[:5]}")
@@ -222,7 +238,8 @@ class _Parser:
         run = body.get("run", "")
         self.require(isinstance(run, str) and _RUN.fullmatch(run) is not None, "run is not the id of a run")
         state, model = self.object(body, "state"), self.object(body, "model")
-        result = Manifest(step, updates, state, model, files, extras, index, run, self.bases(body.get("bases", {})))
+        bases = self.bases(body.get("bases", {}))
+        result = Manifest(step, updates, state, model, files, extras, index, self.kind, run, bases)
         result.check_tiling(self.path)
         return result
 
@@ -234,12 +251,12 @@ class _Parser:
             self.require(plain, f"the base of {prefix[:80]!r} has no source and sha256")
         return value
 
-    def files(self, body: Any, key: str, checksum: str) -> dict[str, tuple[int, int]]:
+    def files(self, body: Any, key: str, checksum: str) -> dict[str, tuple[int, str]]:
         result = {}
         for name, value in self.object(body, key).items():
             self.require(isinstance(value, dict), f"{name[:80]!r} in {key!r} is not an object")
-            size, crc32 = self.count(value.get("bytes"), name), self.crc32(value.get(checksum), name)
-            result[self.file_name(name)] = (size, crc32)
+            size, digits = self.count(value.get("bytes"), name), self.checksum(value.get(checksum), name)
+            result[self.file_name(name)] = (size, digits)
         return result
 
     def entry(self, name: str, value: Any, files: Container[str]) -> Entry:
@@ -255,4 +272,4 @@ class _Parser:
         file, offset, size = value.get("file"), value.get("offset"), value.get("size")
         self.require(isinstance(file, str) and file in files, f"{name}: piece in unlisted file {str(file)[:80]!r}")
         self.require(is_extents(offset) and is_extents(size) and 0 not in size, f"{name}: impossible offset or size")
-        return Piece(file, tuple(offset), tuple(size), self.crc32(value.get("crc32"), name))
+        return Piece(file, tuple(offset), tuple(size), self.checksum(value.get(self.kind.name), name))

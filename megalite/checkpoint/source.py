@@ -7,7 +7,6 @@ global: it knows nothing about layouts. `load_weights` fills the boxes of a mode
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -159,21 +158,21 @@ class CheckpointReader:
 
     def extra(self, name: str) -> bytes:
         """A further file of the checkpoint (config.toml, tokenizer files), verified."""
-        size, crc32 = self.manifest.extras[name]
+        size, checksum = self.manifest.extras[name]
         path = self.directory / name
         try:
             data = path.read_bytes() if path.stat().st_size == size else b""
         except OSError as error:
             raise DamagedFile(f"{path}: {error.strerror}") from None
-        if len(data) != size or zlib.crc32(data) != crc32:
+        if len(data) != size or self.manifest.checksum(data) != checksum:
             raise DamagedFile(f"{path} does not match the checksum in {MANIFEST}: damaged")
         return data
 
     def _file(self, name: str) -> TensorFile:
         if name not in self._files:
-            file = TensorFile(self.directory / name)
-            size, header_crc32 = self.manifest.files[name]
-            if file.header_crc32 != header_crc32:
+            file = TensorFile(self.directory / name, self.manifest.checksum)
+            size, header_checksum = self.manifest.files[name]
+            if file.header_checksum != header_checksum:
                 raise DamagedFile(f"{file.path}: the header does not match its checksum: damaged")
             if file.size != size:
                 raise DamagedFile(f"{file.path} has {file.size} bytes, {size} were written: damaged")
@@ -191,7 +190,7 @@ class CheckpointReader:
             )
         content = torch.empty(piece.size, dtype=dtype) if room is None else room
         file.read_bytes(stored.begin, content)
-        if zlib.crc32(tensor_bytes(content)) != piece.crc32:
+        if self.manifest.checksum(tensor_bytes(content)) != piece.checksum:
             raise DamagedFile(f"{file.path}: {key} does not match its checksum: damaged")
         return content
 

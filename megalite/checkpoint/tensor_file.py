@@ -11,7 +11,6 @@ import json
 import math
 import os
 import stat
-import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.checksum import Checksum
+from megalite.checkpoint.direct import write_direct
 from megalite.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -29,6 +30,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _MAX_EXTENT = 1 << 48
 _CHUNK = 1 << 30
+_DIRECT_BYTES = 8 << 20
+"""Files of this size and more are written past the page cache."""
 
 
 class DamagedFile(UserError):
@@ -109,14 +112,14 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int, file_size
 class TensorFile:
     """A safetensors file opened for reading; `tensors` are its entries, `metadata` its free strings.
 
-    `size` is that of the file in bytes, `header_crc32` the checksum of its header.
+    `size` is that of the file in bytes, `header_checksum` that of the JSON header, if a checksum is given.
 
     Every method raises `DamagedFile` if the file is missing, truncated or inconsistent. Safe to read from several
     threads. Use as a context manager or call `close`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, checksum: Checksum | None = None) -> None:
+        self.path, self._checksum = path, checksum
         self._descriptor = open_regular(path)
         try:
             self.size = os.fstat(self._descriptor).st_size
@@ -135,7 +138,7 @@ class TensorFile:
                 "allowed): truncated, or not a safetensors file"
             )
         text = bytes(tensor_bytes(self._read(8, length)))
-        self.header_crc32 = zlib.crc32(text)
+        self.header_checksum = self._checksum(text) if self._checksum else None
         header = parse_json(text, self.path)
         if not isinstance(header, dict):
             raise DamagedFile(f"{self.path}: the header is not a JSON object: the file is damaged")
@@ -206,11 +209,6 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def crc32_of(tensor: Tensor) -> int:
-    """CRC-32 (as in zlib) of a contiguous CPU tensor's bytes."""
-    return zlib.crc32(tensor_bytes(tensor))
-
-
 def _write_all(descriptor: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
@@ -232,31 +230,36 @@ def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Size in bytes, CRC-32 of the JSON header, and of each tensor's bytes."""
+    """Size in bytes, checksum of the JSON header, and of each tensor's bytes."""
 
     size: int
-    header_crc32: int
-    tensor_crc32: list[int]
+    header_checksum: str
+    tensor_checksums: list[str]
 
 
-def write_tensor_file(path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str]) -> WrittenFile:
+def write_tensor_file(
+    path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: dict[str, str], checksum: Checksum
+) -> WrittenFile:
     """Write contiguous CPU tensors as a new safetensors file, synced when this returns.
 
     Checksums are computed from memory while writing. Raises OSError (disk full, no permission).
     """
     header = safetensors_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors], metadata)
+    contents = [tensor_bytes(tensor) for _, tensor in tensors]
+    size = len(header) + sum(map(len, contents))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         with ThreadPoolExecutor(1) as beside:
-            checksums = beside.map(crc32_of, [tensor for _, tensor in tensors])
-            _write_all(descriptor, memoryview(header))
-            for _, tensor in tensors:
-                _write_all(descriptor, tensor_bytes(tensor))
+            checksums = beside.map(checksum, contents)
+            if size >= _DIRECT_BYTES:
+                write_direct(descriptor, [memoryview(header), *contents])
+            else:
+                for content in (memoryview(header), *contents):
+                    _write_all(descriptor, content)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    size = len(header) + sum(tensor.nbytes for _, tensor in tensors)
-    return WrittenFile(size, zlib.crc32(header[8:]), list(checksums))
+    return WrittenFile(size, checksum(header[8:]), list(checksums))
 
 
 def write_durably(path: Path, data: bytes) -> None:

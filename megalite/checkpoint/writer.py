@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megalite.checkpoint.checksum import newest
 from megalite.checkpoint.directory import commit, prepare, remove
 from megalite.checkpoint.manifest import WEIGHT, Index, Manifest, Piece, add_piece, piece_key
 from megalite.checkpoint.tensor_file import DTYPE_NAMES, write_durably, write_tensor_file
@@ -38,7 +38,7 @@ class CheckpointWriter:
             raise UserError(f"{self.directory} exists already; give a new directory, or remove it first")
         self._shard_bytes = shard_bytes
         self._index: Index = {}
-        self._manifest = Manifest(step, 0, dict(state), dict(model), {}, {}, self._index)
+        self._manifest = Manifest(step, 0, dict(state), dict(model), {}, {}, self._index, newest())
         self._waiting: list[tuple[str, str, tuple[int, ...], tuple[int, ...], Tensor]] = []
         self._partial = prepare(self.directory)
 
@@ -62,18 +62,18 @@ class CheckpointWriter:
     def add_file(self, name: str, content: bytes) -> None:
         """Add a further file under a plain name: `config.toml`, `tokenizer.model`, `tokenizer.json`, …"""
         write_durably(self._partial / name, content)
-        self._manifest.extras[name] = (len(content), zlib.crc32(content))
+        self._manifest.extras[name] = (len(content), self._manifest.checksum(content))
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         path = self._partial / f"part_{len(self._manifest.files):05d}.safetensors"
         tensors = [(piece_key(kind, name, start), tensor) for kind, name, _, start, tensor in self._waiting]
-        written = write_tensor_file(path, tensors, {"format": "pt"})
-        for (kind, name, whole, start, tensor), crc32 in zip(self._waiting, written.tensor_crc32):
-            piece = Piece(path.name, start, tuple(tensor.shape), crc32)
+        written = write_tensor_file(path, tensors, {"format": "pt"}, self._manifest.checksum)
+        for (kind, name, whole, start, tensor), checksum in zip(self._waiting, written.tensor_checksums):
+            piece = Piece(path.name, start, tuple(tensor.shape), checksum)
             add_piece(self._index, kind, name, whole, DTYPE_NAMES[tensor.dtype], piece)
-        self._manifest.files[path.name] = (written.size, written.header_crc32)
+        self._manifest.files[path.name] = (written.size, written.header_checksum)
         self._waiting.clear()
 
     def __enter__(self) -> CheckpointWriter:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megalite.checkpoint.checksum import CRC32, XXH3_64
 from megalite.checkpoint.manifest import MANIFEST, Piece, tiling_fault
 from megalite.checkpoint.source import CheckpointReader
 from megalite.checkpoint.tensor_file import TensorFile, write_tensor_file
@@ -19,6 +20,8 @@ from megalite.checkpoint.writer import CheckpointWriter
 from megalite.errors import UserError
 
 Body = dict[str, Any]
+
+CHECKSUM = XXH3_64.name
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def elsewhere(body: Body, name: str) -> None:
 LIES: dict[str, tuple[Callable[[Body], object], str]] = {
     "path traversal": (lambda body: elsewhere(body, "../../secret"), "not a plain name"),
     "absolute path": (lambda body: elsewhere(body, "/etc/passwd"), "not a plain name"),
-    "extra outside": (lambda body: body["extras"].update({"../x": {"bytes": 1, "crc32": "00000000"}}), "not a plain"),
+    "extra outside": (lambda body: body["extras"].update({"../x": {"bytes": 1, CHECKSUM: "0" * 16}}), "not a plain"),
     "a file not listed": (lambda body: pieces(body)[0].update(file="other"), "unlisted file 'other'"),
     "a hole": (lambda body: pieces(body).pop(), "hold 10 of its 30 elements"),
     "an overlap": (lambda body: pieces(body)[1].update(offset=[1, 0]), "overlap"),
@@ -75,8 +78,8 @@ LIES: dict[str, tuple[Callable[[Body], object], str]] = {
         lambda body: body["tensors"].update(exp_avg={"vector": body["tensors"]["weight"]["matrix"]}),
         "describe different tensors, vector",
     ),
-    "no checksum": (lambda body: pieces(body)[0].pop("crc32"), "no checksum"),
-    "wrong checksum": (lambda body: pieces(body)[0].update(crc32="00000000"), "does not match its checksum"),
+    "no checksum": (lambda body: pieces(body)[0].pop(CHECKSUM), "no checksum"),
+    "wrong checksum": (lambda body: pieces(body)[0].update({CHECKSUM: "0" * 16}), "does not match its checksum"),
     "wrong size": (lambda body: body["files"]["part_00000.safetensors"].update(bytes=5), "5 were written"),
     "another format": (lambda body: body.update(format="pickle"), "format is 'pickle'"),
     "a run that is no id": (lambda body: body.update(run="../x"), "run is not the id"),
@@ -162,7 +165,7 @@ def test_bad_safetensors_files(tmp_path: Path, name: str) -> None:
 
 def test_every_truncation_of_a_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
-    write_tensor_file(path, [("a", torch.randn(3, 3)), ("b", torch.randn(2))], {})
+    write_tensor_file(path, [("a", torch.randn(3, 3)), ("b", torch.randn(2))], {}, CRC32)
     data = path.read_bytes()
     for length in range(len(data)):
         path.write_bytes(data[:length])
@@ -175,7 +178,7 @@ def test_other_programs_read_the_files(tmp_path: Path) -> None:
 
     tensors = {"x": torch.randn(3, 5), "y": torch.randn(4).bfloat16(), "z": torch.randn(()).half()}
     path = tmp_path / "file.safetensors"
-    write_tensor_file(path, list(tensors.items()), {"format": "pt"})
+    write_tensor_file(path, list(tensors.items()), {"format": "pt"}, CRC32)
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     with TensorFile(path) as file:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 ABSENT = frozenset(
     ("tomli_w", "tyro", "docstring_parser", "typeguard", "shtab", "orjson", "zstandard", "hypothesis", "transformers",
-     "tensorboard", "wandb", "jinja2", "fastwarc", "resiliparse", "xdist", "pytest_timeout")
+     "tensorboard", "wandb", "xxhash", "jinja2", "fastwarc", "resiliparse", "xdist", "pytest_timeout")
 )  # fmt: skip
 
 _find_spec = PathFinder.find_spec
