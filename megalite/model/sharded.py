@@ -34,7 +34,7 @@ from megalite.model.shapes import model_shapes
 from megalite.optim.shard import Segment, segments_of
 from megalite.parallel.context import PADDING, ContextRegion
 from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
-from megalite.parallel.zero import StageBuckets
+from megalite.parallel.zero import StageBuckets, gather_parameters
 from megalite.placement import PlacedParameter, placed_parameters
 from megalite.schedule.lowering import lower
 from megalite.schedule.schedules import build_schedule, forward_only, place_stages
@@ -216,8 +216,7 @@ class ShardedModel:
         """Round new master weights of the segments into the parameters and all-gather them."""
         for segment in self.segments:
             segment.write_back()
-        for buckets in self.buckets.values():
-            buckets.gather_parameters()
+        gather_parameters(self.buckets.values())
         self.wait_for_all_gather()
 
     # Computation

@@ -18,7 +18,7 @@ from megalite.kernels import Kernels
 from megalite.mesh import Mesh
 from megalite.optim.at_rest import StateSums
 from megalite.optim.shard import Segment
-from megalite.parallel.zero import StageBuckets
+from megalite.parallel.zero import StageBuckets, gather_parameters
 from megalite.registry import look_up
 
 
@@ -98,8 +98,7 @@ class Optimizer:
         self.rule.update(self.segments, lr=lr, gradient_scale=gradient_scale, step=self.step_count)
         if self._at_rest is not None:
             self._at_rest.remember()
-        for stage in self.stages:
-            stage.gather_parameters()
+        gather_parameters(self.stages)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -93,6 +93,9 @@ class PipelineEngine:
                 elif buckets is not None:
                     self._reduce(op, buckets)
         self._finish_sends(0)
+        if buckets is not None:
+            for stage in buckets.values():  # not at R, after which other stages of this rank may still compute
+                stage.wait()
         return losses
 
     def _reduce(self, op: Op, buckets: Mapping[int, StageBuckets]) -> None:

@@ -57,8 +57,9 @@ class StageBuckets:
     """All buckets of one pipeline stage, and the order in which their gradients are reduced.
 
     `begin()` clears the gradients; backward passes then report parameter by parameter, and full buckets are reduced
-    while backward continues; `sum_tied()` adds the two gradients of a tied embedding; `finish()` completes everything.
-    Where backward is split in two, `delaying` collects the weight-gradient part and `run_delayed` runs it.
+    while backward continues; `sum_tied()` adds the two gradients of a tied embedding; `finish()` starts the remaining
+    reductions and `wait()` completes all. Where backward is split in two, `delaying` collects the weight-gradient part
+    and `run_delayed` runs it.
 
     `aliases` are parameters of this rank's stages that share the storage of another parameter (tied embeddings).
     """
@@ -85,6 +86,7 @@ class StageBuckets:
                 alias.main_grad = torch.zeros(alias.shape, dtype=torch.float32, device=alias.device)
         self.trained = [bucket for bucket in self.buckets if bucket.trained]
         self._matrices = [parameter for parameter in own if parameter.decays]
+        self._by_use = _in_order_of_use(self.buckets, own)
         self._in_order = [bucket for bucket in self.trained if not isinstance(bucket, ShardedBucket)]
         self._launched = 0
         self._full: set[int] = set()
@@ -190,7 +192,10 @@ class StageBuckets:
             shared.sum_gradients()
 
     def finish(self) -> None:
-        """Sum partial gradients within the stage, reduce the remaining buckets, wait for all."""
+        """After the stage's last backward: sum partial gradients within the stage and start the remaining reductions.
+
+        Nothing waits for them here, since this rank's other stages may still have work to do; `wait` does.
+        """
         for shared in self._replicated:
             shared.sum_gradients()
         for bucket in self.trained:
@@ -199,21 +204,12 @@ class StageBuckets:
         for bucket in self._in_order[self._launched :]:
             bucket.launch()
         self._launched = len(self._in_order)
+
+    def wait(self) -> None:
+        """Wait for all reductions; before, gradients must be neither read nor cleared."""
         self._flying.clear()
         for bucket in self.trained:
             bucket.wait()
-
-    def gather_parameters(self) -> None:
-        """All-gather the updated parameters after the optimizer step.
-
-        Matrices are waited for at their next use, so that the all-gather overlaps with the next forward pass.
-        """
-        self._window.clear()
-        for bucket in self.buckets:
-            bucket.gather_parameters()
-        for bucket in self.buckets:
-            if bucket.deferred or not bucket.decays:
-                bucket.wait_for_all_gather()
 
     def wait_for_all_gather(self) -> None:
         """Wait for all parameters; needed before they are read or written outside a forward pass."""
@@ -247,6 +243,38 @@ class StageBuckets:
         finally:
             self._window.pinned = False
             self._window.clear()
+
+
+def gather_parameters(stages: Iterable[StageBuckets]) -> None:
+    """All-gather the updated parameters of a rank's stages (in forward order) after the optimizer step.
+
+    On a GPU the operations of a group run in the order in which they were started, and a wait is for all before it.
+    So what has to be there at once comes first: vectors, which layers read without asking, of all stages. Matrices
+    follow in the order in which the next forward pass asks for them, and are waited for there.
+    """
+    stages = list(stages)
+    for stage in stages:
+        stage._window.clear()
+    at_once = [bucket for stage in stages for bucket in stage._by_use if _read_at_once(bucket)]
+    for bucket in at_once:
+        bucket.gather_parameters()
+    for stage in stages:
+        for bucket in stage._by_use:
+            if not _read_at_once(bucket):
+                bucket.gather_parameters()
+    for bucket in at_once:
+        bucket.wait_for_all_gather()
+
+
+def _read_at_once(bucket: Bucket) -> bool:
+    """Whether its parameters are read without `PlacedParameter.gathered`: vectors, and aliases of tied ones."""
+    return bucket.deferred or not bucket.decays
+
+
+def _in_order_of_use(buckets: Iterable[Bucket], parameters: Iterable[PlacedParameter]) -> list[Bucket]:
+    """The buckets in the order in which a forward pass first needs one of their `parameters`, given in its order."""
+    place = {id(parameter): number for number, parameter in enumerate(parameters)}
+    return sorted(buckets, key=lambda bucket: min(place[id(slot.parameter)] for slot in bucket.slots))
 
 
 class _Window:

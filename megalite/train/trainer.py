@@ -18,7 +18,7 @@ from torch import Tensor
 from megalite.config import Config
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
-from megalite.mesh import Mesh
+from megalite.mesh import Group, Mesh, Work
 from megalite.model.balance import expert_metrics
 from megalite.model.decoder import Stage
 from megalite.model.sharded import MicroBatches, ShardedModel
@@ -75,6 +75,30 @@ class _Shares:
     """Of `Balance.collect`."""
 
 
+class _Count:
+    """The units of the global batch on their way: all ranks start to sum them, and wait where a loss is divided.
+
+    The sum is over the world. The group of the data-parallel ranks may still be gathering the parameters of the update
+    before, and on a GPU the operations of a group run one after the other.
+    """
+
+    def __init__(self, own: Tensor, world: Group) -> None:
+        """`own` is this rank's term."""
+        self._total = own.clone()
+        self._work: Work | None = world.all_reduce(self._total)
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    @functools.cached_property
+    def scale(self) -> Tensor:
+        """1 / units: fp64 scalar."""
+        self.wait()
+        return 1.0 / self._total.clamp(min=1)
+
+
 class Trainer(ShardedModel):
     """A model with its optimizer.
 
@@ -98,7 +122,6 @@ class Trainer(ShardedModel):
         self.optimizer = Optimizer(list(self.buckets.values()), self.segments, rule, watched=watched)
         self.norm = self.make_norm()
         self.observe: Observer = unobserved
-        self._data_group = mesh.data_group()
         self._world = mesh.world
 
     def make_norm(self) -> GradientNorm:
@@ -115,14 +138,17 @@ class Trainer(ShardedModel):
         elif self.adapter is not None:
             self.initialise(trained=True)  # the base is read whole
 
-    def _count_units(self, batches: MicroBatches, objective: Objective) -> Tensor:
-        """Units of the global batch: fp64 scalar, never copied to the host; 0 except on the last stage."""
+    def _own_units(self, batches: MicroBatches, objective: Objective) -> Tensor:
+        """This rank's term of the global batch's units: fp64 scalar, never copied to the host.
+
+        Ranks that hold the same samples must not count them twice: of the last stage's, the first tensor rank and the
+        first rank of a sequence do.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        if self.last_stage is not None:
+        if self.last_stage is not None and self.mesh.index("tp") == 0 and self.context.group.index == 0:
             for batch in batches:
-                if batch is not None and self.context.group.index == 0:  # the ranks of a sequence all have it whole
+                if batch is not None:
                     total = total + objective.units(batch)
-            self._data_group.all_reduce(total).wait()
         return total
 
     def _agree(self, *numbers: Tensor | float) -> list[float]:
@@ -152,33 +178,29 @@ class Trainer(ShardedModel):
         """The sum of fp64 scalars, one of each micro-batch."""
         return torch.stack(losses).sum()
 
-    def _share_of_units(self, units: Tensor) -> Tensor | float:
-        """The unit count as a term of a global sum: every rank of the last stage knows it, and one contributes it."""
-        first = self.mesh.rank == self.mesh.rank_at(dp=0, ep=0, cp=0, tp=0)
-        return units if first and self.last_stage is not None else 0.0
-
     def _sum(
         self, batches: MicroBatches, objective: Objective, shape: tuple[int, int] | None = None, *, train: bool
     ) -> _Shares:
         """Run all micro-batches, with backward if `train`: this rank's terms of the loss, the units and the metrics."""
-        units = self._count_units(batches, objective)
-        scale = 1.0 / units.clamp(min=1)
+        own_units = self._own_units(batches, objective)
+        count = _Count(own_units, self._world)
         sums: dict[str, dict[int, Tensor]] = {name: {} for name in objective.metrics}
 
         def finish(stage: Stage, hidden: Tensor, batch: Batch, micro: int) -> Tensor:
-            outputs = read_outputs(objective, stage, hidden, batch, scale)
+            outputs = read_outputs(objective, stage, hidden, batch, count.scale)
             if self.context.size > 1 and objective.reads != "loss":  # what is made of whole sequences need not be a sum
                 batch = cast(Batch, batches[micro])
                 outputs = outputs.map(functools.partial(self.context.gather, length=batch.labels_BS.shape[1]))
-            loss, named = objective.loss(outputs, batch, scale)
+            loss, named = objective.loss(outputs, batch, count.scale)
             for name, value in named.items():
                 sums[name][micro] = value.detach().double()
             return loss
 
         losses = self.run(batches, finish, shape=shape, train=train, observe=self.observe if train else unobserved)
+        count.wait()  # on ranks without the last stage
         metrics = {name: self._share(values, objective) for name, values in sorted(sums.items())}
         loads = self.balance.collect(self.config.model.layers) if train and self.config.model.experts else ()
-        return _Shares(self._share(losses, objective), self._share_of_units(units), metrics, loads)
+        return _Shares(self._share(losses, objective), own_units, metrics, loads)
 
     def accumulate(
         self, batches: MicroBatches, objective: Objective | None = None, shape: tuple[int, int] | None = None
@@ -231,8 +253,7 @@ class Trainer(ShardedModel):
             batches, lambda stage, hidden, batch, _: stage.loss(hidden, batch.labels_BS, 1.0), shape=shape
         )
         share = self._share(losses, NEXT_TOKEN)
-        units = self._count_units(batches, NEXT_TOKEN)
-        loss, count = self._agree(share, self._share_of_units(units))
+        loss, count = self._agree(share, self._own_units(batches, NEXT_TOKEN))
         return loss, int(count)
 
 

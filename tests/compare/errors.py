@@ -20,6 +20,7 @@ from megalite.mesh import DONE
 from megalite.parallel import linear
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.engine import PipelineEngine
+from megalite.train import trainer as trainer_module
 
 
 class _Skewed(Function):
@@ -234,12 +235,9 @@ def z_loss_missing(trainer: Any, layer: int) -> Iterator[None]:
 @contextlib.contextmanager
 def local_normalisation(trainer: Any, layer: int) -> Iterator[None]:
     """Divided by this rank's count of labels times the ranks, as if all had as many."""
-    group = trainer._data_group
-    own = SimpleNamespace(
-        size=group.size, index=group.index, all_reduce=lambda total: (total.mul_(group.size), DONE)[1]
-    )
-    trainer._data_group = own
-    yield
+    ranks, alone, count = trainer.mesh.samples_size, trainer.mesh.alone, trainer_module._Count
+    with mock.patch.object(trainer_module, "_Count", lambda own, world: count(own * ranks, alone)):
+        yield
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from torch import nn
 
 from megalite.mesh import Group, Mesh
 from megalite.parallel.buckets import ShardedBucket
-from megalite.parallel.zero import StageBuckets
+from megalite.parallel.zero import StageBuckets, gather_parameters
 from megalite.placement import PlacedParameter, Placement, row_box
 from tests.support.chaos import ChaosGroups
 
@@ -44,6 +44,7 @@ def learn(stage, module, rank):
     stage.begin(2)
     backward(module, rank, 9)
     stage.finish()
+    stage.wait()
 
 
 def begun(stage):
@@ -67,6 +68,7 @@ def reduce_twice(rank, world, zero, limit):
         backward(module, rank, step)
         launched = begun(stage)
         stage.finish()
+        stage.wait()
         groups.verify()
         shard = {}
         for bucket in stage.buckets:
@@ -108,7 +110,7 @@ def share(rank, world, dtype):
     for number, bucket in enumerate(stage.buckets):
         bucket.parameters.fill_(-1)
         bucket.parameters[bucket.shard] = torch.arange(bucket.shard.start, bucket.shard.stop).to(dtype) + number
-    stage.gather_parameters()
+    gather_parameters([stage])
     stage.wait_for_all_gather()
     groups.verify()
     return {name: value.detach().float() for name, value in module.named_parameters()}, [
@@ -144,6 +146,7 @@ def sum_shared(rank):
     backward(module, rank, 0)
     prompt = begun(stage)
     stage.finish()
+    stage.wait()
     groups.verify()
     return prompt, len(stage.buckets), {name: value.main_grad.clone() for name, value in module.named_parameters()}
 
@@ -208,7 +211,8 @@ def held(rank, world, zero):
             peak = [max(old, new) for old, new in zip(peak, size())]
             weight.gradient_added()
         stage.finish()
-        stage.gather_parameters()
+        stage.wait()
+        gather_parameters([stage])
         stage.wait_for_all_gather()
     assert all((bucket.updated_gradients == world).all() for bucket in stage.buckets)
     groups.verify()

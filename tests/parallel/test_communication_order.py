@@ -1,5 +1,6 @@
-"""Which communication of a step starts where, and where it is waited for: as it is today, so that it gets better only
-on purpose. One rank on the meta device, with layers of the width of real models, so that there are many buckets.
+"""Which communication of a step starts where, and where it is waited for.
+
+One rank on the meta device, with layers of the width of real models, so that there are many buckets.
 
 On NCCL the operations of a group run in the order of their starts; a wait stops the computation for all before it.
 """
@@ -50,31 +51,64 @@ def test_reductions_start_under_the_last_backward_from_the_second_step_on():
     assert [start.elements for start in reductions] == [bucket.length // 2 for bucket in buckets]
     assert {start.during for start in reductions} == {LAST}
     waits = waited(later, "reduce_scatter")
-    assert [wait.start for wait in waits] == reductions and {wait.during for wait in waits} == {Op("R", 0, -1)}
+    assert [wait.start for wait in waits] == reductions and {wait.during for wait in waits} == {None}
 
 
-def test_parameters_are_gathered_in_backward_order_and_waited_for_where_they_are_used():
-    """Matrices in the next step's first forward pass; vectors, which are last in the queue, at once, so that they wait
-    for all (the computation then does, too, at the count of tokens at the latest)."""
-    trainer, _, later = steps(Layout(data=2, zero=1))
-    *matrices, vectors = gathers = started(later, "all_gather")
-    assert [start.elements for start in gathers] == [bucket.length for bucket in trainer.buckets[0].buckets]
-    assert {start.during for start in gathers} == {None}
-    *old, last = waited(later, "all_gather")
-    assert last.start is vectors and last.during is None
-    assert [wait.start.elements for wait in old] == [start.elements for start in reversed(matrices)]
-    assert {wait.during for wait in old} == {Op("F", 0, 0)}
+def at_once(bucket):
+    return bucket.deferred or not bucket.decays
+
+
+@pytest.mark.parametrize(
+    ("layout", "fields"),
+    [
+        (Layout(data=2, zero=1), {}),
+        (Layout(data=2, zero=2), {}),
+        (Layout(pipeline=2, schedule="interleaved", data=2, zero=1), {"layers": 4}),
+        (Layout(pipeline=2, schedule="zb_v", data=2, zero=1), {"layers": 4, "tie_embeddings": True}),
+    ],
+    ids=["zero 1", "zero 2", "interleaved", "tied"],
+)
+def test_parameters_are_gathered_in_the_order_of_their_use(layout, fields):
+    """First the vectors of all stages, which are waited for at once when all is under way; then matrices as the next
+    forward pass asks for them."""
+    trainer, _, later = steps(layout, **fields)
+    buckets = [bucket for stage in trainer.buckets.values() for bucket in stage.buckets]
+    first = sum(map(at_once, buckets))
+    gathers = started(later, "all_gather")
+    assert len(gathers) == len(buckets) and {start.during for start in gathers} == {None}
+    vectors, matrices = gathers[:first], gathers[first:]
+    assert sorted(start.elements for start in vectors) == sorted(b.length for b in buckets if at_once(b))
+    waits = [event for event in later if isinstance(event, Wait) and event.start in vectors]
+    assert len(waits) == first and {wait.during for wait in waits} == {None}
+    assert later.index(waits[0]) > later.index(matrices[-1])
+    used = waited(later, "all_gather")[: len(matrices)]  # of the update before, whose order was the same
+    assert {wait.during.kind for wait in used} == {"F"}
+    assert [wait.start.elements for wait in used] == [start.elements for start in matrices]
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_step_begins_with_the_count_and_ends_with_one_message_to_all(zero):
-    trainer, _, later = steps(Layout(data=2, zero=zero))
-    count, wait = later[:2]
-    assert isinstance(count, Start) and isinstance(wait, Wait) and wait.start is count
-    assert (count.name, count.elements, count.during) == ("all_reduce", 1, None)
+    """Both are messages to the world, and so do not queue behind the gathers of the update before."""
+    trainer, _, later = steps(Layout(pipeline=2, data=2, zero=zero), layers=4)
+    world = trainer.mesh.world.ranks
+    assert trainer.mesh.data_group().ranks != world
+    count = later[0]
+    assert isinstance(count, Start) and (count.name, count.elements, count.group) == ("all_reduce", 1, world)
     sums = [start for start in started(later, "all_reduce") if start.during is None]
-    assert [start.elements for start in sums] == [1, 5] and sums[1].group == trainer.mesh.world.ranks
+    assert [start.elements for start in sums] == [1, 5] and sums[1].group == world
     assert all(isinstance(start, Wait) or start.name == "all_gather" for start in later[later.index(sums[1]) + 3 :])
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["first stage", "last stage"])
+def test_the_count_is_waited_for_where_the_loss_is_made(rank):
+    """Other ranks need it for nothing, and wait when they have computed all."""
+    trainer, recorder = build(Layout(pipeline=2, data=2, zero=1), rank, WIDE | {"model.layers": 4})
+    for _ in range(2):
+        later = step(trainer, recorder)
+    (wait,) = [event for event in later if isinstance(event, Wait) and event.start is later[0]]
+    assert wait.during == (Op("F", 1, 0) if rank == 2 else None)
+    last_use = max(index for index, event in enumerate(later) if getattr(event, "during", None) is not None)
+    assert (later.index(wait) < last_use) == (rank == 2)
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -88,7 +122,7 @@ def test_sharded_gradients_are_reduced_in_every_backward_with_few_on_their_way(z
             if isinstance(event, Start) and event.name == "reduce_scatter" and event.during.kind == "B":
                 flying.append(event)
             elif isinstance(event, Wait) and event.start in flying:
-                assert event.start is flying[0] or event.during.kind == "R"
+                assert event.start is flying[0] or event.during is None
                 flying.remove(event.start)
             # vectors are reduced once, beside them
             most = max(most, sum(event.elements > 1 << 20 for event in flying))
@@ -111,17 +145,18 @@ def test_the_next_layer_is_on_its_way_while_one_is_waited_for():
         assert alone <= 2  # the last layer, and where the way turns: the first
 
 
-def test_gradients_of_a_later_stage_are_reduced_while_earlier_ones_are_not_done():
-    """Interleaved: their reductions start under the stage's own last backward. Today the computation waits for them at
-    once, in the middle of the schedule."""
-    layout = Layout(pipeline=2, schedule="interleaved", data=2, zero=1)
-    _, _, later = steps(layout, layers=4)
-    order = [(type(event), (event if isinstance(event, Start) else event.start).during) for event in later
-             if isinstance(event, (Start, Wait))]  # fmt: skip
-    early = [start for start in started(later, "reduce_scatter") if start.during == Op("B", 2, 3)]
-    assert len(early) >= 4 and order.index((Start, Op("B", 2, 3))) < order.index((Start, LAST))
-    waits = {wait.start: wait.during for wait in waited(later, "reduce_scatter")}
-    assert {waits[start] for start in early} == {Op("R", 2, -1)}
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_of_a_later_stage_are_reduced_under_the_backwards_of_earlier_ones(zero):
+    """Interleaved: their reductions start under the stage's own last backward, and nothing waits for a reduction before
+    the last operation is over."""
+    name = "reduce_scatter" if zero else "all_reduce"
+    _, _, later = steps(Layout(pipeline=2, schedule="interleaved", data=2, zero=zero), layers=4)
+    large = [start for start in started(later, name) if start.elements > 1 << 16]
+    early = [start for start in large if start.during == Op("B", 2, 3)]
+    assert len(early) >= 4 and large.index(early[-1]) < min(large.index(s) for s in large if s.during == LAST)
+    assert {wait.during for wait in waited(later, name) if wait.start in large} == {None}
+    last = max(later.index(start) for start in started(later, "send") + started(later, "receive"))
+    assert all(later.index(wait) > last for wait in waited(later, name) if wait.start in large)
 
 
 def test_tied_ends_meet_once_and_then_reduce():

@@ -278,19 +278,16 @@ def declarations(typed: TypedMesh) -> Iterator[None]:
 
 
 class _Checked:
-    """An objective whose scale and units are looked at."""
+    """An objective whose scale is looked at."""
 
-    def __init__(self, objective: Objective, typed: TypedMesh, split: bool) -> None:
-        self.objective, self.typed, self.split = objective, typed, split
+    def __init__(self, objective: Objective, typed: TypedMesh) -> None:
+        self.objective, self.typed = objective, typed
         self.reads, self.metrics = objective.reads, objective.metrics
         if hasattr(objective, "temperature"):
             self.temperature = objective.temperature
 
     def units(self, batch: Batch) -> Tensor:
-        units = self.objective.units(batch)
-        if self.split:  # one of the ranks of a sequence counts them, which the types of one rank cannot show
-            self.typed.give(units, self.typed.type_of(units) | {"cp": V})
-        return units
+        return self.objective.units(batch)
 
     def loss(self, outputs: Any, batch: Batch, scale: Any) -> Any:
         for axis, kind in self.typed.type_of(scale).items():
@@ -302,8 +299,13 @@ class _Checked:
 @contextlib.contextmanager
 def _own_types(typed: TypedMesh) -> Iterator[None]:
     """Within, what types of one rank cannot follow is typed by hand: a rank's rows of a split sequence, whole numbers
-    that sort, and what backward records."""
-    rows, sort, router_loss = ContextRegion.rows, Sorting.of, Router._loss
+    that sort, what backward records, and units, which one of the ranks that hold a sequence counts."""
+    rows, sort, router_loss, own_units = ContextRegion.rows, Sorting.of, Router._loss, Trainer._own_units
+
+    def terms(trainer: Trainer, batches: Any, objective: Objective) -> Tensor:
+        units = own_units(trainer, batches, objective)
+        typed.give(units, typed.whole(V))
+        return units
 
     def own_rows(region: ContextRegion, length: int, index: int | None = None) -> Tensor:
         found = rows(region, length, index)
@@ -325,6 +327,7 @@ def _own_types(typed: TypedMesh) -> Iterator[None]:
         mock.patch.object(ContextRegion, "rows", own_rows),
         mock.patch.object(Sorting, "of", own_order),
         mock.patch.object(Router, "_loss", recorded),
+        mock.patch.object(Trainer, "_own_units", terms),
         mock.patch.object(StageBuckets, "begin", lambda buckets, micro_batches: None),
     ):
         yield
@@ -378,7 +381,7 @@ def check_step(config: Config, mesh: Mesh, objective: Objective | None = None) -
         set_current_mesh(typed.axes),
         typecheck(),
     ):
-        trainer.accumulate(batches, _Checked(trainer.objective, typed, mesh.cp > 1))
+        trainer.accumulate(batches, _Checked(trainer.objective, typed))
     return sent
 
 
