@@ -97,37 +97,37 @@ def cast_rows_kernel(x_ptr, codes_ptr, scale_ptr, width, LIMIT: tl.constexpr, HE
 
 
 @triton.jit
-def largest_of_tiles_kernel(x_ptr, by_row_ptr, by_column_ptr, rows, columns, TILE: tl.constexpr):
-    """The largest magnitudes of a tile's rows and of its columns: [tiles across, rows], [tiles down, columns]."""
+def largest_of_tiles_kernel(x_ptr, by_row_ptr, by_column_ptr, outputs, inputs, TILE: tl.constexpr):
+    """The largest magnitudes of a tile's rows and of its columns: [tiles across, outputs], [tiles down, inputs]."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    sizes = magnitude(tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0))
-    tl.store(by_row_ptr + tl.program_id(1).to(tl.int64) * rows + row, tl.max(sizes, axis=1), mask=row < rows)
-    by_column = by_column_ptr + tl.program_id(0).to(tl.int64) * columns + column
-    tl.store(by_column, tl.max(sizes, axis=0), mask=column < columns)
+    mask = (row < outputs)[:, None] & (column < inputs)[None, :]
+    sizes = magnitude(tl.load(x_ptr + row[:, None] * inputs + column[None, :], mask=mask, other=0.0))
+    tl.store(by_row_ptr + tl.program_id(1).to(tl.int64) * outputs + row, tl.max(sizes, axis=1), mask=row < outputs)
+    by_column = by_column_ptr + tl.program_id(0).to(tl.int64) * inputs + column
+    tl.store(by_column, tl.max(sizes, axis=0), mask=column < inputs)
 
 
 @triton.jit
 def cast_tiles_kernel(
-    x_ptr, codes_ptr, turned_ptr, row_scale_ptr, column_scale_ptr, rows, columns, LIMIT: tl.constexpr,
+    x_ptr, codes_ptr, turned_ptr, row_scale_ptr, column_scale_ptr, outputs, inputs, LIMIT: tl.constexpr,
     PER_ROW: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Casts a tile and writes it twice: in place, and transposed, there with the scales of columns if `PER_ROW`."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    x = tl.load(x_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    mask = (row < outputs)[:, None] & (column < inputs)[None, :]
+    x = tl.load(x_ptr + row[:, None] * inputs + column[None, :], mask=mask, other=0.0)
     if PER_ROW:
-        scale = tl.load(row_scale_ptr + row, mask=row < rows, other=1.0)[:, None]
-        turned_scale = tl.load(column_scale_ptr + column, mask=column < columns, other=1.0)[None, :]
+        scale = tl.load(row_scale_ptr + row, mask=row < outputs, other=1.0)[:, None]
+        turned_scale = tl.load(column_scale_ptr + column, mask=column < inputs, other=1.0)[None, :]
         value = code(x, scale, LIMIT, codes_ptr.dtype.element_ty)
         turned = code(x, turned_scale, LIMIT, codes_ptr.dtype.element_ty)
     else:
         value = code(x, tl.load(row_scale_ptr), LIMIT, codes_ptr.dtype.element_ty)
         turned = value
-    tl.store(codes_ptr + row[:, None] * columns + column[None, :], value, mask=mask)
-    tl.store(turned_ptr + column[:, None] * rows + row[None, :], tl.trans(turned), mask=tl.trans(mask))
+    tl.store(codes_ptr + row[:, None] * inputs + column[None, :], value, mask=mask)
+    tl.store(turned_ptr + column[:, None] * outputs + row[None, :], tl.trans(turned), mask=tl.trans(mask))
 
 
 def _limit(dtype: torch.dtype) -> float:
