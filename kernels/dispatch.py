@@ -29,6 +29,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_", "cross_entropy_stats_grad_"),
         "adamw": ("adamw_", "square_sum"),
         "symmetric": ("symmetric_product",),
+        "fp8": ("fp8_cast", "fp8_cast_transpose"),
     }
 )
 """Operation as the configuration names it, and the module of its plain form -> the functions that it chooses."""
@@ -36,8 +37,9 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 PLAIN_ALONE = ("geglu",)
 """Functions that have the plain form alone."""
 
-_PLAIN_ON_CPUS = ("adamw", "grouped", "symmetric")
-"""Operations whose plain form is compiled code already: torch's fused AdamW, and BLAS products."""
+_PLAIN_ON_CPUS = ("adamw", "grouped", "symmetric", "fp8")
+"""Operations whose plain form is compiled code already, torch's fused AdamW and BLAS products, or is there to be
+compared with alone: processors have no 8-bit floats."""
 
 _PLAIN_UNLESS_NAMED = ("symmetric",)
 """Operations whose Triton form must be measured before `auto` may prefer it: it saves half of the flop, but has the
@@ -70,6 +72,8 @@ class Kernels:
     adamw_: Callable[..., Any]
     square_sum: Callable[..., Any]
     symmetric_product: Callable[..., Any]
+    fp8_cast: Callable[..., Any]
+    fp8_cast_transpose: Callable[..., Any]
     choices: Mapping[str, str]
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 

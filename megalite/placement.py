@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from megalite.mesh import DATA_AXES
 
 Action = Callable[[], object]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,12 @@ class Placement:
 class ParameterStore(Protocol):
     """Where a parameter's values and gradient live: a bucket, which may hold either only temporarily.
 
-    `ready` says that the values can be read without asking.
+    `ready` says that the values can be read without asking. `derived` is what has been made of them, by the parameter's
+    id; it is emptied when they change or leave.
     """
 
     ready: bool
+    derived: dict[int, Any]
 
     def gather(self, parameter: PlacedParameter) -> None:
         """Return once the parameter's values are available."""
@@ -155,6 +158,17 @@ class PlacedParameter(nn.Parameter):
         if self.store is not None and not self.store.ready:
             self.store.gather(self)
         return self
+
+    def derived(self, make: Callable[[], Made]) -> Made:
+        """What `make` makes of the values, which must be available: made once, and kept by the store until they change
+        or are released. Without a store, which would know, it is made at every call. A parameter has one such thing."""
+        if self.store is None:
+            return make()
+        kept = self.store.derived
+        if id(self) not in kept:
+            kept[id(self)] = make()
+        made: Made = kept[id(self)]
+        return made
 
     def grad_buffer(self) -> Tensor | None:
         """The buffer to add the gradient to, allocated if need be; None if autograd should accumulate it."""

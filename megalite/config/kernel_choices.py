@@ -34,6 +34,8 @@ class KernelsConfig:
     """The optimizer's update."""
     symmetric: KernelChoice = DERIVED
     """Muon's products A A^T; `triton` computes one half of each, and `auto` leaves them to torch."""
+    fp8: KernelChoice = DERIVED
+    """Casts to 8-bit floats, for `train.fp8`."""
 
     def __post_init__(self) -> None:
         derive(self, **{operation.name: self.default for operation in fields(self)})

@@ -79,7 +79,9 @@ class Stage(nn.Module):
         if context.size > 1:
             kernels = dataclasses.replace(kernels, attention=ContextAttention(context, kernels))
         if view_of is None:
-            self.build = make_build(model, mesh, self.region, kernels, dtype, products_of(fp8), prefix, adapter)
+            self.build = make_build(
+                model, mesh, self.region, kernels, dtype, products_of(fp8, kernels), prefix, adapter
+            )
         else:
             self.build = dataclasses.replace(
                 view_of.build,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,7 @@ class Bucket:
         self.updated = self.shard if self.sharded else slice(0, self.length)
         self.device, self.dtype = parameters[0].device, parameters[0].dtype
         self.parameters = torch.zeros(self.length, dtype=self.dtype, device=self.device)
+        self.derived: dict[int, Any] = {}
         self.on_complete: Callable[[], None] | None = None
         self.gradients: Tensor | None = None
         self._place = {id(slot.parameter): index for index, slot in enumerate(self.slots)}
@@ -163,6 +165,7 @@ class Bucket:
 
     def gather_parameters(self) -> None:
         """Start to all-gather the updated shards; `wait_for_all_gather` completes it."""
+        self.derived.clear()
         if self.sharded and self.group.size > 1:
             self._gathering = self.group.all_gather(self.parameters, self.parameters[self.shard].clone())
             self.ready = False
@@ -270,6 +273,7 @@ class ShardedBucket(Bucket):
 
     def release(self) -> None:
         """Free the memory of the full parameters."""
+        self.derived.clear()
         self.wait_for_all_gather()
         self.parameters.untyped_storage().resize_(0)
 

@@ -229,6 +229,7 @@ class StageBuckets:
             for slot in bucket.slots:
                 write(slot.parameter)
             bucket.close()
+            bucket.derived.clear()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

@@ -121,6 +121,7 @@ class Job:
     beside: Beside = Beside()
     rollout: Rollout | None = None
     expert: int = 1
+    fp8: bool = False
     optimizer: str = "adamw"
     newton_schulz_steps: int = 5
     dense: bool = False
@@ -162,6 +163,7 @@ class Job:
             recompute=train.recompute,
             element_bytes=4 if train.precision == "fp32" else 2,
             expert=parallel.expert,
+            fp8=train.fp8 != "none",
             optimizer=config.optimizer.kind,
             newton_schulz_steps=config.optimizer.newton_schulz_steps,
         )

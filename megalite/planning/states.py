@@ -112,6 +112,8 @@ def rank_states(job: Job, rank: int, *, working: bool = True) -> dict[str, float
     if job.shares_vocabulary and ends and not frozen:  # the output layer's own gradients, until both are added
         parts["gradients"] += 4.0 * vocabulary_rows(job.architecture, job.tensor) * model.hidden_size
     read = job.seq_length * job.micro_batch_size  # every rank reads whole sequences
+    if job.fp8:
+        parts["fp8 weights"] = _fp8_weights(job, rank)
     parts["tokens and tables"] = _tables(job, rank) + 16.0 * read * job.micro_batches * ends
     return parts
 
@@ -123,7 +125,20 @@ def _tables(job: Job, rank: int) -> float:
 
 def frozen_bytes(job: Job, rank: int) -> float:
     """A model that is not trained: its weights, shared out by ZeRO-3 alone, and its tables."""
-    return _held_weights(job, rank) + _tables(job, rank)
+    return _held_weights(job, rank) + _tables(job, rank) + (_fp8_weights(job, rank) if job.fp8 else 0.0)
+
+
+def _fp8_weights(job: Job, rank: int) -> float:
+    """Bytes of the layers' matrices in 8 bits, once for each direction: of all layers between two updates, under ZeRO-3
+    of the two that are whole. Experts stay in bf16, as do routers, which are small enough to be counted."""
+    stages = [[(_fp8_elements(kind), count) for kind, count in job.kinds(stage)] for stage in job.stages_of(rank)]
+    if job.zero == 3 and job.replicas > 1:
+        return 2.0 * sum(2 * max(elements for elements, _ in stage) for stage in stages)
+    return 2.0 * sum(elements * count for stage in stages for elements, count in stage)
+
+
+def _fp8_elements(job: Job) -> int:
+    return job.layer.sizes.matrix_elements - (job.layer.expert_elements if job.layer.copies else 0)
 
 
 def _held_weights(job: Job, rank: int) -> float:

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from megalite.kernels import (
     adamw_triton,
     cross_entropy_triton,
+    fp8_triton,
     grouped_triton,
     rms_norm_triton,
     rope_triton,
@@ -36,9 +37,10 @@ from megalite.kernels import (
 )
 from megalite.kernels.attention import flash_triton as launches
 from megalite.kernels.attention import flash_triton_kernels as flash
+from megalite.kernels.layout import warps_for
 
-TARGETS = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may opt in to
+TARGETS = (80, 89, 90, 100)
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may opt in to
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ALLOWANCE = Path(__file__).with_name("compile_allowance.toml")
 
@@ -165,6 +167,28 @@ def symmetric_cases() -> Iterator[Case]:
         yield Case(name, symmetric_triton.symmetric_kernel, constants, warps, stages, types, products=True)
 
 
+def fp8_cases() -> Iterator[Case]:
+    """Both dtypes; rows in registers, and rows that are read again."""
+    whole, tile = {"BLOCK": fp8_triton.BLOCK}, {"TILE": fp8_triton.TILE}
+    pointers = ("largest_ptr", "by_row_ptr", "by_column_ptr")
+    types = {**dict.fromkeys(pointers, "*i32"), "row_scale_ptr": "*fp32", "column_scale_ptr": "*fp32"}
+    yield Case("fp8 largest", fp8_triton.largest_kernel, whole, fp8_triton.WARPS, types=types)
+    kernel = fp8_triton.largest_of_tiles_kernel
+    yield Case("fp8 largest of tiles", kernel, tile, fp8_triton.TILE_WARPS, types=types)
+    for name, kind, limit in (("e4m3", "*fp8e4nv", 448.0), ("e5m2", "*fp8e5", 57344.0)):
+        here = {**types, "codes_ptr": kind, "turned_ptr": kind}
+        constants = {**whole, "LIMIT": limit, "SHARES": 1024}
+        yield Case(f"fp8 cast {name}", fp8_triton.cast_kernel, constants, fp8_triton.WARPS, types=here)
+        for block, held in ((4096, True), (fp8_triton.ROW, True), (fp8_triton.BLOCK, False)):
+            constants = {"LIMIT": limit, "HELD": held, "BLOCK": block}
+            label = f"fp8 cast rows {name} {block if held else 'long'}"
+            yield Case(label, fp8_triton.cast_rows_kernel, constants, warps_for(block), types=here)
+        for per_row in (False, True):
+            constants = {**tile, "LIMIT": limit, "PER_ROW": per_row}
+            label = f"fp8 cast both {name}{' rows' if per_row else ''}"
+            yield Case(label, fp8_triton.cast_tiles_kernel, constants, fp8_triton.TILE_WARPS, types=here)
+
+
 MASKS: dict[str, dict[str, bool]] = {
     "full": {},
     "causal": {"CAUSAL": True},
@@ -224,7 +248,9 @@ def cases(target: int, quick: bool) -> list[Case]:
     if quick:
         wanted = [case for case in norm_cases() if "h4096" in case.name]
         return [*wanted, attention_case("forward", 128, target, "causal")]
-    products = [*grouped_cases(), *symmetric_cases()]
+    if target == 89:  # the first that knows 8-bit floats; otherwise as sm_80
+        return [*fp8_cases()]
+    products = [*grouped_cases(), *symmetric_cases(), *(fp8_cases() if target > 89 else ())]
     return [*norm_cases(), *pointwise_cases(), *loss_cases(), *products, *attention_cases(target)]
 
 

@@ -1,13 +1,15 @@
-"""Correct bfloat16 in Triton's CPU interpreter; fp32 and fp16 need nothing.
+"""Correct bfloat16, and casts to 8-bit floats, in Triton's CPU interpreter; fp32 and fp16 need nothing.
 
 The interpreter keeps bf16 as uint16 bit patterns: dot products and elementwise operators compute on the patterns, and
-a cast from fp32 truncates instead of rounding to nearest even. `correct_bf16` replaces the three places that do so
-(the same in triton 3.6 to 3.9). TRITON_INTERPRET=1 must be set before triton is first imported.
+a cast from fp32 truncates instead of rounding to nearest even. Its casts to 8-bit floats lose NaN and small numbers.
+`correct_bf16` replaces the four places that do so (the same in triton 3.6 to 3.9). TRITON_INTERPRET=1 must be set
+before triton is first imported.
 """
 
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -24,8 +26,12 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+
 def correct_bf16() -> None:
     cast, dot, binary = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.binary_op
+    narrow = InterpreterBuilder.create_fp_to_fp
 
     def is_bf16(handle: Any) -> bool:
         return handle.dtype.scalar == tl.bfloat16
@@ -51,6 +57,13 @@ def correct_bf16() -> None:
             return TensorHandle(narrowed(result.data), tl.bfloat16)
         return result  # a comparison
 
+    def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar in FP8:
+            codes = torch.from_numpy(np.ascontiguousarray(source.data)).to(FP8[target.scalar]).view(torch.uint8)
+            return TensorHandle(codes.numpy(), target.scalar)
+        return narrow(self, source, target, rounding)
+
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.binary_op = binary_op

@@ -1,4 +1,4 @@
-"""The kernels compiled for sm_80, sm_90 and sm_100 without a GPU, in a process of their own."""
+"""The kernels compiled for sm_80, sm_89, sm_90 and sm_100 without a GPU, in a process of their own."""
 
 import json
 import os

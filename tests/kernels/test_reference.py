@@ -332,6 +332,8 @@ FLAT = torch.zeros(5)
         ("cross_entropy", "cross_entropy_stats", (torch.ones(3, 4), torch.ones(2).long()), {}, "(3, 4), (2,)"),
         ("cross_entropy", "cross_entropy_stats", (torch.ones(4, 3).t(), torch.ones(3).long()), {}, "strides (1, 3)"),
         ("cross_entropy", "cross_entropy_stats", (torch.ones(3, 4), torch.ones(3).long()), {"valid": 5}, "not 5"),
+        ("fp8", "fp8_cast", (torch.ones(3), torch.float8_e5m2), {"per_row": True}, "two dimensions, not (3,)"),
+        ("fp8", "fp8_cast_transpose", (torch.ones(2, 3), torch.half), {"per_row": False}, "e5m2, not torch.float16"),
         ("adamw", "square_sum", (torch.ones(2, 3),), {}, "1-D"),
         ("adamw", "adamw_", (FLAT, FLAT, FLAT[:4], FLAT), ADAMW, "exp_avg must be contiguous and 1-D with 5"),
     ],

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from megalite.kernels import select_kernels
 from megalite.optim.lr_schedule import learning_rate
-from megalite.parallel.fp8 import Fp8Products, products_of
+from megalite.parallel.fp8 import products_of
 from tests.support.parity import Case, build_trainer, micro_batches
 
-TENSOR, ROW = Fp8Products(per_row=False), Fp8Products(per_row=True)
+KERNELS = select_kernels({}, torch.device("cpu"))
+TENSOR, ROW = products_of("tensor", KERNELS), products_of("row", KERNELS)
 
 MODEL = {
     "model.hidden_size": 32,
@@ -61,6 +63,31 @@ def test_zeros_stay_zeros(products):
     assert not products.output(torch.zeros_like(x), weight, None).any()
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize("products", [TENSOR, ROW], ids=["tensor", "row"])
+def test_no_tokens_have_no_results(products):
+    _, weight, _ = factors()
+    assert products.output(torch.empty(0, 5, 64, dtype=torch.bfloat16), weight, None).shape == (0, 5, 48)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("products", [TENSOR, ROW], ids=["tensor", "row"])
+def test_forward_alone_accumulates_fast(products, monkeypatch):
+    """Processors ignore it, so it is seen in the calls."""
+    asked = []
+    plain = torch._scaled_mm
+
+    def watched(*operands, use_fast_accum=False, **options):
+        asked.append(use_fast_accum)
+        return plain(*operands, use_fast_accum=use_fast_accum, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    x, weight, grad = factors()
+    products.output(x, weight, None)
+    products.input_gradient(grad, weight)
+    assert asked == [True, False]
+
+
 def losses(fp8):
     """The losses of 40 steps over the same four samples."""
     config = Case.of({**MODEL, "train.fp8": fp8}).config(1)
@@ -79,6 +106,6 @@ def test_training_follows_the_losses_of_bf16(fp8):
 
 @pytest.mark.fast
 def test_names_of_the_configuration():
-    assert products_of("row") == ROW and products_of("tensor") == TENSOR
+    assert ROW.per_row and not TENSOR.per_row
     x, weight, _ = factors()
-    assert torch.equal(products_of("none").output(x, weight, None), x @ weight.t())
+    assert torch.equal(products_of("none", KERNELS).output(x, weight, None), x @ weight.t())

@@ -54,6 +54,7 @@ def fused_kernels() -> Kernels:
     from megalite.kernels import (
         adamw,
         cross_entropy,
+        fp8,
         grouped,
         rms_norm_triton,
         rope_triton,
@@ -82,6 +83,8 @@ def fused_kernels() -> Kernels:
         adamw_=adamw.adamw_,
         square_sum=adamw.square_sum,
         symmetric_product=symmetric.symmetric_product,
+        fp8_cast=fp8.fp8_cast,
+        fp8_cast_transpose=fp8.fp8_cast_transpose,
         choices=MappingProxyType({}),
     )
 

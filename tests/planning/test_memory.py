@@ -50,6 +50,14 @@ def test_postponed_weight_gradients_hold_their_inputs():
     assert rank_memory(split, 3).total > rank_memory(whole, 3).total
 
 
+def test_fp8_keeps_the_matrices_twice_in_eight_bits():
+    """All of a rank's layers, or the two that ZeRO-3 has whole."""
+    plain, fp8 = (some_job(pipeline=1, data=4, fp8=on) for on in (False, True))
+    layer = 512 * (512 + 2 * 128) + 512 * 512 + 3 * 512 * 1408
+    assert rank_states(fp8, 0) == {**rank_states(plain, 0), "fp8 weights": 2 * 24 * layer}
+    assert rank_states(dataclasses.replace(fp8, zero=3), 0)["fp8 weights"] == 2 * 2 * layer
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_zero_shares_out(size):
     states = [rank_states(some_job(data=8, pipeline=1, zero=level, element_bytes=size), 0) for level in range(4)]
