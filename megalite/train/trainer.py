@@ -86,17 +86,20 @@ class _Count:
         """`own` is this rank's term."""
         self._total = own.clone()
         self._work: Work | None = world.all_reduce(self._total)
+        self._scale: Tensor | None = None
 
     def wait(self) -> None:
         if self._work is not None:
             self._work.wait()
             self._work = None
 
-    @functools.cached_property
+    @property
     def scale(self) -> Tensor:
         """1 / units: fp64 scalar."""
-        self.wait()
-        return 1.0 / self._total.clamp(min=1)
+        if self._scale is None:
+            self.wait()
+            self._scale = 1.0 / self._total.clamp(min=1)
+        return self._scale
 
 
 class Trainer(ShardedModel):
