@@ -72,9 +72,11 @@ def fill(trainer: Any, name: str, change: Any) -> None:
 @contextlib.contextmanager
 def rope_turned(trainer: Any, layer: int) -> Iterator[None]:
     for block in blocks(trainer, layer):
-        rope = block.attention.kernels.rope
+        kernels = block.attention.kernels
         block.attention.kernels = dataclasses.replace(
-            block.attention.kernels, rope=lambda q, k, cos, sin, rope=rope: rope(q, k, cos, -sin)
+            kernels,
+            rope=lambda q, k, cos, sin, rope=kernels.rope: rope(q, k, cos, -sin),
+            rope_qkv=lambda qkv, cos, sin, *heads, rope=kernels.rope_qkv: rope(qkv, cos, -sin, *heads),
         )
     yield
 
