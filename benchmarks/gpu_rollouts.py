@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock, copy_rate
 from train_job import PRESETS, Job
 from train_worker import configuration, draw_weights
 
@@ -37,19 +38,6 @@ MODELS = {"cuda": ("1.24b", 512, 128), "cpu": ("10m", 32, 8)}
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes, the best of several."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target, best = torch.empty_like(source), float("inf")
-    for _ in range(10):
-        wait(device)
-        begun = time.perf_counter()
-        target.copy_(source)
-        wait(device)
-        best = min(best, time.perf_counter() - begun)
-    return 2 * source.numel() / best
 
 
 def row(generator: Generator, rows: int, prompt: int, new: int, vocabulary: int, device: torch.device) -> list[float]:
@@ -78,7 +66,7 @@ def main() -> int:
     trainer = Trainer(config, Mesh(device=device), select_kernels({"default": "auto"}, device))
     draw_weights(trainer)
     weights = sum(parameter.nbytes for stage in trainer.stages.values() for parameter in stage.parameters())
-    bandwidth = copy_bandwidth(device)
+    bandwidth = copy_rate(device, Clock(device))
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,

@@ -18,10 +18,10 @@
 #   --budget S     seconds for all sections together (default 530); what one leaves of its share goes to the next
 #   --device cpu   rehearse without a GPU: the kernels in Triton's interpreter, the rest on the CPU with small models
 #
-# Needs a Python with torch, triton, numpy, rich and pytest ($PYTHON, default python3); what else megalite depends on is either
-# not used here or brought along (benchmarks/stand_ins). Where megalite is not installed, it is copied to a scratch
-# directory and its index builder is compiled there, with torch's own copy of pybind11 where there is no other. Sections
-# are independent: a failure is recorded, and the next begins. Exits 1 if any failed.
+# Needs a Python with torch, triton, numpy, rich and pytest ($PYTHON, default python3); what else megalite depends on
+# is either not used here or brought along (benchmarks/stand_ins). Where megalite is not installed, it is copied to a
+# scratch directory and its index builder is compiled there, with torch's own copy of pybind11 where there is no
+# other. Sections are independent: a failure is recorded, and the next begins. Exits 1 if any failed.
 set -uo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -128,7 +128,7 @@ section() { # NAME SECONDS
     [ "$DEVICE" = cuda ] || others=()
     case $1 in
         run) env -u TRITON_INTERPRET "$PYTHON" benchmarks/gpu_run.py --device "$DEVICE" --out "$OUT" ;;
-        train) env -u TRITON_INTERPRET OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" bash -c "training $2" ;;
+        train) (unset TRITON_INTERPRET && training "$2") ;;
         rollouts) env -u TRITON_INTERPRET "$PYTHON" benchmarks/gpu_rollouts.py --device "$DEVICE" --out "$OUT" ;;
         step) tests step $suite/test_training_step.py "${others[@]}" ;;
         suite) tests suite $suite -k 'not twice and not bitwise and not train' ;;

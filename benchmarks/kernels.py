@@ -16,40 +16,16 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock, copy_rate
 from kernel_cases import GROUPS, LLAMA_8B, SMALL, Case, Setting, optional
 
 from megalite.kernels import select_kernels
 
 WARM_UP = 3
-
-
-class Clock:
-    """Times one call at a time with cold caches: in seconds of the device, or in CPU seconds of this process."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.flush = torch.empty((256 if self.cuda else 64) << 20, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        if not self.cuda:
-            self.flush.zero_()
-            start = time.process_time()
-            call()
-            return time.process_time() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(4):  # long enough for the host to run ahead: the device then measures itself, not the launches
-            self.flush.zero_()
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
 
 def measure(case: Case, clock: Clock, samples: int) -> dict[str, dict[str, float]]:
@@ -82,14 +58,10 @@ def peak_bytes(case: Case) -> dict[str, int]:
 
 def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock) -> dict[str, float]:
     """Copy bandwidth in bytes/s and matrix-product rate in flop/s, the best of ten."""
-    cuda = device.type == "cuda"
-    a = torch.empty((1 << 30) if cuda else (1 << 26), dtype=torch.int8, device=device)
-    b = torch.empty_like(a)
-    n = 8192 if cuda else 1024
+    n = 8192 if device.type == "cuda" else 1024
     x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    copy = min(clock(lambda: b.copy_(a)) for _ in range(10))
     product = min(clock(lambda: x @ y) for _ in range(10))
-    return {"copy_bytes_per_second": 2 * a.numel() / copy, "matmul_flop_per_second": 2 * n**3 / product}
+    return {"copy_bytes_per_second": copy_rate(device, clock), "matmul_flop_per_second": 2 * n**3 / product}
 
 
 def row(case: Case, times: dict[str, dict[str, float]], limits: dict[str, float]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from megalite.errors import FINISHED, UserError
 from megalite.evaluation import gsm8k, humaneval, mmlu
 from megalite.evaluation.data import Splits, load
 from megalite.evaluation.loss import Windows, count_bytes, score
-from megalite.evaluation.progress import Progress
+from megalite.evaluation.progress_bar import Progress
 from megalite.evaluation.results import Result, check_output, show_table, summary, write_records
 from megalite.evaluation.service import serving
 from megalite.evaluation.text_model import NO_TOKENIZER, TextModel

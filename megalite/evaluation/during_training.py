@@ -14,7 +14,7 @@ import numpy as np
 from megalite.config import Config
 from megalite.errors import UserError
 from megalite.evaluation.data import Row, load
-from megalite.evaluation.packing import Request
+from megalite.evaluation.request_packing import Request
 from megalite.evaluation.service import Service
 from megalite.evaluation.text_model import Pair, TextModel
 from megalite.model.sharded import ShardedModel

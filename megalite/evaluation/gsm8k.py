@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megalite.errors import UserError
 from megalite.evaluation.data import Row, Splits
-from megalite.evaluation.progress import Progress
+from megalite.evaluation.progress_bar import Progress
 from megalite.evaluation.results import Result, mean_and_error
 from megalite.evaluation.text_model import TextModel
 

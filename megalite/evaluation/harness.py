@@ -14,7 +14,7 @@ from typing import Any
 
 from megalite.cli import nearest
 from megalite.errors import UserError
-from megalite.evaluation.progress import Progress
+from megalite.evaluation.progress_bar import Progress
 from megalite.evaluation.results import Result
 from megalite.evaluation.text_model import TextModel
 from megalite.generation.sampling import Sampling

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from megalite.errors import UserError
 from megalite.evaluation.data import Row, Splits
-from megalite.evaluation.progress import Progress
+from megalite.evaluation.progress_bar import Progress
 from megalite.evaluation.results import Result, mean_and_error
 from megalite.evaluation.sandbox import describe, run_program, run_programs
 from megalite.evaluation.text_model import TextModel

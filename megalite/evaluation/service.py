@@ -24,7 +24,7 @@ from torch import Tensor
 from megalite.data.batch import Batch
 from megalite.errors import UNUSABLE, UserError
 from megalite.evaluation.channel import Channel
-from megalite.evaluation.packing import Block, Ids, Request, blocks, collect, pack
+from megalite.evaluation.request_packing import Block, Ids, Request, blocks, collect, pack
 from megalite.generation.generator import Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels.cross_entropy import IGNORE_INDEX

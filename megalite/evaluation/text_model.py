@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megalite.errors import UserError
-from megalite.evaluation.packing import Request
+from megalite.evaluation.request_packing import Request
 from megalite.evaluation.service import Advance, Service, unheard
 from megalite.generation.loading import Opened
 from megalite.generation.sampling import Sampling

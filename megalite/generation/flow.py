@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megalite.generation.rows import RowGroup
+from megalite.generation.row_group import RowGroup
 from megalite.mesh import DONE, Mesh, Work
 from megalite.model.decoder import Stage
 from megalite.schedule.lowering import with_transfers

@@ -20,7 +20,7 @@ from megalite.config import ModelConfig
 from megalite.errors import RunFailed, UserError
 from megalite.generation.cache import Memory
 from megalite.generation.flow import Flow
-from megalite.generation.rows import RowGroup
+from megalite.generation.row_group import RowGroup
 from megalite.generation.sampling import Sampling, sample
 from megalite.generation.stopping import TextStream
 from megalite.mesh import Mesh

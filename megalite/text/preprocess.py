@@ -117,7 +117,7 @@ def _text_job(options: PreprocessOptions, key: str, tokenizer: Tokenizer, paths:
 
 def _examples_job(options: PreprocessOptions) -> "_Job":
     from megalite.text.chat import ChatTemplate  # loads Jinja, which text alone does not need
-    from megalite.text.examples import ExampleEncoder, Format
+    from megalite.text.example_encoder import ExampleEncoder, Format
     from megalite.text.preprocess_examples import PARTS, ExampleTask, encode_examples
 
     text_only = {"--json-keys": options.json_keys != ("text",), "--append-eod": options.append_eod}

@@ -1,4 +1,4 @@
-"""One shard of a preprocessing job whose records are examples for alignment (`megalite.text.examples`)."""
+"""One shard of a preprocessing job whose records are examples for alignment (`megalite.text.example_encoder`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import orjson
 
 from megalite.data.indexed import IndexedWriter, token_dtype
-from megalite.text.examples import Encoded, ExampleEncoder, Unusable, uses_template
+from megalite.text.example_encoder import Encoded, ExampleEncoder, Unusable, uses_template
 from megalite.text.jobs import FilePart, Report, noted
 from megalite.text.preprocess_shard import STAGE, ShardTask
 from megalite.text.quarantine import Quarantine, quarantine_row

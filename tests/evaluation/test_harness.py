@@ -16,7 +16,7 @@ import yaml
 from megalite.errors import UserError
 from megalite.evaluation import gsm8k, humaneval, mmlu
 from megalite.evaluation.data import load
-from megalite.evaluation.progress import Progress
+from megalite.evaluation.progress_bar import Progress
 from megalite.evaluation.results import Result
 from megalite.evaluation.service import Service
 from megalite.evaluation.text_model import TextModel

@@ -13,7 +13,7 @@ import torch
 from megalite.checkpoint.source import fill_model
 from megalite.config import ModelConfig
 from megalite.errors import UserError
-from megalite.evaluation.packing import collect, pack
+from megalite.evaluation.request_packing import collect, pack
 from megalite.evaluation.service import Service, serving
 from megalite.generation.loading import open_checkpoint
 from megalite.generation.sampling import Sampling

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalite.generation.cache import DecoderCache
-from megalite.generation.rows import RowGroup
+from megalite.generation.row_group import RowGroup
 from megalite.mesh import Mesh
 from megalite.parallel.context import ContextRegion
 

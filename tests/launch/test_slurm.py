@@ -178,6 +178,14 @@ def test_recipes_that_cannot_be_read(capsys, tmp_path):
 # The task that runs a rank
 
 
+def run_rank(rank, ends_with, outcome):
+    """launch/entry.sh as srun starts it, for a rank whose command is a line of shell."""
+    place = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "n0"}
+    place |= {"MEGALITE_OUTCOME": str(outcome), "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
+    command = ["bash", str(ROOT / "launch/entry.sh"), "bash", "-c", ends_with]
+    return subprocess.run(command, env=os.environ | place, capture_output=True, text=True, check=False, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("ends_with", "code", "outcome", "says"),
     [
@@ -192,10 +200,7 @@ def test_recipes_that_cannot_be_read(capsys, tmp_path):
 )
 def test_what_becomes_of_a_ranks_exit_code(tmp_path, ends_with, code, outcome, says):
     path = tmp_path / "outcome"
-    place = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "n0"}
-    place |= {"MEGALITE_OUTCOME": str(path), "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
-    command = ["bash", str(ROOT / "launch/entry.sh"), "bash", "-c", ends_with]
-    done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, check=False, timeout=60)
+    done = run_rank("0", ends_with, path)
     assert done.returncode == code and says in done.stderr
     assert ("error: rank" in done.stderr) == bool(says)
     assert (path.read_text().strip() if path.exists() else None) == outcome
@@ -205,10 +210,7 @@ def test_the_first_rank_that_fails_gives_the_code(tmp_path):
     """SLURM then kills the others, and srun would tell their code, which is higher."""
     path = tmp_path / "outcome"
     for rank, ends_with in (("1", "exit 5"), ("0", "kill -TERM $$")):
-        place = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "n0"}
-        place |= {"MEGALITE_OUTCOME": str(path), "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
-        command = ["bash", str(ROOT / "launch/entry.sh"), "bash", "-c", ends_with]
-        subprocess.run(command, env=os.environ | place, capture_output=True, check=False, timeout=60)
+        run_rank(rank, ends_with, path)
     assert path.read_text() == "5\n"
 
 

@@ -149,7 +149,8 @@ def test_the_cache_is_as_large_as_the_generators(monkeypatch):
     config = recipe("grpo", train={"precision": "fp32"}, rollout={"batch_size": 5, "max_new_tokens": 3})
     caches: list[DecoderCache] = []
     monkeypatch.setattr(
-        "megalite.generation.rows.DecoderCache", lambda capacity: caches.append(DecoderCache(capacity)) or caches[-1]
+        "megalite.generation.row_group.DecoderCache",
+        lambda capacity: caches.append(DecoderCache(capacity)) or caches[-1],
     )
     mesh = Mesh(rank=0)
     model = ShardedModel(config, mesh, select_kernels({}, mesh.device), trained=False)

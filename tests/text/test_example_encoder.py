@@ -12,7 +12,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 from megalite.text import preprocess_shard
 from megalite.text.chat import ChatTemplate
-from megalite.text.examples import ExampleEncoder, Unusable
+from megalite.text.example_encoder import ExampleEncoder, Unusable
 from megalite.text.preprocess import PreprocessOptions, preprocess
 from megalite.text.tokenizers import ByteTokenizer
 
