@@ -14,6 +14,7 @@ from megalite.chat import speaker as module
 from megalite.chat.speaker import Prompt, Speaker
 from megalite.generation.generator import Completion, Limits
 from megalite.generation.sampling import Sampling
+from tests.support.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.fast
 
@@ -35,7 +36,9 @@ class _Generator:
 def test_all_ranks_draw_with_the_seed_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process may have chosen its own, and copies of the model that share experts draw for themselves."""
     sent: queue.SimpleQueue[tuple[dict[str, Any], np.ndarray]] = queue.SimpleQueue()
-    channel = SimpleNamespace(send=lambda *message: sent.put(message), receive=lambda: sent.get(timeout=60))
+    channel = SimpleNamespace(
+        send=lambda *message: sent.put(message), receive=lambda: sent.get(timeout=PATIENCE_SECONDS)
+    )
     monkeypatch.setattr(module, "Channel", lambda mesh: channel)
     generators = [_Generator(), _Generator()]
     first, other = (

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.support.browser import NAMES, Browser, find_browser
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.talker import TEMPLATE, make_talker
 
 CHAT = Path(__file__).parents[2] / "tools" / "chat.py"
@@ -44,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
             assert found, line
             yield found[1], int(found[2])
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=PATIENCE_SECONDS)
             assert (process.returncode, out, err) == (0, "", "")
         finally:
             process.kill()
@@ -53,7 +54,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
 def _request(
     site: tuple[str, int], method: str, path: str, body: Any = None, read: bool = True, **headers: str
 ) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(*site, timeout=60)
+    connection = http.client.HTTPConnection(*site, timeout=PATIENCE_SECONDS)
     content = body if isinstance(body, str | None) else json.dumps(body)
     usual = {"Content-Type": "application/json"} if content is not None else {}
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -102,7 +103,7 @@ def test_only_its_own_page_may_ask(site: tuple[str, int]) -> None:
 
 def test_who_leaves_does_not_keep_the_others_waiting(site: tuple[str, int]) -> None:
     for _ in range(3):
-        connection = http.client.HTTPConnection(*site, timeout=60)
+        connection = http.client.HTTPConnection(*site, timeout=PATIENCE_SECONDS)
         connection.request("POST", "/answer", json.dumps(HELLO), {"Content-Type": "application/json"})
         connection.close()
     assert _events(_request(site, "POST", "/answer", HELLO)[1])[-1] == {"end": "length"}

@@ -26,6 +26,7 @@ from megalite.model.decoder import Stage
 from megalite.model.shapes import model_shapes
 from megalite.train.trainer import Trainer
 from tests.checkpoint.support import Layout, assemble, forget, held, make_config, make_trainer, train
+from tests.support.patience import PATIENCE_SECONDS
 from tests.support.pool import Pool
 
 
@@ -369,7 +370,7 @@ def test_training_goes_on_while_the_checkpoint_is_written(
     trained, writer = threading.Event(), tensor_file._write_all
 
     def slow(descriptor: int, data: memoryview) -> None:
-        assert trained.wait(60)
+        assert trained.wait(PATIENCE_SECONDS)
         writer(descriptor, data)
 
     monkeypatch.setattr(tensor_file, "_write_all", slow)

@@ -1,7 +1,6 @@
 """Batches: the same global batch in every layout, masks, bad ids, reading ahead."""
 
 import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +11,7 @@ from megalite.data.batches import Batches
 from megalite.data.dataset import PADDING, SampledFile, TokenDataset, build_datasets
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.errors import UserError
+from tests.support.patience import wait_until
 
 pytestmark = pytest.mark.fast
 SEQ = 13
@@ -155,9 +155,7 @@ def test_next_steps_are_read_ahead_and_jumps_are_right(dataset, monkeypatch):
     monkeypatch.setattr(TokenDataset, "read", spy)
     with Batches(dataset, micro_batch_size=4) as batches:
         batches.next_batch(0, 4)
-        deadline = time.monotonic() + 10
-        while len(read) < 12 and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_until(lambda: len(read) >= 12, told=lambda: read)
         assert [number for number, _ in read] == list(range(12))  # two steps ahead, no more
         assert all(name.startswith("batches") for _, name in read)
         jumped = batches.next_batch(100, 4, upcoming=[(104, 8)])[0]

@@ -22,6 +22,7 @@ from megalite.data.indexed import IndexedWriter
 from megalite.data.sample_index import plan_cut, split_spans
 from megalite.errors import UserError
 from megalite.train.inputs import index_folder
+from tests.support.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.fast
 SEQ = 8
@@ -231,7 +232,7 @@ def test_one_of_many_processes_builds(tmp_path):
     processes = [context.Process(target=_build_slowly, args=(tmp_path, queue)) for _ in range(4)]
     for process in processes:
         process.start()
-    found = sorted(queue.get(timeout=30) for _ in range(5))
+    found = sorted(queue.get(timeout=PATIENCE_SECONDS) for _ in range(5))
     for process in processes:
         process.join()
     assert found[:4] == [21] * 4 and found[4] in [process.pid for process in processes]

@@ -17,6 +17,7 @@ from megalite.data.indexed import IndexedDataset, IndexedWriter, token_dtype
 from megalite.data.merge import merge
 from megalite.data.verify import verify
 from megalite.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.fast
 
@@ -220,7 +221,7 @@ def test_killed_writer_leaves_no_file_under_its_final_name(tmp_path):
     started = context.Event()
     process = context.Process(target=_write_for_ever, args=(tmp_path / "a", started))
     process.start()
-    assert started.wait(30)
+    assert started.wait(PATIENCE_SECONDS)
     process.kill()
     process.join()
     assert {path.suffix for path in tmp_path.iterdir()} == {".partial"}

@@ -12,6 +12,7 @@ import pytest
 
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.inspection import histogram_lines, statistics
+from tests.support.patience import PATIENCE_SECONDS
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 pytestmark = pytest.mark.fast
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.fast
 
 def run(folder, tool, *arguments):
     command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
 
 def write(prefix, documents, dtype=np.uint16, **provenance):
@@ -169,5 +170,7 @@ def test_programs_do_without_torch():
     code = "import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path(%r, run_name='__main__')\n"
     code += "except SystemExit: sys.exit('torch' in sys.modules)"
     for tool in ("inspect_data.py", "merge_data.py"):
-        done = subprocess.run([sys.executable, "-c", code % str(TOOLS / tool)], capture_output=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-c", code % str(TOOLS / tool)], capture_output=True, timeout=PATIENCE_SECONDS
+        )
         assert done.returncode == 0, tool

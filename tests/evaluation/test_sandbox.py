@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from megalite.evaluation.sandbox import JAIL, Limits, Verdict, describe, run_program, run_programs
+from tests.support.patience import PATIENCE_SECONDS
 
 SHORT = Limits(cpu_seconds=2, seconds=6.0)
 
@@ -302,7 +303,7 @@ def _without_namespaces(program: str, folder: Path) -> dict[str, Any]:
     limits = {"cpu": 2, "memory": 1 << 30, "file": 1 << 24, "disk": 1 << 26, "processes": 16}
     job = {"program": textwrap.dedent(program), "folder": str(folder), "seconds": 6.0, "limits": limits}
     command = [_interpreter(), "-I", "-B", "-c", code]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     return json.loads(done.stdout)
 
 

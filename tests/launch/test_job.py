@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.patience import PATIENCE_SECONDS, wait_until
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAMS = {
@@ -53,18 +55,11 @@ def job(tmp_path):
     return start, requests
 
 
-def until(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_requeue_asks_nothing_of_the_next_start(job):
     """SLURM ends the script that gave its job back with SIGTERM, and the job's next start has the same number."""
     start, requests = job
     process = start("exit 1")
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 1 and "given back to the queue" in output and "asking the ranks" not in output
     time.sleep(0.5)
     assert requests() == []
@@ -78,12 +73,12 @@ def test_requests_end_with_the_script(job, end):
     process = start(f"for i in {{1..50}}; do {asked} && break; sleep 1; done; exit 75")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    until(lambda: len(requests()) >= 2)
+    wait_until(lambda: len(requests()) >= 2)
     if end:
         process.send_signal(end)
-        process.wait(30)
+        process.wait(PATIENCE_SECONDS)
     else:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
         assert "SIGTERM: asking the ranks" in output and "given back to the queue" in output
     time.sleep(1)
     after = requests()

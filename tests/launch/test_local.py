@@ -13,6 +13,7 @@ import pytest
 from launch.local import rank_environment, take_processes
 from megalite.errors import UserError
 from megalite.processes import outcome
+from tests.support.patience import wait_until
 from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +48,7 @@ def steps_done(recipe):
 
 
 def wait_for_step(recipe, process, step):
-    deadline = time.monotonic() + 300
-    while not steps_done(recipe) or steps_done(recipe)[-1] < step:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.1)
+    wait_until(lambda: steps_done(recipe)[-1:] >= [step], process, told=lambda: (process.kill(), process.communicate()))
 
 
 def ranks_of(recipe):
@@ -114,11 +112,8 @@ def test_a_killed_rank_is_a_fault_and_leaves_nobody_behind(recipe):
     assert not ranks_of(recipe)
 
 
-def wait_for_none_of(recipe, seconds=120):
-    deadline = time.monotonic() + seconds
-    while ranks_of(recipe):
-        assert time.monotonic() < deadline, f"still there: {ranks_of(recipe)}"
-        time.sleep(0.2)
+def wait_for_none_of(recipe):
+    wait_until(lambda: not ranks_of(recipe), told=lambda: ranks_of(recipe))
 
 
 def listens(pid):
@@ -149,7 +144,7 @@ def test_a_request_at_any_moment_of_start_up(recipe, moment):
     process.send_signal(signal.SIGTERM)
     code, _, errors = finish(process)
     assert code == 75, errors
-    wait_for_none_of(recipe, 10)
+    wait_for_none_of(recipe)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

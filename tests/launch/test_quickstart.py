@@ -12,6 +12,7 @@ import pytest
 
 from launch import quickstart
 from megalite.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,7 +103,7 @@ def test_a_request_reaches_the_stage_and_nobody_is_left_behind(tmp_path, number,
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=PATIENCE_SECONDS) == code
     assert (tmp_path / "saved").exists()
 
 

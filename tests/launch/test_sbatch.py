@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from launch import sbatch, slurm
 from launch.sbatch import ROOT, BatchJob, directive, render, shell
 from megalite.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.fast
 
@@ -66,7 +67,7 @@ def test_what_srun_is_given(folder, monkeypatch, name, overrides, extra, variabl
     place = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "2", "FOLDER": str(folder)}
     done = subprocess.run(
         ["bash", "-c", render(planned)],
-        env={**place, "PATH": f"{folder}/bin:{os.environ['PATH']}"}, capture_output=True, timeout=60,
+        env={**place, "PATH": f"{folder}/bin:{os.environ['PATH']}"}, capture_output=True, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     given = (folder / "arguments").read_bytes().decode().split("\0")[:-1]

@@ -12,6 +12,7 @@ import pytest
 
 from launch import slurm
 from megalite.errors import UserError
+from tests.support.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.fast
 
@@ -183,7 +184,9 @@ def run_rank(rank, ends_with, outcome):
     place = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0", "SLURMD_NODENAME": "n0"}
     place |= {"MEGALITE_OUTCOME": str(outcome), "MASTER_ADDR": "n0", "MASTER_PORT": "1"}
     command = ["bash", str(ROOT / "launch/entry.sh"), "bash", "-c", ends_with]
-    return subprocess.run(command, env=os.environ | place, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        command, env=os.environ | place, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from megalite.report.page import write_report
 from megalite.report.remarks import remarks
 from megalite.report.run_directory import read_runs
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -91,18 +91,17 @@ def report(recipe):
 
 
 def wait_for_steps(recipe, count, ranks):
-    metrics, deadline = recipe.parent / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
-        alive = all(process.poll() is None for process in ranks)
-        assert alive and time.monotonic() < deadline, said(recipe, 0) + said(recipe, 1)
-        time.sleep(0.05)
+    metrics = recipe.parent / "run" / "metrics.jsonl"
+    wait_until(
+        lambda: metrics.read_bytes().count(b"\n") >= count, *ranks, told=lambda: said(recipe, 0) + said(recipe, 1)
+    )
 
 
 def test_a_rank_that_hangs_is_named(recipe):
     with two_ranks(recipe, "--train.steps", "100000", "--train.timeout_seconds", "3") as ranks:
         wait_for_steps(recipe, 5, ranks)
         ranks[1].send_signal(signal.SIGSTOP)
-        assert ranks[0].wait(60) == 1
+        assert ranks[0].wait(PATIENCE_SECONDS) == 1
     assert "no answer from rank 1: dead or hung" in log_of(recipe, 0)
     assert [event["ranks"] for event in events(recipe) if event["event"] == "no_answer"] == [[1]]
     serious, page = report(recipe)
@@ -115,7 +114,7 @@ def test_rank_0_may_be_the_one_that_hangs(recipe):
     with two_ranks(recipe, "--train.steps", "100000", "--train.timeout_seconds", "3") as ranks:
         wait_for_steps(recipe, 5, ranks)
         ranks[0].send_signal(signal.SIGSTOP)
-        assert ranks[1].wait(60) == 1
+        assert ranks[1].wait(PATIENCE_SECONDS) == 1
     assert "no answer from rank 0: dead or hung" in log_of(recipe, 1)
     serious, page = report(recipe)
     assert any(text.startswith("No answer from rank 0") for text in serious), serious

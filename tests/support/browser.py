@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.support.patience import PATIENCE_SECONDS
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PATIENCE_SECONDS = 60.0
 
 
 def find_browser() -> str | None:

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from megalite.errors import UserError
 from megalite.text.dedup.deduplication import Deduplication, DedupSummary, Settings
 from megalite.text.dedup.minhash import choose_banding
 from megalite.text.words import comparable_words
+from tests.support.patience import wait_until
 
 TOOL = Path(__file__).parents[2] / "tools" / "dedup_data.py"
 
@@ -273,35 +273,26 @@ assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - started < 1
 
 
+ENDLESS_WORK = """
+import runpy, sys, time
+from megalite.text.dedup import deduplication
+deduplication.digest_unit = lambda task: time.sleep(3600)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
     """No process that has the output directory on its command line or open is left behind."""
-    paths = corpus_with_copies(tmp_path)
-    paths.append(write_jsonl(tmp_path / "z.jsonl", [{"text": "x " * 4_000_000}] * 3))
-    command = [
-        sys.executable,
-        str(TOOL),
-        "--input",
-        *map(str, paths),
-        "--output",
-        str(tmp_path / "out"),
-        "--workers",
-        "2",
-    ]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "x " * 3_000_000}]) for name in "abc"]
+    arguments = ["--input", *map(str, paths), "--output", str(tmp_path / "out"), "--workers", "2"]
+    command = [sys.executable, "-c", ENDLESS_WORK, str(TOOL), *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        children: list[str] = []
-        for _ in range(100):
-            time.sleep(0.1)
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            if len(children) >= 2:
-                break
+        known = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: len(known.read_text().split()) == 2, process)
+        children = known.read_text().split()
         process.kill()
-    assert children
-    for _ in range(100):
-        alive = [child for child in children if _is_running(child)]
-        if not alive:
-            return
-        time.sleep(0.1)
-    pytest.fail(f"processes {alive} outlived their parent")
+    wait_until(lambda: not any(map(_is_running, children)), told=lambda: children)
 
 
 def _is_running(process: str) -> bool:

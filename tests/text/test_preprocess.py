@@ -21,6 +21,7 @@ from megalite.errors import UserError
 from megalite.text import preprocess_shard
 from megalite.text.preprocess import PreprocessOptions, preprocess
 from megalite.text.preprocess_shard import plan_shards
+from tests.support.patience import PATIENCE_SECONDS
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -294,7 +295,7 @@ def test_killed_at_random_and_resumed_gives_the_same_bytes(slow_job, model_path,
             process.wait(timeout=chance.uniform(0.0, 0.5) * seconds if attempt < 8 else None)
         except subprocess.TimeoutExpired:
             process.send_signal(sent)
-            ended = process.wait(timeout=60)
+            ended = process.wait(timeout=PATIENCE_SECONDS)
             assert ended in (130 if sent == signal.SIGINT else -sent, 0)  # 0: it was just done
             kills += ended != 0
         if process.returncode == 0:

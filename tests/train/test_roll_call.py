@@ -6,11 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.patience import wait_until
 from tests.support.tiny import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -52,15 +52,15 @@ def test_the_roll_is_called_where_no_wait_fails(tmp_path, fate):
             subprocess.Popen(command, cwd=ROOT, env=os.environ | place | meeting, stdout=output, stderr=output)
         )
     try:
-        wait_for(lambda: (tmp_path / "run/metrics.jsonl").read_bytes().count(b"\n") > 5, ranks)
+        wait_until(lambda: (tmp_path / "run/metrics.jsonl").read_bytes().count(b"\n") > 5, *ranks)
         if fate == "killed":
             ranks[1].send_signal(signal.SIGKILL)
-            wait_for(lambda: "no answer from rank 1: dead or hung" in said(tmp_path), ranks[:1])
+            wait_until(lambda: "no answer from rank 1: dead or hung" in said(tmp_path), ranks[0])
             rows = (tmp_path / "run/events.jsonl").read_text().splitlines()
-            wait_for(lambda: any(json.loads(row).get("ranks") == [1] for row in rows), ranks[:1])
+            wait_until(lambda: any(json.loads(row).get("ranks") == [1] for row in rows), ranks[0])
         else:
             (tmp_path / "hang").touch()
-            wait_for(lambda: "but all ranks answer: rank 0 in" in said(tmp_path), ranks)
+            wait_until(lambda: "but all ranks answer: rank 0 in" in said(tmp_path), *ranks)
             line = next(line for line in said(tmp_path).splitlines() if "all ranks answer" in line)
             assert "rank 1 in train/task.py" in line and line.count("train/task.py") == 1, line
     finally:
@@ -71,15 +71,3 @@ def test_the_roll_is_called_where_no_wait_fails(tmp_path, fate):
 
 def said(folder):
     return (folder / "run/log/rank_00000.log").read_text()
-
-
-def wait_for(condition, ranks):
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            if condition():
-                return
-        except FileNotFoundError:
-            pass
-        assert time.monotonic() < deadline and all(process.poll() is None for process in ranks)
-        time.sleep(0.1)

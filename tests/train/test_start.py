@@ -23,6 +23,7 @@ from megalite.errors import FINISHED, INTERRUPTED, STOPPED, UNUSABLE, UserError
 from megalite.runtime import World, _orphaned, choose_device
 from megalite.train.__main__ import main
 from megalite.train.loop import TrainingRun
+from tests.support.patience import PATIENCE_SECONDS, wait_until
 from tests.support.tiny import write_recipe, write_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +113,7 @@ def test_a_second_run_is_refused_before_torch_is_imported_and_told_once(recipe, 
         env=os.environ | place | {"RANK": "0"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == UNUSABLE and done.stdout == "False\n"
     assert done.stderr.count("error: ") == 1 and "in use by process" in done.stderr
@@ -178,10 +179,15 @@ def test_a_request_at_any_moment_of_the_start_up(recipe, tmp_path, seconds, numb
     process = start(recipe, "--train.steps", "100000")
     time.sleep(seconds)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == STOPPED, said
     assert "Traceback" not in said
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+def serves(port: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(port))) == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)])
@@ -192,15 +198,10 @@ def test_a_rank_that_waits_for_the_others_ends_when_asked(recipe, tmp_path, numb
     options = ("--train.global_batch_size", "8")
     place = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     process = start(recipe, *options, **place)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:  # until rank 0 serves the store: it waits for rank 1 from then on
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(port))) == 0:
-                break
-        time.sleep(0.1)
+    wait_until(lambda: serves(port), process)  # rank 0 has its store: it waits for rank 1 from then on
     time.sleep(0.5)
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == code, said
     assert not (tmp_path / "run").exists(), "lock and directory go with a start that wrote nothing"
 
