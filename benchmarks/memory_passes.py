@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,16 +147,29 @@ def trainer_of(layers: int, tokens: int, recompute: str) -> Trainer:
     return Trainer(config, Mesh(rank=0, device=META), kernels)
 
 
+@contextmanager
+def on_a_hopper() -> Iterator[None]:
+    """What asks torch for the GPU is told of one of compute capability 9.0."""
+    with (
+        mock.patch("torch.cuda.current_device", lambda: 0),
+        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+    ):
+        yield
+
+
+def commit() -> str:
+    """The commit that is counted."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def count(layers: int, tokens: int, recompute: str) -> tuple[Passes, int]:
     """What a step of `layers` layers moves, and the bytes that one micro-batch keeps."""
     trainer = trainer_of(layers, tokens, recompute)
     tokens_BS = torch.zeros(1, tokens, dtype=torch.int64, device=META)
     batch = Batch(tokens_BS, tokens_BS)
     passes = Passes()
-    with (
-        mock.patch("torch.cuda.current_device", lambda: 0),
-        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
-    ):
+    with on_a_hopper():
         with passes:
             trainer.accumulate([batch] * MICRO_BATCHES)
         living, stage = Living(), trainer.stages[0]
@@ -201,12 +215,11 @@ def main() -> None:
             old = f"   before {before[recompute][field]}" if recompute in before else ""
             print(f"  {field:<36}{counts[field]:8.2f}{old}")
     if options.output:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         document = {
             "model": LLAMA_8B,
             "tokens": options.tokens,
             "torch": torch.__version__,
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "now": now,
             **({"before": before} if before else {}),
         }

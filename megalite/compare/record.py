@@ -97,6 +97,7 @@ class Recorder:
             self._round_weights(self.rounding)
         self._record_weights(START, "initial weights")
         for number, stage in self.trainer.stages.items():
+            stage.sums_in_norms = False  # what a layer gives is recorded, so it has to be there
             names = module_names(stage)
             for path, module in stage.named_modules():
                 if path in names:

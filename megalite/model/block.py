@@ -5,11 +5,14 @@ s sequence outside tensor-parallel blocks, B micro-batch, H hidden.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.build import Build
 from megalite.model.moe import MixtureOfExperts
+from megalite.model.norm import RMSNorm
 from megalite.registry import look_up
 
 
@@ -35,7 +38,39 @@ def scaled(x_sBH: Tensor, multiplier: float) -> Tensor:
     return x_sBH if multiplier == 1.0 else x_sBH * multiplier
 
 
-class Block(nn.Module):
+class Stream(NamedTuple):
+    """The residual stream between two layers: [s, B, H], and what the last layer adds to it where that is not summed
+    yet. The next layer's norm sums them in its own pass over memory."""
+
+    total_sBH: Tensor
+    added_sBH: Tensor | None = None
+
+    def summed(self) -> Tensor:
+        return self.total_sBH if self.added_sBH is None else self.total_sBH + self.added_sBH
+
+    def normed(self, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """(the sum, its norm)."""
+        if self.added_sBH is None:
+            return self.total_sBH, norm(self.total_sBH)
+        return norm.add_and_norm(self.added_sBH, self.total_sBH)
+
+
+class StreamBlock(nn.Module):
+    """A layer that can leave its last sum to the next one: `add_to` is the layer between two streams, and calling it
+    the whole layer, [s, B, H] -> [s, B, H]."""
+
+    def add_to(
+        self, stream: Stream, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
+    ) -> Stream:
+        raise NotImplementedError
+
+    def forward(
+        self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
+    ) -> Tensor:
+        return self.add_to(Stream(x_sBH), positions, cache, selective=selective).summed()
+
+
+class Block(StreamBlock):
     """One decoder layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, build: Build, layer: int) -> None:
@@ -47,9 +82,10 @@ class Block(nn.Module):
         self.ffn_norm = build.norm(f"{prefix}.post_attention_layernorm.weight", model.hidden_size)
         self.feed_forward = build_feed_forward(build, layer)
 
-    def forward(
-        self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
-    ) -> Tensor:
-        attended_sBH = self.attention(self.attention_norm(x_sBH), positions, cache, recompute=selective)
+    def add_to(
+        self, stream: Stream, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
+    ) -> Stream:
+        x_sBH, normed_sBH = stream.normed(self.attention_norm)
+        attended_sBH = self.attention(normed_sBH, positions, cache, recompute=selective)
         x_sBH, normed_sBH = self.ffn_norm.add_and_norm(scaled(attended_sBH, self.multiplier), x_sBH)
-        return x_sBH + scaled(self.feed_forward(normed_sBH, recompute=selective), self.multiplier)
+        return Stream(x_sBH, scaled(self.feed_forward(normed_sBH, recompute=selective), self.multiplier))

@@ -17,7 +17,7 @@ from megalite.config import ModelConfig
 from megalite.kernels import Kernels
 from megalite.mesh import EXPERT_DATA_AXES, Mesh
 from megalite.model.attention import KeyValueCache, Positions
-from megalite.model.block import build_block
+from megalite.model.block import Stream, StreamBlock, build_block
 from megalite.model.build import Adapter, Build
 from megalite.model.partition import layers_of_stage
 from megalite.model.rope import rope_table
@@ -76,6 +76,9 @@ class Stage(nn.Module):
             mesh.group(*EXPERT_DATA_AXES)
         context = context or ContextRegion.alone(mesh)
         self.kernels, self.context = kernels, context
+        # A layer's last sum is left to the next one's norm, except to the compiled norm of CPUs, which would round the
+        # gradient of the sum once instead of twice. Whoever hooks into the layers sets this to False.
+        self.sums_in_norms = kernels.taken("rms_norm") != "native"
         if context.size > 1:
             kernels = dataclasses.replace(kernels, attention=ContextAttention(context, kernels))
         if view_of is None:
@@ -173,12 +176,16 @@ class Stage(nn.Module):
         hidden_sBH = self.embedding(x) if self.embedding is not None else x
         if self.embedding is not None and self.embedding_multiplier != 1.0:
             hidden_sBH = hidden_sBH * self.embedding_multiplier
+        stream, selective = Stream(hidden_sBH), self.recompute == "selective"
         for block in self.layers:
-            if self.recompute == "full" and torch.is_grad_enabled():
-                hidden_sBH = checkpoint(block, hidden_sBH, positions, use_reentrant=False, preserve_rng_state=False)
+            if self.recompute == "full" and torch.is_grad_enabled():  # which keeps one tensor a layer, not two
+                out_sBH = checkpoint(block, stream.summed(), positions, use_reentrant=False, preserve_rng_state=False)
+                stream = Stream(out_sBH)
+            elif self.sums_in_norms and isinstance(block, StreamBlock):
+                stream = block.add_to(stream, positions, cache, selective=selective)
             else:
-                hidden_sBH = block(hidden_sBH, positions, cache, selective=self.recompute == "selective")
-        return hidden_sBH
+                stream = Stream(block(stream.summed(), positions, cache, selective=selective))
+        return stream.summed()
 
     def loss(self, hidden_sBH: Tensor, labels_BS: Tensor, scale: Tensor | float) -> Tensor:
         """Last stage: `scale` times the sum of token losses, an fp64 scalar, equal on all tensor ranks."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megalite.model.attention import KeyValueCache, Positions
-from megalite.model.block import build_attention, build_feed_forward, scaled
+from megalite.model.block import Stream, StreamBlock, build_attention, build_feed_forward, scaled
 from megalite.model.build import Build
 
 
@@ -33,7 +33,7 @@ class ReorderedNormBlock(nn.Module):
         return x_sBH + scaled(added_sBH, self.multiplier)
 
 
-class SandwichNormBlock(nn.Module):
+class SandwichNormBlock(StreamBlock):
     """x + norm(attention(norm(x))), then x + norm(feed_forward(norm(x))) (Gemma 2, arXiv:2408.00118, section 2)."""
 
     def __init__(self, build: Build, layer: int) -> None:
@@ -47,11 +47,12 @@ class SandwichNormBlock(nn.Module):
         self.feed_forward = build_feed_forward(build, layer)
         self.ffn_out_norm = build.norm(f"{prefix}.post_feedforward_layernorm.weight", hidden)
 
-    def forward(
-        self, x_sBH: Tensor, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
-    ) -> Tensor:
-        attended_sBH = self.attention(self.attention_norm(x_sBH), positions, cache, recompute=selective)
+    def add_to(
+        self, stream: Stream, positions: Positions, cache: KeyValueCache | None = None, *, selective: bool = False
+    ) -> Stream:
+        x_sBH, normed_sBH = stream.normed(self.attention_norm)
+        attended_sBH = self.attention(normed_sBH, positions, cache, recompute=selective)
         attended_sBH = scaled(self.attention_out_norm(attended_sBH), self.multiplier)
         x_sBH, normed_sBH = self.ffn_norm.add_and_norm(attended_sBH, x_sBH)
         added_sBH = self.ffn_out_norm(self.feed_forward(normed_sBH, recompute=selective))
-        return x_sBH + scaled(added_sBH, self.multiplier)
+        return Stream(x_sBH, scaled(added_sBH, self.multiplier))
