@@ -24,7 +24,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rms_norm": ("rms_norm", "add_rms_norm"),
         "rope": ("rope", "rope_qkv"),
         "attention": ("attention",),
-        "swiglu": ("swiglu", "geglu"),
+        "swiglu": ("swiglu", "swiglu_again", "geglu"),
         "grouped": ("grouped_product", "grouped_input_gradient", "grouped_weight_gradient_"),
         "cross_entropy": ("cross_entropy_stats", "cross_entropy_grad_", "cross_entropy_stats_grad_"),
         "adamw": ("adamw_", "square_sum"),
@@ -62,6 +62,7 @@ class Kernels:
     attention: Callable[..., Any]
     attention_parts: AttentionParts
     swiglu: Callable[..., Any]
+    swiglu_again: Callable[..., Any]
     geglu: Callable[..., Any]
     grouped_product: Callable[..., Any]
     grouped_input_gradient: Callable[..., Any]

@@ -206,6 +206,15 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return result
 
 
+def swiglu_again(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """As `swiglu.swiglu_again`."""
+    swiglu_plain.check(gate_up)
+    gate_up = gate_up.contiguous()
+    grad_gate_up = torch.empty_like(gate_up)
+    _gate(gate_up, grad.contiguous(), grad_gate_up)
+    return _gated(gate_up), grad_gate_up
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:

@@ -38,6 +38,14 @@ def geglu(gate_up: Tensor) -> Tensor:
     return result
 
 
+def swiglu_again(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """(swiglu(gate_up) [..., F], the gradient of gate_up [..., 2F] given that of the result): what backward needs where
+    the result was not kept. Without a graph."""
+    check(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up), _gradient(gate_up, grad, _SILU)
+
+
 class _Activation(NamedTuple):
     """gate -> activated gate; and (gradient, gate, `grad_input` to write) -> gradient of the gate."""
 
@@ -64,9 +72,13 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        ctx.activation.backward(grad * up, gate, grad_input=grad_gate)
-        torch.mul(grad, ctx.activation.forward(gate), out=grad_up)
-        return grad_gate_up, None
+        return _gradient(gate_up, grad, ctx.activation), None
+
+
+def _gradient(gate_up: Tensor, grad: Tensor, activation: _Activation) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    activation.backward(grad * up, gate, grad_input=grad_gate)
+    torch.mul(grad, activation.forward(gate), out=grad_up)
+    return grad_gate_up

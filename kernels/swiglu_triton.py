@@ -2,7 +2,8 @@
 
     y = silu(g) u        dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))        du = dy silu(g)
 
-Bound by memory. Bytes for N rows of 2 F inputs, b bytes an element: forward 3 N F b, backward 5 N F b.
+Bound by memory. Bytes for N rows of 2 F inputs, b bytes an element: forward 3 N F b, backward 5 N F b, and 6 N F b
+where it writes y again for a layer that did not keep it.
 """
 
 # mypy: allow-incomplete-defs, allow-untyped-defs
@@ -35,8 +36,8 @@ def swiglu_forward_kernel(gate_up_ptr, y_ptr, inner, outer_stride, inner_stride,
 
 @triton.jit
 def swiglu_backward_kernel(
-    dy_ptr, gate_up_ptr, grad_ptr, dy_row_inner, dy_outer, dy_inner, inner, outer_stride, inner_stride, width,
-    BLOCK: tl.constexpr,
+    dy_ptr, gate_up_ptr, grad_ptr, y_ptr, dy_row_inner, dy_outer, dy_inner, inner, outer_stride, inner_stride, width,
+    AGAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -51,6 +52,9 @@ def swiglu_backward_kernel(
     out = grad_ptr + row * (2 * width) + column
     tl.store(out, dgate.to(up.dtype), mask=mask)
     tl.store(out + width, (dy * (gate * sigmoid)).to(up.dtype), mask=mask)
+    if AGAIN:
+        silu = (gate * sigmoid).to(up.dtype).to(tl.float32)
+        tl.store(y_ptr + row * width + column, (silu * up.to(tl.float32)).to(up.dtype), mask=mask)
 
 
 def _launch(width: int, rows: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -75,22 +79,41 @@ def _forward_fake(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
+def _launch_backward(dy: Tensor, gate_up: Tensor, grad: Tensor, y: Tensor | None) -> None:
+    """Write the gradient and, where it is asked for, the result."""
+    if not dy.numel():
+        return
+    rows_dy, rows, width = as_rows(dy), as_rows(gate_up), dy.shape[-1]
+    grid, options = _launch(width, rows.count)
+    swiglu_backward_kernel[grid](
+        rows_dy.tensor, rows.tensor, grad, grad if y is None else y,
+        rows_dy.inner, rows_dy.outer_stride, rows_dy.inner_stride,
+        rows.inner, rows.outer_stride, rows.inner_stride, width, AGAIN=y is not None, **options,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("megalite::swiglu_backward", mutates_args=())
 def _backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     grad = _backward_fake(dy, gate_up)
-    if dy.numel():
-        rows_dy, rows, width = as_rows(dy), as_rows(gate_up), dy.shape[-1]
-        grid, options = _launch(width, rows.count)
-        swiglu_backward_kernel[grid](
-            rows_dy.tensor, rows.tensor, grad, rows_dy.inner, rows_dy.outer_stride, rows_dy.inner_stride,
-            rows.inner, rows.outer_stride, rows.inner_stride, width, **options,
-        )  # fmt: skip
+    _launch_backward(dy, gate_up, grad, None)
     return grad
 
 
 @_backward.register_fake
 def _backward_fake(dy: Tensor, gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
+
+
+@torch.library.custom_op("megalite::swiglu_again", mutates_args=())
+def _again(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    y, grad = _again_fake(dy, gate_up)
+    _launch_backward(dy, gate_up, grad, y)
+    return y, grad
+
+
+@_again.register_fake
+def _again_fake(dy: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return _forward_fake(gate_up), _backward_fake(dy, gate_up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -105,9 +128,9 @@ class _SwiGLU(torch.autograd.Function):
         return _backward(dy, *ctx.saved_tensors)
 
 
-def unsupported(gate_up: Tensor, **options: Any) -> str | None:
-    """Why this argument cannot take the Triton path, or None."""
-    return obstacle(gate_up)
+def unsupported(x: Tensor, *rest: Any, **options: Any) -> str | None:
+    """Why these arguments cannot take the Triton path, or None."""
+    return obstacle(x)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -115,3 +138,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     check(gate_up)
     y: Tensor = _SwiGLU.apply(gate_up)
     return y
+
+
+def swiglu_again(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """As `swiglu.swiglu_again`, in one pass."""
+    check(gate_up)
+    pair: tuple[Tensor, Tensor] = _again(grad, gate_up)
+    return pair

@@ -121,7 +121,7 @@ class ParameterStore(Protocol):
         ...
 
     def allocate_gradients(self) -> None:
-        """Set the `main_grad` of all parameters of the store."""
+        """Set the `main_grad` of all parameters of the store, and whether it is stale."""
         ...
 
     def gradient_added(self, parameter: PlacedParameter) -> None:
@@ -134,7 +134,8 @@ class PlacedParameter(nn.Parameter):
 
     Once gradient buckets have been built over the model, `store` is the parameter's bucket: layers read the weight
     through `gathered()`, add its gradient to `grad_buffer()` (fp32, same shape) and then call `gradient_added()`.
-    `main_grad` is that buffer while it is allocated. Without a store, gradients go to `.grad` as usual.
+    `main_grad` is that buffer while it is allocated; while `stale`, it holds what no longer counts. Without a store,
+    gradients go to `.grad` as usual.
 
     `tied_to` is the parameter whose storage this one shares (a tied output layer in the same process). While `delay`
     is set, layers pass it a closure that computes their weight gradient instead of computing it (the W of zero-bubble
@@ -145,12 +146,14 @@ class PlacedParameter(nn.Parameter):
     tied_to: PlacedParameter | None
     store: ParameterStore | None
     main_grad: Tensor | None
+    stale: bool
     delay: Callable[[Action], None] | None
 
     def __new__(cls, data: Tensor, placement: Placement) -> PlacedParameter:
         parameter = super().__new__(cls, data, requires_grad=True)
         parameter.placement = placement
         parameter.tied_to = parameter.store = parameter.main_grad = parameter.delay = None
+        parameter.stale = False
         return parameter
 
     def gathered(self) -> PlacedParameter:
@@ -171,10 +174,20 @@ class PlacedParameter(nn.Parameter):
         return made
 
     def grad_buffer(self) -> Tensor | None:
-        """The buffer to add the gradient to, allocated if need be; None if autograd should accumulate it."""
+        """The buffer to add the gradient to, allocated and cleared if need be; None if autograd should accumulate it."""
+        total, stale = self.grad_target()
+        if stale:
+            assert total is not None
+            total.zero_()
+        return total
+
+    def grad_target(self) -> tuple[Tensor | None, bool]:
+        """For a caller that can overwrite, which saves two passes over memory: (the buffer, whether it must be
+        overwritten instead of being added to)."""
         if self.main_grad is None and self.store is not None:
             self.store.allocate_gradients()
-        return self.main_grad
+        stale, self.stale = self.stale, False
+        return self.main_grad, stale
 
     def gradient_added(self) -> None:
         if self.store is not None:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from megalite.kernels import Kernels
 from megalite.model.build import Build
+from megalite.parallel.linear import FusedPrologue
 from megalite.placement import row_box, split_evenly
 
 
@@ -30,7 +32,7 @@ class GatedFeedForward(nn.Module):
             row_box(f"{prefix}.{name}.weight", (ffn, hidden), start, length, row, (mesh.rank,))
             for name, row in (("gate_proj", 0), ("up_proj", length))
         )
-        self.activation = activation or build.kernels.swiglu
+        self.activation = activation or FusedPrologue(build.kernels.swiglu, _again(build.kernels))
         self.gate_up = build.column(boxes)
         self.down = build.row(f"{prefix}.down_proj.weight", (hidden, ffn), (start, length))
 
@@ -39,6 +41,16 @@ class GatedFeedForward(nn.Module):
         if recompute:
             return self.down(gate_up_SBf, prologue=self.activation)
         return self.down(self.activation(gate_up_SBf))
+
+
+def _again(kernels: Kernels) -> Callable[..., tuple[Tensor, tuple[Tensor, ...]]]:
+    """SwiGLU for the backward pass of a layer that did not keep it, as `FusedPrologue` takes it."""
+
+    def again(grad_SBf: Tensor, gate_up_SBf: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y_SBf, grad_gate_up_SBf = kernels.swiglu_again(grad_SBf, gate_up_SBf)
+        return y_SBf, (grad_gate_up_SBf,)
+
+    return again
 
 
 class SwiGLU(GatedFeedForward):

@@ -195,12 +195,8 @@ class _Row(Function):
         grad_up = now_or_later(up, lambda: up_weight_gradient(up, grad_sNO, u_sNr, parts, scale))
         gathered.wait()
         grad_x.flatten(0, -2).addmm_(grad_SNr.flatten(0, -2), down.gathered())
-        x_SNi = inputs[0]
-        if ctx.prologue is not None:
-            inputs, output = replay(ctx.prologue, inputs)
-            x_SNi = output.detach()
+        x_SNi, grad_inputs = (inputs[0], (grad_x,)) if ctx.prologue is None else replay(ctx.prologue, inputs, grad_x)
         grad_down = now_or_later(down, lambda: add_weight_gradient(down, grad_SNr, x_SNi))
-        grad_inputs = (grad_x,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_x)
         return grad_down, grad_up, None, None, *grad_inputs
 
 

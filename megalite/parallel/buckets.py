@@ -112,15 +112,30 @@ class Bucket:
         return self.gradients
 
     def begin(self, micro_batches: int) -> None:
-        """Clear the gradients before a step of `micro_batches` micro-batches."""
+        """Forget the gradients before a step of `micro_batches` micro-batches."""
         assert self.gradients is not None
-        self.gradients.zero_()
+        self._forget(self.gradients)
         if self._micro_batches:
             counts = [divmod(reports, self._micro_batches) for reports in self._reports]
             even = all(rest == 0 and count > 0 for count, rest in counts)
             self._per_micro_batch = [count for count, _ in counts] if even else None
         self._reports = [0] * len(self.slots)
         self._micro_batches, self._missing, self._launched = micro_batches, len(self.slots), False
+
+    def _forget(self, gradients: Tensor) -> None:
+        """Whoever adds a matrix's gradient first overwrites the last one; the rest is cleared here, in one go."""
+        if not self.decays:
+            gradients.zero_()
+            return
+        if self.slots[-1].stop < self.length:
+            gradients[self.slots[-1].stop :].zero_()
+        for slot in self.slots:
+            slot.parameter.stale = True
+
+    def complete_gradients(self) -> None:
+        """Clear what nothing was added to in this step."""
+        for slot in self.slots:
+            slot.parameter.grad_buffer()
 
     # What layers call
 
@@ -152,6 +167,7 @@ class Bucket:
         if self.gradients is None:
             return
         self._launched = True
+        self.complete_gradients()
         if not self.sharded:
             self._work = self.group.all_reduce(self.gradients)
         elif self.group.size > 1:
@@ -211,9 +227,10 @@ class ShardedBucket(Bucket):
         self.shard_gradients = torch.zeros(self.length // self.group.size, dtype=torch.float32, device=self.device)
 
     def allocate_gradients(self) -> None:
-        self.gradients = torch.zeros(self.length, dtype=torch.float32, device=self.device)
+        self.gradients = torch.empty(self.length, dtype=torch.float32, device=self.device)
         for slot in self.slots:
             slot.parameter.main_grad = slot.of(self.gradients)
+        self._forget(self.gradients)
 
     @property
     def owned(self) -> Tensor:
@@ -238,6 +255,7 @@ class ShardedBucket(Bucket):
         if self.gradients is None:
             return
         self.wait()
+        self.complete_gradients()
         part = torch.empty_like(self.shard_gradients)
         self._flying = (part, self.gradients)
         self._work = self.group.reduce_scatter(part, self.gradients)

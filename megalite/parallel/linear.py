@@ -13,6 +13,7 @@ weight-gradient GEMM. Weight gradients are accumulated straight into the paramet
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,20 @@ from megalite.placement import PlacedParameter
 Prologue = Callable[..., Tensor]
 
 
+@dataclass(frozen=True)
+class FusedPrologue:
+    """A prologue of which backward needs result and gradients, and makes them in one pass over memory.
+
+    `again(grad, *inputs)` gives (the result, a tuple with the gradient of each input).
+    """
+
+    forward: Prologue
+    again: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self.forward(*inputs)
+
+
 class Products(Protocol):
     """How a linear layer multiplies."""
 
@@ -39,8 +54,8 @@ class Products(Protocol):
         """grad [..., O] -> grad @ weight [..., I]."""
         ...
 
-    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
-        """total += grad^T @ input, accumulated in the dtype of `total` (fp32)."""
+    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
+        """total += grad^T @ input, accumulated in the dtype of `total` (fp32); or = where it is to `overwrite`."""
         ...
 
     def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
@@ -51,8 +66,8 @@ class Products(Protocol):
 class WideGradients:
     """The gradients of weights and biases, of operands in their own dtype."""
 
-    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
-        accumulate_product(total_OI, grad_NO, input_NI)
+    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
+        accumulate_product(total_OI, grad_NO, input_NI, overwrite=overwrite)
 
     def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
         total_O.add_(grad_NO.sum(0))
@@ -76,10 +91,10 @@ def add_weight_gradient(
 ) -> Tensor | None:
     """Add grad_output^T @ inputs to the weight's gradient buffer; without a buffer, return it for autograd."""
     grad_NO, input_NI = grad_output.flatten(0, -2), inputs.flatten(0, -2)
-    total = weight.grad_buffer()
+    total, stale = weight.grad_target()
     if total is None:
         return grad_NO.t() @ input_NI
-    products.weight_gradient_(total, grad_NO, input_NI)
+    products.weight_gradient_(total, grad_NO, input_NI, overwrite=stale)
     weight.gradient_added()
     return None
 
@@ -94,11 +109,14 @@ def now_or_later(weight: PlacedParameter, add: Callable[[], Tensor | None]) -> T
     return None
 
 
-def replay(prologue: Prologue, inputs: Iterable[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(fresh inputs, `prologue` of them) with a graph between the two, for the backward pass of what was not saved."""
+def replay(prologue: Prologue, inputs: Iterable[Tensor], grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(`prologue` of `inputs`, their gradients given that of the result): backward of what was not saved."""
+    if isinstance(prologue, FusedPrologue):
+        return prologue.again(grad, *inputs)
     with torch.enable_grad():
         inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
-        return inputs, prologue(*inputs)
+        output = prologue(*inputs)
+    return output.detach(), torch.autograd.grad(output, inputs, grad)
 
 
 def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor, products: Products = PLAIN) -> Tensor | None:
@@ -183,16 +201,17 @@ class _RowLinear(Function):
         products: Products = ctx.products
         grad_SBO = region.gather(grad_sBO)
         grad_x = products.input_gradient(grad_SBO, weight.gathered())
+        grad_inputs: tuple[Tensor, ...] = (grad_x,)
         if ctx.prologue is not None:
-            inputs, output = replay(ctx.prologue, inputs)
+            x_SBi, grad_inputs = replay(ctx.prologue, inputs, grad_x)
+        elif weight.requires_grad:
+            (x_SBi,) = inputs
         grad_weight = None
         if weight.requires_grad:
-            x_SBi = inputs[0] if ctx.prologue is None else output.detach()
             if weight.delay is not None:
                 weight.delay(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi, products))
             else:
                 grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi, products)
-        grad_inputs = (grad_x,) if ctx.prologue is None else torch.autograd.grad(output, inputs, grad_x)
         return grad_weight, None, None, None, *grad_inputs
 
 

@@ -126,10 +126,10 @@ class ColumnParts:
         terms = [_take(grad_NO, ranges, 1) @ _take(weight_OI, ranges, 0) for ranges in self.parts]
         return tree_sum(terms).view(*grad.shape[:-1], -1)
 
-    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
+    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
         input_NI = input_NI.contiguous()
         for ranges in self.parts:
-            _put(_take(grad_NO, ranges, 1).t() @ input_NI, total_OI, ranges, 0, add=True)
+            _put(_take(grad_NO, ranges, 1).t() @ input_NI, total_OI, ranges, 0, add=not overwrite)
 
     def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
         for ranges in self.parts:
@@ -154,10 +154,10 @@ class RowParts:
             _put(grad_NO @ _take(weight_OI, ranges, 1), out_NI, ranges, 1)
         return out_NI.view(*grad.shape[:-1], -1)
 
-    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor) -> None:
+    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
         grad_NO = grad_NO.contiguous()
         for ranges in self.parts:
-            _put(grad_NO.t() @ _take(input_NI, ranges, 1), total_OI, ranges, 1, add=True)
+            _put(grad_NO.t() @ _take(input_NI, ranges, 1), total_OI, ranges, 1, add=not overwrite)
 
     def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
         raise AssertionError("a row-parallel layer has no bias")
@@ -183,10 +183,19 @@ def kernels_of_parts(kernels: Kernels, parts: int) -> Kernels:
         cut = zip(*(half.chunk(parts, -1) for half in gate_up.chunk(2, -1)))
         return torch.cat([activation(torch.cat(part, -1)) for part in cut], -1)
 
+    def again(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        if parts == 1:
+            return kernels.swiglu_again(grad, gate_up)  # type: ignore[no-any-return]
+        cut = zip(*(half.chunk(parts, -1) for half in (grad, *gate_up.chunk(2, -1))))
+        made = [kernels.swiglu_again(part.contiguous(), torch.cat(pair, -1)) for part, *pair in cut]
+        halves = zip(*(gradient.chunk(2, -1) for _, gradient in made))
+        return torch.cat([y for y, _ in made], -1), torch.cat([part for half in halves for part in half], -1)
+
     return dataclasses.replace(
         kernels,
         attention=attention,
         swiglu=functools.partial(gated, kernels.swiglu),
+        swiglu_again=again,
         geglu=functools.partial(gated, kernels.geglu),
     )
 
@@ -238,6 +247,7 @@ class PartBuckets(StageBuckets):
     def finish(self) -> None:
         self._done += 1
         for bucket in self.trained:
+            bucket.complete_gradients()
             assert bucket.gradients is not None
             sums, number = self._sums[id(bucket)], self._done
             while number % 2 == 0:

@@ -56,7 +56,7 @@ def _has_partial_boxes(parameter: PlacedParameter) -> bool:
 class StageBuckets:
     """All buckets of one pipeline stage, and the order in which their gradients are reduced.
 
-    `begin()` clears the gradients; backward passes then report parameter by parameter, and full buckets are reduced
+    `begin()` forgets the gradients; backward passes then report parameter by parameter, and full buckets are reduced
     while backward continues; `sum_tied()` adds the two gradients of a tied embedding; `finish()` starts the remaining
     reductions and `wait()` completes all. Where backward is split in two, `delaying` collects the weight-gradient part
     and `run_delayed` runs it.
@@ -135,12 +135,11 @@ class StageBuckets:
         return within, across
 
     def begin(self, micro_batches: int) -> None:
-        """Clear the gradients before the first forward pass of a step of `micro_batches` micro-batches."""
+        """Forget the gradients before the first forward pass of a step of `micro_batches` micro-batches."""
         for bucket in self.trained:
             bucket.begin(micro_batches)
         for alias in self.aliases:
-            if alias.main_grad is not None:
-                alias.main_grad.zero_()
+            alias.stale = alias.main_grad is not None
         self._launched = 0
         self._full.clear()
 
@@ -185,9 +184,12 @@ class StageBuckets:
     def sum_tied(self) -> None:
         """Sum the gradients of embedding and tied output layer, whether both are here or on two stages."""
         for alias in self.aliases:
-            if alias.main_grad is not None:
-                assert alias.tied_to is not None and alias.tied_to.main_grad is not None
-                alias.tied_to.main_grad.add_(alias.main_grad)
+            gradient = alias.grad_buffer()
+            if gradient is not None:
+                assert alias.tied_to is not None
+                total = alias.tied_to.grad_buffer()
+                assert total is not None
+                total.add_(gradient)
         for shared in self._tied:
             shared.sum_gradients()
 
@@ -395,8 +397,9 @@ class SharedBoxes:
         """Give every member the sum of the members' gradients, in one message."""
         views = []
         for parameter, box in self.boxes:
-            assert parameter.main_grad is not None
-            views.append(box.view(parameter.main_grad))
+            total = parameter.grad_buffer()
+            assert total is not None
+            views.append(box.view(total))
         packed = torch.cat([view.reshape(-1) for view in views])
         self.group.sum_over_members(packed, self.members)
         for view, total in zip(views, packed.split([view.numel() for view in views])):

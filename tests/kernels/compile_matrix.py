@@ -116,11 +116,14 @@ def pointwise_cases() -> Iterator[Case]:
     for direction in ("forward", "backward"):
         kernel = getattr(swiglu_triton, f"swiglu_{direction}_kernel")
         types = {"grad_ptr": "*bf16"}
-        yield Case(f"swiglu {direction}", kernel, {"BLOCK": options["BLOCK"]}, options["num_warps"], types=types)
-        constants = {"BLOCK": 1, **ones("inner", "width")}
-        yield Case(f"swiglu one number {direction}", kernel, constants, 1, types=types)
+        for again in (False, True) if direction == "backward" else (None,):
+            flag, name = ({}, "") if again is None else ({"AGAIN": again}, " again" if again else "")
+            constants = {"BLOCK": options["BLOCK"], **flag}
+            yield Case(f"swiglu {direction}{name}", kernel, constants, options["num_warps"], types=types)
+            constants = {"BLOCK": 1, **flag, **ones("inner", "width")}
+            yield Case(f"swiglu one number {direction}{name}", kernel, constants, 1, types=types)
     for inverse, rest, special in ((False, 0, {}), (True, 64, {}), (False, 0, ones("batch", "q_heads", "k_heads"))):
-        constants = {"INVERSE": inverse, "HEADS": 32, "HALF": 64, "REST": rest, **special}
+        constants = {"INVERSE": inverse, "COPY": not special, "HEADS": 32, "HALF": 64, "REST": rest, **special}
         name = f"rope d128 {'backward' if inverse else 'forward'} rest {rest}{' one head' if special else ''}"
         yield Case(name, rope_triton.rope_kernel, constants, 8)
     constants = {"HAS_PARAM": True, "BLOCK": adamw_triton.BLOCK}

@@ -1,7 +1,7 @@
 """The sum of narrow products in fp32, in the one product that GPUs have for it and CPUs do not.
 
-`products_of_a_gpu` lends the CPU that operator of torch (`addmm.dtype_out`), with the checks that CUDA makes, and notes
-every call.
+`products_of_a_gpu` lends the CPU those operators of torch (`addmm.dtype_out`, `mm.dtype_out`), with the checks that CUDA
+makes, and notes every call.
 """
 
 import contextlib
@@ -31,8 +31,12 @@ def products_of_a_gpu():
         calls.append((mat1.t().clone(), mat2.clone(), out.data_ptr()))
         return out.add_(mat1.float() @ mat2.float())
 
+    def mm(self, mat2, out_dtype, *, out):
+        return addmm(out.zero_(), self, mat2, out_dtype, out=out)
+
     with torch.library._scoped_library("aten", "IMPL") as library, pytest.MonkeyPatch.context() as patch:
         library.impl("addmm.dtype_out", addmm, "CPU")
+        library.impl("mm.dtype_out", mm, "CPU")
         patch.setattr(accumulate, "sums_in_the_product", lambda device: True)
         yield calls
 
@@ -85,6 +89,20 @@ def test_a_gpus_sum_is_one_product_into_the_total_and_more_exact(shape, form, dt
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_a_product_overwrites_what_no_longer_counts(rows, gpu, dtype):
+    grad, x = operands(rows, 5, 3, "plain", dtype)
+    whole = torch.full((7, 3), torch.nan)
+    added = torch.zeros(5, 3)
+    with products_of_a_gpu() if gpu else contextlib.nullcontext():
+        accumulate_product(whole[1:-1], grad, x, overwrite=True)
+        accumulate_product(added, grad, x)
+    assert torch.equal(whole[1:-1], added) and whole[[0, -1]].isnan().all()
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
 def test_empty_factors_add_nothing(shape):
     grad, x = operands(*shape, "plain", torch.bfloat16)
@@ -103,7 +121,8 @@ def test_torch_takes_these_arguments_on_another_device(rows):
     """The meta device checks overload, shapes and dtypes, and that the result is the total itself, not resized."""
     total = torch.empty(5, 3, device="meta")
     grad, x = torch.empty(rows, 5, 3, device="meta", dtype=torch.bfloat16).unbind(2)[0], torch.empty(rows, 3).to("meta")
-    accumulate_product(total, grad, x.bfloat16())
+    for overwrite in (False, True):
+        accumulate_product(total, grad, x.bfloat16(), overwrite=overwrite)
     assert total.shape == (5, 3) and total.stride() == (3, 1)
 
 

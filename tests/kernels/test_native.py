@@ -112,6 +112,9 @@ def test_swiglu(instructions, dtype):
     compare(native.swiglu, swiglu.swiglu, 4 * torch.randn(5, 3, 74), dtype=dtype)
     strided = torch.randn(6, 40)[::2, :]
     compare(lambda x: native.swiglu(x[:, 3:37]), lambda x: swiglu.swiglu(x[:, 3:37]), strided, dtype=dtype)
+    x, grad = torch.randn(5, 74, dtype=dtype, requires_grad=True), torch.randn(5, 40, dtype=dtype)[:, 3:]
+    again = native.swiglu_again(grad, x.detach())
+    assert all(map(torch.equal, again, (native.swiglu(x), torch.autograd.grad(native.swiglu(x), x, grad)[0])))
 
 
 def test_the_exponential_from_end_to_end_of_its_range(instructions):

@@ -35,7 +35,7 @@ from megalite.kernels.dispatch import PLAIN_ALONE
 from megalite.kernels.layout import obstacle
 from megalite.kernels.rms_norm import add_rms_norm, rms_norm
 from megalite.kernels.rope import rope
-from megalite.kernels.swiglu import geglu, swiglu
+from megalite.kernels.swiglu import geglu, swiglu, swiglu_again
 from megalite.model.attention import Positions
 
 pytestmark = pytest.mark.fast
@@ -83,6 +83,11 @@ def test_gated_activations_backward_by_hand(gated, activation):
     x = torch.randn(4, 3, 10, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(gated(x), activation(x[..., :5]) * x[..., 5:])
     assert gradcheck(gated, x)
+    if gated is swiglu:
+        grad = torch.randn(4, 3, 5, dtype=torch.float64)
+        assert all(
+            map(torch.equal, swiglu_again(grad, x.detach()), (gated(x), torch.autograd.grad(gated(x), x, grad)[0]))
+        )
     saved = gated(x).grad_fn.saved_tensors
     assert len(saved) == 1 and saved[0].data_ptr() == x.data_ptr()
 

@@ -73,6 +73,7 @@ def fused_kernels() -> Kernels:
         attention=at_one_width(flash_triton.attention),
         attention_parts=flash_triton.FlashParts(),
         swiglu=swiglu_triton.swiglu,
+        swiglu_again=swiglu_triton.swiglu_again,
         geglu=swiglu.geglu,
         grouped_product=grouped.grouped_product,
         grouped_input_gradient=grouped.grouped_input_gradient,

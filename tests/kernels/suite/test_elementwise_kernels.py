@@ -148,6 +148,16 @@ def test_swiglu(device, dtype, shape):
     compare(swiglu_triton.swiglu, swiglu.swiglu, (3 * torch.randn(shape, device=device).to(dtype),), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3, 2 * 96), (1, 2), (3, 2 * 2500)])
+def test_swiglu_again_is_the_forward_and_the_backward_kernel_in_one(device, dtype, shape):
+    x = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    grad = torch.randn((*shape[:-1], shape[-1] // 2 + 3), device=device).to(dtype)[..., 3:]
+    y = swiglu_triton.swiglu(x)
+    again = swiglu_triton.swiglu_again(grad, x.detach())
+    assert all(map(torch.equal, again, (y, torch.autograd.grad(y, x, grad)[0])))
+
+
 def test_swiglu_strided_and_extreme(device):
     x = torch.randn(6, 4, 2 * 33, device=device).transpose(0, 1)
     x = x.clone(memory_format=torch.preserve_format)
