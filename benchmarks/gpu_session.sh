@@ -118,8 +118,8 @@ training() { # SECONDS: each model for itself, so that one which fails or takes 
     fi
     rows llama3-8b $(($1 * 6 / 10)) $bf16 $plain,compile=1 $bf16,fp8=row $bf16,fp8=tensor $bf16,recompute=selective ||
         failed=1
-    rows 1.24b $(($1 * 2 / 10)) $bf16 $plain,compile=1 || failed=1
-    rows gpt2-1.5b $(($1 * 2 / 10)) $bf16 $plain,compile=1 || failed=1
+    rows 1.24b $(($1 * 2 / 10)) $bf16 $plain,compile=1 $bf16,cuda_graph=1 || failed=1
+    rows gpt2-1.5b $(($1 * 2 / 10)) $bf16 $plain,compile=1 $bf16,cuda_graph=1 || failed=1
     return $failed
 }
 

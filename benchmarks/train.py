@@ -5,10 +5,10 @@
 A row is a runner with options, such as `megalite`, `megalite,tensor=2,precision=bf16` or `plain,compile=1`. Runners are
 megalite, plain (plain PyTorch, benchmarks/plain.py), bare (megalite's operations in one flat function) and the peers
 named by `--against`. Options: tensor, pipeline, context, expert, data (ranks along each), precision, fp8, compile,
-kernels, recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes with the
-environment that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine slows all
-alike. A `plain` row is added for every precision among the rows (not to models with experts), and without `--rows` a
-peer gets one for each layout.
+cuda_graph, kernels, recompute, schedule, sequence, context_mode, micro_batch, layers. Every row runs in fresh processes
+with the environment that megalite's launcher sets; the rows take turns, `--rounds` times over, so that a busy machine
+slows all alike. A `plain` row is added for every precision among the rows (not to models with experts), and without
+`--rows` a peer gets one for each layout.
 docs/throughput.md explains the numbers.
 """
 
@@ -39,6 +39,7 @@ from megalite.cli import Parser, program
 from megalite.errors import UserError
 from megalite.files import write_atomically, write_errors_named
 from megalite.model.cost import FORMULA
+from megalite.train.step_graph import WARM_UP
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -109,7 +110,7 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
             layout[name] = int(value)
         elif name in ("precision", "fp8", "kernels", "recompute", "schedule", "context_mode"):
             chosen[name] = value
-        elif name in ("compile", "sequence", "micro_batch", "layers") and value.isdigit():
+        elif name in ("compile", "cuda_graph", "sequence", "micro_batch", "layers") and value.isdigit():
             chosen[name] = bool(int(value)) if known[name].type == "bool" else int(value)
         else:
             raise UserError(f"--rows {text}: {option!r} is no option; see --help")
@@ -120,6 +121,8 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
         raise UserError(f"--rows {text}: compile is the plain runner's; {runner} brings its own kernels")
     if chosen.get("fp8", "none") != "none" and runner != "megalite":
         raise UserError(f"--rows {text}: fp8 is megalite's; {runner} has other products")
+    if chosen.get("cuda_graph") and (runner != "megalite" or device == "cpu"):
+        raise UserError(f"--rows {text}: cuda_graph is megalite's, on a GPU")
     if runner != "megalite" and PRESETS[arguments.model].model.get("experts"):
         raise UserError(f"--rows {text}: {runner} has no experts; --model {arguments.model} is megalite's alone")
     if runner == "bare" and (chosen["precision"], device) != ("fp32", "cpu"):
@@ -132,7 +135,7 @@ def parse_row(text: str, arguments: argparse.Namespace, device: str, paths: dict
         model=arguments.model,
         layout=layout,
         device=device,
-        warmup=arguments.warmup,
+        warmup=max(arguments.warmup, WARM_UP + 2) if chosen.get("cuda_graph") else arguments.warmup,
         steps=arguments.steps,
         peer_path=paths.get(runner, ""),
         **chosen,

@@ -68,6 +68,7 @@ class Job:
     kernels: str = "auto"
     recompute: str = "none"
     fp8: str = "none"
+    cuda_graph: bool = False
     schedule: str = "1f1b"
     sequence: bool = True
     context_mode: str = "gather"

@@ -42,6 +42,7 @@ def configuration(job: Job) -> Config:
         "precision": job.precision,
         "recompute": job.recompute,
         "fp8": job.fp8,
+        "cuda_graph": job.cuda_graph,
     }
     return build_config({"model": job.shape, "parallel": parallel, "train": train, "kernels": {"default": job.kernels}})
 
@@ -69,6 +70,7 @@ def run_megalite(job: Job, device: torch.device) -> None:
 
     meter = Meter(job)
     meter.run(step)
+    trainer.graph = None  # a replay has no operations that could be observed
     finish(meter, **observe(trainer, mesh, batches), kernels=dict(kernels.choices), attention=attention)
 
 

@@ -13,8 +13,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -388,6 +388,18 @@ class Mesh:
         """Wrap every later wait of the groups created so far in `observe(axes)`, for the timeline."""
         for axes, group in self._groups.items():
             group.observe_wait = functools.partial(observe, axes)
+
+    @contextmanager
+    def waits_unobserved(self) -> Iterator[None]:
+        """No wait in this context is wrapped: a recorded one has no time of its own."""
+        observers = {axes: group.observe_wait for axes, group in self._groups.items()}
+        for group in self._groups.values():
+            group.observe_wait = nullcontext
+        try:
+            yield
+        finally:
+            for axes, observe in observers.items():
+                self._groups[axes].observe_wait = observe
 
     @property
     def waited_seconds(self) -> float:

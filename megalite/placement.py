@@ -174,7 +174,7 @@ class PlacedParameter(nn.Parameter):
         return made
 
     def grad_buffer(self) -> Tensor | None:
-        """The buffer to add the gradient to, allocated and cleared if need be; None if autograd should accumulate it."""
+        """The buffer to add the gradient to, allocated or cleared if need be; None if autograd should accumulate."""
         total, stale = self.grad_target()
         if stale:
             assert total is not None

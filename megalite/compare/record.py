@@ -102,7 +102,7 @@ class Recorder:
             for path, module in stage.named_modules():
                 if path in names:
                     self._attach(_Site.of(number, path, names[path], module))
-        self.trainer.observe = self._observe
+        self.trainer.observe, self.trainer.graph = self._observe, None  # nothing can be heard of a replay
         accumulate = self.trainer.accumulate
 
         def accumulated(*args: Any, **options: Any) -> Any:

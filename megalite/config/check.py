@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
+from megalite.config.check_graph import check_graph
 from megalite.config.check_invariant import check_batch_invariant, check_invariant
 from megalite.config.check_latent import check_latent
 from megalite.config.check_layers import check_layers
@@ -62,6 +63,7 @@ def check_combinations(config: Config, world_size: int) -> None:
     _check_world(config, world_size)
     check_invariant(config, world_size, _refuse)
     check_batch_invariant(config, _refuse)
+    check_graph(config, _refuse)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
 

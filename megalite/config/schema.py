@@ -120,6 +120,8 @@ class TrainConfig:
     Experts and routers stay in bf16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping: nothing, the cheap large activations, whole layers."""
+    cuda_graph: bool = False
+    """Record the kernels of a step's passes as a CUDA graph after three steps, and replay it (docs/throughput.md)."""
     deterministic: bool = False
     """Refuse operations whose results vary from run to run."""
     invariant: Annotated[int, AtLeast(0, 1024)] = 0

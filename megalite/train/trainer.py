@@ -27,6 +27,7 @@ from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
+from megalite.train.step_graph import GraphRecorder, StepGraph, recorder_for
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,24 @@ class Trainer(ShardedModel):
         self.norm = self.make_norm()
         self.observe: Observer = unobserved
         self._world = mesh.world
+        self.graph = self.make_graph(recorder_for(mesh.device)) if config.train.cuda_graph else None
 
     def make_norm(self) -> GradientNorm:
         return GradientNorm(list(self.buckets.values()), self.mesh.rank, self.kernels)
+
+    def make_graph(self, recorder: GraphRecorder) -> StepGraph:
+        """Forward and backward passes of a step of `self.objective`, to be recorded and replayed."""
+
+        def accumulate(batches: MicroBatches, shape: tuple[int, int] | None) -> _Shares:
+            with self.mesh.waits_unobserved():
+                return self._sum(batches, self.objective, shape, train=True)
+
+        def held() -> list[Tensor]:
+            buckets = [bucket for stage in self.buckets.values() for bucket in stage.buckets]
+            gradients = [bucket.gradients for bucket in buckets if bucket.gradients is not None]
+            return [*(bucket.parameters for bucket in buckets), *gradients]
+
+        return StepGraph(accumulate, self.wait_for_all_gather, held, recorder)
 
     def initialise(self, trained: bool | None = None) -> None:
         super().initialise(trained)
@@ -199,7 +215,8 @@ class Trainer(ShardedModel):
                 sums[name][micro] = value.detach().double()
             return loss
 
-        losses = self.run(batches, finish, shape=shape, train=train, observe=self.observe if train else unobserved)
+        observe = self.observe if train and self.graph is None else unobserved  # a recorded operation has no time
+        losses = self.run(batches, finish, shape=shape, train=train, observe=observe)
         count.wait()  # on ranks without the last stage
         metrics = {name: self._share(values, objective) for name, values in sorted(sums.items())}
         loads = self.balance.collect(self.config.model.layers) if train and self.config.model.experts else ()
@@ -212,6 +229,9 @@ class Trainer(ShardedModel):
 
         `shape` is (B, S) of a micro-batch where it is not the configuration's.
         """
+        if self.graph is not None and objective is None:
+            shares: _Shares = self.graph(batches, shape)
+            return shares
         return self._sum(batches, objective or self.objective, shape, train=True)
 
     def step(

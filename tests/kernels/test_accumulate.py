@@ -1,7 +1,7 @@
 """The sum of narrow products in fp32, in the one product that GPUs have for it and CPUs do not.
 
-`products_of_a_gpu` lends the CPU those operators of torch (`addmm.dtype_out`, `mm.dtype_out`), with the checks that CUDA
-makes, and notes every call.
+`products_of_a_gpu` lends the CPU those operators of torch (`addmm.dtype_out`, `mm.dtype_out`), with the checks that
+CUDA makes, and notes every call.
 """
 
 import contextlib
