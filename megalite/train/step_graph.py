@@ -14,7 +14,6 @@ ranks and the update are not recorded: they come after. Source: NVIDIA, CUDA C++
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -114,7 +113,7 @@ class StepGraph:
         if self._seen <= WARM_UP:
             return self._recorder.warm_up(lambda: self._accumulate(batches, shape))
         if self._replay is None:
-            self._inputs = [None if batch is None else _mapped(batch, torch.clone) for batch in batches]
+            self._inputs = [None if batch is None else _copied(batch) for batch in batches]
             self._outputs, self._replay = self._recorder.record(lambda: self._accumulate(self._inputs, shape))
         for kept, batch in zip(self._inputs, batches, strict=True):
             if kept is not None and batch is not None:
@@ -129,11 +128,10 @@ def _tensors(batch: Batch) -> list[Tensor]:
     return [part for part in parts if part is not None]
 
 
-def _mapped(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    columns = {name: change(column) for name, column in fields.pop("columns").items()}
-    changed = {name: None if part is None else change(part) for name, part in fields.items()}
-    return Batch(**changed, columns=columns)
+def _copied(batch: Batch) -> Batch:
+    places = (None if part is None else part.clone() for part in (batch.positions_BS, batch.documents_BS))
+    columns = {name: column.clone() for name, column in batch.columns.items()}
+    return Batch(batch.tokens_BS.clone(), batch.labels_BS.clone(), *places, columns=columns)
 
 
 def _kind_of(batch: Batch | None) -> Any:
