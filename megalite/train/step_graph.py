@@ -129,9 +129,11 @@ def _tensors(batch: Batch) -> list[Tensor]:
 
 
 def _copied(batch: Batch) -> Batch:
-    places = (None if part is None else part.clone() for part in (batch.positions_BS, batch.documents_BS))
+    positions_BS, documents_BS = (
+        None if part is None else part.clone() for part in (batch.positions_BS, batch.documents_BS)
+    )
     columns = {name: column.clone() for name, column in batch.columns.items()}
-    return Batch(batch.tokens_BS.clone(), batch.labels_BS.clone(), *places, columns=columns)
+    return Batch(batch.tokens_BS.clone(), batch.labels_BS.clone(), positions_BS, documents_BS, columns)
 
 
 def _kind_of(batch: Batch | None) -> Any:
