@@ -86,7 +86,7 @@ def fused_kernels() -> Kernels:
         symmetric_product=symmetric.symmetric_product,
         fp8_cast=fp8.fp8_cast,
         fp8_cast_transpose=fp8.fp8_cast_transpose,
-        choices=MappingProxyType({}),
+        choices=MappingProxyType({"rms_norm": "triton"}),
     )
 
 
