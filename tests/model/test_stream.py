@@ -46,7 +46,6 @@ def trained(fields, sums_in_norms):
     return gradients, [p.detach().clone() for p in placed_parameters(stage)], losses, sums
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_sum_of_a_layer_in_the_next_norm_changes_no_bit(kind, precision):

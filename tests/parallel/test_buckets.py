@@ -228,3 +228,36 @@ def test_what_zero_keeps_whole(pool, zero, between, peak):
     layer = 64 * 60 * 4
     for result in pool.run(held, 2, 2, zero):
         assert result == (tuple(layer * n for n in between), tuple(layer * n for n in peak))
+
+
+def forget_and_add(rank, zero):
+    """Gradients of a step after one that left NaNs: added to, overwritten, and one that nothing is added to."""
+    module = model_of(rank)
+    stage = StageBuckets(
+        module, Mesh(dp=2, rank=rank, make_group=ChaosGroups(seed=rank)), zero=zero, bucket_elements=90
+    )
+    for left in (torch.nan, 1.0, 2.0):
+        stage.begin(1)
+        for name, parameter in reversed(list(module.named_parameters())):
+            if name == "c" and left == 1.0:
+                continue
+            if name == "a":
+                total, stale = parameter.grad_target()
+                assert stale and parameter.grad_target() == (total, False)
+                total.fill_(left)
+            else:
+                parameter.grad_buffer().add_(left)
+            parameter.gradient_added()
+        stage.finish()
+        stage.wait()
+        for bucket in stage.buckets:
+            whole, used = torch.zeros(bucket.length), bucket.updated_gradients
+            for slot in bucket.slots:
+                nothing = slot.parameter is module.c and left == 1.0
+                whole[slot.start : slot.stop] = 0.0 if nothing else 2 * left
+            torch.testing.assert_close(used, whole[bucket.updated], equal_nan=True)
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_gradients_of_the_step_before_do_not_count(pool, zero):
+    pool.run(forget_and_add, 2, zero)
