@@ -8,7 +8,7 @@ computation stands still until it has come. Beside each other, both are slower (
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from typing import NamedTuple
 
 from megalite.model.cost import Matrix
 from megalite.planning.hardware import Link, gather_seconds, link, product_rate
@@ -123,60 +123,75 @@ def head_exchange(job: Job, product: float) -> float:
     return queues.exposed
 
 
+class _Exchanged(NamedTuple):
+    """A matrix whose activations are sent: its pieces, the seconds of one piece of its product and of the whole, and of
+    sending one piece."""
+
+    rows: bool
+    splits: int
+    piece: float
+    whole: float
+    sent: float
+
+    @staticmethod
+    def of(job: Job, matrix: Matrix) -> _Exchanged:
+        splits, width = splits_of(job, matrix), matrix.outputs if matrix.rows else matrix.inputs
+        whole = matrix_seconds(job, matrix, job.tokens)
+        piece = whole if splits == 1 else matrix_seconds(job, matrix, job.tokens / splits)
+        return _Exchanged(matrix.rows, splits, piece, whole, stream_exchange(job, width, splits))
+
+
 class LayerCommunication:
-    """The matrices of a layer whose communication is played through."""
+    """A layer's matrices and collectives, played through in forward and backward.
+
+    `attention_backward` are the seconds of attention in backward.
+    """
 
     def __init__(self, job: Job, attention_backward: float) -> None:
         self.job, self.attention_backward = job, attention_backward
-        self.matrices = [matrix for matrix in job.layer.sizes.matrices if matrix.split]
+        self.matrices = [_Exchanged.of(job, matrix) for matrix in job.layer.sizes.matrices if matrix.split]
         self.cuts, self.hides = job.split > 1, job.practice.overlaps_tensor
-        self.deferred: list[Callable[[], None]] = []
+        self.deferred: list[tuple[int, float]] = []
 
-    def _starts(self, queues: Queues, matrix: Matrix) -> list[int]:
-        """Start the collectives of an activation of the stream in pieces; without sequence parallelism an all-reduce,
-        which is two."""
-        splits, width = splits_of(self.job, matrix), matrix.outputs if matrix.rows else matrix.inputs
-        times = 1 if self.cuts else 2
-        return [queues.start(times * stream_exchange(self.job, width, splits)) for _ in range(splits)]
+    def _start(self, queues: Queues, matrix: _Exchanged) -> list[int]:
+        """Start the collectives of all pieces; without sequence parallelism an all-reduce, which is two."""
+        seconds = matrix.sent if self.cuts else 2 * matrix.sent
+        return [queues.start(seconds) for _ in range(matrix.splits)]
 
-    def _gathered_product(self, queues: Queues, matrix: Matrix, *, beside: bool, filled: bool = False) -> None:
-        """A gather, piece by piece under the product of what it brings; whole, if `beside`, as if under it."""
-        splits = splits_of(self.job, matrix)
-        arriving = self._starts(queues, matrix) if self.cuts else [0] * splits
-        if filled:
-            self._run_deferred()
+    def _gathered_product(self, queues: Queues, matrix: _Exchanged) -> None:
+        """A gather, piece by piece under the product of what it brings, and under all that was put off."""
+        arriving = self._start(queues, matrix) if self.cuts else [0] * matrix.splits
+        self._run_deferred(queues)
         for number in arriving:
-            if not beside:
+            if self.hides != "all":
                 queues.wait(number)
-            queues.compute(matrix_seconds(self.job, matrix, self.job.tokens / splits))
+            queues.compute(matrix.piece)
         queues.wait(arriving[-1])
 
-    def _product_summed(self, queues: Queues, matrix: Matrix) -> int:
+    def _product_summed(self, queues: Queues, matrix: _Exchanged) -> int:
         """A product, the sum of each piece started after it; the number of the last one."""
-        splits, last = splits_of(self.job, matrix), 0
-        width = matrix.outputs if matrix.rows else matrix.inputs
-        for _ in range(splits):
-            queues.compute(matrix_seconds(self.job, matrix, self.job.tokens / splits))
-            last = queues.start((1 if self.cuts else 2) * stream_exchange(self.job, width, splits))
+        last = 0
+        for _ in range(matrix.splits):
+            queues.compute(matrix.piece)
+            last = queues.start(matrix.sent if self.cuts else 2 * matrix.sent)
         return last
 
     def forward(self) -> float:
         """Exposed seconds."""
         queues = Queues(self.job.practice.hiding_cost)
         for matrix in self.matrices:
-            beside = self.hides == "all"
             if not matrix.rows:
-                self._gathered_product(queues, matrix, beside=beside)
-            elif beside:  # as if under the product itself
-                last = self._starts(queues, matrix)[-1]
-                queues.compute(matrix_seconds(self.job, matrix, self.job.tokens))
+                self._gathered_product(queues, matrix)
+            elif self.hides == "all":  # as if under the product itself
+                last = self._start(queues, matrix)[-1]
+                queues.compute(matrix.whole)
                 queues.wait(last)
             else:
                 queues.wait(self._product_summed(queues, matrix))
         return queues.exposed
 
     def backward(self) -> float:
-        """Exposed seconds of the gradients of inputs and weights, or where the latter are put off of the former."""
+        """Exposed seconds of the gradients of inputs and weights; where the latter are put off, of the former."""
         queues, before = Queues(self.job.practice.hiding_cost), 0.0
         for _ in range(2 if self.job.overlap_splits > 1 else 1):  # the second has something put off by the first
             before = queues.exposed
@@ -187,52 +202,49 @@ class LayerCommunication:
         ahead = 0
         attention = next((matrix for matrix in self.matrices if matrix.rows), None)
         for matrix in reversed(self.matrices):
-            if matrix.rows:
-                self._gathered_product(queues, matrix, beside=self.hides == "all", filled=True)
-                self._weight_gradient(queues, matrix, 0)
-                if matrix is attention:
-                    ahead = self._gathered_ahead(queues)
-            else:
+            if not matrix.rows:
                 self._column_backward(queues, matrix, ahead)
                 ahead = 0
+                continue
+            self._gathered_product(queues, matrix)
+            self._weight_gradient(queues, matrix, 0)
+            if matrix is attention:
+                ahead = self._gathered_ahead(queues)
 
     def _gathered_ahead(self, queues: Queues) -> int:
         """The gather of the input of queries, keys and values under the backward pass of attention."""
         first = self.matrices[0]
-        if self.job.layer.latent is not None or self.job.splits_backward or splits_of(self.job, first) == 1:
+        if self.job.layer.latent is not None or self.job.splits_backward or first.splits == 1:
             return 0
-        ahead = self._starts(queues, first)[-1]
+        ahead = self._start(queues, first)[-1]
         queues.compute(self.attention_backward)
         return ahead
 
-    def _column_backward(self, queues: Queues, matrix: Matrix, ahead: int) -> None:
-        if self.hides == "none" or self.job.splits_backward:
-            if self.cuts and not self.job.splits_backward:
-                queues.wait(self._starts(queues, matrix)[-1])
-            queues.wait(self._product_summed(queues, matrix))
-            if not self.job.splits_backward:
-                queues.compute(matrix_seconds(self.job, matrix, self.job.tokens))
-            return
-        if self.cuts and not ahead:
-            ahead = self._starts(queues, matrix)[-1]
+    def _column_backward(self, queues: Queues, matrix: _Exchanged, ahead: int) -> None:
+        gathers = self.cuts and not self.job.splits_backward
+        if gathers and not ahead:
+            ahead = self._start(queues, matrix)[-1]
+        if self.hides == "none":
+            queues.wait(ahead)
         summed = self._product_summed(queues, matrix)
-        self._run_deferred()
+        if self.hides == "none" or self.job.splits_backward:
+            queues.wait(summed)
+        self._run_deferred(queues)
         self._weight_gradient(queues, matrix, ahead)
         queues.wait(summed)
 
-    def _weight_gradient(self, queues: Queues, matrix: Matrix, needs: int) -> None:
+    def _weight_gradient(self, queues: Queues, matrix: _Exchanged, needs: int) -> None:
         """Now, or under the next collective; not at all where the schedule puts it off."""
+        if self.job.splits_backward:
+            return
+        self.deferred.append((needs, matrix.whole))
+        if matrix.splits == 1:
+            self._run_deferred(queues)
 
-        def add() -> None:
+    def _run_deferred(self, queues: Queues) -> None:
+        for needs, product in self.deferred:
             queues.wait(needs)
-            queues.compute(matrix_seconds(self.job, matrix, self.job.tokens))
-
-        if not self.job.splits_backward:
-            add() if splits_of(self.job, matrix) == 1 else self.deferred.append(add)
-
-    def _run_deferred(self) -> None:
-        for add in self.deferred:
-            add()
+            queues.compute(product)
         self.deferred.clear()
 
 
@@ -245,9 +257,6 @@ def tensor_talk(job: Job, attention_backward: float) -> tuple[float, float, floa
     if job.tensor == 1:
         return 0.0, 0.0, 0.0
     layer = LayerCommunication(job, attention_backward)
-    gathers = 0.0
-    if job.split > 1 and job.splits_backward:
-        for matrix in layer.matrices:
-            splits = splits_of(job, matrix)
-            gathers += splits * stream_exchange(job, matrix.outputs if matrix.rows else matrix.inputs, splits)
+    apart = job.split > 1 and job.splits_backward
+    gathers = sum(matrix.splits * matrix.sent for matrix in layer.matrices) if apart else 0.0
     return layer.forward(), layer.backward(), gathers
