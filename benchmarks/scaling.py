@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.planner.published import LLAMA3_8B, LLAMA3_70B, scaling_points
 from benchmarks.planner.queues import queued_makespan
 from megalite.cli import program
+from megalite.config.schema import AUTO_OVERLAP_SPLITS
 from megalite.errors import UserError
 from megalite.planning import DEVICES, Device, Job
 from megalite.planning.architecture import Architecture
@@ -67,10 +68,17 @@ def inputs(device: Device) -> list[Row]:
     return [dict(zip(("input", "value", "source"), row)) for row in rows]
 
 
-def tensor_job(device: Device, hidden: int, tensor: int, practice: Practice = MEGALITE, layers: int = 3) -> Job:
+def tensor_job(
+    device: Device,
+    hidden: int,
+    tensor: int,
+    practice: Practice = MEGALITE,
+    layers: int = 3,
+    splits: int = AUTO_OVERLAP_SPLITS,
+) -> Job:
     """One sequence of 8192 a micro-batch, four micro-batches for each GPU."""
-    architecture = Architecture(replace(MODELS[hidden].model, layers=layers))
-    return Job(architecture, device, 8192, 1, 4 * tensor, tensor=tensor, sequence=tensor > 1, practice=practice)
+    job = Job(Architecture(replace(MODELS[hidden].model, layers=layers)), device, 8192, 1, 4 * tensor, tensor=tensor)
+    return replace(job, sequence=tensor > 1, practice=practice, overlap_splits=splits)
 
 
 def layers_that_fit(device: Device, hidden: int) -> int:
@@ -85,9 +93,11 @@ def layer(job: Job) -> TimeParts:
     return work.forward.plus(work.backward)
 
 
-def tensor_share(device: Device, hidden: int, tensor: int, practice: Practice = MEGALITE) -> Row:
+def tensor_share(
+    device: Device, hidden: int, tensor: int, practice: Practice = MEGALITE, splits: int = AUTO_OVERLAP_SPLITS
+) -> Row:
     """Share of one GPU's tokens/s in a layer, and the shares of a GPU's time that are lost: all together 1."""
-    alone, work = (layer(tensor_job(device, hidden, size, practice)) for size in (1, tensor))
+    alone, work = (layer(tensor_job(device, hidden, size, practice, splits=splits)) for size in (1, tensor))
     lost = TimeParts(*((tensor * mine - own) / (tensor * work.seconds) for mine, own in zip(work, alone)))
     row = {"share": alone.seconds / (tensor * work.seconds), "products": lost.products + lost.attention}
     return row | {"communication": lost.tensor, "elementwise": lost.elementwise, "host": lost.launch}
@@ -110,17 +120,21 @@ def sensitivity(device: Device) -> list[Row]:
     """Share of tensor 8 where one input is another: what decides the answer, and what the trainer could still gain."""
     change, habit = functools.partial(replace, device), functools.partial(replace, MEGALITE)
     cases: dict[str, tuple[Device, Practice]] = {"as the trainer does it": (device, MEGALITE)}
+    whole: dict[str, tuple[Device, Practice]] = {"in one piece": (device, MEGALITE)}
     for factor in (0.7, 1.3, 2.0):
         cases[f"links x {factor}"] = change(link_bandwidth=factor * device.link_bandwidth), MEGALITE
     cases["products x 1.1"] = change(matmul_efficiency=1.1 * device.matmul_efficiency), MEGALITE
-    cases["nothing hidden"] = device, habit(overlaps_tensor="none")
+    whole["nothing hidden"] = device, habit(overlaps_tensor="none")
     cases["hiding costs nothing"] = device, habit(hiding_cost=0.0)
-    cases["all hidden in pieces, NCCL's kernels"] = device, habit(overlaps_tensor="all")
-    cases["all hidden in pieces, copy engines"] = device, habit(overlaps_tensor="all", hiding_cost=0.13)
+    cases["copy engines"] = device, habit(hiding_cost=0.13)
+    whole["all under its own product, NCCL's kernels"] = device, habit(overlaps_tensor="all")
+    whole["all under its own product, copy engines"] = device, habit(overlaps_tensor="all", hiding_cost=0.13)
     cases["free communication"] = change(link_bandwidth=math.inf, link_latency=0.0), MEGALITE
     return [
-        {"tensor 8": name} | {f"hidden {hidden}": tensor_share(gpu, hidden, 8, practice)["share"] for hidden in MODELS}
-        for name, (gpu, practice) in cases.items()
+        {"tensor 8": name}
+        | {f"hidden {hidden}": tensor_share(gpu, hidden, 8, practice, splits)["share"] for hidden in MODELS}
+        for of_splits, splits in ((cases, AUTO_OVERLAP_SPLITS), (whole, 1))
+        for name, (gpu, practice) in of_splits.items()
     ]
 
 

@@ -173,6 +173,11 @@ class PlacedParameter(nn.Parameter):
         made: Made = kept[id(self)]
         return made
 
+    @property
+    def has_grad_buffer(self) -> bool:
+        """Whether its gradient is added to a buffer, allocated or not, and not left to autograd."""
+        return self.main_grad is not None or self.store is not None
+
     def grad_buffer(self) -> Tensor | None:
         """The buffer to add the gradient to, allocated or cleared if need be; None if autograd should accumulate."""
         total, stale = self.grad_target()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from megalite.mesh import Mesh
 from megalite.model.decoder import OUTPUT, Stage
 from megalite.model.head import VocabParallelHead
+from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.context import ContextRegion
 from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.placement import PlacedParameter, placed_parameters
@@ -104,6 +105,7 @@ class TokenGrid:
 
     mesh: Mesh
     context: ContextRegion
+    region: TensorRegion
     length: int
     size: int
     samples: int
@@ -115,7 +117,7 @@ class TokenGrid:
         if count == full:
             return rows_s.cpu()
         if count * self.context.split == full:
-            return rows_s.cpu()[self.mesh.index("tp") * count :][:count]
+            return self.region.own(rows_s.cpu())
         return None
 
     def first_sample(self, micro: int) -> int:

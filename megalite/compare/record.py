@@ -331,7 +331,8 @@ class Recorder:
 
     def _grid(self) -> TokenGrid:
         size, length = self.trainer.shape
-        return TokenGrid(self._mesh, self.trainer.context, length, size, self._samples)
+        region = next(iter(self.trainer.stages.values())).region
+        return TokenGrid(self._mesh, self.trainer.context, region, length, size, self._samples)
 
     def _port(self, name: str, kind: str, operation: str, turn: Turn) -> Port:
         turn = self._turns.setdefault((kind, name, turn[0]), tuple(map(float, turn)))

@@ -13,7 +13,7 @@ from megalite.config.check_graph import check_graph
 from megalite.config.check_invariant import check_batch_invariant, check_invariant
 from megalite.config.check_latent import check_latent
 from megalite.config.check_layers import check_layers
-from megalite.config.lengths import sequence_unit
+from megalite.config.lengths import padded_length, sequence_unit
 from megalite.config.schema import Config
 from megalite.config.sources import is_record_file, parse_sources
 from megalite.errors import UserError
@@ -234,11 +234,24 @@ def _check_split(config: Config) -> None:
         problem = f"is not divisible by parallel.tensor = {parallel.tensor}, which parallel.sequence needs"
         _refuse(config, "train.seq_length", problem, remedy)
     _check_context(config)
+    _check_overlap(config)
     if model.layers < config.stages:
         stages = f"the {config.stages} stages of parallel.pipeline = {parallel.pipeline}"
         if parallel.virtual_stages > 1:
             stages += f" times parallel.virtual_stages = {parallel.virtual_stages}"
         _refuse(config, "model.layers", f"is fewer than {stages}", "use fewer stages or more layers")
+
+
+def _check_overlap(config: Config) -> None:
+    """Whether there is a sequence to cut for `parallel.tensor_overlap_splits`."""
+    parallel, length = config.parallel, config.train.seq_length
+    if parallel.tensor_overlap_splits > 1 and not parallel.sequence:
+        problem = "cuts what parallel.sequence sends, and that is off"
+        _refuse(config, "parallel.tensor_overlap_splits", problem, "use 0, or parallel.tensor > 1 with sequence")
+    rows = padded_length(length, parallel.context, parallel.tensor) // (parallel.context * parallel.tensor)
+    if parallel.tensor_overlap_splits > max(1, rows):
+        problem = f"exceeds the {rows} tokens of a sequence that each rank has of train.seq_length = {length}"
+        _refuse(config, "parallel.tensor_overlap_splits", problem, f"use at most {rows}, or longer sequences")
 
 
 def _check_context(config: Config) -> None:

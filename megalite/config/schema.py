@@ -26,6 +26,9 @@ DATA_FORMATS: Mapping[str, Literal["text", "sft", "preference", "prompt"]] = Map
 )
 """What the objectives learn from, those apart that read token files."""
 
+AUTO_OVERLAP_SPLITS = 2
+"""Each further piece hides less than its own start costs (benchmarks/results/tensor_overlap.json)."""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -55,6 +58,9 @@ class ParallelConfig:
     """Ranks that split the experts of each sparse layer: a factor of data parallelism, for they read different data."""
     sequence: bool = DERIVED
     """Split the activations between the matrices along the sequence; by default on where tensor > 1, and off at 1."""
+    tensor_overlap_splits: Annotated[int, AtLeast(0, 4)] = 0
+    """Pieces of the sequence in which tensor-parallel ranks send activations, each while another is being multiplied;
+    1: whole, 0: 2 on GPUs with `sequence` and else 1."""
     zero: Annotated[int, AtLeast(0, 3)] = 1
     """What the data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 and the gradients, 3 and the parameters."""
     schedule: Annotated[str, Named(tuple(SCHEDULES))] = "1f1b"
@@ -66,6 +72,12 @@ class ParallelConfig:
         derive(self, sequence=self.tensor > 1)
         if self.tensor == 1:
             object.__setattr__(self, "sequence", False)
+
+    def overlap_splits(self, *, gpu: bool) -> int:
+        """The number of pieces that `tensor_overlap_splits` means on a GPU, or on CPUs."""
+        if not self.sequence:
+            return 1
+        return self.tensor_overlap_splits or (AUTO_OVERLAP_SPLITS if gpu else 1)
 
 
 @dataclass(frozen=True)

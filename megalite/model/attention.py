@@ -24,6 +24,7 @@ from megalite.mesh import Mesh
 from megalite.model.all_heads_norm import AllHeadsNorm
 from megalite.model.build import Build
 from megalite.parallel.heads import HeadSplit, split_heads
+from megalite.parallel.linear import gather_ahead
 from megalite.placement import Box, row_box
 
 
@@ -125,7 +126,7 @@ class GroupedQueryAttention(nn.Module):
             )
         else:
             mixed_SBE = self.core_attention(qkv_SBE, positions, cache)
-        return self.out(mixed_SBE)
+        return self.out(gather_ahead(mixed_SBE, qkv_SBE))
 
     def core_attention(self, qkv_SBE: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         """Everything between the two projections: query/key norm, rotary embedding, attention itself."""

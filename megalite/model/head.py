@@ -24,6 +24,7 @@ from megalite.kernels import Kernels
 from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, chunk_rows, cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
+from megalite.parallel.pieces import GatheredRows, SummedRows
 from megalite.placement import PlacedParameter
 
 
@@ -54,17 +55,17 @@ class _HeadLoss(Function):
         train: bool,
     ) -> Tensor:
         region: TensorRegion = head.region
-        hidden_NH = region.gather(hidden_sBH).flatten(0, 1)
-        grad_NH = torch.empty_like(hidden_NH) if train else None
+        hidden = GatheredRows(region, hidden_sBH)
+        gradient = SummedRows(region, torch.empty_like(hidden.whole)) if train else None
         total, own = _weight_total(weight) if train else (None, False)
-        loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        for chunk in head.chunks(hidden_NH):
-            loss += head.chunk_loss(
-                hidden_NH[chunk], labels_N[chunk], scale, None if grad_NH is None else grad_NH[chunk], total
-            )
-        if grad_NH is not None:
-            grad_SBH = grad_NH.view(-1, *hidden_sBH.shape[1:])
-            ctx.save_for_backward(region.sum(grad_SBH))
+        loss = torch.zeros((), dtype=torch.float64, device=hidden_sBH.device)
+        for chunk in head.chunks(hidden.rows_NH):
+            grad_nH = None if gradient is None else gradient.rows_NH[chunk]
+            loss += head.chunk_loss(hidden.take(chunk), labels_N[chunk], scale, grad_nH, total)
+            if gradient is not None:
+                gradient.made(chunk.stop)
+        if gradient is not None:
+            ctx.save_for_backward(gradient.finish())
             ctx.weight, ctx.own = weight, total if own else None
         return loss
 
@@ -91,11 +92,11 @@ class _LabelLogprobs(Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_sBH: Tensor, weight: PlacedParameter, labels_N: Tensor, head: Any) -> Tensor:
-        hidden_NH = head.region.gather(hidden_sBH).flatten(0, 1)
-        stats = [head.stats(head.local_logits(hidden_NH[chunk]), labels_N[chunk]) for chunk in head.chunks(hidden_NH)]
+        hidden = GatheredRows(head.region, hidden_sBH)
+        chunks = list(head.chunks(hidden.rows_NH))
+        stats = [head.stats(head.local_logits(hidden.take(chunk)), labels_N[chunk]) for chunk in chunks]
         losses = [
-            cross_entropy_loss(part, labels_N[chunk], vocab_size=head.vocab_size)
-            for part, chunk in zip(stats, head.chunks(hidden_NH))
+            cross_entropy_loss(part, labels_N[chunk], vocab_size=head.vocab_size) for part, chunk in zip(stats, chunks)
         ]
         ctx.save_for_backward(hidden_sBH, labels_N)
         ctx.stats, ctx.weight, ctx.head = stats, weight, head
@@ -105,20 +106,22 @@ class _LabelLogprobs(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         hidden_sBH, labels_N = ctx.saved_tensors
         weight, head = ctx.weight, ctx.head
-        hidden_NH = head.region.gather(hidden_sBH).flatten(0, 1)
-        grad_NH = torch.empty_like(hidden_NH)
+        hidden = GatheredRows(head.region, hidden_sBH)
+        gradient = SummedRows(head.region, torch.empty_like(hidden.whole))
         total, own = _weight_total(weight)
-        for stats, chunk in zip(ctx.stats, head.chunks(hidden_NH)):
-            logits_nv, labels_n = head.local_logits(hidden_NH[chunk]), labels_N[chunk]
+        for stats, chunk in zip(ctx.stats, head.chunks(hidden.rows_NH)):
+            hidden_nH, labels_n = hidden.take(chunk), labels_N[chunk]
+            logits_nv = head.local_logits(hidden_nH)
             scale_n = torch.where(labels_n == IGNORE_INDEX, 0.0, -grads[0][chunk])
             slope = head.slope(logits_nv)
             head.to_gradient_(logits_nv, labels_n, stats, scale_n, z_loss=0.0)
             if slope is not None:
                 logits_nv.mul_(slope)
-            torch.mm(logits_nv, weight.gathered(), out=grad_NH[chunk])
+            torch.mm(logits_nv, weight.gathered(), out=gradient.rows_NH[chunk])
             if total is not None:
-                add_product_(total, logits_nv, hidden_NH[chunk])
-        grad_sBH = head.region.sum(grad_NH.view(-1, *hidden_sBH.shape[1:]))
+                add_product_(total, logits_nv, hidden_nH)
+            gradient.made(chunk.stop)
+        grad_sBH = gradient.finish()
         if own:
             assert total is not None
             return grad_sBH, total.to(weight.dtype), None, None
@@ -300,8 +303,7 @@ class _Score(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (hidden_sBH,), weight, region = ctx.saved_tensors, ctx.weight, ctx.region
-        length = hidden_sBH.shape[0]
-        grad_sB1 = grads[0].narrow(0, region.group.index * length if region.sequence else 0, length).unsqueeze(-1)
+        grad_sB1 = region.own(grads[0]).unsqueeze(-1)
         grad_sBH = (grad_sB1 * weight.gathered().float()).to(hidden_sBH.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if weight.requires_grad:

@@ -35,6 +35,7 @@ from megalite.parallel.linear import (
     now_or_later,
     replay,
 )
+from megalite.parallel.pieces import GatheredGradient, gathered_output, summed_input_gradient, summed_output
 from megalite.placement import Box, PlacedParameter, row_box
 
 ROLE = "adapter"
@@ -154,7 +155,7 @@ class _Column(Function):
         grad_u, summed_u = region.sum_start(up_input_gradient(grad_SNo, up, parts, scale))
         grad_x = summed = None
         if ctx.needs_input_grad[0]:
-            grad_x, summed = region.sum_start(layer.products.input_gradient(grad_SNo, layer.weight.gathered()))
+            grad_x, summed = summed_input_gradient(region, layer.products, grad_SNo, layer.weight.gathered())
         gathered.wait()
         grad_up = now_or_later(up, lambda: up_weight_gradient(up, grad_SNo, u_SNR, parts, scale))
         summed_u.wait()
@@ -191,11 +192,11 @@ class _Row(Function):
         layer, down, up, parts, scale = module.layer, module.down, module.up, module.parts, module.scale
         region = layer.region
         grad_SNr, gathered = region.gather_start(up_input_gradient(grad_sNO, up, parts, scale))
-        grad_x = layer.products.input_gradient(region.gather(grad_sNO), layer.weight.gathered())
+        grad_x = GatheredGradient(region, grad_sNO).input_gradient(layer.products, layer.weight.gathered())
         grad_up = now_or_later(up, lambda: up_weight_gradient(up, grad_sNO, u_sNr, parts, scale))
         gathered.wait()
         grad_x.flatten(0, -2).addmm_(grad_SNr.flatten(0, -2), down.gathered())
-        x_SNi, grad_inputs = (inputs[0], (grad_x,)) if ctx.prologue is None else replay(ctx.prologue, inputs, grad_x)
+        x_SNi, grad_inputs = (inputs[0], (grad_x,)) if ctx.prologue is None else replay(ctx.prologue, inputs)(grad_x)
         grad_down = now_or_later(down, lambda: add_weight_gradient(down, grad_SNr, x_SNi))
         return grad_down, grad_up, None, None, *grad_inputs
 
@@ -239,7 +240,7 @@ class LoRAColumn(nn.Module):
         layer = self.layer
         u_sNR = functional.linear(x_sNI, self.down.gathered())
         u_SNR, gathered = layer.region.gather_start(u_sNR)
-        y_SNo = layer.products.output(layer.region.gather(x_sNI), layer.weight.gathered(), layer.bias)
+        y_SNo = gathered_output(layer.region, layer.products, x_sNI, layer.weight.gathered(), layer.bias)
         gathered.wait()
         return add_up(y_SNo, u_SNR, self.up, self.parts, self.scale), u_sNR
 
@@ -276,7 +277,7 @@ class LoRARow(nn.Module):
         """(the layer's output [s, N, O], what A made of them [s, N, r]), summed over the ranks."""
         layer = self.layer
         u_sNr, summed = layer.region.sum_start(functional.linear(x_SNi, self.down.gathered()))
-        y_sNO = layer.region.sum(layer.products.output(x_SNi, layer.weight.gathered(), None))
+        y_sNO = summed_output(layer.region, layer.products, x_SNi, layer.weight.gathered())
         summed.wait()
         return add_up(y_sNO, u_sNr, self.up, self.parts, self.scale), u_sNr
 

@@ -97,6 +97,7 @@ class ShardedModel:
                 owners=self.owners,
                 embedding=self.stages[0].embedding if 0 in self.stages else None,
                 sequence=bool(config.parallel.sequence),
+                pieces=config.parallel.overlap_splits(gpu=mesh.device.type == "cuda"),
                 dtype=self.dtype,
                 recompute=config.train.recompute,
                 fp8=config.train.fp8,

@@ -37,7 +37,10 @@ class _Embed(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         local_SB, present_SB = ctx.saved_tensors
         weight, region = ctx.weight, ctx.region
-        grad_NH, ids_N = region.gather(grads[0]).flatten(0, 1), local_SB.flatten()
+        grad_SBH, gathered = region.gather_start(grads[0])
+        region.deferred.run()
+        gathered.wait()
+        grad_NH, ids_N = grad_SBH.flatten(0, 1), local_SB.flatten()
         total = weight.grad_buffer()
         dtype = weight.dtype if total is None else total.dtype
         grad_NH = grad_NH.to(dtype)

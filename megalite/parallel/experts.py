@@ -199,7 +199,7 @@ class _GroupedLinear(Function):
         inputs, weight, ends_G, kernels = ctx.saved_tensors, ctx.weight, ctx.ends_G, ctx.kernels
         grad_MO = grads[0].contiguous()
         grad_MI = kernels.grouped_input_gradient(grad_MO, _by_expert(weight.gathered(), ends_G), ends_G)
-        x_MI, grad_inputs = (inputs[0], (grad_MI,)) if ctx.prologue is None else replay(ctx.prologue, inputs, grad_MI)
+        x_MI, grad_inputs = (inputs[0], (grad_MI,)) if ctx.prologue is None else replay(ctx.prologue, inputs)(grad_MI)
         grad_weight = now_or_later(weight, lambda: _add_gradient(weight, ends_G, kernels, grad_MO, x_MI))
         return grad_weight, None, None, None, *grad_inputs
 

@@ -49,14 +49,14 @@ class Fp8Products(WideGradients):
     cast: Callable[..., tuple[Tensor, Tensor]]
     cast_transpose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
         weight = self._weight(weight_OI)
-        y = self._product(x, _NUMBERS, weight.codes_OI, weight.scale, fast=True)
-        return y if bias_O is None else y + bias_O
+        y = self._product(x, _NUMBERS, weight.codes_OI, weight.scale, out, fast=True)
+        return y if bias_O is None else torch.add(y, bias_O, out=out)
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
         weight = self._weight(weight_OI)
-        return self._product(grad, _GRADIENTS, weight.turned_IO, weight.turned_scale, fast=False)
+        return self._product(grad, _GRADIENTS, weight.turned_IO, weight.turned_scale, out, fast=False)
 
     def _weight(self, weight_OI: Tensor) -> Fp8Weight:
         def make() -> Fp8Weight:
@@ -64,7 +64,9 @@ class Fp8Products(WideGradients):
 
         return weight_OI.derived(make) if isinstance(weight_OI, PlacedParameter) else make()
 
-    def _product(self, a: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale: Tensor, *, fast: bool) -> Tensor:
+    def _product(
+        self, a: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale: Tensor, out: Tensor | None, *, fast: bool
+    ) -> Tensor:
         """a [..., K] @ b^T, with `a` as `dtype` and `b_MK` in 8 bits already."""
         if not a.numel():
             return a.new_zeros((*a.shape[:-1], b_MK.shape[0]), dtype=torch.bfloat16)
@@ -76,6 +78,7 @@ class Fp8Products(WideGradients):
             scale_b=b_scale.t(),
             out_dtype=torch.bfloat16,
             use_fast_accum=fast,
+            out=None if out is None else out.flatten(0, -2),
         )
         return product_NM.view(*a.shape[:-1], b_MK.shape[0])
 

@@ -7,6 +7,14 @@ Sequence parallelism saves memory here: a column-parallel layer saves its input 
 again in backward, overlapped with the input-gradient GEMM; the reduction of that gradient then overlaps with the
 weight-gradient GEMM. Weight gradients are accumulated straight into the parameter's fp32 `main_grad`.
 
+Where the region has pieces (`parallel.tensor_overlap_splits`), every collective runs beside some product:
+
+    forward          in pieces under the layer's own product (`megalite.parallel.pieces`)
+    column backward  input gathered under the layers after it (`gather_ahead`) or its own input gradient, which is
+                     summed in pieces under that product and the weight gradient of the row-parallel layer after it
+    row backward     gradient gathered in pieces under what is recomputed, the weight gradient of the column-parallel
+                     layer after it (`megalite.parallel.deferred`), and its own input gradient
+
 `spmd` of an autograd function are the types of what it takes and gives along its axis (docs/numerics.md, "Types").
 """
 
@@ -19,11 +27,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional
 
 from megalite.kernels.accumulate import accumulate_product
 from megalite.mesh import DONE
 from megalite.parallel.collectives import TensorRegion
+from megalite.parallel.pieces import GatheredGradient, gathered_output, summed_input_gradient, summed_output
 from megalite.placement import PlacedParameter
 
 Prologue = Callable[..., Tensor]
@@ -46,12 +56,12 @@ class FusedPrologue:
 class Products(Protocol):
     """How a linear layer multiplies."""
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """x [..., I] -> x @ weight^T + bias [..., O]."""
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """x [..., I] -> x @ weight^T + bias [..., O], written to `out` (contiguous) if given."""
         ...
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
-        """grad [..., O] -> grad @ weight [..., I]."""
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
+        """grad [..., O] -> grad @ weight [..., I], written to `out` (contiguous) if given."""
         ...
 
     def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
@@ -76,11 +86,21 @@ class WideGradients:
 class PlainProducts(WideGradients):
     """In the dtype of the tensors."""
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return functional.linear(x, weight_OI, bias_O)
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return functional.linear(x, weight_OI, bias_O)
+        x_NI, out_NO = x.flatten(0, -2), out.flatten(0, -2)
+        if bias_O is None:
+            torch.mm(x_NI, weight_OI.t(), out=out_NO)
+        else:
+            torch.addmm(bias_O, x_NI, weight_OI.t(), out=out_NO)
+        return out
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
-        return grad @ weight_OI
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is None:
+            return grad @ weight_OI
+        torch.mm(grad.flatten(0, -2), weight_OI, out=out.flatten(0, -2))
+        return out
 
 
 PLAIN: Products = PlainProducts()
@@ -109,14 +129,25 @@ def now_or_later(weight: PlacedParameter, add: Callable[[], Tensor | None]) -> T
     return None
 
 
-def replay(prologue: Prologue, inputs: Iterable[Tensor], grad: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(`prologue` of `inputs`, their gradients given that of the result): backward of what was not saved."""
+def _beside_the_next(weight: PlacedParameter, region: TensorRegion, add: Callable[[], Tensor | None]) -> Tensor | None:
+    """Call `add`, which adds the weight's gradient, now, or beside the next collective of a region with pieces."""
+    if region.pieces == 1 or not weight.has_grad_buffer:  # what autograd adds up itself, it wants now
+        return add()
+    region.deferred.put(add)
+    return None
+
+
+def replay(prologue: Prologue, inputs: Iterable[Tensor]) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, ...]]]:
+    """Backward of what was not saved: what can be recomputed is now, before the gradient of the result is known.
+
+    Returns a function of that gradient: (`prologue` of `inputs`, the gradient of each input).
+    """
     if isinstance(prologue, FusedPrologue):
-        return prologue.again(grad, *inputs)
+        return lambda grad: prologue.again(grad, *inputs)
     with torch.enable_grad():
         inputs = tuple(tensor.detach().requires_grad_() for tensor in inputs)
         output = prologue(*inputs)
-    return output.detach(), torch.autograd.grad(output, inputs, grad)
+    return lambda grad: (output.detach(), torch.autograd.grad(output, inputs, grad))
 
 
 def add_bias_gradient(bias: PlacedParameter | None, grad_output: Tensor, products: Products = PLAIN) -> Tensor | None:
@@ -148,28 +179,65 @@ class _ColumnLinear(Function):
     ) -> Any:
         ctx.save_for_backward(*((x,) if weight.requires_grad else ()))  # for the weight's gradient alone
         ctx.weight, ctx.bias, ctx.region, ctx.products = weight, bias, region, products
-        return products.output(region.gather(x), weight.gathered(), bias)
+        ctx.gathering = None
+        return gathered_output(region, products, x, weight.gathered(), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_SBo,), weight, region = grads, ctx.weight, ctx.region
         products: Products = ctx.products
-        trained, delayed = weight.requires_grad, weight.delay is not None
-        gathered = DONE
-        if trained and not delayed:
-            x_SBI, gathered = region.gather_start(*ctx.saved_tensors)
-        product = products.input_gradient(grad_SBo, weight.gathered()) if ctx.needs_input_grad[0] else None
-        grad_x, summed = (None, DONE) if product is None else region.sum_start(product)
-        gathered.wait()
+        _start_gathering(ctx)
+        grad_x, summed = None, DONE
+        if ctx.needs_input_grad[0]:
+            grad_x, summed = summed_input_gradient(region, products, grad_SBo, weight.gathered())
+        region.deferred.run()
         grad_weight = None
-        if trained and delayed:  # the saved input stays split along the sequence until then
+        if ctx.gathering is not None:
+            (x_SBI, gathered), ctx.gathering = ctx.gathering, None
+
+            def add() -> Tensor | None:
+                gathered.wait()
+                return add_weight_gradient(weight, grad_SBo, x_SBI, products)
+
+            grad_weight = _beside_the_next(weight, region, add)
+        elif weight.requires_grad:  # put off: the saved input stays split along the sequence until then
             (x,) = ctx.saved_tensors
             weight.delay(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x), products))
-        elif trained:
-            grad_weight = add_weight_gradient(weight, grad_SBo, x_SBI, products)
         grad_bias = add_bias_gradient(ctx.bias, grad_SBo, products)
         summed.wait()
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _start_gathering(node: Any) -> None:
+    """Start to gather the saved input of a `_ColumnLinear`, if its backward pass is going to need the whole."""
+    if node.gathering is None and node.weight.requires_grad and node.weight.delay is None:
+        node.gathering = node.region.gather_start(*node.saved_tensors)
+
+
+class _GatherAhead(Function):
+    """x as it is. In backward, the gather of what the weight gradient of a column-parallel layer needs is started."""
+
+    spmd = "x: V -> V"
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, node: Any) -> Tensor:
+        ctx.node = node
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _start_gathering(ctx.node)
+        return grads[0], None
+
+
+def gather_ahead(x: Tensor, column: Tensor) -> Tensor:
+    """`x`, made of the output `column` of a column-parallel layer. In backward, the layer's input is gathered under all
+    that lies between the two. Only where the layer's region has pieces; one with an adapter gathers something else."""
+    node = column.grad_fn
+    if not isinstance(node, BackwardCFunction) or not hasattr(node, "gathering") or node.region.pieces == 1:
+        return x
+    ahead: Tensor = _GatherAhead.apply(x, node)
+    return ahead
 
 
 class _RowLinear(Function):
@@ -193,25 +261,29 @@ class _RowLinear(Function):
         ctx.save_for_backward(*(inputs if weight.requires_grad or prologue is not None else ()))
         ctx.weight, ctx.region, ctx.products, ctx.prologue = weight, region, products, prologue
         x_SBi = prologue(*inputs) if prologue else inputs[0]
-        return region.sum(products.output(x_SBi, weight.gathered(), None))
+        return summed_output(region, products, x_SBi, weight.gathered())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad_sBO,), inputs, weight, region = grads, ctx.saved_tensors, ctx.weight, ctx.region
         products: Products = ctx.products
-        grad_SBO = region.gather(grad_sBO)
-        grad_x = products.input_gradient(grad_SBO, weight.gathered())
+        gathered = GatheredGradient(region, grad_sBO)
+        replayed = replay(ctx.prologue, inputs) if ctx.prologue else None
+        region.deferred.run()
+        grad_x = gathered.input_gradient(products, weight.gathered())
         grad_inputs: tuple[Tensor, ...] = (grad_x,)
-        if ctx.prologue is not None:
-            x_SBi, grad_inputs = replay(ctx.prologue, inputs, grad_x)
+        if replayed:
+            x_SBi, grad_inputs = replayed(grad_x)
         elif weight.requires_grad:
             (x_SBi,) = inputs
-        grad_weight = None
+        grad_weight, grad_SBO = None, gathered.whole_SBO
         if weight.requires_grad:
             if weight.delay is not None:
                 weight.delay(lambda: add_weight_gradient(weight, region.gather(grad_sBO), x_SBi, products))
             else:
-                grad_weight = add_weight_gradient(weight, grad_SBO, x_SBi, products)
+                grad_weight = _beside_the_next(
+                    weight, region, lambda: add_weight_gradient(weight, grad_SBO, x_SBi, products)
+                )
         return grad_weight, None, None, None, *grad_inputs
 
 
@@ -249,7 +321,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # a token's time in generation is mostly what autograd would add to it
-            return self.products.output(self.region.gather(x), self.weight.gathered(), self.bias)
+            return gathered_output(self.region, self.products, x, self.weight.gathered(), self.bias)
         return _ColumnLinear.apply(x, self.weight, self.bias, self.region, self.products)
 
 
@@ -267,5 +339,5 @@ class RowParallelLinear(nn.Module):
         """The layer's input [S, B, i] is `inputs[0]`, or `prologue(*inputs)`, which is then recomputed in backward."""
         if not torch.is_grad_enabled():
             x_SBi = prologue(*inputs) if prologue else inputs[0]
-            return self.region.sum(self.products.output(x_SBi, self.weight.gathered(), None))
+            return summed_output(self.region, self.products, x_SBi, self.weight.gathered())
         return _RowLinear.apply(self.weight, self.region, self.products, prologue, *inputs)

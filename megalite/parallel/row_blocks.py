@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.parallel.linear import WideGradients
+from megalite.parallel.linear import PLAIN, WideGradients
 
 ROWS = 64
 """Of one product; fewer rows are padded with zeros. A product of whole sequences takes some 1.5 times as long in such
@@ -22,7 +22,7 @@ class RowBlocks(WideGradients):
     Gradients are plain: they are needed of whole micro-batches alone.
     """
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
         x_NI, weight_IO = x.flatten(0, -2), weight_OI.t()
         rows, blocks = len(x_NI), -(-len(x_NI) // ROWS)
         padded_MI = x_NI.new_zeros((blocks * ROWS, x_NI.shape[1]))
@@ -33,7 +33,8 @@ class RowBlocks(WideGradients):
         out_NO = out_MO[:rows]
         if bias_O is not None:
             out_NO += bias_O
-        return out_NO.view(*x.shape[:-1], -1)
+        y = out_NO.view(*x.shape[:-1], -1)
+        return y if out is None else out.copy_(y)
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
-        return grad @ weight_OI
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
+        return PLAIN.input_gradient(grad, weight_OI, out)

@@ -113,7 +113,7 @@ class ColumnParts:
 
     parts: tuple[Ranges, ...]
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
         x_NI = x.flatten(0, -2).contiguous()
         out_NO = x_NI.new_empty((len(x_NI), len(weight_OI)))
         for ranges in self.parts:
@@ -121,7 +121,7 @@ class ColumnParts:
             _put(functional.linear(x_NI, _take(weight_OI, ranges, 0), bias), out_NO, ranges, 1)
         return out_NO.view(*x.shape[:-1], -1)
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
         grad_NO = grad.flatten(0, -2)
         terms = [_take(grad_NO, ranges, 1) @ _take(weight_OI, ranges, 0) for ranges in self.parts]
         return tree_sum(terms).view(*grad.shape[:-1], -1)
@@ -142,12 +142,12 @@ class RowParts:
 
     parts: tuple[Ranges, ...]
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
         x_NI = x.flatten(0, -2)
         terms = [functional.linear(_take(x_NI, ranges, 1), _take(weight_OI, ranges, 1)) for ranges in self.parts]
         return tree_sum(terms).view(*x.shape[:-1], -1)
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor) -> Tensor:
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
         grad_NO = grad.flatten(0, -2).contiguous()
         out_NI = grad_NO.new_empty((len(grad_NO), weight_OI.shape[1]))
         for ranges in self.parts:

@@ -218,6 +218,8 @@ def _layer_working(job: Job) -> tuple[float, float]:
     forward = size * (whole + hidden + layer.ffn * (extra + (1 if recomputes else 0)))
     swiglu = hidden + gathered + layer.ffn * ((4 if recomputes else 2) + extra)
     up = hidden + gathered + whole + hidden
+    if job.overlap_splits > 1:  # the weight gradient of down is put off until then, with what it needs
+        up += whole + (layer.ffn if recomputes else 0)
     attention = _context_working(job, layer)
     forward = max(forward, attention[0])
     backward = max(size * max(swiglu, up), attention[1])

@@ -110,6 +110,7 @@ class Job:
     context: int = 1
     context_mode: str = "gather"
     sequence: bool = False
+    overlap_splits: int = 1
     zero: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
@@ -157,6 +158,7 @@ class Job:
             context=parallel.context,
             context_mode=parallel.context_mode,
             sequence=bool(parallel.sequence),
+            overlap_splits=parallel.overlap_splits(gpu=device.is_gpu),
             zero=parallel.zero,
             schedule=parallel.schedule,
             virtual_stages=parallel.virtual_stages,

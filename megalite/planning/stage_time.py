@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megalite.model.cost import Matrix
 from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.activations import NORMS
 from megalite.planning.architecture import LayerShare, vocabulary_rows
@@ -22,20 +21,23 @@ from megalite.planning.hardware import (
     exchange_seconds,
     gather_seconds,
     link,
-    product_rate,
     ring_link,
     transfer_link,
 )
 from megalite.planning.job import Job
 from megalite.planning.states import stage_shares
+from megalite.planning.tensor_time import (
+    exposed,
+    head_exchange,
+    matrix_seconds,
+    pieced_seconds,
+    product_seconds,
+    stream_exchange,
+    tensor_link,
+    tensor_talk,
+)
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
-
-SMALL = 160.0
-"""A GEMM reaches half its peak rate when a dimension is this small: partial tiles, pipelines not filled."""
-
-HIDDEN_SHARE = 0.8
-"""Fraction of compute time in which overlapped communication makes progress: the two compete for the device."""
 
 SCORE_BYTES = (13.0, 22.0)
 """Bytes moved per attention score, forward and backward, if scores are materialised (with dropout)."""
@@ -77,15 +79,6 @@ class StageWork:
         return self.input_gradient.plus(self.weight_gradient)
 
 
-def product_seconds(job: Job, rows: float, inner: float, outer: float) -> float:
-    """Seconds of one product [rows, inner] x [inner, outer]."""
-    rate = product_rate(job.device, job.element_bytes)
-    if job.device.is_gpu:
-        for size in (rows, inner, outer):
-            rate *= size / (size + SMALL)
-    return 2.0 * rows * inner * outer / rate
-
-
 def _attention(job: Job, layer: LayerShare) -> tuple[float, float]:
     """Seconds of attention for one layer, forward and backward."""
     windows = [min(window or job.seq_length, job.seq_length) for window in job.architecture.model.windows]
@@ -119,59 +112,6 @@ def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
     backward += layer.copies * (4 * layer.hidden + 8 * layer.expert_ffn)
     scale = job.practice.elementwise * job.element_bytes * job.tokens / job.device.memory_bandwidth
     return forward * scale, backward * scale
-
-
-def _tensor_link(job: Job) -> Link:
-    return link(job.device, job.tensor, 1)
-
-
-def _exchange(job: Job, width: int = 0) -> float:
-    """Seconds of one all-gather or reduce-scatter of a whole activation over the tensor ranks, by default of hidden
-    size."""
-    size = job.tokens * (width or job.architecture.model.hidden_size) * job.element_bytes
-    return gather_seconds(size, job.tensor, _tensor_link(job))
-
-
-def exposed(communication: float, beside: float) -> float:
-    return max(0.0, communication - HIDDEN_SHARE * beside)
-
-
-def _tensor_talk(job: Job, products: list[float]) -> tuple[float, float, float]:
-    """Exposed seconds of tensor-parallel communication in a layer: forward, input gradient, weight gradient.
-
-    As `megalite.parallel.linear` does it: a column-parallel layer's input is gathered again under the product of its
-    input gradient, whose sum runs under that of the weight gradient. In forward, and where the gradient of a
-    row-parallel layer is gathered, nothing runs beside. Of weight gradients that are put off, each gathers on its own.
-    """
-    overlaps = job.practice.overlaps_tensor
-    pairs = [pair for pair in zip(products, job.layer.sizes.matrices, strict=True) if pair[1].split]
-    columns = [(own, _exchange(job, matrix.inputs)) for own, matrix in pairs if not matrix.rows]
-    rows = [(own, _exchange(job, matrix.outputs)) for own, matrix in pairs if matrix.rows]
-
-    def hidden(seconds: float, beside: float) -> float:
-        return max(job.practice.hiding_cost * seconds, exposed(seconds, beside))
-
-    def all_hidden(exchanges: Iterable[tuple[float, float]], hides: bool, times: int = 1) -> float:
-        return sum(hidden(times * seconds, own) if hides else times * seconds for own, seconds in exchanges)
-
-    # Into and out of each of the two blocks; an all-reduce is both in one.
-    forward = all_hidden([*columns, *rows], overlaps == "all")
-    hides = overlaps != "none" and not job.splits_backward
-    if job.split == 1:  # the sums of the input gradients alone, as all-reduces
-        summed = all_hidden(columns, hides, times=2)
-        return (forward, summed, 0.0) if job.splits_backward else (forward, 0.0, summed)
-    gathered = all_hidden(rows, overlaps == "all")
-    once = all_hidden(columns, hides)
-    if job.splits_backward:
-        return forward, gathered + once, all_hidden([*columns, *rows], False)
-    return forward, gathered + once, once
-
-
-def matrix_seconds(job: Job, matrix: Matrix, rows: float) -> float:
-    """Seconds of one product of a layer with `rows` tokens; that of experts takes tiles of one expert's rows."""
-    if matrix.count * matrix.used == 1:
-        return product_seconds(job, rows, matrix.inputs, matrix.outputs)
-    return matrix.count * product_seconds(job, rows * matrix.used / matrix.count, matrix.inputs, matrix.outputs)
 
 
 def _expert_exchange(job: Job, layer: LayerShare) -> float:
@@ -227,7 +167,7 @@ def _adapter_work(job: Job, layer: LayerShare) -> TimeParts:
     if job.tensor > 1:
         narrow = sum(min(matrix.inputs, matrix.outputs) for matrix in matrices) / 2
         times = 1 if job.split > 1 else 2
-        talk = times * gather_seconds(job.tokens * job.element_bytes * narrow, job.tensor, _tensor_link(job))
+        talk = times * gather_seconds(job.tokens * job.element_bytes * narrow, job.tensor, tensor_link(job))
     return TimeParts(products, elementwise=elementwise, tensor=talk)
 
 
@@ -235,10 +175,10 @@ def layer_work(job: Job) -> StageWork:
     """One layer and micro-batch."""
     layer = job.layer
     matrices = layer.sizes.matrices
-    products = [matrix_seconds(job, matrix, job.tokens) for matrix in matrices]
-    total = sum(products)
+    total = sum(matrix_seconds(job, matrix, job.tokens) for matrix in matrices)
+    pieced = sum(pieced_seconds(job, matrix) for matrix in matrices)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
-    talk_forward, talk_input, talk_weight = _tensor_talk(job, products)
+    talk_forward, talk_input, talk_weight = tensor_talk(job, attention[1])
     context = _context_talk(job, attention)
     added = _adapter_work(job, layer)
     trained, weights = layer.sizes.elements, total
@@ -246,8 +186,8 @@ def layer_work(job: Job) -> StageWork:
         trained, weights = layer.sizes.adapter_elements, added.products
     weight_sum = trained * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = _expert_exchange(job, layer)
-    forward = TimeParts(total, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
-    input_gradient = TimeParts(total, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
+    forward = TimeParts(pieced, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
+    input_gradient = TimeParts(pieced, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
     forward, input_gradient = forward.plus(added), input_gradient.plus(added)
     weight_gradient = TimeParts(weights, 0.0, weight_sum, talk_weight)
     if job.recompute == "full":
@@ -263,13 +203,13 @@ def _output_work(job: Job) -> StageWork:
     Where log-probabilities are read, backward makes the logits again.
     """
     if job.head == "scalar":
-        gathered = TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0)
+        gathered = TimeParts(tensor=stream_exchange(job) if job.split > 1 else 0.0)
         return StageWork(gathered, TimeParts(), TimeParts())
     hidden, rows = job.architecture.model.hidden_size, vocabulary_rows(job.architecture, job.tensor)
     product = product_seconds(job, job.tokens, hidden, rows)
     weight_sum = rows * hidden * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = job.tokens * rows * job.practice.logit_bytes / job.device.memory_bandwidth
-    exchange = _exchange(job)
+    exchange = head_exchange(job, product)
     weights = TimeParts() if job.architecture.frozen else TimeParts(product, 0.0, weight_sum)
     if job.reads == "logprobs":
         forward = TimeParts(product, 0.0, moved / 2, exchange)
@@ -301,8 +241,8 @@ def stage_work(job: Job, stage: int) -> StageWork:
         forward, inputs = forward.plus(output.forward), inputs.plus(output.input_gradient)
         weights = weights.plus(output.weight_gradient)
     if stage == 0:
-        forward = forward.plus(TimeParts(tensor=_exchange(job)))
-        weights = weights.plus(TimeParts(tensor=_exchange(job) if job.split > 1 else 0.0))
+        forward = forward.plus(TimeParts(tensor=stream_exchange(job)))
+        weights = weights.plus(TimeParts(tensor=stream_exchange(job) if job.split > 1 else 0.0))
     if job.zero >= 2 and job.replicas > 1:  # gradients are reduced for each micro-batch, and weights gathered
         talk = reduce_gradients(job, stage)
         if job.zero == 3:

@@ -89,7 +89,7 @@ def test_the_bound_of_the_search_stays_below():
 
 @pytest.mark.parametrize(
     "recipe, devices, expected",
-    [("llama3-8b-64gpu", 64, 0.0034), ("llama3-8b-8gpu", 8, 0.0115), ("llama3-70b-256gpu", 256, 0.0063)],
+    [("llama3-8b-64gpu", 64, 0.0034), ("llama3-8b-8gpu", 8, 0.0115), ("llama3-70b-256gpu", 256, 0.0064)],
 )
 def test_at_hidden_4096_a_step_takes_less_than_a_twentieth_longer(recipe, devices, expected):
     """The numbers of docs/muon.md."""

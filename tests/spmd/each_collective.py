@@ -24,7 +24,7 @@ from tests.support.parity import assert_close, train_alone, train_virtually
 from tests.support.virtual import VirtualGroup
 
 Pair = tuple[str, str]
-BELOW = ("mesh.py", "virtual.py", "collectives.py", "each_collective.py")
+BELOW = ("mesh.py", "virtual.py", "collectives.py", "pieces.py", "each_collective.py")
 """Files whose functions ask on behalf of others."""
 
 SUMS = ("all_reduce", "reduce_scatter")

@@ -32,7 +32,7 @@ from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.context import ContextRegion
 from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.experts import Exchange, Sorting, collect, spread
-from megalite.parallel.linear import enter_region
+from megalite.parallel.linear import enter_region, gather_ahead
 from megalite.parallel.virtual_parts import shared_by_parts
 from megalite.placement import PlacedParameter, row_box
 from tests.spmd.typed import functions, is_local, parse
@@ -115,6 +115,30 @@ def row(drawn, build, prologue=None):
     drawn.parameters(layer)
     x = drawn.input("x", "V", S, B, part)
     return lambda: layer(x, prologue=prologue), drawn.stream
+
+
+def gathering_ahead(drawn, build):
+    part = WIDTH // drawn.mesh.tp
+    layer = build.column((row_box("w", (WIDTH, H), drawn.index * part, part, 0, (drawn.mesh.rank,)),))
+    drawn.parameters(layer)
+    above = drawn.input("above", drawn.stream, drawn.rows, B, H)
+
+    def both() -> Tensor:
+        y = layer(above)
+        return gather_ahead(gated(y), y)
+
+    return both, "V"
+
+
+def in_pieces(setting: Setting) -> Setting:
+    """In two pieces, where there is a sequence to cut; with one row of it on each rank there is one piece."""
+
+    def cut(drawn: Drawn, build: Build) -> tuple[Callable[[], Tensor], str]:
+        region = build.region
+        pieces = TensorRegion(region.group, region.sequence, 2)
+        return setting(drawn, dataclasses.replace(build, region=pieces))
+
+    return cut
 
 
 def embedding(drawn, build):
@@ -251,7 +275,17 @@ TENSOR: dict[str, Setting] = {
     "_ColumnLinear": column,
     "_RowLinear": row,
     "_RowLinear with a prologue": lambda drawn, build: row(drawn, build, gated),
+    "_ColumnLinear with pieces": in_pieces(column),
+    "_RowLinear with pieces and a prologue": in_pieces(lambda drawn, build: row(drawn, build, gated)),
+    "_GatherAhead": in_pieces(gathering_ahead),
     "_Embed": embedding,
+    "_Embed with pieces": in_pieces(embedding),
+    "_HeadLoss with pieces": in_pieces(loss),
+    "_LabelLogprobs with pieces": in_pieces(logprobs),
+    "_Score with pieces": in_pieces(score),
+    "_Entered with pieces": in_pieces(entering),
+    "_Column with pieces": in_pieces(lora_column),
+    "_Row with pieces": in_pieces(lora_row),
     "_HeadLoss": loss,
     "_LabelLogprobs": logprobs,
     "_Score": score,

@@ -90,6 +90,13 @@ def test_a_step_on_512_ranks(name, sequence):
         check(layout, FEATURES[name], rank)
 
 
+@pytest.mark.parametrize("name", ["plain", "selective", "lora"])
+def test_communication_in_pieces(name):
+    for rank in (0, 8 * 8 * 4 + 11, 511):
+        layout = Layout(tensor=8, sequence=True, pipeline=8, data=8)
+        check(layout, FEATURES[name] | {"parallel.tensor_overlap_splits": 2}, rank)
+
+
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives(name, sequence):

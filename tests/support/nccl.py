@@ -16,9 +16,9 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from megalite.schedule.ops import RECEIVES, SENDS, counterpart
-from tests.support.recording import HostWait, Start, Wait
+from tests.support.recording import HostWait, Product, Start, Wait
 
-Program = Sequence[Start | Wait | HostWait]
+Program = Sequence[Start | Wait | HostWait | Product]
 """What one rank does, in order."""
 
 

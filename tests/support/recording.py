@@ -66,6 +66,14 @@ class HostWait:
     function: str
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A matrix product has been given to the device."""
+
+    shape: tuple[int, ...]
+    during: Op | None
+
+
 @dataclass
 class Recorder:
     """Makes recording groups; pass it as `Mesh(make_group=...)`, and `observe` to what runs the engine.
@@ -74,7 +82,7 @@ class Recorder:
     """
 
     device: torch.device = META
-    events: list[Start | Wait | HostWait] = field(default_factory=list)
+    events: list[Start | Wait | HostWait | Product] = field(default_factory=list)
     sent: Callable[[Tensor, Op], None] = lambda tensor, op: None
     after: Callable[[Op], None] = lambda op: None
     during: Op | None = None
@@ -169,6 +177,23 @@ class RecordingGroup(Group):
 
     def receive(self, tensor: Tensor, source: int) -> Work:
         return self._record("receive", tensor, other=source)
+
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
+
+
+class NotingProducts(TorchDispatchMode):
+    """Within, matrix products are noted among the recorder's events."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.rstrip("_") in _PRODUCTS:
+            self.recorder.events.append(Product(tuple(result.shape), self.recorder.during))
+        return result
 
 
 _UNKNOWN_ON_THE_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
