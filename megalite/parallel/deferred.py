@@ -26,8 +26,10 @@ class Deferred:
             Variable._execution_engine.queue_callback(self.run)  # type: ignore[attr-defined]
         self._actions.append(action)
 
-    @torch.no_grad()
     def run(self) -> None:
         """Run what was put off; each is dropped, with all that it kept, as soon as it is done."""
-        while self._actions:
-            self._actions.popleft()()
+        if not self._actions:
+            return
+        with torch.no_grad():
+            while self._actions:
+                self._actions.popleft()()

@@ -51,12 +51,14 @@ def announce(config: Config, mesh: Mesh, trainer: Trainer, kernels: str) -> None
     if trainer.adapter is not None:
         trained = model_sizes(config.model, adapter=config.adapter).adapter_parameters(config.model)
         log.info("%s: %s parameters are trained, all others are frozen", config.adapter.kind, f"{trained:,}")
+    splits = config.parallel.overlap_splits(gpu=mesh.device.type == "cuda")
+    sequence = f" with sequence{f' in {splits} pieces' if splits > 1 else ''}"
     log.info(
         "%d ranks on %s: tensor %d%s x pipeline %d (%s) x context %d%s x data %d (zero %d%s), %s, recompute %s",
         mesh.size,
         mesh.device,
         mesh.tp,
-        " with sequence" if config.parallel.sequence else "",
+        sequence if config.parallel.sequence else "",
         mesh.pp,
         config.parallel.schedule,
         mesh.cp,

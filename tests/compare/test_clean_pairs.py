@@ -41,6 +41,10 @@ PAIRS = {
     "tensor": (PLAIN, laid(PLAIN, tensor=2)),
     "tensor 4, heads shared": (PLAIN, laid(PLAIN, tensor=4)),
     "sequence": (PLAIN, laid(PLAIN, tensor=2, sequence=True)),
+    "pieces": (
+        PLAIN,
+        having(laid(PLAIN, context=2, tensor=2, sequence=True), parallel__tensor_overlap_splits=2),
+    ),
     "pipeline": (PLAIN, laid(PLAIN, pipeline=2)),
     "interleaved": (WIDE, laid(WIDE, pipeline=2, schedule="interleaved")),
     "zero bubble": (WIDE, laid(WIDE, pipeline=2, schedule="zb_v")),
