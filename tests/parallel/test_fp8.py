@@ -6,6 +6,7 @@ import torch
 from megalite.kernels import select_kernels
 from megalite.optim.lr_schedule import learning_rate
 from megalite.parallel.fp8 import products_of
+from megalite.parallel.linear import PLAIN
 from tests.support.parity import Case, build_trainer, micro_batches
 
 KERNELS = select_kernels({}, torch.device("cpu"))
@@ -43,6 +44,21 @@ def test_products_are_right_at_any_magnitude(products, magnitude):
     exact = x.double() @ weight.double().t() + bias.double()
     assert 0.005 < error(products.output(x, weight, bias), exact) < 0.05  # not exact either: it was FP8
     assert 0.01 < error(products.input_gradient(grad, weight), grad.double() @ weight.double()) < 0.08
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("products", [TENSOR, ROW, PLAIN], ids=["tensor", "row", "plain"])
+def test_products_are_written_where_they_are_wanted(products):
+    x, weight, grad = factors()
+    for bias in (None, torch.randn(48, dtype=torch.bfloat16)):
+        whole = torch.full((5, 5, 48), torch.nan, dtype=torch.bfloat16)
+        products.output(x, weight, bias, out=whole[1:4])
+        assert torch.equal(whole[1:4], products.output(x, weight, bias))
+        assert whole[0].isnan().all() and whole[4].isnan().all()
+    whole = torch.full((5, 5, 64), torch.nan, dtype=torch.bfloat16)
+    products.input_gradient(grad, weight, out=whole[1:4])
+    assert torch.equal(whole[1:4], products.input_gradient(grad, weight))
+    assert whole[0].isnan().all() and whole[4].isnan().all()
 
 
 @pytest.mark.fast
