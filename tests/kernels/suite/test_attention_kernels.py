@@ -61,6 +61,14 @@ def test_wide_and_odd_heads(device, width):
     check(inputs(device, 40, 40, 1, 2, 1, width, torch.bfloat16), factor=1.5)
 
 
+@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kind", [ours.AMPERE, ours.SMALL])
+def test_tiles_of_other_devices(device, monkeypatch, width, kind):
+    """Tiles by which a device with less shared memory computes; each is fit for one with more."""
+    monkeypatch.setattr(ours, "kind_of_device", lambda device: kind)
+    check(inputs(device, 137, 137, 1, 2, 1, width, torch.bfloat16), factor=1.5, window=70)
+
+
 @pytest.mark.parametrize(
     ("causal", "queries", "window"), [(True, 110, None), (False, 110, 17), (False, 30, None), (True, 30, 17)]
 )
