@@ -8,6 +8,7 @@ from megalite.kernels.attention.choice import Call
 from megalite.kernels.attention.trial import admitted
 from tests.kernels.gluon_emulator import Emulated
 from tests.kernels.suite.kernel_checks import compare
+from tests.kernels.suite.test_attention_kernels import check_the_rule
 
 ours = pytest.importorskip("megalite.kernels.attention.flash_gluon", reason="this triton has another Gluon")
 kernels = pytest.importorskip("megalite.kernels.attention.flash_gluon_kernels")
@@ -64,6 +65,15 @@ def test_every_width_and_mask(device, width, options):
         options = {"documents": torch.randint(0, 1100, (1100, 2), device=device).sort(0).values // 230}
     for queries, dtype in ((1100, torch.bfloat16), (301, torch.float16)):
         check(inputs(device, queries, 1100, 8, 2, width, dtype), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize(("length", "options"), [(1023, {}), (2048, {}), (1025, {"window": 200})])
+def test_error_is_at_most_twice_torchs(device, width, length, options, record_property):
+    if device.type == "cpu":
+        pytest.skip("long; the emulated output is compared at short lengths")
+    check_the_rule(ours.attention, inputs(device, length, length, 8, 2, width), options, record_property)
 
 
 @pytest.mark.gpu
