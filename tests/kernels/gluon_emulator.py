@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+LATENCY = 5e-4  # seconds at most that a copy takes
 WAIT = 20.0  # seconds after which a barrier counts as never reached
 
 
@@ -191,7 +192,7 @@ class Machine:
 
     def copy_engine(self) -> None:
         while (order := self.copies.get()) is not None:
-            time.sleep(random.random() * 5e-4)
+            time.sleep(LATENCY * random.uniform(0.5, 1.0))
             source, coordinates, barrier, target = order
             part = source.part(coordinates)
             target.tensor.zero_()

@@ -96,7 +96,8 @@ def test_a_broken_kernel_is_caught(old, new, times, tmp_path, monkeypatch):
     broken = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "broken_kernels", broken)
     spec.loader.exec_module(broken)
-    monkeypatch.setattr(gluon_emulator, "WAIT", 0.5)
+    monkeypatch.setattr(gluon_emulator, "WAIT", 2.0)
+    monkeypatch.setattr(gluon_emulator, "LATENCY", 0.05)  # long enough that a missing wait is seen on a busy machine
     monkeypatch.setattr(ours, "forward_kernel", gluon_emulator.Emulated(broken, "forward_kernel"))
     given = tensors(128, 600, 1, 1, 64)
     with torch.no_grad():
