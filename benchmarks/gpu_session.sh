@@ -132,7 +132,7 @@ section() { # NAME SECONDS
         rollouts) env -u TRITON_INTERPRET "$PYTHON" benchmarks/gpu_rollouts.py --device "$DEVICE" --out "$OUT" ;;
         step) tests step $suite/test_training_step.py "${others[@]}" ;;
         suite) tests suite $suite -k 'not twice and not bitwise and not train' ;;
-        rule) tests rule $suite/test_attention_kernels.py -k twice ;;
+        rule) tests rule $suite/test_attention_kernels.py $suite/test_specialised_attention.py -k twice ;;
         repeats) tests repeats $suite -k bitwise ;;
         speed) "$PYTHON" benchmarks/kernels.py --device "$DEVICE" --out "$OUT" ;;
     esac

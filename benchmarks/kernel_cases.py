@@ -19,6 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels, grouped, grouped_torch, select_kernels, symmetric
 from megalite.kernels.attention import Documents
+from megalite.kernels.attention.choice import Call as AttentionCall
+from megalite.kernels.attention.trial import admitted
+from megalite.kernels.dispatch import attention_candidates
 from megalite.mesh import Mesh
 from megalite.model.build import Build
 from megalite.parallel.collectives import TensorRegion
@@ -353,11 +356,24 @@ def attention_peers(at: Setting) -> tuple[dict[str, Call], list[str]]:
     if not at.gpu:
         return peers, []
     peers |= {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    absent: list[str] = []
+    if specialised := specialised_attention(at):
+        peers["specialised warps"] = specialised
+    else:
+        absent.append("specialised warps")
     other = optional("flash_attn")
     if other is None:
-        return peers, ["flash-attn"]
+        return peers, [*absent, "flash-attn"]
     peers["flash-attn"] = lambda q, k, v: other.flash_attn_func(*(x.transpose(0, 1) for x in (q, k, v)), causal=True)
-    return peers, []
+    return peers, absent
+
+
+def specialised_attention(at: Setting) -> Call | None:
+    """The Gluon form, where it exists and its trial in a child ends well; otherwise a row without it."""
+    form = attention_candidates(at.device).get("gluon")
+    length, heads, kv_heads, width = at.sizes.lengths[0], at.sizes.heads, at.sizes.kv_heads, at.sizes.width
+    kind = AttentionCall(length, length, 1, heads, kv_heads, width, at.dtype, gradients=True)
+    return form if form and admitted("gluon", [kind], at.device, seconds=40.0) else None
 
 
 def attention_cases(at: Setting) -> Iterator[Case]:

@@ -135,8 +135,8 @@ def _take_attention(wanted: str, device: torch.device, deterministic: bool) -> t
     if device.type == "cuda":
         if deterministic:
             return ("sdpa" if obstacle else "triton"), " (auto: train.deterministic)"
-        forms = "sdpa-flash, sdpa-cudnn" if obstacle else "triton, sdpa-flash, sdpa-cudnn"
-        return "measured", f" (auto: the fastest of {forms} for each shape)"
+        forms, without = ", ".join(attention_candidates(device)), _gluon_obstacle(device)
+        return "measured", f" (auto: the fastest of {forms} for each shape{f'; gluon: {without}' if without else ''})"
     if obstacle is None:
         return "triton", " (auto)"
     why, missing = obstacle.partition(":")[0], _missing_extension(device)
@@ -154,6 +154,20 @@ def _triton_obstacle(device: torch.device) -> str | None:
         return f"no GPU: device {device.type} runs Triton only in its interpreter (TRITON_INTERPRET=1)"
     if find_spec("triton") is None:
         return "triton is not installed"
+    return None
+
+
+def _gluon_obstacle(device: torch.device) -> str | None:
+    """Why attention with specialised warps is no candidate here, or None."""
+    if obstacle := _triton_obstacle(device):
+        return obstacle
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+    if device.type != "cuda" or capability != (9, 0):
+        return "made for compute capability 9.0 alone"
+    try:
+        import_module(f"{__package__}.attention.flash_gluon")
+    except Exception as error:  # an experimental part of triton, which changes from version to version
+        return f"this triton has another Gluon ({(str(error) or type(error).__name__).splitlines()[0]})"
     return None
 
 
@@ -179,12 +193,22 @@ def _attention(taken: str, device: torch.device) -> Callable[..., Any]:
         fused = _with_fallback("attention", taken, flash.attention, flash.unsupported, sdpa)
         return at_one_width(fused)  # type: ignore[no-any-return]
     if taken == "measured":
-        choice, candidates = form("choice"), {}
-        if _triton_obstacle(device) is None:
-            flash = form("flash_triton")
-            candidates["triton"] = choice.within(flash.attention, flash.unsupported)
-        return choice.MeasuredAttention({**candidates, **choice.sdpa_backends()})  # type: ignore[no-any-return]
+        return form("choice").MeasuredAttention(attention_candidates(device))  # type: ignore[no-any-return]
     return at_one_width({"sdpa": sdpa, "cpu": form("cpu").attention_cpu}[taken])  # type: ignore[no-any-return]
+
+
+def attention_candidates(device: torch.device) -> dict[str, Callable[..., Any]]:
+    """What `attention = auto` measures on a GPU, by name; of equally fast ones the first is taken."""
+    choice = import_module(f"{__package__}.attention.choice")
+    found: dict[str, Callable[..., Any]] = {}
+    for name, module, obstacle in (
+        ("triton", "flash_triton", _triton_obstacle(device)),
+        ("gluon", "flash_gluon", _gluon_obstacle(device)),
+    ):
+        if obstacle is None:
+            form = import_module(f"{__package__}.attention.{module}")
+            found[name] = choice.Within(form.attention, form.unsupported)
+    return {**found, **choice.sdpa_backends()}
 
 
 def _attention_parts(taken: str, device: torch.device) -> AttentionParts:

@@ -4,6 +4,9 @@ Which form is fastest depends on shape and device, and forms differ in the last 
 all kinds of call that a run will make before its first step: rank 0 measures and broadcasts, and the caller saves the
 choice with the run's state, so that a resumed run computes the same bits. Any other kind (in generation the keys grow
 with every token) is measured at its first call, by each rank on its own.
+
+A candidate is measured only after its result, gradients included, was compared with the reference on this device
+(`agreement.py`); one that was never proven on any device is tried in a process of its own before that (`trial.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..layout import next_power_of_two
+from .agreement import disagreement
 from .reference import Documents, Options, read_options
-from .sdpa import attention_sdpa, fusable
+from .sdpa import attention_sdpa, fusable, plain_mask
+from .trial import UNPROVEN, admitted
 from .widths import at_one_width
 
 if TYPE_CHECKING:
@@ -98,17 +103,29 @@ class Call:
         return tuple(x.detach().requires_grad_(self.gradients) for x in tensors), options
 
 
+@dataclass(frozen=True)
+class Checks:
+    """How `MeasuredAttention` looks at a candidate."""
+
+    seconds: Callable[..., float]
+    disagreement: Callable[..., str | None]
+    """As `agreement.disagreement`: what is wrong with its result for a call, or None."""
+    admitted: Callable[..., set[Call]]
+    """As `trial.admitted`: the kinds of call for which an unproven candidate may be used in this process."""
+
+
 class MeasuredAttention:
     """An attention that uses the fastest of `candidates` for every kind of call.
 
-    A candidate that fails for a kind (unsupported, out of memory, a failed compilation) is logged and excluded for it.
-    If all fail, torch's own choice is used.
+    A candidate that fails for a kind (unsupported, out of memory, a failed compilation, a result that is not the
+    reference's) is logged and excluded for it. If all fail, torch's own choice is used.
     """
 
-    def __init__(self, candidates: Mapping[str, Attention], measure: Callable[..., float] | None = None) -> None:
+    def __init__(self, candidates: Mapping[str, Attention], checks: Checks | None = None) -> None:
         self.candidates = {**candidates, FALLBACK: attention_sdpa}
         self.chosen: dict[Call, str] = {}
-        self._measure = measure or seconds
+        self._checks = checks or Checks(seconds, disagreement, admitted)
+        self._tried: dict[str, set[Call]] = {name: set() for name in UNPROVEN if name in candidates}
         self._call = at_one_width(self._by_the_fastest)
 
     def __call__(self, q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
@@ -121,6 +138,12 @@ class MeasuredAttention:
             read_options(tensors[0], tensors[1], tensors[2], options)
             self.chosen[call] = self._fastest(call, tensors, options)
         return self.candidates[self.chosen[call]](*tensors, **options)
+
+    def try_unproven(self, calls: Iterable[Call], device: torch.device) -> None:
+        """Let the candidates that were never proven on a device show what they compute; others are not concerned."""
+        for name, tried in self._tried.items():
+            refuses = getattr(self.candidates[name], "refuses", lambda call: None)
+            tried |= self._checks.admitted(name, [call for call in calls if not refuses(call)], device)
 
     def decide(self, call: Call, device: torch.device, recorded: str | None) -> str:
         """The candidate for a kind of call: the recorded one if it still works, otherwise the fastest."""
@@ -146,14 +169,16 @@ class MeasuredAttention:
         return chosen
 
     def _time(self, name: str, call: Call, tensors: tuple[Tensor, ...], options: Mapping[str, Any]) -> float:
+        if call not in self._tried.get(name, {call}):
+            return math.inf
         try:
-            return self._measure(self.candidates[name], tensors, options)
+            reason = self._checks.disagreement(self.candidates[name], tensors, options)
+            if reason is None:
+                return self._checks.seconds(self.candidates[name], tensors, options)
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            logger.warning(
-                "kernels.attention: %s is left out for %s: %s", name, call.name(tensors[0].device), reason[:200]
-            )
-            return math.inf
+        logger.warning("kernels.attention: %s is left out for %s: %s", name, call.name(tensors[0].device), reason[:200])
+        return math.inf
 
 
 def choose_attention(
@@ -170,6 +195,7 @@ def choose_attention(
     names = list(attention.candidates)
     picks = torch.full((len(calls),), names.index(FALLBACK), device=mesh.device)
     if mesh.rank == 0:
+        attention.try_unproven(calls, mesh.device)
         for number, call in enumerate(calls):
             before = (recorded or {}).get(call.name(mesh.device))
             try:
@@ -184,15 +210,22 @@ def choose_attention(
     return {call.name(mesh.device): name for call, name in chosen.items()}
 
 
-def within(kernel: Attention, unsupported: Callable[..., str | None]) -> Attention:
+@dataclass(frozen=True)
+class Within:
     """`kernel` as a candidate: raises for calls it does not support, so that no fallback is timed under its name."""
 
-    def call(*tensors: Tensor, **options: Any) -> Any:
-        if reason := unsupported(*tensors, **options):
-            raise RuntimeError(reason)
-        return kernel(*tensors, **options)
+    kernel: Attention
+    unsupported: Callable[..., str | None]
 
-    return call
+    def __call__(self, *tensors: Tensor, **options: Any) -> Any:
+        if reason := self.unsupported(*tensors, **options):
+            raise RuntimeError(reason)
+        return self.kernel(*tensors, **options)
+
+    def refuses(self, call: Call) -> str | None:
+        """Why it does not support a kind of call, or None."""
+        tensors, options = call.example(torch.device("meta"))
+        return self.unsupported(*tensors, **options)
 
 
 def sdpa_backends() -> dict[str, Attention]:
@@ -200,8 +233,14 @@ def sdpa_backends() -> dict[str, Attention]:
 
     def only(backend: SDPBackend) -> Attention:
         def call(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Any:
-            if not fusable(q_SBHD, k_SBKD, Options(**options)):
+            asked = Options(**options)
+            if not fusable(q_SBHD, k_SBKD, asked):
                 raise RuntimeError("not a call that the fused operators do")
+            masked = len(q_SBHD) > 1 and not plain_mask(q_SBHD, k_SBKD, asked)
+            if masked and backend == SDPBackend.FLASH_ATTENTION:
+                raise RuntimeError(
+                    "torch's FlashAttention takes no mask of documents, windows or fewer queries than keys"
+                )
             with sdpa_kernel(backend):
                 return attention_sdpa(q_SBHD, k_SBKD, v_SBKD, **options)
 

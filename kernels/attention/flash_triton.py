@@ -7,6 +7,7 @@ when causal. Memory beyond inputs and output is the log-sum-exp and, in the back
 Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,39 +27,45 @@ GRID_LIMIT = 65535  # programs of a launch along its second and third axis
 Tiles = tuple[int, int, int, int]
 """(queries, keys, warps, stages)"""
 
-# Chosen from the compiled report (registers, no stack, shared memory): by block of head dim, Hopper and later / Ampere.
-FORWARD: dict[int, tuple[Tiles, Tiles]] = {
-    16: ((128, 128, 4, 3), (64, 64, 4, 3)),
-    32: ((128, 128, 4, 3), (64, 64, 4, 3)),
-    64: ((128, 128, 4, 3), (64, 64, 4, 3)),
-    128: ((128, 128, 8, 2), (128, 64, 8, 3)),
-    256: ((128, 64, 8, 2), (64, 32, 8, 2)),
+# Chosen from the compiled report (registers, no stack, shared memory): by block of head dim, for the kinds of device of
+# `kind_of_device`, whose products take operands from shared memory, from registers, and from registers with little
+# shared memory.
+Table = dict[int, tuple[Tiles, Tiles, Tiles]]
+FORWARD: Table = {
+    16: ((128, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    32: ((128, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    64: ((128, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+    128: ((128, 128, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3)),
+    256: ((128, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
 }
-DKDV: dict[int, tuple[Tiles, Tiles]] = {
-    16: ((64, 128, 8, 3), (32, 64, 4, 2)),
-    32: ((64, 128, 8, 3), (32, 64, 4, 2)),
-    64: ((64, 128, 8, 3), (64, 32, 4, 2)),
-    128: ((32, 128, 8, 2), (32, 64, 8, 2)),
-    256: ((16, 64, 8, 2), (32, 32, 8, 1)),
+DKDV: Table = {
+    16: ((64, 128, 8, 3), (32, 64, 4, 2), (32, 64, 4, 2)),
+    32: ((64, 128, 8, 3), (32, 64, 4, 2), (32, 64, 4, 2)),
+    64: ((64, 128, 8, 3), (64, 32, 4, 2), (16, 128, 8, 1)),
+    128: ((32, 128, 8, 2), (32, 64, 8, 2), (64, 64, 8, 1)),
+    256: ((16, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
-DQ: dict[int, tuple[Tiles, Tiles]] = {
-    16: ((128, 64, 8, 3), (64, 64, 4, 2)),
-    32: ((128, 64, 8, 3), (64, 64, 4, 2)),
-    64: ((128, 64, 8, 3), (64, 64, 8, 2)),
-    128: ((128, 64, 8, 2), (64, 64, 8, 2)),
-    256: ((64, 64, 8, 2), (32, 32, 8, 1)),
+DQ: Table = {
+    16: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    32: ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    64: ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
+    128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    256: ((64, 64, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
 }
+HOPPER, AMPERE, SMALL = 0, 1, 2
+SHARED_MEMORY = {HOPPER: 232448, AMPERE: 166912, SMALL: 101376}
+"""Bytes that a program may have: compute capability 9.0 and 10.x; 8.0; 8.6, 8.9 and 12.x."""
 DELTA = (64, 4)
 """(queries, warps) of the backward's preparation, which is bound by memory."""
 FP32_TILES: Tiles = (64, 64, 4, 1)
 FP32_WIDE_TILES: Tiles = (32, 32, 4, 1)
 
 
-def tiles(table: dict[int, tuple[Tiles, Tiles]], width: int, itemsize: int, hopper: bool) -> Tiles:
+def tiles(table: Table, width: int, itemsize: int, kind: int) -> Tiles:
     """Tile sizes for heads of `width` elements; fp32 products are for tests and small models, they are not tuned."""
     if itemsize == 4:
         return FP32_TILES if width <= 64 else FP32_WIDE_TILES
-    return table[head_block(width)][0 if hopper else 1]
+    return table[head_block(width)][kind]
 
 
 def head_block(width: int) -> int:
@@ -66,8 +73,11 @@ def head_block(width: int) -> int:
 
 
 def descriptors_fit(*tensors: Tensor) -> bool:
-    """Whether Hopper's tensor memory accelerator can read these: 16-byte aligned starts and strides."""
-    if tensors[0].device.type != "cuda" or torch.cuda.get_device_capability(tensors[0].device) < (9, 0):
+    """Whether Hopper's tensor memory accelerator can read these: 16-byte aligned starts and strides.
+
+    Compute capability 12.x has one too, but no products from shared memory: tiles read so cost registers (spills)."""
+    device = tensors[0].device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0) or kind_of_device(device) != HOPPER:
         return False
     return all(
         x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
@@ -124,8 +134,13 @@ def _constants(q: Tensor, causal: bool, window: int, softcap: float, table: Tens
     }
 
 
-def _hopper(x: Tensor) -> bool:
-    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (9, 0)
+@lru_cache
+def kind_of_device(device: torch.device) -> int:
+    """HOPPER, AMPERE or SMALL, by the shared memory that a program may have."""
+    if device.type != "cuda":
+        return HOPPER
+    given = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)  # not on HIP
+    return next((kind for kind, needed in SHARED_MEMORY.items() if given >= needed), SMALL)
 
 
 @torch.library.custom_op("megalite::flash_attention_forward", mutates_args=())
@@ -139,7 +154,7 @@ def _forward(
     queries, batch, heads, width = q.shape
     keys, kv_heads = k.shape[0], k.shape[2]
     use = keys > 0 and descriptors_fit(q, k, v)
-    block_m, block_n, warps, stages = tiles(FORWARD, width, q.element_size(), _hopper(q))
+    block_m, block_n, warps, stages = tiles(FORWARD, width, q.element_size(), kind_of_device(q.device))
     forward_kernel[(triton.cdiv(queries, block_m), heads, batch)](
         _source(q, block_m, use), _source(k, block_n, use), _source(v, block_n, use), out, lse, seen,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -179,13 +194,13 @@ def _backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (queries, keys, heads, heads // kv_heads, window, scale, softcap)
     constants = _constants(q, causal, window, softcap, seen, use)
-    block_m, block_n, warps, stages = tiles(DKDV, width, q.element_size(), _hopper(q))
+    block_m, block_n, warps, stages = tiles(DKDV, width, q.element_size(), kind_of_device(q.device))
     dkdv_kernel[(triton.cdiv(keys, block_n), kv_heads, batch)](
         _source(q, block_m, use), _source(k, block_n, use), _source(v, block_n, use), _source(dout, block_m, use),
         lse, delta, dk, dv, seeing, *strides, *sizes, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    block_m, block_n, warps, stages = tiles(DQ, width, q.element_size(), _hopper(q))
+    block_m, block_n, warps, stages = tiles(DQ, width, q.element_size(), kind_of_device(q.device))
     dq_kernel[(triton.cdiv(queries, block_m), heads, batch)](
         _source(q, block_m, use), _source(k, block_n, use), _source(v, block_n, use), _source(dout, block_m, use),
         lse, delta, dq, seen, *strides, *sizes, **constants, BLOCK_M=block_m, BLOCK_N=block_n,
@@ -202,14 +217,14 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
+    """Tensors, the tables of `document_intervals` or None, causal, window (0: none), scale, softcap (0: none) ->
+    output, log-sum-exp."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Any, seeing: Any, *options: Any) -> Any:
         out, lse = _forward(q, k, v, seen, *options)
-        ctx.save_for_backward(q, k, v, out, lse, seen, seeing)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, lse
+        return keep_for_backward(ctx, (q, k, v, out, lse, seen, seeing), options)
 
     @staticmethod
     @once_differentiable
@@ -219,6 +234,14 @@ class _Attention(torch.autograd.Function):
         dlse = dlse if dlse is None else dlse.float().contiguous()
         grads = _backward(dout, dlse, q, k, v, out, lse, seen, seeing, *ctx.options)
         return (*grads, None, None, None, None, None, None)
+
+
+def keep_for_backward(ctx: Any, saved: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """What a forward leaves for `Attention.backward`; returns its output and log-sum-exp."""
+    ctx.save_for_backward(*saved)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    return saved[3], saved[4]
 
 
 def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
@@ -232,6 +255,13 @@ def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:
 
 def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """As `attention_reference`; q, k and v may be views into one fused projection."""
+    return attend(Attention, q_SBHD, k_SBKD, v_SBKD, options)
+
+
+def attend(
+    function: type[Attention], q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, options: dict[str, Any]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` by one of the functions that keep what `Attention.backward` needs."""
     asked = read_options(q_SBHD, k_SBKD, v_SBKD, options)
     queries, causal, window, documents = len(q_SBHD), asked.causal, asked.window, asked.packed
     seen, seeing = None, None
@@ -241,7 +271,7 @@ def attention(q_SBHD: Tensor, k_SBKD: Tensor, v_SBKD: Tensor, **options: Any) ->
             lambda numbers_TB: document_intervals(numbers_TB, queries, causal, window),
         )
     scale, softcap = asked.scale_for(q_SBHD), asked.softcap or 0.0
-    pair = _Attention.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, scale, softcap)
+    pair = function.apply(q_SBHD, k_SBKD, v_SBKD, seen, seeing, causal, window or 0, scale, softcap)
     return pair if asked.return_lse else pair[0]
 
 

@@ -2,8 +2,9 @@
 
 `python -m tests.kernels.compile_matrix [--quick] [--json FILE]` prints a table (registers, stack, shared memory,
 tensor-core and TMA instructions) and exits 1 where a configuration spills more than `compile_allowance.toml` grants,
-needs more shared memory than the device has, or lacks wgmma on sm_90. Needs a process without TRITON_INTERPRET; triton
-brings the tools. The numbers belong to triton's version: run it with the one the GPU machine has.
+needs more shared memory than the device has, or lacks wgmma on sm_90 or what specialised warps consist of. Needs a
+process without TRITON_INTERPRET; triton brings the tools. The numbers belong to triton's version: run it with the one
+the GPU machine has.
 """
 
 import argparse
@@ -21,9 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from megalite.kernels import (
     adamw_triton,
@@ -35,12 +38,14 @@ from megalite.kernels import (
     swiglu_triton,
     symmetric_triton,
 )
+from megalite.kernels.attention import flash_gluon as gluon
+from megalite.kernels.attention import flash_gluon_kernels as gluon_kernels
 from megalite.kernels.attention import flash_triton as launches
 from megalite.kernels.attention import flash_triton_kernels as flash
 from megalite.kernels.layout import warps_for
 
-TARGETS = (80, 89, 90, 100)
-SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may opt in to
+TARGETS = (80, 86, 89, 90, 100, 120)
+KINDS = {80: launches.AMPERE, 90: launches.HOPPER, 100: launches.HOPPER}  # others have little shared memory
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ALLOWANCE = Path(__file__).with_name("compile_allowance.toml")
 
@@ -77,7 +82,8 @@ def compiled(case: Case, target: int) -> Any:
         or n.endswith(("_outer", "_inner"))
     }
     constants = {(names.index(n),): value for n, value in case.constants.items()}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    kind = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": case.warps, "num_stages": case.stages}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
@@ -208,8 +214,9 @@ def attention_case(what: str, width: int, target: int, mask: str, *special: str)
         "dkdv": (flash.dkdv_kernel, launches.DKDV),
         "dq": (flash.dq_kernel, launches.DQ),
     }[what]
-    descriptors = target >= 90
-    block_m, block_n, warps, stages = launches.tiles(table, width, 2, descriptors)
+    kind = KINDS.get(target, launches.SMALL)
+    descriptors = kind == launches.HOPPER
+    block_m, block_n, warps, stages = launches.tiles(table, width, 2, kind)
     block_d = launches.head_block(width)
     constants: dict[str, Any] = {
         **dict.fromkeys(("CAUSAL", "WINDOW", "TABLE", "SOFTCAP"), False), **MASKS[mask], **ones(*special),
@@ -237,24 +244,43 @@ def delta_case(width: int, has_dlse: bool) -> Case:
 
 def attention_cases(target: int) -> Iterator[Case]:
     """Every mask at the usual head width, every width with the usual mask, and what a launch of single heads makes."""
+    masks, widths = list(MASKS), [16, 32, 64, 80, 192, 256]
+    if target not in (80, 90):
+        masks, widths = ["causal", "documents"], [16, 32, 64, 256]
     yield from (delta_case(width, has_dlse) for width, has_dlse in ((128, False), (80, True), (256, False)))
     for what in ("forward", "dkdv", "dq"):
-        for mask in MASKS if target < 100 else ("causal", "documents"):
-            yield attention_case(what, 128, target, mask)
-        for width in (16, 32, 64, 80, 192, 256) if target < 100 else (64,):
-            yield attention_case(what, width, target, "causal")
+        yield from (attention_case(what, 128, target, mask) for mask in masks)
+        yield from (attention_case(what, width, target, "causal") for width in widths)
         if target == 90:
             yield attention_case(what, 64, target, "causal", "queries", "keys", "heads", "group")
+
+
+def specialised_cases() -> Iterator[Case]:
+    """The attention with specialised warps: every head width, and every mask at the usual one."""
+    for width, mask in (*((width, "causal") for width in gluon.TILES), (128, "causal window"), (128, "documents")):
+        block_n, stages = gluon.TILES[width]
+        names = {"STAGES": stages, "BLOCK_N": block_n, "WIDTH": width}
+        constants = {**dict.fromkeys(("CAUSAL", "WINDOW", "TABLE"), False), **MASKS[mask], **names}
+        if mask != "documents":
+            constants["table"] = None
+        types = {"table": "*i32"}
+        for name, rows in (("q", 64), ("out", 64), ("k", block_n), ("v", block_n)):
+            layout = gluon.shared_layout(rows, width, torch.bfloat16)
+            types[name] = f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
+        name = f"attention specialised forward d{width} {mask}"
+        yield Case(name, gluon_kernels.forward_kernel, constants, 4, 0, types, products=True)
 
 
 def cases(target: int, quick: bool) -> list[Case]:
     if quick:
         wanted = [case for case in norm_cases() if "h4096" in case.name]
         return [*wanted, attention_case("forward", 128, target, "causal")]
-    if target == 89:  # the first that knows 8-bit floats; otherwise as sm_80
-        return [*fp8_cases()]
-    products = [*grouped_cases(), *symmetric_cases(), *(fp8_cases() if target > 89 else ())]
-    return [*norm_cases(), *pointwise_cases(), *loss_cases(), *products, *attention_cases(target)]
+    products = [*grouped_cases(), *symmetric_cases(), *(fp8_cases() if target >= 89 else ())]  # 8-bit floats
+    made = [*norm_cases(), *pointwise_cases(), *loss_cases(), *products, *attention_cases(target)]
+    if target == 90:
+        made += specialised_cases()
+    # sm_86 is sm_89 without 8-bit floats, and what needs little shared memory is compiled for the others already.
+    return [case for case in made if case.products or "fp8" in case.name] if target in (86, 89, 120) else made
 
 
 def measured(target: int, quick: bool, index: int) -> dict[str, Any]:
@@ -262,7 +288,8 @@ def measured(target: int, quick: bool, index: int) -> dict[str, Any]:
     case = cases(target, quick)[index]
     made = compiled(case, target)
     used, ptx = resources(made.asm["cubin"]), made.asm["ptx"]
-    counts = {kind: ptx.count(kind) for kind in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor")}
+    kinds = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "cp.async.bulk.tensor", "setmaxnreg")
+    counts = {kind: ptx.count(kind) for kind in kinds}
     return {
         "target": f"sm_{target}", "case": case.name, "warps": case.warps, "stages": case.stages,
         "registers": used["REG"], "stack": used["STACK"], "shared": made.metadata.shared, "products": case.products,
@@ -287,10 +314,14 @@ def faults(row: dict[str, Any], allowance: dict[str, Any]) -> list[str]:
     granted = max((entry["stack"] for name, entry in allowance.items() if fnmatchcase(label, name)), default=0)
     if row["stack"] > granted:
         wrong.append(f"{label}: {row['stack']} bytes of stack, {granted} allowed")
-    if row["shared"] > SHARED_LIMIT[target]:
-        wrong.append(f"{label}: {row['shared']} bytes of shared memory, the device has {SHARED_LIMIT[target]}")
+    limit = launches.SHARED_MEMORY[KINDS.get(target, launches.SMALL)]
+    if row["shared"] > limit:
+        wrong.append(f"{label}: {row['shared']} bytes of shared memory, the device has {limit}")
     if row["products"] and target == 90 and "wgmma.mma_async" not in row["instructions"]:
         wrong.append(f"{label}: no wgmma")
+    for needed in ("setmaxnreg", "cp.async.bulk.tensor") if "specialised" in label else ():
+        if needed not in row["instructions"]:
+            wrong.append(f"{label}: no {needed}")
     return wrong
 
 

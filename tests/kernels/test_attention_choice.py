@@ -14,14 +14,16 @@ from megalite.kernels import select_kernels
 from megalite.kernels.attention import Documents, attention_reference
 from megalite.kernels.attention.choice import (
     Call,
+    Checks,
     MeasuredAttention,
+    Within,
     choose_attention,
     sdpa_backends,
     seconds,
-    within,
 )
 from megalite.kernels.attention.cpu import attention_cpu
 from megalite.kernels.attention.sdpa import attention_sdpa
+from megalite.kernels.attention.trial import admitted
 from megalite.mesh import Mesh
 from megalite.train.__main__ import main
 from megalite.train.attention_calls import attention_calls
@@ -38,7 +40,8 @@ class Candidates:
 
     def __init__(self, **times):
         self.times, self.measured, self.called = times, [], []
-        self.attention = MeasuredAttention({name: self._function(name) for name in times}, self._measure)
+        checks = Checks(self._measure, lambda *_: None, admitted)
+        self.attention = MeasuredAttention({name: self._function(name) for name in times}, checks)
 
     def _function(self, name):
         def call(q, k, v, **options):
@@ -117,7 +120,7 @@ def fail_on(rank):
     def broken(*tensors, **options):
         raise RuntimeError("nothing works")
 
-    attention = MeasuredAttention({"a": broken}, seconds)
+    attention = MeasuredAttention({"a": broken})
     kernels = dataclasses.replace(select_kernels({}, CPU), attention=attention)
     choice = choose_attention(kernels, [CALL], Mesh(dp=2, rank=rank))
     return list(choice.values()), attention(*heads()).shape
@@ -283,7 +286,10 @@ def test_a_backend_of_sdpa_refuses_what_it_would_not_do_itself():
         with pytest.raises(RuntimeError, match="fused"):
             call(*heads(9, 8))
     with pytest.raises(RuntimeError, match="too wide"):
-        within(attention_reference, lambda *tensors, **options: "too wide")(*heads())
+        Within(attention_reference, lambda *tensors, **options: "too wide")(*heads())
+    for options in ({"window": 3}, {"documents": torch.zeros(8, 1)}):
+        with pytest.raises(RuntimeError, match="takes no mask"):
+            sdpa_backends()["sdpa-flash"](*heads(), **options)
 
 
 def test_auto_on_a_cuda_device_chooses_among_ours_and_torchs():

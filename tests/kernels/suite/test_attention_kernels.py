@@ -61,6 +61,14 @@ def test_wide_and_odd_heads(device, width):
     check(inputs(device, 40, 40, 1, 2, 1, width, torch.bfloat16), factor=1.5)
 
 
+@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("kind", [ours.AMPERE, ours.SMALL])
+def test_tiles_of_other_devices(device, monkeypatch, width, kind):
+    """Tiles by which a device with less shared memory computes; each is fit for one with more."""
+    monkeypatch.setattr(ours, "kind_of_device", lambda device: kind)
+    check(inputs(device, 137, 137, 1, 2, 1, width, torch.bfloat16), factor=1.5, window=70)
+
+
 @pytest.mark.parametrize(
     ("causal", "queries", "window"), [(True, 110, None), (False, 110, 17), (False, 30, None), (True, 30, 17)]
 )
@@ -157,7 +165,15 @@ def test_error_is_at_most_twice_torchs(
     """FlashAttention's rule: max error against fp32 at most twice that of the plain bf16 formula."""
     if device.type == "cpu":
         pytest.skip("long; the interpreter has the same bound at short lengths")
-    tensors = inputs(device, queries, keys, 2, heads, kv_heads, width, torch.bfloat16)
+    check_the_rule(
+        ours.attention,
+        inputs(device, queries, keys, 2, heads, kv_heads, width, torch.bfloat16),
+        options,
+        record_property,
+    )
+
+
+def check_the_rule(attention, tensors, options, record_property):
     upstream = torch.randn_like(tensors[0])
 
     def run(op, dtype):
@@ -166,7 +182,7 @@ def test_error_is_at_most_twice_torchs(
         return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
     exact, torchs = (run(lambda *x: plain_formula(*x, **options), dtype) for dtype in (torch.float32, torch.bfloat16))
-    got = run(lambda *x: ours.attention(*x, **options), torch.bfloat16)
+    got = run(lambda *x: attention(*x, **options), torch.bfloat16)
     for name, a, b, c in zip(("out", "dq", "dk", "dv"), exact, torchs, got):
         error, theirs = (c.float() - a).abs().max().item(), (b.float() - a).abs().max().item()
         record_property(f"{name} error over torch's", round(error / max(theirs, 1e-30), 3))
