@@ -47,7 +47,7 @@ MODEL = {
     "vocab_size": 128256,
     "max_positions": TOKENS,
 }
-PRODUCTS = ("mm", "addmm", "addmm_", "_scaled_mm")
+PRODUCTS = ("mm", "addmm", "addmm_", "_scaled_mm", "fp8_block_product")
 NOT_MOVED = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "lift_fresh")
 HELD = 16384
 META = torch.device("meta")
@@ -110,7 +110,7 @@ def count(label: str, output: Path) -> None:
     rows: list[dict[str, Any]] = []
     for micro_batches in (1, 8):
         plain = of_a_layer("none", micro_batches)
-        for fp8 in ("none", "tensor", "row"):
+        for fp8 in ("none", "tensor", "row", "block"):
             moved = plain if fp8 == "none" else of_a_layer(fp8, micro_batches)
             total = sum(moved.values())
             rows.append(

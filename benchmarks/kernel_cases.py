@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.config import ModelConfig
-from megalite.kernels import Kernels, grouped, grouped_torch, select_kernels, symmetric
+from megalite.kernels import Kernels, fp8, fp8_blocks, grouped, grouped_torch, select_kernels, symmetric
 from megalite.kernels.attention import Documents
 from megalite.kernels.attention.choice import Call as AttentionCall
 from megalite.kernels.attention.trial import admitted
@@ -264,6 +264,72 @@ def symmetric_cases(at: Setting) -> Iterator[Case]:
         yield Case(name, 0.0, 2.0 * rows * rows * matrix.shape[1], working(calls, absent), None, absent)
 
 
+def same_codes(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Raise RuntimeError unless codes and scales are the specification's."""
+    if not all(torch.equal(a.float(), b.float()) for a, b in zip(ours, expected, strict=True)):
+        raise RuntimeError("codes or scales in 8 bits are not those of megalite.kernels.fp8")
+
+
+def fp8_cases(at: Setting) -> Iterator[Case]:
+    """Casts of activations, gradients and a weight, bit for bit those of the specification, and a product beside that
+    in bf16, to a few percent."""
+    x, weight = at.randn(at.sizes.tokens, at.sizes.hidden), at.randn(at.sizes.ffn, at.sizes.hidden)
+    numbers, gradients = fp8.DTYPES
+    for per_row in (False, True):
+        scales = "row" if per_row else "tensor"
+        reads = 1 if per_row else 2  # a tensor's largest magnitude must be known first
+        for what, name, matrix, dtype, moved in (
+            ("activations", "fp8_cast", x, numbers, reads * x.element_size() + 1),
+            ("gradients", "fp8_cast", x, gradients, reads * x.element_size() + 1),
+            ("weight, both ways", "fp8_cast_transpose", weight, numbers, 2 * x.element_size() + 2),
+        ):
+            ours = partial(getattr(at.kernels, name), matrix, dtype, per_row=per_row)
+            plain = partial(getattr(fp8, name), matrix, dtype, per_row=per_row)
+            same_codes(ours(), plain())
+            absent = missing(at)
+            calls: dict[str, Callable[[], Any]] = {
+                at.name("fp8"): ours,
+                "torch eager": plain,
+                **at.compiled(plain),
+            }
+            label = f"fp8 {what}, a scale a {scales}"
+            yield Case(label, float(moved * matrix.numel()), 0, working(calls, absent), None, absent)
+        if at.gpu:
+            product = scaled_product(at, x, weight, per_row)
+            yield fp8_product_case(at, x, weight, scales, at.name("fp8"), product)
+
+    numbers = fp8.DTYPES[0]
+    for what, name, matrix, moved in (
+        ("activations, scales of 128", "fp8_cast_blocks", x, x.element_size() + 1),
+        ("weight, both ways, scales of 128 x 128", "fp8_cast_weight_blocks", weight, x.element_size() + 2),
+    ):
+        block_cast, plain = (partial(getattr(of, name), matrix, numbers) for of in (at.kernels, fp8_blocks))
+        same_codes(block_cast(), plain())
+        calls = {at.name("fp8_blocks"): block_cast, "torch eager": plain}
+        yield Case(f"fp8 {what}", float(moved * matrix.numel()), 0, working(calls, absent), None, absent)
+    if at.gpu:
+        (a, a_scales), (b, b_scales, _) = at.kernels.fp8_cast_blocks(x, numbers), block_cast()
+        product = partial(at.kernels.fp8_block_product, a, a_scales, b, b_scales)
+        yield fp8_product_case(at, x, weight, "128", at.name("fp8_blocks"), product)
+
+
+def scaled_product(at: Setting, x: Tensor, weight: Tensor, per_row: bool) -> Call:
+    """The forward product of what is cast already."""
+    (a, a_scale), (b, b_scale) = (at.kernels.fp8_cast(matrix, fp8.DTYPES[0], per_row=per_row) for matrix in (x, weight))
+    options = {"scale_a": a_scale, "scale_b": b_scale.t(), "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return partial(torch._scaled_mm, a, b.t(), **options)
+
+
+def fp8_product_case(at: Setting, x: Tensor, weight: Tensor, scales: str, name: str, product: Call) -> Case:
+    exact, absent = (x @ weight.t()).float(), missing(at)
+    error = float((product().float() - exact).norm() / exact.norm())
+    if not error < 0.06:
+        raise RuntimeError(f"the product in 8 bits, a scale a {scales}, is {error:.1%} off")
+    calls: dict[str, Callable[[], Any]] = {name: product, "torch bf16": lambda: x @ weight.t()}
+    flop = 2.0 * x.shape[0] * weight.numel()
+    return Case(f"fp8 product, a scale a {scales}", 0, flop, working(calls, absent), None, absent)
+
+
 def loss_cases(at: Setting) -> Iterator[Case]:
     logits, theirs = at.randn(at.sizes.tokens, at.sizes.vocab), liger(at)
     source, leaf = logits.clone(), logits.clone().requires_grad_()
@@ -436,6 +502,7 @@ GROUPS: dict[str, Callable[[Setting], Iterator[Case]]] = {
     "swiglu": swiglu_cases,
     "grouped": grouped_cases,
     "symmetric": symmetric_cases,
+    "fp8": fp8_cases,
     "cross_entropy": loss_cases,
     "linear_cross_entropy": fused_loss_cases,
     "attention": attention_cases,

@@ -30,6 +30,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "adamw": ("adamw_", "square_sum"),
         "symmetric": ("symmetric_product",),
         "fp8": ("fp8_cast", "fp8_cast_transpose"),
+        "fp8_blocks": ("fp8_cast_blocks", "fp8_cast_weight_blocks", "fp8_block_product"),
     }
 )
 """Operation as the configuration names it, and the module of its plain form -> the functions that it chooses."""
@@ -37,7 +38,7 @@ OPERATIONS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 PLAIN_ALONE = ("geglu",)
 """Functions that have the plain form alone."""
 
-_PLAIN_ON_CPUS = ("adamw", "grouped", "symmetric", "fp8")
+_PLAIN_ON_CPUS = ("adamw", "grouped", "symmetric", "fp8", "fp8_blocks")
 """Operations whose plain form is compiled code already, torch's fused AdamW and BLAS products, or is there to be
 compared with alone: processors have no 8-bit floats."""
 
@@ -75,6 +76,9 @@ class Kernels:
     symmetric_product: Callable[..., Any]
     fp8_cast: Callable[..., Any]
     fp8_cast_transpose: Callable[..., Any]
+    fp8_cast_blocks: Callable[..., Any]
+    fp8_cast_weight_blocks: Callable[..., Any]
+    fp8_block_product: Callable[..., Any]
     choices: Mapping[str, str]
     """Operation -> the implementation taken and why, e.g. "reference (auto: no CUDA device)"."""
 

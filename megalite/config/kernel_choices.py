@@ -36,6 +36,8 @@ class KernelsConfig:
     """Muon's products A A^T; `triton` computes one half of each, and `auto` leaves them to torch."""
     fp8: KernelChoice = DERIVED
     """Casts to 8-bit floats, for `train.fp8`."""
+    fp8_blocks: KernelChoice = DERIVED
+    """The same with a scale for each block, and their products."""
 
     def __post_init__(self) -> None:
         derive(self, **{operation.name: self.default for operation in fields(self)})

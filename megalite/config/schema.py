@@ -127,9 +127,9 @@ class TrainConfig:
     these first samples; empty: none."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
-    fp8: Literal["none", "tensor", "row"] = "none"
-    """Linear layers' products in 8-bit floats with a scale for each tensor, or for each row; needs precision bf16.
-    Experts and routers stay in bf16."""
+    fp8: Literal["none", "tensor", "row", "block"] = "none"
+    """Linear layers' products in 8-bit floats with a scale for each tensor, for each row, or for each block of 128;
+    needs precision bf16. Experts and routers stay in bf16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again instead of keeping: nothing, the cheap large activations, whole layers."""
     cuda_graph: bool = False

@@ -40,10 +40,10 @@ class Stage(nn.Module):
     `embedding` is the first stage's, if it is in this process, for a tied output layer. Parameters are allocated but
     not initialised: fill them with `megalite.model.init.initialise` or from a checkpoint. `recompute` is `none`,
     `selective` (core attention and SwiGLU are recomputed in backward) or `full` (whole layers are); `fp8` is `none`,
-    `tensor` or `row` (see `megalite.parallel.fp8`). `pieces` cut what sequence parallelism sends (`TensorRegion`).
-    `head` is `vocabulary` or `scalar`; `prefix` is prepended to all global names; `adapter` wraps linear layers. With
-    `view_of`, the parameters are shared with that stage. With a `context`, attention sees the sequence of all its
-    ranks. `make_build` makes the layers' context.
+    `tensor`, `row` or `block` (see `megalite.parallel.fp8`). `pieces` cut what sequence parallelism sends
+    (`TensorRegion`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to all global names; `adapter` wraps
+    linear layers. With `view_of`, the parameters are shared with that stage. With a `context`, attention sees the
+    sequence of all its ranks. `make_build` makes the layers' context.
     """
 
     def __init__(

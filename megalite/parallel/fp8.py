@@ -1,10 +1,10 @@
 """Matrix products of linear layers in FP8.
 
 N tokens, I / O input and output features (this rank's share), K whichever is summed over. FP8 GEMMs take both operands
-as 8-bit floats with dynamic scales, one per tensor or one per row: of activations and gradients computed at every
-product, of weights once, since they change once a step. Activations and weights are e4m3, gradients e5m2 (wider range);
-sums are fp32, results bf16. Weight gradients stay in bf16 with fp32 accumulation, since training is most sensitive to
-them. Embedding and output layer stay in the parameters' precision.
+as 8-bit floats with dynamic scales, one per tensor, per row or per block of 128: of activations and gradients computed
+at every product, of weights once, since they change once a step. Activations and weights are e4m3, gradients e5m2
+(wider range); sums are fp32, results bf16. Weight gradients stay in bf16 with fp32 accumulation, since training is most
+sensitive to them. Embedding and output layer stay in the parameters' precision.
 
 The forward product uses the tensor cores' fast accumulation (some 14 bits of mantissa between the products of 32
 summands), which its operands' three bits hide; gradients are summed exactly. Processors ignore it.
@@ -83,8 +83,47 @@ class Fp8Products(WideGradients):
         return product_NM.view(*a.shape[:-1], b_MK.shape[0])
 
 
+class Fp8BlockWeight(NamedTuple):
+    """A weight as both products take it, with one scale for each 128 x 128 of it."""
+
+    codes_OI: Tensor
+    scale_oi: Tensor
+    turned_IO: Tensor
+
+
+@dataclass(frozen=True)
+class Fp8BlockProducts(WideGradients):
+    """The same with scales of blocks (`megalite.kernels.fp8_blocks`), whose products are summed in fp32."""
+
+    kernels: Kernels
+
+    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
+        weight = self._weight(weight_OI)
+        y = self._product(x, _NUMBERS, weight.codes_OI, weight.scale_oi, out)
+        return y if bias_O is None else torch.add(y, bias_O, out=out)
+
+    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
+        weight = self._weight(weight_OI)
+        return self._product(grad, _GRADIENTS, weight.turned_IO, weight.scale_oi.t(), out)
+
+    def _weight(self, weight_OI: Tensor) -> Fp8BlockWeight:
+        def make() -> Fp8BlockWeight:
+            return Fp8BlockWeight(*self.kernels.fp8_cast_weight_blocks(weight_OI.detach(), _NUMBERS))
+
+        return weight_OI.derived(make) if isinstance(weight_OI, PlacedParameter) else make()
+
+    def _product(self, a: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale_mk: Tensor, out: Tensor | None) -> Tensor:
+        """a [..., K] @ b^T, with `a` as `dtype` and `b_MK` in 8 bits already."""
+        a_NK, a_scale_kN = self.kernels.fp8_cast_blocks(a.flatten(0, -2), dtype)
+        out_NM = None if out is None else out.flatten(0, -2)
+        product_NM: Tensor = self.kernels.fp8_block_product(a_NK, a_scale_kN, b_MK, b_scale_mk, out_NM)
+        return product_NM.view(*a.shape[:-1], b_MK.shape[0])
+
+
 def products_of(fp8: str, kernels: Kernels) -> Products:
-    """The products that `train.fp8` names: `none`, `tensor` or `row`."""
+    """The products that `train.fp8` names: `none`, `tensor`, `row` or `block`."""
     if fp8 == "none":
         return PLAIN
+    if fp8 == "block":
+        return Fp8BlockProducts(kernels)
     return Fp8Products(fp8 == "row", kernels.fp8_cast, kernels.fp8_cast_transpose)

@@ -51,6 +51,11 @@ class Practice:
     """
     gather_efficiency: float = 1.0
     """Share of the link's rate at which ZeRO-3 gathers parameters and reduces gradients."""
+    gathers_hide: bool = True
+    """Whether the parameters of an update are gathered under the next forward passes. Not so where something that is
+    needed at once, such as vectors or the count of units, queues behind them."""
+    reductions_end: bool = True
+    """Whether a rank waits for reductions after its last operation, and not after the last backward of each stage."""
 
 
 MEGALITE = Practice()

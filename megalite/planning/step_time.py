@@ -9,18 +9,15 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megalite.parallel.zero import BUCKET_ELEMENTS
 from megalite.planning.alignment import critic_job, least_forward_seconds, parts_before_update
+from megalite.planning.data_overlap import exposed_data
 from megalite.planning.job import Job
 from megalite.planning.muon_cost import muon_seconds
 from megalite.planning.stage_time import (
     StageWork,
     TimeParts,
-    exposed,
-    gather_parameters,
     makespan,
     pipeline_costs,
-    reduce_gradients,
     stage_works,
 )
 from megalite.planning.states import rank_shares
@@ -42,27 +39,15 @@ class StepTime:
     bubble: float
 
 
-def _after_backward(job: Job, works: list[StageWork]) -> tuple[float, float]:
-    """(communication that is not hidden, optimizer) of the first pipeline rank, whose backwards are the last; seconds.
-
-    The reductions run under the last backwards, the new parameters' gathering under the next step's first forwards.
-    """
-    stages = job.stages_of(0)
+def _optimizer(job: Job) -> float:
+    """Seconds of the update on the first pipeline rank."""
     shares = rank_shares(job, 0, trained=True)
     elements = sum(own for own, _ in shares)
-    late = 0.0
-    if job.zero < 2:
-        reduce = sum(reduce_gradients(job, stage) for stage in stages)
-        last_bucket = reduce * min(1.0, BUCKET_ELEMENTS / max(1, elements))
-        late = max(last_bucket, exposed(reduce, sum(works[stage].backward.seconds for stage in stages)))
-    if job.zero in (1, 2):
-        gather = sum(gather_parameters(job, stage, trained=True) for stage in stages)
-        late += exposed(gather, sum(works[stage].forward.seconds for stage in stages))
     updated = sum(own / (ranks if job.zero >= 1 else 1) for own, ranks in shares)
     # AdamW reads gradient, both moments and weights, writes all but the gradient; the norm reads once more; all
     # gradients are zeroed before the next step.
     moved = updated * (32 + job.element_bytes) + 4.0 * elements
-    return late, moved / job.device.memory_bandwidth + muon_seconds(job, 0)
+    return moved / job.device.memory_bandwidth + muon_seconds(job, 0)
 
 
 def _rank_works(job: Job, works: list[StageWork]) -> list[TimeParts]:
@@ -78,7 +63,8 @@ def _rank_works(job: Job, works: list[StageWork]) -> list[TimeParts]:
 def _least_update_seconds(job: Job) -> float:
     works = stage_works(job)
     busiest = max(work.seconds for work in _rank_works(job, works))
-    return busiest * job.micro_batches + sum(_after_backward(job, works)) + STEP_OVERHEAD
+    late = sum(exposed_data(job, works)) if job.pipeline == 1 else 0.0  # of one stage it needs no simulation
+    return busiest * job.micro_batches + late + _optimizer(job) + STEP_OVERHEAD
 
 
 def least_step_seconds(job: Job) -> float:
@@ -95,7 +81,7 @@ def _update_time(job: Job) -> StepTime:
     works = stage_works(job)
     span = makespan(job, job.plan, *pipeline_costs(job, works))
     work = functools.reduce(TimeParts.plus, _rank_works(job, works)).times(job.micro_batches / job.pipeline)
-    late, optimizer = _after_backward(job, works)
+    late, optimizer = sum(exposed_data(job, works)), _optimizer(job)
     idle = max(0.0, span - work.seconds)
     parts = {
         "matrix products": work.products,

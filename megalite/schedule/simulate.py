@@ -95,8 +95,12 @@ def _peak_live(ops: Sequence[Op]) -> int:
     return peak
 
 
-def completions(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> Iterator[Event]:
+def completions(
+    plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0, pauses: Mapping[Op, float] = MappingProxyType({})
+) -> Iterator[Event]:
     """The compute operations of a plan in order of completion (lower rank first in a tie).
+
+    `pauses` are times for which a rank stands still after an operation, whose result is already on its way.
 
     Raises ScheduleError if the plan gets stuck because an input is never produced, or only later on the same rank.
     """
@@ -130,7 +134,7 @@ def completions(plan: Plan, cost: Cost = UNIT_COST, transfer: float = 0.0) -> It
         end, rank, start = heapq.heappop(running)
         op = plan[rank][position[rank]]
         position[rank] += 1
-        clock[rank] = end
+        clock[rank] = end + pauses.get(op, 0.0)
         yield Event(op, rank, start, end)
         value = output_of(op)
         if value is not None:

@@ -31,6 +31,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from megalite.kernels import (
     adamw_triton,
     cross_entropy_triton,
+    fp8_blocks_triton,
     fp8_triton,
     grouped_triton,
     rms_norm_triton,
@@ -196,6 +197,19 @@ def fp8_cases() -> Iterator[Case]:
             constants = {**tile, "LIMIT": limit, "PER_ROW": per_row}
             label = f"fp8 cast both {name}{' rows' if per_row else ''}"
             yield Case(label, fp8_triton.cast_tiles_kernel, constants, fp8_triton.TILE_WARPS, types=here)
+        constants = {"LIMIT": limit, "ROWS": fp8_blocks_triton.ROWS, "BLOCK": fp8_blocks_triton.BLOCK}
+        kernel, here = fp8_blocks_triton.cast_blocks_kernel, {"codes_ptr": kind, "scale_ptr": "*fp32"}
+        yield Case(f"fp8 cast blocks {name}", kernel, constants, fp8_blocks_triton.WARPS, types=here)
+        rows, group, warps, stages = fp8_blocks_triton.PRODUCT
+        kernel, block = fp8_blocks_triton.block_product_kernel, fp8_blocks_triton.BLOCK
+        constants, scales = {"BLOCK_M": rows, "BLOCK": block, "GROUP": group}, ("a_scale_ptr", "b_scale_ptr")
+        here = {"a_ptr": kind, "b_ptr": "*fp8e4nv", **dict.fromkeys(scales, "*fp32")}
+        # forward: scales of a weight as they are; backward: transposed
+        special = ones("across_stride") if name == "e4m3" else ones("down_stride")
+        yield Case(f"fp8 block product {name}", kernel, {**constants, **special}, warps, stages, here, products=True)
+    kernel, warps = fp8_blocks_triton.cast_weight_blocks_kernel, fp8_blocks_triton.WEIGHT_WARPS
+    here = {"codes_ptr": "*fp8e4nv", "turned_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+    yield Case("fp8 cast weight blocks", kernel, {"LIMIT": 448.0, "BLOCK": fp8_blocks_triton.BLOCK}, warps, types=here)
 
 
 MASKS: dict[str, dict[str, bool]] = {

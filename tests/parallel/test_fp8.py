@@ -10,7 +10,8 @@ from megalite.parallel.linear import PLAIN
 from tests.support.parity import Case, build_trainer, micro_batches
 
 KERNELS = select_kernels({}, torch.device("cpu"))
-TENSOR, ROW = products_of("tensor", KERNELS), products_of("row", KERNELS)
+TENSOR, ROW, BLOCK = (products_of(name, KERNELS) for name in ("tensor", "row", "block"))
+ALL = pytest.mark.parametrize("products", [TENSOR, ROW, BLOCK], ids=["tensor", "row", "block"])
 
 MODEL = {
     "model.hidden_size": 32,
@@ -35,7 +36,7 @@ def factors():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("products", [TENSOR, ROW], ids=["tensor", "row"])
+@ALL
 @pytest.mark.parametrize("magnitude", [1e-8, 1.0, 1e6])
 def test_products_are_right_at_any_magnitude(products, magnitude):
     x, weight, grad = factors()
@@ -71,7 +72,16 @@ def test_a_scale_for_each_row_keeps_small_rows():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("products", [TENSOR, ROW], ids=["tensor", "row"])
+def test_a_scale_for_each_block_keeps_small_numbers_beside_large_ones():
+    x, weight = torch.randn(4, 256, dtype=torch.bfloat16), torch.randn(48, 256, dtype=torch.bfloat16)
+    x[:, 0], weight[:, :128] = 1e8, 0
+    exact = x.double() @ weight.double().t()
+    assert error(BLOCK.output(x, weight, None), exact) < 0.05
+    assert error(ROW.output(x, weight, None), exact) > 0.5
+
+
+@pytest.mark.fast
+@ALL
 def test_zeros_stay_zeros(products):
     x, weight, _ = factors()
     x[0] = 0
@@ -80,7 +90,7 @@ def test_zeros_stay_zeros(products):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("products", [TENSOR, ROW], ids=["tensor", "row"])
+@ALL
 def test_no_tokens_have_no_results(products):
     _, weight, _ = factors()
     assert products.output(torch.empty(0, 5, 64, dtype=torch.bfloat16), weight, None).shape == (0, 5, 48)
@@ -112,7 +122,7 @@ def losses(fp8):
     return torch.tensor([trainer.step(batches, learning_rate(step, config)).loss for step in range(1, 41)])
 
 
-@pytest.mark.parametrize("fp8", ["tensor", "row"])
+@pytest.mark.parametrize("fp8", ["tensor", "row", "block"])
 def test_training_follows_the_losses_of_bf16(fp8):
     plain, ours = losses("none"), losses(fp8)
     assert plain[-1] < 0.8 * plain[0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.kernels import fp8
+from megalite.kernels import fp8, fp8_blocks
 from megalite.optim.lr_schedule import learning_rate
 from megalite.placement import PlacedParameter
 from tests.support.parity import Case, Layout, assert_same_bits, build_trainer, micro_batches, train
@@ -24,13 +24,18 @@ MATRICES = 4 * SMALL["model.layers"]  # query/key/value, output, gate/up, down
 def casts(monkeypatch):
     """The shapes of the weights that were cast."""
     shapes = []
-    plain = fp8.fp8_cast_transpose
 
-    def counted(x_NK, dtype, *, per_row):
-        shapes.append(tuple(x_NK.shape))
-        return plain(x_NK, dtype, per_row=per_row)
+    def count(module, name):
+        plain = getattr(module, name)
 
-    monkeypatch.setattr(fp8, "fp8_cast_transpose", counted)
+        def counted(x_NK, *arguments, **options):
+            shapes.append(tuple(x_NK.shape))
+            return plain(x_NK, *arguments, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(fp8, "fp8_cast_transpose")
+    count(fp8_blocks, "fp8_cast_weight_blocks")
     return shapes
 
 
@@ -41,8 +46,10 @@ def trainer_of(kind, **fields):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["tensor", "row"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("kind", "recompute"),
+    [*((kind, mode) for kind in ("tensor", "row") for mode in ("none", "selective", "full")), ("block", "selective")],
+)
 def test_once_a_step_whatever_the_number_of_micro_batches(casts, kind, recompute):
     trainer, batches = trainer_of(kind, **{"train.recompute": recompute})
     for number in (1, 4, 3):
@@ -65,7 +72,7 @@ def three_steps(trainer, batches):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("kind", ["tensor", "row"])
+@pytest.mark.parametrize("kind", ["tensor", "row", "block"])
 def test_what_is_kept_is_what_would_be_cast_now(monkeypatch, kind):
     """The bits of training, loading and evaluation are those of a run that casts at every product."""
     losses, weights = three_steps(*trainer_of(kind))

@@ -36,14 +36,23 @@ SMALL = {
 }
 
 
-def build(layout, rank=0, fields=None, objective=NEXT_TOKEN):
-    """One rank's trainer and what writes it down."""
+def build(layout, rank=0, fields=None, objective=NEXT_TOKEN, recorder=None):
+    """One rank's trainer and what writes it down, on the recorder's device."""
     config = Case.of(SMALL | {"train.global_batch_size": 8 * layout.data} | layout.fields | dict(fields or {})).config(
         layout.world
     )
-    recorder = Recorder()
-    mesh = Mesh(pp=layout.pipeline, dp=layout.data, tp=layout.tensor, rank=rank, device=META, make_group=recorder)
-    kernels = select_kernels({"default": "reference", "attention": "sdpa"}, META)
+    recorder = recorder or Recorder()
+    mesh = Mesh(
+        pp=layout.pipeline,
+        dp=layout.data // layout.expert,
+        ep=layout.expert,
+        cp=layout.context,
+        tp=layout.tensor,
+        rank=rank,
+        device=recorder.device,
+        make_group=recorder,
+    )
+    kernels = select_kernels({"default": "reference", "attention": "sdpa"}, recorder.device)
     trainer = Trainer(config, mesh, kernels, objective=objective)
     trainer.observe = recorder.observe
     return trainer, recorder

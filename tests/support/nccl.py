@@ -68,6 +68,8 @@ def _meet(queues: dict, communicator: tuple[int, ...], over: set[Start], last_st
         heads = [queues[member, communicator].popleft() for member in members]
         for head in heads[1:]:
             _belong_together(heads[0], head, last_stage)
+        if heads[0].name == "all_to_all":
+            _parts_fit(heads)
         over.update(heads)
         moved.update(members)
 
@@ -75,7 +77,8 @@ def _meet(queues: dict, communicator: tuple[int, ...], over: set[Start], last_st
 def _belong_together(one: Start, other: Start, last_stage: int) -> None:
     transfer = {one.name, other.name} == {"send", "receive"}
     fits = transfer or (one.name == other.name and one.name not in ("send", "receive"))
-    fits = fits and (one.elements, one.dtype) == (other.elements, other.dtype)
+    fits = fits and one.dtype == other.dtype
+    fits = fits and (one.elements == other.elements or one.name == "all_to_all")  # whose parts are checked on their own
     if one.during is not None and other.during is not None:
         if one.during.kind in SENDS | RECEIVES:
             fits = fits and counterpart(one.during, last_stage) == other.during
@@ -83,3 +86,11 @@ def _belong_together(one: Start, other: Start, last_stage: int) -> None:
             fits = fits and one.during.kind == other.during.kind
     if not fits:
         raise Hang(f"{one} meets {other}")
+
+
+def _parts_fit(heads: Sequence[Start]) -> None:
+    """Of an all-to-all: each gets from every other what that one sends."""
+    for at, one in enumerate(heads):
+        for other_at, other in enumerate(heads):
+            if one.parts[0][other_at] != other.parts[1][at]:
+                raise Hang(f"{one} meets {other}: {one.parts[0]} rows arrive, {other.parts[1]} leave")

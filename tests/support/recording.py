@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalite.mesh import DONE, Group, Work
+from megalite.mesh import DONE, Group, GroupFactory, Work
 from megalite.schedule.ops import Op
 
 META = torch.device("meta")
@@ -45,6 +45,8 @@ class Start:
     during: Op | None
     group: tuple[int, ...]
     """The ranks of the group that it was asked of."""
+    parts: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """Of an all-to-all: rows that come from each member, and that leave for each."""
 
     def __repr__(self) -> str:
         return f"{self.name}[{self.elements} {str(self.dtype)[6:]}] {self.ranks} in {self.during}"
@@ -78,7 +80,8 @@ class Product:
 class Recorder:
     """Makes recording groups; pass it as `Mesh(make_group=...)`, and `observe` to what runs the engine.
 
-    `sent` is called with every tensor that is handed to a send, `after` when an operation of the engine has ended.
+    `sent` is called with every tensor that is handed to a send, `after` when an operation of the engine has ended. With
+    `beneath`, groups that it makes do the communicating, so that there are values.
     """
 
     device: torch.device = META
@@ -86,6 +89,7 @@ class Recorder:
     sent: Callable[[Tensor, Op], None] = lambda tensor, op: None
     after: Callable[[Op], None] = lambda op: None
     during: Op | None = None
+    beneath: GroupFactory | None = None
 
     def __call__(self, ranks: tuple[int, ...], rank: int) -> Group:
         return RecordingGroup(ranks, rank, self)
@@ -118,11 +122,13 @@ class Recorder:
 class _Recorded:
     recorder: Recorder
     start: Start
+    work: Work
     done: bool = False
 
     def wait(self) -> None:
         if not self.done:
             self.recorder.events.append(Wait(self.start, self.recorder.during))
+            self.work.wait()
         self.done = True
 
 
@@ -132,26 +138,30 @@ class RecordingGroup(Group):
     def __init__(self, ranks: tuple[int, ...], rank: int, recorder: Recorder) -> None:
         super().__init__(ranks, rank, None)
         self.recorder = recorder
+        self.beneath = recorder.beneath and recorder.beneath(ranks, rank)
 
-    def _record(self, name: str, *tensors: Tensor, other: int | None = None) -> Work:
+    def _record(self, name: str, *tensors: Tensor, other: int | None = None, options: tuple[Any, ...] = ()) -> Work:
+        """`options` are the arguments of the operation after its tensors."""
         where = f"{name} among {self.ranks} in {self.recorder.during}"
         for tensor in tensors:
             assert tensor.device == self.recorder.device, f"{where}: a tensor on {tensor.device}"
             assert tensor.is_contiguous(), f"{where}: {tuple(tensor.shape)} has strides {tensor.stride()}"
-            assert tensor.numel() > 0, f"{where}: an empty tensor"
+            assert tensor.numel() > 0 or name == "all_to_all", f"{where}: an empty tensor"
         assert len({tensor.dtype for tensor in tensors}) == 1, f"{where}: {[tensor.dtype for tensor in tensors]}"
         ends = self.ranks if other is None else tuple(sorted((self.ranks[self.index], self.ranks[other])))
         assert len(set(ends)) == len(ends), f"{where}: a rank talks to itself"
         recorder, first = self.recorder, tensors[0]
-        start = Start(name, ends, first.numel(), first.dtype, recorder.during, self.ranks)
+        parts = tuple(map(tuple, options)) if name == "all_to_all" else ((), ())
+        start = Start(name, ends, first.numel(), first.dtype, recorder.during, self.ranks, parts)
         recorder.events.append(start)
-        return _Recorded(recorder, start)
+        work = DONE if self.beneath is None else getattr(self.beneath, name)(*tensors, *options)
+        return _Recorded(recorder, start, work)
 
     def _fits(self, whole: Tensor, part: Tensor) -> None:
         assert whole.numel() == part.numel() * self.size, f"{whole.shape} is not {self.size} x {part.shape}"
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
-        return DONE if self.size == 1 else self._record("all_reduce", tensor)
+        return DONE if self.size == 1 else self._record("all_reduce", tensor, options=(op,))
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         self._fits(output, tensor)
@@ -165,18 +175,21 @@ class RecordingGroup(Group):
 
     def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Work:
         assert (sum(arriving), sum(leaving)) == (len(output), len(tensor)), "parts of an all-to-all do not fit"
-        return self._record("all_to_all", output, tensor)
+        return self._record("all_to_all", output, tensor, options=(arriving, leaving))
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
-        return DONE if self.size == 1 else self._record("broadcast", tensor)
+        return DONE if self.size == 1 else self._record("broadcast", tensor, options=(source,))
+
+    def pass_on(self, output: Tensor, tensor: Tensor) -> Work:
+        return self._record("pass_on", output, tensor)  # one launch on NCCL
 
     def send(self, tensor: Tensor, to: int) -> Work:
         if self.recorder.during is not None:
             self.recorder.sent(tensor, self.recorder.during)
-        return self._record("send", tensor, other=to)
+        return self._record("send", tensor, other=to, options=(to,))
 
     def receive(self, tensor: Tensor, source: int) -> Work:
-        return self._record("receive", tensor, other=source)
+        return self._record("receive", tensor, other=source, options=(source,))
 
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
