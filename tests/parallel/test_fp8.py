@@ -48,7 +48,7 @@ def test_products_are_right_at_any_magnitude(products, magnitude):
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("products", [TENSOR, ROW, PLAIN], ids=["tensor", "row", "plain"])
+@pytest.mark.parametrize("products", [TENSOR, ROW, BLOCK, PLAIN], ids=["tensor", "row", "block", "plain"])
 def test_products_are_written_where_they_are_wanted(products):
     x, weight, grad = factors()
     for bias in (None, torch.randn(48, dtype=torch.bfloat16)):

@@ -23,6 +23,8 @@ from megalite.schedule.simulate import completions, simulate
 
 pytestmark = pytest.mark.fast
 
+ROUNDING = 1e-9
+"""Seconds that sums in another order may differ by."""
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "data_overlap.json"
 
 
@@ -39,8 +41,8 @@ def test_one_stage_hides_what_fits_under_one_pass():
     of = replace(job(zero=1), seq_length=1024)
     (work,) = stage_works(of)
     gathers, reductions = waits(of)
-    assert gathers >= gather_parameters(of, 0) - HIDDEN_SHARE * work.forward.seconds > 0
-    assert reductions >= reduce_gradients(of, 0) - HIDDEN_SHARE * work.backward.seconds > 0
+    assert gathers >= gather_parameters(of, 0) - HIDDEN_SHARE * work.forward.seconds - ROUNDING > 0
+    assert reductions >= reduce_gradients(of, 0) - HIDDEN_SHARE * work.backward.seconds - ROUNDING > 0
     slow = replace(of, seq_length=2**18)  # everything fits; what is left is one bucket
     bucket = [
         seconds / whole for seconds, whole in zip(waits(slow), (gather_parameters(of, 0), reduce_gradients(of, 0)))
