@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tests.support.patience import wait_until
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue", "sinfo")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 CORES = 16  # that each node claims to have
@@ -69,13 +71,9 @@ def missing() -> str:
     return f"{', '.join(absent)} not installed (Debian and Ubuntu: apt install slurm-wlm munge)" if absent else ""
 
 
-def until(condition: Callable[[], object], what: str, seconds: float) -> None:
+def until(condition: Callable[[], object], what: str) -> None:
     """Poll until `condition` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.2)
+    wait_until(condition, told=lambda: what, interval=0.2)
 
 
 _FIT = ("idle", "mixed", "allocated", "completing")
@@ -211,7 +209,7 @@ class Cluster:
         self._daemon("slurmctld", "-c")
         for node in self.nodes:
             self.start_node(node)
-        until(lambda: len(self.idle()) == len(self.nodes), "all nodes are idle", 20)
+        until(lambda: len(self.idle()) == len(self.nodes), "all nodes are idle")
 
     def start_node(self, node: str) -> None:
         enter = self.network.enter(node, self.hosts) if self.network else []
@@ -267,7 +265,7 @@ class Cluster:
                 self.command("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
             return not sick
 
-        until(fit, "all nodes are fit", 60)
+        until(fit, "all nodes are fit")
 
     def idle(self) -> set[str]:
         return set(self.command("sinfo", "-h", "-N", "-p", "low", "-t", "idle", "-o", "%N").split())
@@ -277,10 +275,10 @@ class Cluster:
         match = re.search(rf"(?:^| ){field}=(\S*)", self.command("scontrol", "show", "job", "-o", job, check=False))
         return match[1] if match else ""
 
-    def wait(self, job: str, seconds: float) -> tuple[str, str]:
+    def wait(self, job: str) -> tuple[str, str]:
         """(state, exit code as SLURM writes it, `code:signal`) of a job that has ended for good."""
         done = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
-        until(lambda: self.show(job, "JobState") in done, f"job {job} ends (now {self.show(job, 'JobState')})", seconds)
+        until(lambda: self.show(job, "JobState") in done, f"job {job} ends (now {self.show(job, 'JobState')})")
         return self.show(job, "JobState"), self.show(job, "ExitCode")
 
 

@@ -84,16 +84,16 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
-        until(lambda: (self.steps() or [0])[-1] >= step, f"step {step} of {self.folder}: {self.log}", seconds)
+    def wait_for_step(self, step: int) -> None:
+        until(lambda: (self.steps() or [0])[-1] >= step, f"step {step} of {self.folder}: {self.log}")
 
-    def wait_for_log(self, text: str, seconds: float = 120) -> None:
-        until(lambda: text in self.log, f"{text!r} in the job's log", seconds)
+    def wait_for_log(self, text: str) -> None:
+        until(lambda: text in self.log, f"{text!r} in the job's log")
 
-    def finish(self, seconds: float = 180) -> tuple[str, str]:
+    def finish(self) -> tuple[str, str]:
         """(state, exit code) of the newest job once it has ended."""
         try:
-            return self.cluster.wait(self.jobs[-1], seconds)
+            return self.cluster.wait(self.jobs[-1])
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log}") from None
 
@@ -121,7 +121,7 @@ class Run:
             cluster.command("scancel", "--full", "--signal=KILL", job, check=False)
             cluster.command("scancel", job, check=False)
         left = set(self.jobs)
-        until(lambda: not left & set(cluster.command("squeue", "-h", "-o", "%i").split()), "the jobs are gone", 60)
+        until(lambda: not left & set(cluster.command("squeue", "-h", "-o", "%i").split()), "the jobs are gone")
 
     def checkpoints(self) -> list[int]:
         return [step for step, _ in complete_checkpoints(self.folder / "checkpoints")]
@@ -170,10 +170,10 @@ def run(cluster: Cluster, recipe: Path, tmp_path: Path) -> Iterator[Run]:
 
 @pytest.fixture(scope="session")
 def overdue(cluster: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A job of a minute whose ranks do not react any more. It takes no processor, and other tests run beside it."""
+    """A job of two minutes whose ranks do not react any more. It takes no processor, and other tests run beside it."""
     run = slow_run(cluster, recipe, tmp_path_factory.mktemp("overdue"))
-    run.submit("--train.steps", "5000", options="--no-preflight --time 1 --signal-seconds 20")
-    until(lambda: run.checkpoints(), "the first checkpoint", 60)
+    run.submit("--train.steps", "5000", options="--no-preflight --time 2 --signal-seconds 20")
+    until(lambda: run.checkpoints(), "the first checkpoint")
     for process in run.ranks().values():
         os.kill(process, signal.SIGSTOP)
     yield run

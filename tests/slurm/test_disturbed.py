@@ -50,7 +50,7 @@ def test_cancelled(run, tmp_path):
     """scancel ends a job for good, although its script would have it requeued after a failure."""
     run.python.write_text(f"#!/bin/sh\ntouch {tmp_path}/running\nexec sleep 100\n")
     run.submit()
-    until((tmp_path / "running").exists, "a rank runs", 60)
+    until((tmp_path / "running").exists, "a rank runs")
     run.cluster.command("scancel", run.jobs[0])
     assert run.finish()[0] == "CANCELLED"
     assert "SLURM has ended this start" in run.log and "a rank failed" not in run.log
@@ -62,7 +62,7 @@ def test_cancelled(run, tmp_path):
 def test_a_request_during_start_up_is_not_lost(run):
     """The ranks still import their libraries: the request must neither kill them nor be forgotten."""
     run.submit()
-    until(lambda: len(run.ranks()) == 2, "the ranks have been started", 60)
+    until(lambda: len(run.ranks()) == 2, "the ranks have been started")
     run.cluster.command("scancel", "--batch", "--signal=INT", run.jobs[0])
     assert run.finish() == ("FAILED", "75:0")
     assert (run.steps() or [0])[-1] < STEPS
@@ -74,7 +74,7 @@ def test_a_node_is_killed(run, undisturbed):
     run.submit()
     run.wait_for_step(7)
     run.cluster.kill_node("n1")
-    until(lambda: run.cluster.show(run.jobs[0], "JobState") == "PENDING", "SLURM gives the job back", 90)
+    until(lambda: run.cluster.show(run.jobs[0], "JobState") == "PENDING", "SLURM gives the job back")
     run.cluster.start_node("n1")
     assert_as_undisturbed(run, undisturbed)
     assert re.search(r"resumed at step \d*[50]\b", run.rank_log(0))
@@ -111,15 +111,18 @@ def test_a_full_disk_is_named(run, tmp_path):
 
 
 def test_time_limit_and_the_chains_next_job(run):
-    """A minute is over: the first job of the chain saves and ends, the second goes on, in a job of its own."""
+    """Time is over: the first job of the chain saves and ends, the second goes on, in a job of its own.
+
+    SLURM may ask as much as a minute early: in a job of one minute that can be before the first step.
+    """
     first, second = run.submit(
-        "--train.steps", "5000", "--checkpoint.interval", "1000", options="--no-preflight --chain 2 --time 1"
+        "--train.steps", "5000", "--checkpoint.interval", "1000", options="--no-preflight --chain 2 --time 2"
     )
-    until(lambda: run.cluster.show(first, "JobState") == "FAILED", "the first job ends in time", 90)
+    until(lambda: run.cluster.show(first, "JobState") == "FAILED", "the first job ends in time")
     assert run.cluster.show(first, "ExitCode") == "75:0"
     assert "SIGUSR1: asking the ranks" in run.log and "the next job of the chain goes on from" in run.log
     saved = run.checkpoints()[-1]
-    until(lambda: (run.steps() or [0])[-1] > saved, "the second job goes on", 60)
+    until(lambda: (run.steps() or [0])[-1] > saved, "the second job goes on")
     assert run.cluster.show(second, "JobState") == "RUNNING"
     assert f"resumed at step {saved}" in run.rank_log(0)
     assert run.steps()[: saved + 1] == list(range(1, saved + 2))
@@ -129,8 +132,8 @@ def test_a_time_limit_that_passes_before_the_ranks_have_stopped(overdue):
     """SLURM kills ranks and script within seconds, and would not start the job again by itself."""
     overdue.wait_for_log("the time limit has passed before the ranks had stopped")
     job = overdue.jobs[0]
-    until(lambda: overdue.cluster.show(job, "Restarts") >= "1", "the job is back in the queue", 20)
-    until(lambda: "resumed at step" in overdue.rank_log(0), "it goes on", 60)
+    until(lambda: overdue.cluster.show(job, "Restarts") >= "1", "the job is back in the queue")
+    until(lambda: "resumed at step" in overdue.rank_log(0), "it goes on")
     assert "given back to the queue" in overdue.log
     overdue.end()  # on both nodes, one of which the next test cuts off
 
@@ -146,12 +149,12 @@ def test_a_cut_off_start_is_fenced(run):
     old = run.ranks()[0]
     run.cluster.network.plug(node, up=False)
     try:
-        until(lambda: run.cluster.show(run.jobs[0], "NodeList") not in (node, "(null)", ""), "the other node", 90)
+        until(lambda: run.cluster.show(run.jobs[0], "NodeList") not in (node, "(null)", ""), "the other node")
         assert os.path.exists(f"/proc/{old}")
-        until(lambda: not os.path.exists(f"/proc/{old}"), "the old rank has ended", 60)
+        until(lambda: not os.path.exists(f"/proc/{old}"), "the old rank has ended")
         assert re.search(rf"TakenOver: run.dir = .* was taken over by .* job {run.jobs[0]} restart 1", run.rank_log(0))
         saved = run.checkpoints()[-1]
-        until(lambda: run.checkpoints()[-1] > saved, "the new start saves", 60)
+        until(lambda: run.checkpoints()[-1] > saved, "the new start saves")
         # Still without the node: SLURM may end the new step, too, when it hears of the old one.
         run.cluster.command("scancel", "--batch", "--signal=INT", run.jobs[0])
         assert run.finish() == ("FAILED", "75:0")
