@@ -74,8 +74,11 @@ class Processes:
         parent = os.getpid()
 
         def before_exec() -> None:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+            for number in REQUESTS:  # our handlers are still there, and would forget a signal that comes before exec
+                if signal.getsignal(number) == self._handle:
+                    signal.signal(number, signal.SIG_DFL)
             end_with_parent(parent)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
 
         # A request that comes meanwhile waits until the child is one of ours.
         signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
