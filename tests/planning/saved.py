@@ -55,6 +55,7 @@ def fused_kernels() -> Kernels:
         adamw,
         cross_entropy,
         fp8,
+        fp8_blocks,
         grouped,
         rms_norm_triton,
         rope_triton,
@@ -86,6 +87,9 @@ def fused_kernels() -> Kernels:
         symmetric_product=symmetric.symmetric_product,
         fp8_cast=fp8.fp8_cast,
         fp8_cast_transpose=fp8.fp8_cast_transpose,
+        fp8_cast_blocks=fp8_blocks.fp8_cast_blocks,
+        fp8_cast_weight_blocks=fp8_blocks.fp8_cast_weight_blocks,
+        fp8_block_product=fp8_blocks.fp8_block_product,
         choices=MappingProxyType({"rms_norm": "triton"}),
     )
 
