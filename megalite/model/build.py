@@ -22,7 +22,8 @@ from megalite.model.head import ScalarHead, VocabParallelHead
 from megalite.model.norm import RMSNorm
 from megalite.parallel.collectives import TensorRegion
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_box
-from megalite.parallel.linear import PLAIN, ColumnParallelLinear, Products, RowParallelLinear
+from megalite.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megalite.parallel.products import PLAIN, Products
 from megalite.placement import Box, PlacedParameter, Placement, row_box
 from megalite.registry import look_up
 

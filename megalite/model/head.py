@@ -24,7 +24,7 @@ from megalite.kernels import Kernels
 from megalite.kernels.cross_entropy import IGNORE_INDEX, add_product_, chunk_rows, cross_entropy_loss, merge_stats
 from megalite.parallel.collectives import TensorRegion, all_gather_stacked
 from megalite.parallel.linear import add_weight_gradient
-from megalite.parallel.pieces import GatheredRows, SummedRows
+from megalite.parallel.overlap import GatheredRows, SummedRows
 from megalite.placement import PlacedParameter
 
 

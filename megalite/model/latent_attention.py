@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.model.attention import KeyValueCache, Positions
 from megalite.model.build import Build
-from megalite.parallel.linear import PLAIN, ColumnParallelLinear, enter_region
+from megalite.parallel.linear import ColumnParallelLinear, enter_region
+from megalite.parallel.products import PLAIN
 from megalite.placement import row_box, split_evenly
 
 LATENT_EPS = 1e-6

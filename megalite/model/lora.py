@@ -35,7 +35,7 @@ from megalite.parallel.linear import (
     now_or_later,
     replay,
 )
-from megalite.parallel.pieces import GatheredGradient, gathered_output, summed_input_gradient, summed_output
+from megalite.parallel.overlap import GatheredGradient, gathered_output, summed_input_gradient, summed_output
 from megalite.placement import Box, PlacedParameter, row_box
 
 ROLE = "adapter"

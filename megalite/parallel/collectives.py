@@ -10,7 +10,7 @@ Tensors are sequence first (S, ...), so both run on contiguous memory without a 
 tensor and leaves its argument unchanged, except that `sum_start` consumes its input.
 
 A gather or sum along the sequence may run in pieces, each under the product of another one
-(`megalite.parallel.pieces`). For every piece to be contiguous on both sides, the sequence is first cut into the pieces
+(`megalite.parallel.overlap`). For every piece to be contiguous on both sides, the sequence is first cut into the pieces
 and each of them over the ranks. With 2 pieces, 2 ranks and 8 rows, rank 0 has the rows 0 1 4 5, and rank 1 has 2 3 6 7.
 Sources: Shoeybi et al. 2019 (Megatron-LM, section 3), Korthikanti et al. 2022 (sequence parallelism, section 4.2).
 """

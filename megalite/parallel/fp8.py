@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megalite.kernels import Kernels
-from megalite.parallel.linear import PLAIN, Products, WideGradients
+from megalite.parallel.products import PLAIN, Products, WideGradients
 from megalite.placement import PlacedParameter
 
 _NUMBERS, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2

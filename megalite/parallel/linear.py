@@ -9,7 +9,7 @@ weight-gradient GEMM. Weight gradients are accumulated straight into the paramet
 
 Where the region has pieces (`parallel.tensor_overlap_splits`), every collective runs beside some product:
 
-    forward          in pieces under the layer's own product (`megalite.parallel.pieces`)
+    forward          in pieces under the layer's own product (`megalite.parallel.overlap`)
     column backward  input gathered under the layers after it (`gather_ahead`) or its own input gradient, which is
                      summed in pieces under that product and the weight gradient of the row-parallel layer after it
     row backward     gradient gathered in pieces under what is recomputed, the weight gradient of the column-parallel
@@ -22,18 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import BackwardCFunction
-from torch.nn import functional
 
-from megalite.kernels.accumulate import accumulate_product
 from megalite.mesh import DONE
 from megalite.parallel.collectives import TensorRegion
-from megalite.parallel.pieces import GatheredGradient, gathered_output, summed_input_gradient, summed_output
+from megalite.parallel.overlap import GatheredGradient, gathered_output, summed_input_gradient, summed_output
+from megalite.parallel.products import PLAIN, Products
 from megalite.placement import PlacedParameter
 
 Prologue = Callable[..., Tensor]
@@ -51,59 +50,6 @@ class FusedPrologue:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.forward(*inputs)
-
-
-class Products(Protocol):
-    """How a linear layer multiplies."""
-
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """x [..., I] -> x @ weight^T + bias [..., O], written to `out` (contiguous) if given."""
-        ...
-
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
-        """grad [..., O] -> grad @ weight [..., I], written to `out` (contiguous) if given."""
-        ...
-
-    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
-        """total += grad^T @ input, accumulated in the dtype of `total` (fp32); or = where it is to `overwrite`."""
-        ...
-
-    def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
-        """total += the sum of grad over its rows."""
-        ...
-
-
-class WideGradients:
-    """The gradients of weights and biases, of operands in their own dtype."""
-
-    def weight_gradient_(self, total_OI: Tensor, grad_NO: Tensor, input_NI: Tensor, *, overwrite: bool = False) -> None:
-        accumulate_product(total_OI, grad_NO, input_NI, overwrite=overwrite)
-
-    def bias_gradient_(self, total_O: Tensor, grad_NO: Tensor) -> None:
-        total_O.add_(grad_NO.sum(0))
-
-
-class PlainProducts(WideGradients):
-    """In the dtype of the tensors."""
-
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            return functional.linear(x, weight_OI, bias_O)
-        x_NI, out_NO = x.flatten(0, -2), out.flatten(0, -2)
-        if bias_O is None:
-            torch.mm(x_NI, weight_OI.t(), out=out_NO)
-        else:
-            torch.addmm(bias_O, x_NI, weight_OI.t(), out=out_NO)
-        return out
-
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
-        if out is None:
-            return grad @ weight_OI
-        torch.mm(grad.flatten(0, -2), weight_OI, out=out.flatten(0, -2))
-        return out
-
-
-PLAIN: Products = PlainProducts()
 
 
 def add_weight_gradient(

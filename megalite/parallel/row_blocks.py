@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.parallel.linear import PLAIN, WideGradients
+from megalite.parallel.products import PLAIN, WideGradients
 
 ROWS = 64
 """Of one product; fewer rows are padded with zeros. A product of whole sequences takes some 1.5 times as long in such
@@ -17,7 +17,7 @@ pieces, and of 64 rows as long as ever; fewer would cost more for sequences, and
 
 
 class RowBlocks(WideGradients):
-    """`megalite.parallel.linear.Products` whose outputs are computed in blocks of `ROWS` rows.
+    """`megalite.parallel.products.Products` whose outputs are computed in blocks of `ROWS` rows.
 
     Gradients are plain: they are needed of whole micro-batches alone.
     """

@@ -109,7 +109,7 @@ def _put(part: Tensor, into: Tensor, ranges: Ranges, dim: int, *, add: bool = Fa
 
 @dataclass(frozen=True)
 class ColumnParts:
-    """The products of a layer whose output features are cut; see `megalite.parallel.linear.Products`."""
+    """The products of a layer whose output features are cut; see `megalite.parallel.products.Products`."""
 
     parts: tuple[Ranges, ...]
 

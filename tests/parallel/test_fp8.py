@@ -6,7 +6,7 @@ import torch
 from megalite.kernels import select_kernels
 from megalite.optim.lr_schedule import learning_rate
 from megalite.parallel.fp8 import products_of
-from megalite.parallel.linear import PLAIN
+from megalite.parallel.products import PLAIN
 from tests.support.parity import Case, build_trainer, micro_batches
 
 KERNELS = select_kernels({}, torch.device("cpu"))

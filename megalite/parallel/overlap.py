@@ -17,15 +17,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from megalite.mesh import Work
 from megalite.parallel.collectives import AllOf, Piece, TensorRegion
-
-if TYPE_CHECKING:
-    from megalite.parallel.linear import Products
+from megalite.parallel.products import Products
 
 Multiply = Callable[..., Tensor]
 """(rows) -> their product; with `out`, written to that."""
