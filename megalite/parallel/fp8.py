@@ -13,7 +13,7 @@ Source: Micikevicius et al. 2022 (arXiv:2209.05433, sections 2 and 3); scaling a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ _NUMBERS, _GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 class Fp8Weight(NamedTuple):
-    """A weight as both products take it, its scales numbers or one for each row: [O, 1] and [I, 1]."""
+    """A weight as both products take it. Scales: numbers, of rows [O, 1] and [I, 1], or of blocks [o, i] and [i, o]."""
 
     codes_OI: Tensor
     scale: Tensor
@@ -36,18 +36,21 @@ class Fp8Weight(NamedTuple):
     turned_scale: Tensor
 
 
-@dataclass(frozen=True)
-class Fp8Products(WideGradients):
-    """Both GEMMs in FP8; inputs and results are bf16. `per_row`: one scale per row of either operand.
+class _Fp8Products(WideGradients, ABC):
+    """Both GEMMs in FP8; inputs and results are bf16.
 
-    `cast` and `cast_transpose` are the kernels, with the signatures of `megalite.kernels.fp8`. A weight with a store
-    (`PlacedParameter.store`) is cast once between two of its updates, and kept twice in 8 bits until then, under ZeRO-3
-    for as long as it is whole.
+    A weight with a store (`PlacedParameter.store`) is cast once between two of its updates, and kept twice in 8 bits
+    until then, under ZeRO-3 for as long as it is whole.
     """
 
-    per_row: bool
-    cast: Callable[..., tuple[Tensor, Tensor]]
-    cast_transpose: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    @abstractmethod
+    def cast_weight(self, weight_OI: Tensor) -> Fp8Weight: ...
+
+    @abstractmethod
+    def multiply(
+        self, a_NK: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale: Tensor, out_NM: Tensor | None, *, fast: bool
+    ) -> Tensor:
+        """a @ b^T, [N, M] in bf16, with `a` as `dtype`, `b_MK` in 8 bits already; `fast` accumulation may be used."""
 
     def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
         weight = self._weight(weight_OI)
@@ -60,64 +63,61 @@ class Fp8Products(WideGradients):
 
     def _weight(self, weight_OI: Tensor) -> Fp8Weight:
         def make() -> Fp8Weight:
-            return Fp8Weight(*self.cast_transpose(weight_OI.detach(), _NUMBERS, per_row=self.per_row))
+            return self.cast_weight(weight_OI.detach())
 
         return weight_OI.derived(make) if isinstance(weight_OI, PlacedParameter) else make()
 
     def _product(
         self, a: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale: Tensor, out: Tensor | None, *, fast: bool
     ) -> Tensor:
-        """a [..., K] @ b^T, with `a` as `dtype` and `b_MK` in 8 bits already."""
+        shape = (*a.shape[:-1], b_MK.shape[0])
         if not a.numel():
-            return a.new_zeros((*a.shape[:-1], b_MK.shape[0]), dtype=torch.bfloat16)
-        a_NK, a_scale = self.cast(a.flatten(0, -2), dtype, per_row=self.per_row)
-        product_NM = torch._scaled_mm(
-            a_NK,
-            b_MK.t(),
-            scale_a=a_scale,
-            scale_b=b_scale.t(),
-            out_dtype=torch.bfloat16,
-            use_fast_accum=fast,
-            out=None if out is None else out.flatten(0, -2),
-        )
-        return product_NM.view(*a.shape[:-1], b_MK.shape[0])
-
-
-class Fp8BlockWeight(NamedTuple):
-    """A weight as both products take it, with one scale for each 128 x 128 of it."""
-
-    codes_OI: Tensor
-    scale_oi: Tensor
-    turned_IO: Tensor
+            return a.new_zeros(shape, dtype=torch.bfloat16)
+        out_NM = None if out is None else out.flatten(0, -2)
+        return self.multiply(a.flatten(0, -2), dtype, b_MK, b_scale, out_NM, fast=fast).view(shape)
 
 
 @dataclass(frozen=True)
-class Fp8BlockProducts(WideGradients):
-    """The same with scales of blocks (`megalite.kernels.fp8_blocks`), whose products are summed in fp32."""
+class Fp8Products(_Fp8Products):
+    """Products by torch, with one scale for each operand or, `per_row`, for each of its rows."""
+
+    per_row: bool
+    kernels: Kernels
+
+    def cast_weight(self, weight_OI: Tensor) -> Fp8Weight:
+        return Fp8Weight(*self.kernels.fp8_cast_transpose(weight_OI, _NUMBERS, per_row=self.per_row))
+
+    def multiply(
+        self, a_NK: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale: Tensor, out_NM: Tensor | None, *, fast: bool
+    ) -> Tensor:
+        codes_NK, scale = self.kernels.fp8_cast(a_NK, dtype, per_row=self.per_row)
+        return torch._scaled_mm(
+            codes_NK,
+            b_MK.t(),
+            scale_a=scale,
+            scale_b=b_scale.t(),
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+            out=out_NM,
+        )
+
+
+@dataclass(frozen=True)
+class Fp8BlockProducts(_Fp8Products):
+    """Products with scales of blocks (`megalite.kernels.fp8_blocks`), which are always summed in fp32."""
 
     kernels: Kernels
 
-    def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
-        weight = self._weight(weight_OI)
-        y = self._product(x, _NUMBERS, weight.codes_OI, weight.scale_oi, out)
-        return y if bias_O is None else torch.add(y, bias_O, out=out)
+    def cast_weight(self, weight_OI: Tensor) -> Fp8Weight:
+        codes_OI, scale_oi, turned_IO = self.kernels.fp8_cast_weight_blocks(weight_OI, _NUMBERS)
+        return Fp8Weight(codes_OI, scale_oi, turned_IO, scale_oi.t())
 
-    def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
-        weight = self._weight(weight_OI)
-        return self._product(grad, _GRADIENTS, weight.turned_IO, weight.scale_oi.t(), out)
-
-    def _weight(self, weight_OI: Tensor) -> Fp8BlockWeight:
-        def make() -> Fp8BlockWeight:
-            return Fp8BlockWeight(*self.kernels.fp8_cast_weight_blocks(weight_OI.detach(), _NUMBERS))
-
-        return weight_OI.derived(make) if isinstance(weight_OI, PlacedParameter) else make()
-
-    def _product(self, a: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale_mk: Tensor, out: Tensor | None) -> Tensor:
-        """a [..., K] @ b^T, with `a` as `dtype` and `b_MK` in 8 bits already."""
-        a_NK, a_scale_kN = self.kernels.fp8_cast_blocks(a.flatten(0, -2), dtype)
-        out_NM = None if out is None else out.flatten(0, -2)
-        product_NM: Tensor = self.kernels.fp8_block_product(a_NK, a_scale_kN, b_MK, b_scale_mk, out_NM)
-        return product_NM.view(*a.shape[:-1], b_MK.shape[0])
+    def multiply(
+        self, a_NK: Tensor, dtype: torch.dtype, b_MK: Tensor, b_scale: Tensor, out_NM: Tensor | None, *, fast: bool
+    ) -> Tensor:
+        codes_NK, scale_kN = self.kernels.fp8_cast_blocks(a_NK, dtype)
+        product_NM: Tensor = self.kernels.fp8_block_product(codes_NK, scale_kN, b_MK, b_scale, out_NM)
+        return product_NM
 
 
 def products_of(fp8: str, kernels: Kernels) -> Products:
@@ -126,4 +126,4 @@ def products_of(fp8: str, kernels: Kernels) -> Products:
         return PLAIN
     if fp8 == "block":
         return Fp8BlockProducts(kernels)
-    return Fp8Products(fp8 == "row", kernels.fp8_cast, kernels.fp8_cast_transpose)
+    return Fp8Products(fp8 == "row", kernels)
