@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megalite.config import ModelConfig
 from megalite.kernels import Kernels, fp8, fp8_blocks, grouped, grouped_torch, select_kernels, symmetric
 from megalite.kernels.attention import Documents
-from megalite.kernels.attention.choice import Call as AttentionCall
+from megalite.kernels.attention.call import Call as AttentionCall
 from megalite.kernels.attention.trial import admitted
 from megalite.kernels.dispatch import attention_candidates
 from megalite.mesh import Mesh

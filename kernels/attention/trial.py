@@ -19,11 +19,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
 from .agreement import disagreement
+from .call import Call
 
 UNPROVEN = ("gluon",)
 """Candidates that have never run on a GPU. One leaves this list when its tests have passed on a device."""
@@ -33,8 +33,8 @@ SECONDS = 180.0
 logger = logging.getLogger("megalite.kernels")
 
 
-def admitted(name: str, calls: Sequence[Any], device: torch.device, seconds: float = SECONDS) -> set[Any]:
-    """Those of `calls` (`choice.Call`) for which a child found that the candidate agrees; why not, goes to the log."""
+def admitted(name: str, calls: Sequence[Call], device: torch.device, seconds: float = SECONDS) -> set[Call]:
+    """Those of `calls` for which a child found that the candidate agrees; why not, goes to the log."""
     if not calls:
         return set()
     given = json.dumps([{**asdict(call), "dtype": str(call.dtype).removeprefix("torch.")} for call in calls])
@@ -74,7 +74,6 @@ def _last_line(text: str) -> str:
 
 def main(name: str, where: str) -> int:
     from ..dispatch import attention_candidates
-    from .choice import Call
 
     device = torch.device(where)
     if device.type == "cuda":

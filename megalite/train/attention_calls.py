@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megalite.config import Config
 from megalite.config.lengths import padded_length
-from megalite.kernels.attention.choice import Call
+from megalite.kernels.attention.call import Call
 from megalite.model.sharded import DTYPES
 from megalite.parallel.heads import split_heads
 

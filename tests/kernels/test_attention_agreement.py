@@ -13,7 +13,8 @@ import torch
 from megalite.kernels import select_kernels
 from megalite.kernels.attention import attention_reference, trial
 from megalite.kernels.attention.agreement import MOST_ROWS, blocks, disagreement
-from megalite.kernels.attention.choice import Call, Checks, MeasuredAttention, Within, choose_attention, seconds
+from megalite.kernels.attention.call import Call
+from megalite.kernels.attention.choice import Checks, MeasuredAttention, Within, choose_attention, seconds
 from megalite.kernels.attention.sdpa import attention_sdpa
 from megalite.mesh import Mesh
 

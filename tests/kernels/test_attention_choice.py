@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from megalite.errors import FINISHED, UserError
 from megalite.kernels import select_kernels
 from megalite.kernels.attention import Documents, attention_reference
+from megalite.kernels.attention.call import Call
 from megalite.kernels.attention.choice import (
-    Call,
     Checks,
     MeasuredAttention,
     Within,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalite.kernels.attention import attention_reference
-from megalite.kernels.attention.choice import Call
+from megalite.kernels.attention.call import Call
 from megalite.kernels.attention.trial import admitted
 from tests.kernels.gluon_emulator import Emulated
 from tests.kernels.suite.kernel_checks import compare
