@@ -4,8 +4,8 @@
 Shah et al. 2024, "FlashAttention-3": one warp does nothing but ask the tensor memory accelerator for tiles of keys and
 values; two groups of four warps consume them, each with 64 queries of its own. A consumer issues the scores of the next
 tile before the product of the last one's probabilities with its values, and computes the next softmax while that
-product runs. Masks and arithmetic are those of `flash_triton_kernels.py`, written again in Gluon's operations, since the
-functions there are made of Triton's.
+product runs. Masks and arithmetic are those of `flash_triton_kernels.py`, written again in Gluon's operations, since
+the functions there are made of Triton's.
 
 Barriers: one per slot of the ring that says "filled" (the accelerator arrives, with the number of bytes) and one that
 says "free" (both consumers arrive). Turn n of a slot waits for the barrier's phase n % 2; a free slot's first turn

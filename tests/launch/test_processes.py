@@ -10,6 +10,7 @@ import pytest
 from megalite import processes
 from megalite.processes import Processes
 from tests.support.patience import PATIENCE_SECONDS, wait_until
+from tests.support.processes import is_running
 
 pytestmark = [
     pytest.mark.fast,
@@ -58,7 +59,7 @@ def test_a_child_ends_with_a_launcher_that_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True) as launcher:
         child = int(launcher.stdout.readline())
         launcher.kill()
-    wait_until(lambda: not _runs(child))
+    wait_until(lambda: not is_running(child))
 
 
 def test_children_ignore_what_their_launcher_ignores():
@@ -75,11 +76,3 @@ def test_children_ignore_what_their_launcher_ignores():
     """)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.stdout.strip() == "True", done.stderr
-
-
-def _runs(process):
-    try:
-        with open(f"/proc/{process}/stat") as status:
-            return status.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False

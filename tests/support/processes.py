@@ -25,6 +25,14 @@ def descendants(root: int) -> set[int]:
     return found
 
 
+def is_running(process: int | str) -> bool:
+    """Whether it is there, and no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def listening(processes: set[int]) -> Iterator[tuple[str, str]]:
     """(address, command line) of every TCP socket on which one of the processes listens."""
     inodes = {}

@@ -209,8 +209,8 @@ class NotingProducts(TorchDispatchMode):
         return result
 
 
-_UNKNOWN_ON_THE_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+UNKNOWN_ON_THE_HOST = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 _UPLOADS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy)
@@ -251,8 +251,8 @@ class _Fetches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, recorder = kwargs or {}, self.recorder
         operation = func.name().split(".")[0].removeprefix("aten::")
-        if operation in _INDEXING:
-            if any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1])):
+        if operation in INDEXING:
+            if any(index.dtype in (torch.bool, torch.uint8) for index in tensors(args[1])):
                 recorder.note_host_wait(operation)
         elif operation in ("_to_copy", "copy_"):
             target = kwargs.get("device") or args[0].device
@@ -262,8 +262,8 @@ class _Fetches(TorchDispatchMode):
                 recorder.note_host_wait(operation)
             if crosses and target != recorder.device:
                 return torch.ones(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-        elif _UNKNOWN_ON_THE_HOST.intersection(func.tags) and any(
-            tensor.device == recorder.device for tensor in _tensors((args, kwargs))
+        elif UNKNOWN_ON_THE_HOST.intersection(func.tags) and any(
+            tensor.device == recorder.device for tensor in tensors((args, kwargs))
         ):
             recorder.note_host_wait(operation)
             if operation == "_local_scalar_dense":
@@ -271,14 +271,15 @@ class _Fetches(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in arguments or results."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+        yield from tensors(tuple(value.values()))
 
 
 def _project_function() -> str:

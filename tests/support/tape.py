@@ -7,14 +7,13 @@ a shape that only the device knows, a copy between host and device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.support.recording import _INDEXING, _UNKNOWN_ON_THE_HOST
+from tests.support.recording import INDEXING, UNKNOWN_ON_THE_HOST, tensors
 
 _NO_VALUES = ("detach", "alias", "empty", "new_empty", "empty_like", "empty_strided")
 
@@ -23,19 +22,9 @@ class CannotBeRecorded(Exception):
     """A graph could not hold this operation."""
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-
-
 def storages(value: Any) -> set[int]:
     """The storages of all tensors in a value."""
-    return {tensor.untyped_storage()._cdata for tensor in _tensors(value)}
+    return {tensor.untyped_storage()._cdata for tensor in tensors(value)}
 
 
 class Tape(TorchDispatchMode):
@@ -51,9 +40,9 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().split(".")[0].removeprefix("aten::")
-        unknown = bool(_UNKNOWN_ON_THE_HOST.intersection(func.tags))
-        if name in _INDEXING:  # of a shape that is known, unless by a mask
-            unknown = any(index.dtype in (torch.bool, torch.uint8) for index in _tensors(args[1]))
+        unknown = bool(UNKNOWN_ON_THE_HOST.intersection(func.tags))
+        if name in INDEXING:  # of a shape that is known, unless by a mask
+            unknown = any(index.dtype in (torch.bool, torch.uint8) for index in tensors(args[1]))
         if unknown:
             raise CannotBeRecorded(name)
         if name == "lift_fresh":  # a number of the program
@@ -61,7 +50,7 @@ class Tape(TorchDispatchMode):
         for storage in storages((args, kwargs)) - self._made:
             self.foreign.setdefault(storage, name)
         result = func(*args, **kwargs)
-        if len({tensor.device for tensor in _tensors((args, kwargs, result)) if tensor.dim()}) > 1:
+        if len({tensor.device for tensor in tensors((args, kwargs, result)) if tensor.dim()}) > 1:
             raise CannotBeRecorded(f"{name} between devices")
         self._made |= storages(result) - storages((args, kwargs))
         self.operations.append((func, args, kwargs, result))
@@ -75,7 +64,7 @@ class Tape(TorchDispatchMode):
                 if func.name().split(".")[0].removeprefix("aten::") in _NO_VALUES:
                     continue
                 again = func(*args, **kwargs)
-                for old, new in zip(_tensors(result), _tensors(again), strict=True):
+                for old, new in zip(tensors(result), tensors(again), strict=True):
                     if old.untyped_storage()._cdata not in given:  # neither a view nor changed in place
                         old.copy_(new)
 

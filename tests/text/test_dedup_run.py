@@ -20,6 +20,7 @@ from megalite.text.dedup.deduplication import Deduplication, DedupSummary, Setti
 from megalite.text.dedup.minhash import choose_banding
 from megalite.text.words import comparable_words
 from tests.support.patience import wait_until
+from tests.support.processes import is_running
 
 TOOL = Path(__file__).parents[2] / "tools" / "dedup_data.py"
 
@@ -292,11 +293,4 @@ def test_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
         wait_until(lambda: len(known.read_text().split()) == 2, process)
         children = known.read_text().split()
         process.kill()
-    wait_until(lambda: not any(map(_is_running, children)), told=lambda: children)
-
-
-def _is_running(process: str) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not any(map(is_running, children)), told=lambda: children)
