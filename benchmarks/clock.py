@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,17 @@ class Clock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
+
+
+def cpu_seconds(call: Callable[[], Any], repeat: int) -> float:
+    """CPU seconds of this process, the median of some calls after one that does not count."""
+    call()
+    measured = []
+    for _ in range(repeat):
+        began = time.process_time()
+        call()
+        measured.append(time.process_time() - began)
+    return statistics.median(measured)
 
 
 def copy_rate(device: torch.device, clock: Clock) -> float:

@@ -21,6 +21,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.provenance import simulated
 from megalite.cli import program
 from megalite.config import load_config
 from megalite.config.check import check_layout
@@ -97,7 +98,7 @@ def compare(output: Path | None = None) -> None:
     if output is not None:
         document = {
             "what": "a step by the planner, in ms, and what of it gathers and reductions expose; nothing was measured",
-            "command": "python benchmarks/data_overlap.py --output FILE",
+            "machine": simulated("data_overlap.py"),
             "rows": rows,
         }
         write_atomically(output, json.dumps(document, indent=1) + "\n")

@@ -8,30 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.clock import cpu_seconds
 from megalite.config import ModelConfig
 from megalite.kernels import grouped, select_kernels
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
 from megalite.model.families import family_of_model
 from megalite.model.init import initialise
-
-
-def cpu_seconds(action: Callable[[], object], repeat: int) -> float:
-    """The median of some runs, after one that does not count."""
-    action()
-    times = []
-    for _ in range(repeat):
-        began = time.process_time()
-        action()
-        times.append(time.process_time() - began)
-    return statistics.median(times)
 
 
 def grouped_against_dense(repeat: int) -> dict[str, float]:

@@ -12,37 +12,19 @@ something counts as one launch. The optimizer is not in it.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import tyro
-from memory_passes import FREE, LLAMA_8B, META, MICRO_BATCHES, commit, on_a_hopper, tensors, trainer_of
+from one_layer import FREE, META, MICRO_BATCHES, Options, on_a_hopper, show, tensors, trainer_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.cli import program
 from megalite.data.batch import Batch
-from megalite.files import write_atomically
-
-
-@dataclass(frozen=True)
-class Options:
-    """Counts of one layer and micro-batch."""
-
-    tokens: int = 8192
-    """Tokens of the micro-batch, of one sequence."""
-    recompute: tuple[str, ...] = ("none", "selective")
-    """Settings of train.recompute."""
-    before: Path | None = None
-    """Counts of an earlier version to put beside these."""
-    output: Path | None = None
-    """JSON file for the counts; without it they are only printed."""
 
 
 class Launches(TorchDispatchMode):
@@ -77,16 +59,16 @@ class Launches(TorchDispatchMode):
             yield
 
 
-def count(layers: int, options: Options, recompute: str) -> tuple[Counter[str], Counter[str]]:
+def count(layers: int, tokens: int, recompute: str) -> tuple[Counter[str], Counter[str]]:
     """(launches by kernel, nodes of the graph by kind) of a step of `layers` layers."""
-    trainer = trainer_of(layers, options.tokens, recompute)
-    tokens_BS = torch.zeros(1, options.tokens, dtype=torch.int64, device=META)
+    trainer = trainer_of(layers, tokens, recompute)
+    tokens_BS = torch.zeros(1, tokens, dtype=torch.int64, device=META)
     launches = Launches()
     with on_a_hopper():
         with launches, launches.of_triton():
             trainer.accumulate([Batch(tokens_BS, tokens_BS)] * MICRO_BATCHES)
         stage = trainer.stages[0]
-        hidden = stage(tokens_BS, stage.positions(options.tokens))
+        hidden = stage(tokens_BS, stage.positions(tokens))
     nodes: Counter[str] = Counter()
     seen, found = set(), [hidden.grad_fn]
     while found:
@@ -98,9 +80,9 @@ def count(layers: int, options: Options, recompute: str) -> tuple[Counter[str], 
     return launches.calls, nodes
 
 
-def layer(options: Options, recompute: str) -> dict[str, Any]:
+def layer(tokens: int, recompute: str) -> dict[str, Any]:
     """One layer and micro-batch: two layers less one."""
-    (few, few_nodes), (many, many_nodes) = (count(layers, options, recompute) for layers in (1, 2))
+    (few, few_nodes), (many, many_nodes) = (count(layers, tokens, recompute) for layers in (1, 2))
     kernels = {name: (many[name] - few[name]) / MICRO_BATCHES for name in sorted(many) if many[name] > few[name]}
     nodes = {name: many_nodes[name] - few_nodes[name] for name in sorted(many_nodes)}
     return {
@@ -111,30 +93,18 @@ def layer(options: Options, recompute: str) -> dict[str, Any]:
     }
 
 
+def lines(counts: dict[str, Any]) -> Iterator[str]:
+    for kind in ("kernels", "nodes"):
+        for name, number in counts[kind].items():
+            yield f"{name:<48}{number:6.1f}"
+
+
 @program
 def main() -> None:
     """Count, print and write."""
-    options = tyro.cli(Options, description=__doc__)
-    now = {recompute: layer(options, recompute) for recompute in options.recompute}
-    before = json.loads(options.before.read_text())["now"] if options.before else {}
-    for recompute, counts in now.items():
-        print(f"recompute {recompute}: one layer and micro-batch, {options.tokens} tokens, forward and backward")
-        for kind in ("kernels", "nodes"):
-            for name, number in counts[kind].items():
-                print(f"  {name:<48}{number:6.1f}")
-        for field in ("launches", "autograd_nodes"):
-            old = f"   before {before[recompute][field]}" if recompute in before else ""
-            print(f"  {field:<48}{counts[field]:6.1f}{old}")
-    if options.output:
-        document = {
-            "model": LLAMA_8B,
-            "tokens": options.tokens,
-            "torch": torch.__version__,
-            "commit": commit(),
-            "now": now,
-            **({"before": before} if before else {}),
-        }
-        write_atomically(options.output, json.dumps(document, indent=2) + "\n")
+    show(
+        tyro.cli(Options, description=__doc__), "", layer, lines, dict.fromkeys(("launches", "autograd_nodes"), "6.1f")
+    )
 
 
 if __name__ == "__main__":

@@ -13,71 +13,22 @@ was made in the forward pass of a stage and is still held at its end.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from unittest import mock
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # so that Triton's kernels may be chosen; none of them runs
 
 import torch
 import tyro
+from one_layer import FREE, META, MICRO_BATCHES, Options, on_a_hopper, show, tensors, trainer_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from megalite.cli import program
-from megalite.config import build_config
 from megalite.data.batch import Batch
-from megalite.files import write_atomically
-from megalite.kernels import select_kernels
-from megalite.mesh import Mesh
-from megalite.train.trainer import Trainer
 
-META = torch.device("meta")
 PRODUCTS = frozenset(("mm", "addmm", "addmm_", "bmm", "_scaled_mm", "linear"))
 OVERWRITES = frozenset(("copy_", "zero_", "fill_"))
-FREE = frozenset(
-    ("view", "_unsafe_view", "t", "transpose", "detach", "slice", "split", "split_with_sizes", "alias", "expand",
-     "permute", "unsqueeze", "squeeze", "select", "empty", "new_empty", "empty_like", "as_strided", "_reshape_alias",
-     "narrow", "empty_strided", "lift_fresh", "unbind", "unflatten")
-)  # fmt: skip
-LLAMA_8B = {"hidden_size": 4096, "ffn_hidden_size": 14336, "heads": 32, "kv_heads": 8, "vocab_size": 128256}
-MICRO_BATCHES = 2
-
-
-@dataclass(frozen=True)
-class Options:
-    """Counts of one layer and micro-batch."""
-
-    tokens: int = 8192
-    """Tokens of the micro-batch, of one sequence."""
-    recompute: tuple[str, ...] = ("none", "selective")
-    """Settings of train.recompute."""
-    before: Path | None = None
-    """Counts of an earlier version to put beside these."""
-    output: Path | None = None
-    """JSON file for the counts; without it they are only printed."""
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in arguments or results."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for part in value:
-            yield from tensors(part)
-    elif isinstance(value, Mapping):
-        yield from tensors(list(value.values()))
 
 
 def size(x: Tensor) -> int:
@@ -129,40 +80,6 @@ class Living(TorchDispatchMode):
         return sum(count for storage, count in self.storages.values() if not storage.expired())
 
 
-def trainer_of(layers: int, tokens: int, recompute: str) -> Trainer:
-    """A trainer of `layers` layers on the meta device."""
-    config = build_config(
-        {
-            "model": LLAMA_8B | {"layers": layers, "max_positions": tokens},
-            "train": {
-                "seq_length": tokens,
-                "micro_batch_size": 1,
-                "global_batch_size": MICRO_BATCHES,
-                "precision": "bf16",
-                "recompute": recompute,
-            },
-        }
-    )
-    kernels = select_kernels({"default": "triton"}, META)
-    return Trainer(config, Mesh(rank=0, device=META), kernels)
-
-
-@contextmanager
-def on_a_hopper() -> Iterator[None]:
-    """What asks torch for the GPU is told of one of compute capability 9.0."""
-    with (
-        mock.patch("torch.cuda.current_device", lambda: 0),
-        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
-    ):
-        yield
-
-
-def commit() -> str:
-    """The commit that is counted."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def count(layers: int, tokens: int, recompute: str) -> tuple[Passes, int]:
     """What a step of `layers` layers moves, and the bytes that one micro-batch keeps."""
     trainer = trainer_of(layers, tokens, recompute)
@@ -201,29 +118,17 @@ def layer(tokens: int, recompute: str) -> dict[str, Any]:
     }
 
 
+def lines(counts: dict[str, Any]) -> Iterator[str]:
+    for name, row in counts["operations"].items():
+        yield f"{name:<36}{row['calls']:6.2f} calls {row['gb']:8.3f}"
+
+
 @program
 def main() -> None:
     """Count, print and write."""
     options = tyro.cli(Options, description=__doc__)
-    now = {recompute: layer(options.tokens, recompute) for recompute in options.recompute}
-    before = json.loads(options.before.read_text())["now"] if options.before else {}
-    for recompute, counts in now.items():
-        print(f"recompute {recompute}: GB of one layer and micro-batch, {options.tokens} tokens, forward and backward")
-        for name, row in counts["operations"].items():
-            print(f"  {name:<36}{row['calls']:6.2f} calls {row['gb']:8.3f}")
-        for field in ("gb_outside_products", "calls_outside_products", "gb_of_products", "gb_kept"):
-            old = f"   before {before[recompute][field]}" if recompute in before else ""
-            print(f"  {field:<36}{counts[field]:8.2f}{old}")
-    if options.output:
-        document = {
-            "model": LLAMA_8B,
-            "tokens": options.tokens,
-            "torch": torch.__version__,
-            "commit": commit(),
-            "now": now,
-            **({"before": before} if before else {}),
-        }
-        write_atomically(options.output, json.dumps(document, indent=2) + "\n")
+    fields = ("gb_outside_products", "calls_outside_products", "gb_of_products", "gb_kept")
+    show(options, "GB of ", layer, lines, dict.fromkeys(fields, "8.2f"))
 
 
 if __name__ == "__main__":

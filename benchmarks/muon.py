@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
+from provenance import commit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -211,12 +211,11 @@ def main() -> None:
         raise UserError(f"--steps {options.steps} and --seeds {options.seeds}: give 10 steps or more and a seed")
     torch.set_num_threads(1)
     result = compare(options)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     result["machine"] = {
         "cpu": platform.machine(),
         "threads": 1,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": " ".join(["python", "benchmarks/muon.py", *sys.argv[1:]]),
     }
     for seed in result["seeds"]:

@@ -12,15 +12,12 @@ import functools
 import itertools
 import json
 import math
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich import box
 from rich.console import Console
@@ -30,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.planner.published import LLAMA3_8B, LLAMA3_70B, scaling_points
 from benchmarks.planner.queues import queued_makespan
+from benchmarks.provenance import simulated
 from megalite.cli import program
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
 from megalite.errors import UserError
+from megalite.files import write_atomically
 from megalite.planning import DEVICES, Device, Job
 from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import link, product_rate
@@ -199,16 +198,8 @@ def main() -> int:
     for title, made in tables.items():
         show(title, made)
     if arguments.output is not None:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        machine = {
-            "simulated on": f"{platform.machine()}, no GPU",
-            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-            "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-            "command": " ".join(["benchmarks/scaling.py", *sys.argv[1:]]),
-        }
-        part = arguments.output.with_suffix(".part")
-        part.write_text(json.dumps({"machine": machine, "tables": tables}, indent=1) + "\n")
-        part.replace(arguments.output)
+        document = {"machine": simulated("scaling.py"), "tables": tables}
+        write_atomically(arguments.output, json.dumps(document, indent=1) + "\n")
     return 0
 
 

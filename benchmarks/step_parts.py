@@ -11,8 +11,6 @@ an operation costs in a step, where its inputs are in a cache or not, may differ
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from clock import cpu_seconds
 from torch import Tensor
 from train_job import PRESETS, Job, micro_batches
 from train_worker import configuration, draw_weights
@@ -38,13 +37,7 @@ CPU = torch.device("cpu")
 
 def seconds(call: Callable[[], Any]) -> float:
     """Processor seconds, the median of a few calls after one."""
-    call()
-    measured = []
-    for _ in range(CALLS):
-        begun = time.process_time()
-        call()
-        measured.append(time.process_time() - begun)
-    return statistics.median(measured)
+    return cpu_seconds(call, CALLS)
 
 
 def both_ways(call: Callable[..., Any], *inputs: Tensor) -> float:

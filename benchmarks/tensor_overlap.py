@@ -19,9 +19,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.provenance import simulated
 from benchmarks.scaling import MODELS, TENSOR_GOALS, layer, show, tensor_job, tensor_share
 from megalite.cli import program
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
+from megalite.files import write_atomically
 from megalite.planning import DEVICES, Device
 from megalite.planning.job import MEGALITE
 from megalite.planning.tensor_time import LayerCommunication
@@ -83,9 +85,8 @@ def main() -> int:
     for title, rows in made.items():
         show(title, rows)
     if arguments.output is not None:
-        part = arguments.output.with_suffix(".part")
-        part.write_text(json.dumps({"simulated": True, "tables": made}, indent=1) + "\n")
-        part.replace(arguments.output)
+        document = {"machine": simulated("tensor_overlap.py"), "tables": made}
+        write_atomically(arguments.output, json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 from rich.console import Console
 from train_job import AXES, PRESETS, Job
 from train_report import draw, summarise, tabulate
@@ -207,14 +208,12 @@ class Machine:
 
 
 def describe(device: str) -> Machine:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     facts = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
     processor = names[0] if names else platform.processor()
     used = " ".join(word.partition("=")[0] if word.startswith("picotron=") else word for word in sys.argv[1:])
     return Machine(
-        device, processor, len(os.sched_getaffinity(0)), commit=commit, command=f"benchmarks/train.py {used}"
+        device, processor, len(os.sched_getaffinity(0)), commit=commit(), command=f"benchmarks/train.py {used}"
     )
 
 
