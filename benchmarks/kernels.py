@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 from clock import Clock, copy_rate
-from kernel_cases import GROUPS, LLAMA_8B, SMALL, Case, Setting, optional
+from kernel_cases import GROUPS
+from kernel_setting import LLAMA_8B, SMALL, Case, Setting, optional
 
 from megalite.kernels import select_kernels
 

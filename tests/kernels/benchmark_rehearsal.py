@@ -17,11 +17,12 @@ correct_bf16()
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import kernel_cases  # noqa: E402
+import kernel_setting  # noqa: E402
 
 import kernels as benchmark  # noqa: E402
 from megalite.kernels import select_kernels  # noqa: E402
 
-TINY = kernel_cases.Sizes(16, 32, 24, 4, 2, 16, 64, (16,), 32)
+TINY = kernel_setting.Sizes(16, 32, 24, 4, 2, 16, 64, (16,), 32)
 
 
 class Event:
@@ -71,7 +72,7 @@ def fake_flash():
 
 def main(out: Path) -> None:
     sys.modules |= {"liger_kernel.transformers.functional": fake_liger(), "flash_attn": fake_flash()}
-    kernel_cases.Setting.gpu = property(lambda self: True)
+    kernel_setting.Setting.gpu = property(lambda self: True)
     torch.cuda.Event = Event
     for name in ("synchronize", "memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"):
         setattr(torch.cuda, name, lambda: 0)
@@ -85,7 +86,7 @@ def main(out: Path) -> None:
 
     benchmark.Clock = cuda_clock
     kernels = select_kernels({"default": "triton"}, torch.device("cpu"))
-    setting = kernel_cases.Setting(kernels, torch.device("cpu"), torch.bfloat16, TINY, with_compile=False)
+    setting = kernel_setting.Setting(kernels, torch.device("cpu"), torch.bfloat16, TINY, with_compile=False)
     benchmark.run(setting, list(kernel_cases.GROUPS), 2, out / "kernels_rehearsal")
 
 

@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.parallel.test_pieces import SPLITS, events_of
 
 from benchmarks import scaling, tensor_overlap
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
@@ -15,6 +14,7 @@ from megalite.planning.job import MEGALITE
 from megalite.planning.stage_time import layer_work
 from megalite.planning.tensor_time import LayerCommunication, Queues, exposed
 from megalite.schedule.ops import Op
+from tests.parallel.test_overlap import SPLITS, events_of
 from tests.support.parity import Layout
 from tests.support.recording import Product, Start
 
