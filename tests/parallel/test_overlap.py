@@ -88,6 +88,7 @@ KINDS = {
     "four ranks": (Layout(tensor=4, sequence=True), 3, {"train.seq_length": 20}),
     "selective": (Layout(tensor=2, sequence=True), 2, {"train.recompute": "selective"}),
     "full": (Layout(tensor=2, sequence=True), 4, {"train.recompute": "full"}),
+    "later stage": (Layout(tensor=2, sequence=True, pipeline=2), 2, {}),
     "put off": (Layout(tensor=2, sequence=True, pipeline=2, schedule="zb_h1"), 2, {}),
     "zero 3": (Layout(tensor=2, sequence=True, data=2, zero=3), 3, {}),
     "context": (Layout(tensor=2, sequence=True, context=2), 2, {}),
