@@ -1,5 +1,5 @@
-"""Symmetric products in Triton: the tiles on and below the diagonal are computed, and written twice. Specification:
-`symmetric.py`.
+"""Symmetric products in Triton: the tiles on and below the diagonal are computed, and the elements there written twice.
+Specification: `symmetric.py`.
 
 Flop: R (R + tile) C, where a plain product takes 2 R R C. Bytes, b an element: b (R C + R R), and b R R / 2 for the
 addend. Half of the programs end at once; a grid of the needed half alone would take a square root in each.
@@ -47,14 +47,16 @@ def symmetric_kernel(
             )
             total = tl.dot(left, right, total, input_precision=PRECISION)
         total *= alpha
-        mask = below_mask & across_mask
+        # Of a tile on the diagonal too one half alone: a product need not round both alike.
+        place = tl.arange(0, BLOCK)
+        lower = (place[:, None] >= place[None, :]) | (tl.program_id(1) < tl.program_id(0))
+        mask = below_mask & lower
         if ADD:
             addend = tl.load(addend_ptr + below[:, None] * addend_stride + across[None, :], mask=mask, other=0.0)
             total += beta * addend.to(tl.float32)
         value = total.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + below[:, None] * rows + across[None, :], value, mask=mask)
-        if tl.program_id(1) < tl.program_id(0):
-            tl.store(out_ptr + across[None, :] * rows + below[:, None], value, mask=mask)
+        tl.store(out_ptr + across[None, :] * rows + below[:, None], value, mask=mask)
 
 
 def unsupported(a_RC: Tensor, addend_RR: Tensor | None = None, **options: Any) -> str | None:

@@ -6,7 +6,7 @@ query does not see adds 0. So the row of a query is the same whether it is compu
 from a cache. Backward is that of `parts.py`, for gradients are needed of whole batches alone.
 
 Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim, G = H / K; C blocks of keys, X = K * B,
-R = G * ROWS rows of a product.
+R = G * ROWS rows of a product, E the columns of one with the values.
 """
 
 from typing import Any
@@ -19,6 +19,10 @@ from .parts import AttentionParts, Seen
 from .reference import Options, document_begins, read_options
 
 ROWS, KEYS = 8, 32
+
+LEAST_COLUMNS = 16
+"""Of a product's result. Libraries compute narrower ones in a way of their own, in which the order of a row's sums can
+depend on its place (MKL in fp32: below 12 columns, on some processors)."""
 
 _SCORES = 1 << 24
 """Scores that are in memory at a time, at least those of one block of queries of one sequence."""
@@ -90,7 +94,8 @@ def _attend(
     beyond_BT = order_BT >= keys
     order_BT = (order_BT + begins_B[:, None]).remainder_(keys)
     k_XCDN = _blocks(k_TBKD, begins, blocks, width).transpose(-1, -2)
-    v_XCNE = _blocks(v_TBKD, begins, blocks, width + 1)  # a last column of ones, for the sums of probabilities
+    # beyond the values columns of ones, at least one: the sums of probabilities
+    v_XCNE = _blocks(v_TBKD, begins, blocks, max(width + 1, LEAST_COLUMNS))
     scale, out_SBHD = asked.scale_for(q_SBHD), torch.empty_like(q_SBHD)
     lse_BHS = torch.empty((batch, heads, queries), device=q_SBHD.device)
     for start in range(0, queries, ROWS):
@@ -110,8 +115,8 @@ def _attend(
         total_XRE = terms_XCRE[:, 0].clone()
         for block in range(1, blocks):
             total_XRE += terms_XCRE[:, block]
-        sum_XR1 = total_XRE[..., -1:]
-        out_XRD = total_XRE[..., :-1] / sum_XR1.where(sum_XR1 > 0, 1)
+        sum_XR1 = total_XRE[..., width : width + 1]
+        out_XRD = total_XRE[..., :width] / sum_XR1.where(sum_XR1 > 0, 1)
         out_SBHD[part] = out_XRD.view(batch, heads, ROWS, width)[:, :, :count].permute(2, 0, 1, 3)
         lse_XR1 = sum_XR1.log() + top_X1R1.squeeze(1)
         lse_BHS[:, :, part] = lse_XR1.view(batch, heads, ROWS)[:, :, :count]

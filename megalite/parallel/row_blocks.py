@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megalite.kernels.attention.batch_invariant import LEAST_COLUMNS
 from megalite.parallel.products import PLAIN, WideGradients
 
 ROWS = 64
@@ -23,17 +24,19 @@ class RowBlocks(WideGradients):
     """
 
     def output(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out: Tensor | None = None) -> Tensor:
-        x_NI, weight_IO = x.flatten(0, -2), weight_OI.t()
-        rows, blocks = len(x_NI), -(-len(x_NI) // ROWS)
+        x_NI, outputs = x.flatten(0, -2), len(weight_OI)
+        if outputs < LEAST_COLUMNS:
+            weight_OI = torch.cat((weight_OI, weight_OI.new_zeros(LEAST_COLUMNS - outputs, weight_OI.shape[1])))
+        rows, blocks, weight_IO = len(x_NI), -(-len(x_NI) // ROWS), weight_OI.t()
         padded_MI = x_NI.new_zeros((blocks * ROWS, x_NI.shape[1]))
         padded_MI[:rows] = x_NI
         out_MO = x_NI.new_empty((blocks * ROWS, len(weight_OI)))
         for part_RI, out_RO in zip(padded_MI.split(ROWS), out_MO.split(ROWS)):
             torch.mm(part_RI, weight_IO, out=out_RO)
-        out_NO = out_MO[:rows]
+        out_NO = out_MO[:rows, :outputs]
         if bias_O is not None:
             out_NO += bias_O
-        y = out_NO.view(*x.shape[:-1], -1)
+        y = out_NO.reshape(*x.shape[:-1], outputs)
         return y if out is None else out.copy_(y)
 
     def input_gradient(self, grad: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from megalite.generation.generator import Completion, Generator, Limits
 from megalite.generation.sampling import Sampling
 from megalite.kernels import select_kernels
 from megalite.kernels.attention import attention_reference
-from megalite.kernels.attention.batch_invariant import BatchInvariantAttention
+from megalite.kernels.attention.batch_invariant import LEAST_COLUMNS, BatchInvariantAttention
 from megalite.mesh import CPU, Mesh
 from megalite.model.sharded import ShardedModel
 from megalite.parallel.row_blocks import ROWS, RowBlocks
@@ -122,7 +122,8 @@ def test_the_difference_in_a_run_is_zero(precision: str) -> None:
 @pytest.mark.fast
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_a_product_of_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
-    for rows, inputs, outputs in ((1, 7, 5), (ROWS - 1, 100, 37), (2 * ROWS + 3, 24, 211)):
+    narrow = [(ROWS, random.randint(2, 120), outputs) for outputs in range(1, LEAST_COLUMNS)]
+    for rows, inputs, outputs in ((1, 7, 5), (ROWS - 1, 100, 37), (2 * ROWS + 3, 24, 211), *narrow):
         x, weight, bias = (torch.randn(shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
         whole = RowBlocks().output(x, weight, bias)
         plain = RowBlocks().output(x, weight, None)
@@ -138,6 +139,7 @@ CALLS = [  # queries, batch, heads, kv heads, width, window, softcap
     (37, 3, 4, 2, 10, None, None),
     (70, 2, 6, 3, 16, 9, None),
     (5, 1, 4, 4, 8, None, 3.0),
+    (29, 3, 3, 1, 5, None, None),
     (33, 4, 8, 2, 32, 40, None),
 ]
 
