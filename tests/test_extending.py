@@ -36,13 +36,11 @@ from tests.support import tiny
 from tests.support.parity import (
     Case,
     Layout,
-    Outcome,
     assert_close,
     assert_same_bits,
     build_trainer,
     layouts,
     micro_batches,
-    train,
     train_alone,
     train_virtually,
 )
@@ -82,15 +80,12 @@ def case_of(example: str, **fields: Any) -> Case:
     return Case.of({"model.layers": 4, "train.global_batch_size": 8, **fields_of(example), **fields}, steps=3)
 
 
-def check(together: Outcome, case: Case, layout: Layout) -> None:
+def agree(case: Case, layout: Layout) -> None:
+    alone, together = train_alone(case), train_virtually(case, layout, chaos=True)
     if layout.pure_pipeline:
-        assert_same_bits(together, train_alone(case))
+        assert_same_bits(together, alone)
     else:
-        assert_close(together, train_alone(case))
-
-
-def agree(pool: Any, case: Case, layout: Layout) -> None:
-    check(train(pool, case, layout, chaos=True), case, layout)
+        assert_close(together, alone)
 
 
 @pytest.mark.fast
@@ -109,8 +104,8 @@ def test_examples_are_short_and_built_in_names_lead_somewhere() -> None:
 
 @each_example
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_in_every_kind_of_layout(pool: Any, example: str, layout: Layout) -> None:
-    agree(pool, case_of(example), layout)
+def test_in_every_kind_of_layout(example: str, layout: Layout) -> None:
+    agree(case_of(example), layout)
 
 
 @pytest.mark.slow
@@ -119,13 +114,13 @@ def test_in_all_layouts(example: str) -> None:
     for layout in layouts(4):
         stages = layout.pipeline * find_schedule(layout.schedule).least_chunks
         if stages <= 4 and 3 not in (layout.tensor, layout.pipeline, layout.data):  # 4 layers, 8 samples
-            check(train_virtually(case_of(example), layout), case_of(example), layout)
+            agree(case_of(example), layout)
 
 
 @pytest.mark.parametrize("layout", [Layout(pipeline=4), Layout(tensor=2, pipeline=2)], ids=lambda layout: layout.name)
-def test_the_schedule(pool: Any, layout: Layout) -> None:
+def test_the_schedule(layout: Layout) -> None:
     case = Case.of({"model.layers": 4, "train.global_batch_size": 8}, steps=3)
-    agree(pool, case, dataclasses.replace(layout, schedule=EAGER))
+    agree(case, dataclasses.replace(layout, schedule=EAGER))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

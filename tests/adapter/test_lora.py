@@ -26,8 +26,8 @@ from tests.support.parity import (
     build_trainer,
     micro_batches,
     pieces_of_weights,
-    train,
     train_alone,
+    train_virtually,
 )
 
 FIELDS: dict[str, Any] = {
@@ -60,10 +60,10 @@ def case_of(**fields: Any) -> Case:
     [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.slow) for layout in MORE_LAYOUTS)],
     ids=lambda layout: layout.name,
 )
-def test_gradients_and_updates_in_every_kind_of_layout(pool: Any, layout: Layout) -> None:
+def test_gradients_and_updates_in_every_kind_of_layout(layout: Layout) -> None:
     """4 ranks share 3 key/value heads; biases, norms of heads and tied embeddings lie beside."""
     case = case_of(**({"model.attention_bias": True, "model.tie_embeddings": True} if layout.tensor > 1 else {}))
-    together, alone = train(pool, case, layout, chaos=True), train_alone(case)
+    together, alone = train_virtually(case, layout, chaos=True), train_alone(case)
     if layout.pure_pipeline:
         assert_same_bits(together, alone)
     else:
@@ -152,7 +152,7 @@ EXPERTS = {"model.experts": 4, "model.dense_layers": (0,), "model.aux_loss": 0.0
     [Layout(), pytest.param(Layout(tensor=2, sequence=True, data=2, expert=2, zero=3), marks=pytest.mark.slow)],
     ids=lambda layout: layout.name,
 )
-def test_beside_experts(pool: Any, layout: Layout) -> None:
+def test_beside_experts(layout: Layout) -> None:
     """Experts, routers and what has been learnt about their load stay as they are."""
     case = case_of(**EXPERTS)
     trainer = build_trainer(case.config(1), 0, 1)
@@ -162,7 +162,7 @@ def test_beside_experts(pool: Any, layout: Layout) -> None:
     assert not any("experts" in name for name in after.gradients)
     assert all("lora_" in name or torch.equal(values, after.weights[name]) for name, values in before.items())
     if layout.world > 1:
-        assert_close(train(pool, case, layout, chaos=True), after)
+        assert_close(train_virtually(case, layout, chaos=True), after)
 
 
 # Policies

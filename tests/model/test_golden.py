@@ -162,17 +162,17 @@ def _names(layout: str) -> list[str]:
     return [name for name in golden.NAMES if layout != "expert 2" or name.endswith("_experts")]
 
 
-def _train(rank: int, world_size: int, layout: str) -> list[list[tuple[float, float]]]:
-    return [golden.train(rank, world_size, name, **LAYOUTS[layout]) for name in _names(layout)]
+def _train(rank: int, world_size: int, layout: str, name: str) -> list[tuple[float, float]]:
+    return golden.train(rank, world_size, name, **LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_follows_transformers(pool: Pool, layout: str) -> None:
     """Eight clipped AdamW steps from the same weights on the same tokens, in any layout."""
     world_size = WORLD_SIZES.get(layout, 2)
-    for result in pool.run(_train, world_size, world_size, layout):
-        for name, steps in zip(_names(layout), result):
+    for name in _names(layout):
+        expected = golden.golden(name)
+        for steps in pool.run(_train, world_size, world_size, layout, name):
             losses, norms = zip(*steps)
-            expected = golden.golden(name)
             torch.testing.assert_close(torch.tensor(losses), expected["train_loss"].float(), rtol=2e-5, atol=0)
             torch.testing.assert_close(torch.tensor(norms), expected["train_norm"].float(), rtol=2e-4, atol=0)

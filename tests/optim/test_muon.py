@@ -33,6 +33,7 @@ from tests.support.parity import (
     pieces_of_weights,
     train,
     train_alone,
+    train_virtually,
 )
 from tests.support.pool import Pool
 
@@ -256,9 +257,9 @@ def test_every_expert_is_a_matrix_in_all_layouts(pool: Pool, layout: Layout) -> 
     compare_updates(pool, EXPERTS | {"model.dense_layers": (0,)}, layout)
 
 
-def agree(pool: Pool, fields: dict[str, Any], layout: Layout) -> None:
+def agree(fields: dict[str, Any], layout: Layout) -> None:
     case = Case.of(MUON | {"model.layers": 4} | fields)
-    ours, alone = train(pool, case, layout, chaos=True), train_alone(case)
+    ours, alone = train_virtually(case, layout, chaos=True), train_alone(case)
     (assert_same_bits if layout.pure_pipeline else assert_close)(ours, alone)
 
 
@@ -267,21 +268,21 @@ def agree(pool: Pool, fields: dict[str, Any], layout: Layout) -> None:
     [Layout(pipeline=2, schedule="zb_v"), Layout(tensor=2, sequence=True, pipeline=2), Layout(data=4, zero=3)],
     **by_name,
 )
-def test_eight_steps_are_those_of_one_process(pool: Pool, layout: Layout) -> None:
-    agree(pool, {}, layout)
+def test_eight_steps_are_those_of_one_process(layout: Layout) -> None:
+    agree({}, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [*LAYOUTS, *WIDE], **by_name)
-def test_eight_steps_are_those_of_one_process_in_all_layouts(pool: Pool, layout: Layout) -> None:
+def test_eight_steps_are_those_of_one_process_in_all_layouts(layout: Layout) -> None:
     if layout.tensor != 3:
-        agree(pool, {}, layout)
+        agree({}, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", SPLIT, **by_name)
-def test_eight_steps_with_experts_are_those_of_one_process(pool: Pool, layout: Layout) -> None:
-    agree(pool, EXPERTS | {"model.dense_layers": (0,)}, layout)
+def test_eight_steps_with_experts_are_those_of_one_process(layout: Layout) -> None:
+    agree(EXPERTS | {"model.dense_layers": (0,)}, layout)
 
 
 def test_zero_levels_give_the_same_bits(pool: Pool) -> None:

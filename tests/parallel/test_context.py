@@ -30,6 +30,7 @@ from tests.support.parity import (
     pieces_of_weights,
     train,
     train_alone,
+    train_virtually,
 )
 from tests.support.pool import Pool
 
@@ -67,10 +68,10 @@ def marked(layouts: list[Layout], *marks: pytest.MarkDecorator) -> list[Any]:
 
 
 @pytest.mark.parametrize("layout", [*marked(REPRESENTATIVE), *marked(OTHERS, pytest.mark.slow)])
-def test_a_layout_trains_what_one_process_trains(pool: Pool, layout: Layout) -> None:
+def test_a_layout_trains_what_one_process_trains(layout: Layout) -> None:
     """Documents anywhere, a window across the cut, tied embeddings, norms of heads; on groups that misbehave."""
     case = case_for(layout, EVERYTHING, documents=True)
-    assert_close(train(pool, case, layout, chaos=True), train_alone(case))
+    assert_close(train_virtually(case, layout, chaos=True), train_alone(case))
 
 
 @pytest.mark.fast
@@ -83,10 +84,10 @@ def test_two_ranks_train_what_one_process_trains(pool: Pool, mode: str) -> None:
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", MODES)
-def test_recomputation_communicates_again(pool: Pool, mode: str, recompute: str) -> None:
+def test_recomputation_communicates_again(mode: str, recompute: str) -> None:
     layout = Layout(context=2, pipeline=2, mode=mode)
     case = case_for(layout, {"train.recompute": recompute}, steps=3, documents=True)
-    assert_close(train(pool, case, layout, chaos=True), train_alone(case.having({"train.recompute": "none"})))
+    assert_close(train_virtually(case, layout, chaos=True), train_alone(case.having({"train.recompute": "none"})))
 
 
 def few_labels(kept: Mapping[int, list[int]], config: Any, mesh: Any) -> list[Batch]:

@@ -1,6 +1,6 @@
 """Sparse layers train the model that one process trains, in every layout: experts split or not, all kinds of routers.
 
-All runs are on process groups that answer late and poison their buffers, unless named otherwise.
+All runs are on groups that answer late and poison their buffers, unless named otherwise.
 """
 
 import pytest
@@ -21,6 +21,7 @@ from tests.support.parity import (
     pieces_of_weights,
     train,
     train_alone,
+    train_virtually,
 )
 
 SPARSE = {
@@ -55,9 +56,9 @@ def case_for(layout, fields, **options):
     return Case.of({**fields, "model.layers": max(3, stages + 1), "train.global_batch_size": samples}, **options)
 
 
-def check(pool, fields, layout, **options):
+def check(fields, layout, **options):
     case = case_for(layout, fields, **options)
-    ours, alone = train(pool, case, layout, chaos=True), train_alone(case)
+    ours, alone = train_virtually(case, layout, chaos=True), train_alone(case)
     (assert_same_bits if layout.pure_pipeline else assert_close)(ours, alone)
 
 
@@ -104,9 +105,9 @@ def marked(chosen):
 
 
 @pytest.mark.parametrize("layout", marked(SPLIT))
-def test_experts_on_ranks(pool, layout):
+def test_experts_on_ranks(layout):
     """Every second layout with one kind of router, the others with the other."""
-    check(pool, FINE if SPLIT.index(layout) % 2 else SPARSE, layout)
+    check(FINE if SPLIT.index(layout) % 2 else SPARSE, layout)
 
 
 @pytest.mark.parametrize(
@@ -117,22 +118,22 @@ def test_experts_on_ranks(pool, layout):
         for layout in WHOLE
     ],
 )
-def test_experts_that_every_data_rank_holds(pool, layout, fields):
-    check(pool, fields, layout)
+def test_experts_that_every_data_rank_holds(layout, fields):
+    check(fields, layout)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize(
     "layout", [Layout(), Layout(tensor=2, sequence=True, data=2, expert=2)], ids=lambda one: one.name
 )
-def test_recomputing_counts_nothing_twice(pool, recompute, layout):
+def test_recomputing_counts_nothing_twice(recompute, layout):
     """Layers are computed again in backward: loads, biases and losses of the router stay what they were, to the bit."""
     case = case_for(layout, FINE, steps=4)
     again = case.having({"train.recompute": recompute})
     if layout.world == 1:
         assert_same_bits(train_alone(again), train_alone(case))
     else:
-        assert_same_bits(train(pool, again, layout, chaos=True), train(pool, case, layout, chaos=True))
+        assert_same_bits(train_virtually(again, layout, chaos=True), train_virtually(case, layout, chaos=True))
 
 
 ACCUMULATIONS = {

@@ -6,7 +6,7 @@ import torch
 from megalite.kernels import fp8, fp8_blocks
 from megalite.optim.lr_schedule import learning_rate
 from megalite.placement import PlacedParameter
-from tests.support.parity import Case, Layout, assert_same_bits, build_trainer, micro_batches, train
+from tests.support.parity import Case, Layout, assert_same_bits, build_trainer, micro_batches, train_virtually
 
 SMALL = {
     "model.layers": 2,
@@ -93,8 +93,8 @@ def test_a_weight_without_a_store_is_cast_at_every_product(casts):
     assert not torch.equal(first, weight.derived(lambda: weight.detach().clone()))
 
 
-def test_under_zero_3_the_same_bits(pool):
+def test_under_zero_3_the_same_bits():
     """Whole weights, and what was made of them, come and go there."""
     case = Case.of({**SMALL, "train.fp8": "row", "model.layers": 4}, steps=3)
-    whole, sharded = (train(pool, case, Layout(data=2, zero=zero), chaos=True) for zero in (2, 3))
+    whole, sharded = (train_virtually(case, Layout(data=2, zero=zero), chaos=True) for zero in (2, 3))
     assert_same_bits(sharded, whole)

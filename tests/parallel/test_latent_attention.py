@@ -19,8 +19,7 @@ from megalite.model.cost import AdapterConfig
 from megalite.model.decoder import Stage
 from megalite.model.init import initialise
 from megalite.placement import placed_parameters
-from tests.support.parity import Case, Layout, assert_close, assert_same_bits, distance, train, train_alone
-from tests.support.pool import Pool
+from tests.support.parity import Case, Layout, assert_close, assert_same_bits, distance, train_alone, train_virtually
 
 CPU = torch.device("cpu")
 LATENT: dict[str, Any] = {
@@ -83,11 +82,11 @@ def _named(fields: dict[str, Any], layout: Layout) -> str:
         *(pytest.param(*case, id=_named(*case), marks=pytest.mark.slow) for case in OTHERS),
     ],
 )
-def test_every_layout_trains_the_same(pool: Pool, fields: dict[str, Any], layout: Layout) -> None:
+def test_every_layout_trains_the_same(fields: dict[str, Any], layout: Layout) -> None:
     """With documents in the rows, among messages that arrive late."""
     case = Case.of(fields, steps=4, documents=layout.context == 1)
     agree = assert_same_bits if layout.pure_pipeline else assert_close
-    agree(train(pool, case, layout, chaos=True), train_alone(case))
+    agree(train_virtually(case, layout, chaos=True), train_alone(case))
 
 
 @pytest.mark.fast

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.parity import Case, Layout, assert_close, assert_same_bits, train, train_alone
-from tests.support.pool import Pool
+from tests.support.parity import Case, Layout, assert_close, assert_same_bits, train_alone, train_virtually
 
 FIELDS: dict[str, Any] = {
     "model.block": "sandwich_norm",
@@ -46,7 +45,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize(("fields", "layout"), LAYOUTS, ids=[f"{f['model.block']}-{at.name}" for f, at in LAYOUTS])
-def test_every_layout_trains_the_same(pool: Pool, fields: dict[str, Any], layout: Layout) -> None:
+def test_every_layout_trains_the_same(fields: dict[str, Any], layout: Layout) -> None:
     case = Case.of(fields, steps=4)
     agree = assert_same_bits if layout.pure_pipeline else assert_close
-    agree(train(pool, case, layout), train_alone(case))
+    agree(train_virtually(case, layout, chaos=True), train_alone(case))

@@ -1,6 +1,6 @@
 """Sizes that divide nothing, and every option that changes the arithmetic, split and not: the same model comes out.
 
-All runs here are on process groups that answer late and poison their buffers.
+All runs here are on groups that answer late and poison their buffers.
 """
 
 import pytest
@@ -13,8 +13,8 @@ from tests.support.parity import (
     assert_close,
     assert_same_bits,
     distance,
-    train,
     train_alone,
+    train_virtually,
 )
 
 T2, T2S, T4, T4S = Layout(tensor=2), Layout(tensor=2, sequence=True), Layout(tensor=4), Layout(tensor=4, sequence=True)
@@ -28,8 +28,8 @@ T2SP2, P2D2, T2SD2 = (
 FOUR_STEPS = {"steps": 4}
 
 
-def check(pool, case, layout, relative=1e-5):
-    ours, theirs = train(pool, case, layout, chaos=True), train_alone(case)
+def check(case, layout, relative=1e-5):
+    ours, theirs = train_virtually(case, layout, chaos=True), train_alone(case)
     if layout.pure_pipeline:
         assert_same_bits(ours, theirs)
     else:
@@ -55,8 +55,8 @@ HEADS = grid(
 
 
 @pytest.mark.parametrize(("fields", "layout"), HEADS)
-def test_heads_that_ranks_share(pool, fields, layout):
-    check(pool, Case.of(fields), layout)
+def test_heads_that_ranks_share(fields, layout):
+    check(Case.of(fields), layout)
 
 
 TIED = {"model.tie_embeddings": True}
@@ -69,9 +69,9 @@ VOCABULARIES = grid(
 
 
 @pytest.mark.parametrize(("fields", "layout"), VOCABULARIES)
-def test_vocabularies_that_do_not_divide(pool, fields, layout):
+def test_vocabularies_that_do_not_divide(fields, layout):
     """5 tokens on 4 ranks are 2, 2, 1 and 0; 3 tokens leave one rank of 4 none."""
-    check(pool, Case.of(fields), layout)
+    check(Case.of(fields), layout)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_vocabularies_that_do_not_divide(pool, fields, layout):
         ("14_tokens", {"train.seq_length": 14}, [T2SP2], None),
     ),
 )
-def test_odd_sequences(pool, fields, layout):
-    check(pool, Case.of(fields, **FOUR_STEPS), layout)
+def test_odd_sequences(fields, layout):
+    check(Case.of(fields, **FOUR_STEPS), layout)
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,14 @@ def test_odd_sequences(pool, fields, layout):
         ("1_micro_batch", {"train.global_batch_size": 1}, [P3, T2SP2], None),
     ),
 )
-def test_odd_depths_and_batches(pool, fields, layout):
-    check(pool, Case.of(fields, **FOUR_STEPS), layout)
+def test_odd_depths_and_batches(fields, layout):
+    check(Case.of(fields, **FOUR_STEPS), layout)
 
 
 @pytest.mark.parametrize("layout", [T2SP2, P3, D2, INTERLEAVED], ids=lambda layout: layout.name)
-def test_documents_that_restart_positions(pool, layout):
+def test_documents_that_restart_positions(layout):
     case = Case.of({"model.layers": 5}, documents=True, steps=4)
-    check(pool, case, layout)
+    check(case, layout)
 
 
 def test_documents_matter():
@@ -117,37 +117,37 @@ def test_documents_matter():
 
 @pytest.mark.parametrize("layout", [Layout(), T2SP2, P2D2, T2], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputing_changes_nothing(pool, recompute, layout):
+def test_recomputing_changes_nothing(recompute, layout):
     """Against the same layout that keeps everything: the same bits."""
     case = Case.of(EVERYTHING, **FOUR_STEPS)
     again = case.having({"train.recompute": recompute})
     if layout.world == 1:
         assert_same_bits(train_alone(again), train_alone(case))
     else:
-        assert_same_bits(train(pool, again, layout, chaos=True), train(pool, case, layout, chaos=True))
+        assert_same_bits(train_virtually(again, layout, chaos=True), train_virtually(case, layout, chaos=True))
 
 
 @pytest.mark.parametrize("layout", [D2, P2D2, INTERLEAVED, T2SP2], ids=lambda layout: layout.name)
-def test_growing_batches(pool, layout):
+def test_growing_batches(layout):
     """4, 8, then 12 samples a step: the number of micro-batches changes under way."""
     case = Case.of({"train.batch_ramp": (4, 4, 24), "train.global_batch_size": 12, "model.layers": 5})
     assert [case.config(1).batch_size_at(samples) for samples in (0, 11, 12, 23, 24)] == [4, 4, 8, 8, 12]
-    check(pool, case, layout)
+    check(case, layout)
 
 
 @pytest.mark.parametrize(
     "layout", [P2, Layout(pipeline=3, schedule="gpipe"), INTERLEAVED], ids=lambda layout: layout.name
 )
-def test_bf16_pipelines_give_the_same_bits(pool, layout):
-    check(pool, Case.of({**EVERYTHING, "model.layers": 5, "train.precision": "bf16"}, **FOUR_STEPS), layout)
+def test_bf16_pipelines_give_the_same_bits(layout):
+    check(Case.of({**EVERYTHING, "model.layers": 5, "train.precision": "bf16"}, **FOUR_STEPS), layout)
 
 
 @pytest.mark.parametrize("layout", [T2, T2S, D2, T2SP2], ids=lambda layout: layout.name)
-def test_bf16_layouts_are_as_near_to_fp32_as_one_process(pool, layout):
+def test_bf16_layouts_are_as_near_to_fp32_as_one_process(layout):
     """bf16 keeps 8 bits; sums rounded in another order err in another way, but not by more."""
     case = Case.of(EVERYTHING, **FOUR_STEPS)
     half = case.having({"train.precision": "bf16"})
-    ours, alone, exact = train(pool, half, layout, chaos=True), train_alone(half), train_alone(case)
+    ours, alone, exact = train_virtually(half, layout, chaos=True), train_alone(half), train_alone(case)
     for name, value in exact.gradients.items():
         assert distance(ours.gradients[name], value) < 2 * distance(alone.gradients[name], value) + 0.005, name
     # All weights as one: in a key's bias, whose gradient is almost zero, Adam makes whole steps of rounding noise.
@@ -156,7 +156,7 @@ def test_bf16_layouts_are_as_near_to_fp32_as_one_process(pool, layout):
     torch.testing.assert_close(ours.losses, exact.losses, rtol=2e-3, atol=0.0)
 
 
-def test_bf16_sharded_optimizer_gives_the_bits_of_the_plain_one(pool):
+def test_bf16_sharded_optimizer_gives_the_bits_of_the_plain_one():
     case = Case.of({**EVERYTHING, "train.precision": "bf16"}, **FOUR_STEPS)
     plain = Layout(pipeline=2, data=2, zero=0)
-    assert_same_bits(train(pool, case, P2D2, chaos=True), train(pool, case, plain, chaos=True))
+    assert_same_bits(train_virtually(case, P2D2, chaos=True), train_virtually(case, plain, chaos=True))

@@ -26,8 +26,8 @@ from tests.support.parity import (
     assert_same_bits,
     build_trainer,
     pieces_of_weights,
-    train,
     train_alone,
+    train_virtually,
 )
 
 LAYOUTS = [
@@ -107,9 +107,9 @@ def case_of(fields: Mapping[str, Any] | None = None, **options: Any) -> Case:
     return Case.of({"model.layers": 4, "train.global_batch_size": 8} | dict(fields or {}), **options)
 
 
-def agree(pool: Any, case: Case, layout: Layout) -> None:
+def agree(case: Case, layout: Layout) -> None:
     alone = train_alone(case)
-    together = train(pool, case, layout, chaos=True)
+    together = train_virtually(case, layout, chaos=True)
     if layout.pure_pipeline:
         assert_same_bits(together, alone)
     else:
@@ -117,9 +117,9 @@ def agree(pool: Any, case: Case, layout: Layout) -> None:
 
 
 @in_layouts
-def test_a_weight_that_is_used_twice(pool, layout):
+def test_a_weight_that_is_used_twice(layout):
     case = case_of({"model.feed_forward": f"{__name__}:Twice"}, steps=4)
-    agree(pool, case, layout)
+    agree(case, layout)
 
 
 def initial_weights(case: Case) -> dict[str, Tensor]:
@@ -128,9 +128,9 @@ def initial_weights(case: Case) -> dict[str, Tensor]:
 
 
 @in_layouts
-def test_a_frozen_weight_stays_and_has_no_gradient(pool, layout):
+def test_a_frozen_weight_stays_and_has_no_gradient(layout):
     case = case_of({"model.feed_forward": f"{__name__}:HalfFrozen"}, steps=4)
-    agree(pool, case, layout)
+    agree(case, layout)
     untouched = initial_weights(case)
     trained = train_alone(case)
     for name, weight in trained.weights.items():
@@ -140,13 +140,13 @@ def test_a_frozen_weight_stays_and_has_no_gradient(pool, layout):
 
 
 @in_layouts
-def test_an_objective_of_log_probabilities(pool, layout):
-    agree(pool, case_of(steps=4, objective=FOCAL), layout)
+def test_an_objective_of_log_probabilities(layout):
+    agree(case_of(steps=4, objective=FOCAL), layout)
 
 
 @in_layouts
-def test_a_scalar_head(pool, layout):
-    agree(pool, case_of({"model.tie_embeddings": True}, steps=4, objective=REGRESSION), layout)
+def test_a_scalar_head(layout):
+    agree(case_of({"model.tie_embeddings": True}, steps=4, objective=REGRESSION), layout)
 
 
 @pytest.mark.fast

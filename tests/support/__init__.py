@@ -1,1 +1,1 @@
-"""What the tests share: worker processes, misbehaving process groups, small models and data."""
+"""What the tests share: worker processes, misbehaving groups, small models and data."""

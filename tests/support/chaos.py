@@ -1,7 +1,8 @@
-"""Process groups that misbehave as NCCL may, so that gloo on one machine shows the races of a cluster.
+"""Groups that misbehave as NCCL may, so that gloo on one machine, or one process, shows the races of a cluster.
 
 gloo finishes small transfers almost at once and NCCL runs in stream order, so code that forgets a `wait()`, reads a
-buffer early or reuses one that is still being sent works by luck on one and fails on the other. A `ChaosGroup`
+buffer early or reuses one that is still being sent works by luck on one and fails on the other. A `ChaosGroup`, around
+a group of gloo's or of `tests.support.virtual`,
 
 - works on copies: until `wait()` a receiving buffer holds poison (NaN and a number in turn);
 - starts late and completes late, by random delays that differ from rank to rank;
@@ -15,10 +16,10 @@ buffer early or reuses one that is still being sent works by luck on one and fai
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megalite.mesh import Group, Work, create_group
+from megalite.mesh import Group, GroupFactory, Work, create_group
 from megalite.parallel.virtual_parts import TreeGroup
 
 LONGEST_DELAY_SECONDS = 0.002
@@ -36,12 +37,21 @@ class RaceError(AssertionError):
     """Code touched a buffer in flight, or left an operation without `wait()`."""
 
 
+def sleep_a_while(chance: random.Random) -> None:
+    """Long enough for other processes to go on."""
+    time.sleep(chance.random() * LONGEST_DELAY_SECONDS)
+
+
 @dataclass
 class ChaosGroups:
-    """Makes chaos groups; pass it as `Mesh(make_group=...)`. Give every rank its own seed."""
+    """Makes chaos groups around those of `make`; pass it as `Mesh(make_group=...)`. Give every rank its own seed.
+
+    `pause` is how a rank falls behind the others.
+    """
 
     seed: int = 0
-    make: Callable[[tuple[int, ...], int], Group] = create_group
+    make: GroupFactory = create_group
+    pause: Callable[[random.Random], None] = sleep_a_while
     in_flight: dict[int, str] = field(default_factory=dict)
     sums_up_the_tree: bool = False
 
@@ -51,7 +61,7 @@ class ChaosGroups:
 
     def __call__(self, ranks: tuple[int, ...], rank: int) -> Group:
         kind = ChaosTree if self.sums_up_the_tree else ChaosGroup
-        return kind(ranks, rank, self.make(ranks, rank).handle, self)
+        return kind(ranks, rank, self.make(ranks, rank), self)
 
     def verify(self) -> None:
         """Raise RaceError if any operation has not been waited for."""
@@ -59,50 +69,53 @@ class ChaosGroups:
             raise RaceError("never waited for:\n" + "\n".join(sorted(set(self.in_flight.values()))))
 
     def delay(self) -> None:
-        """Sleep for a random while, in one call of three."""
+        """Pause, in one call of three."""
         if self.random.random() < 1 / 3:
-            time.sleep(self.random.random() * LONGEST_DELAY_SECONDS)
+            self.pause(self.random)
 
 
 class ChaosGroup(Group):
     """A `Group` whose operations run on copies and touch the caller's tensors only when they are waited for."""
 
-    def __init__(self, ranks: tuple[int, ...], rank: int, handle: object, chaos: ChaosGroups) -> None:
-        super().__init__(ranks, rank, handle)  # type: ignore[arg-type]
-        self.chaos = chaos
+    def __init__(self, ranks: tuple[int, ...], rank: int, inner: Group, chaos: ChaosGroups) -> None:
+        super().__init__(ranks, rank, inner.handle)
+        self.inner, self.chaos = inner, chaos
+
+    def set_timeout(self, seconds: float) -> None:
+        self.inner.set_timeout(seconds)
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Work:
         copy = _copy(tensor)
-        return _InFlight(self, "all_reduce", partial(Group.all_reduce, self, copy, op), output=(tensor, copy))
+        return _InFlight(self, "all_reduce", partial(self.inner.all_reduce, copy, op), output=(tensor, copy))
 
     def all_gather(self, output: Tensor, tensor: Tensor) -> Work:
         result, source = _copy(output), _copy(tensor)
-        start = partial(Group.all_gather, self, result, source)
+        start = partial(self.inner.all_gather, result, source)
         return _InFlight(self, "all_gather", start, output=(output, result), input=tensor)
 
     def reduce_scatter(self, output: Tensor, tensor: Tensor) -> Work:
         result, source = _copy(output), _copy(tensor)
-        start = partial(Group.reduce_scatter, self, result, source)
+        start = partial(self.inner.reduce_scatter, result, source)
         return _InFlight(self, "reduce_scatter", start, output=(output, result), input=tensor)
 
     def all_to_all(self, output: Tensor, tensor: Tensor, arriving: Sequence[int], leaving: Sequence[int]) -> Work:
         result, source = _copy(output), _copy(tensor)
-        start = partial(Group.all_to_all, self, result, source, arriving, leaving)
+        start = partial(self.inner.all_to_all, result, source, arriving, leaving)
         return _InFlight(self, "all_to_all", start, output=(output, result), input=tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> Work:
         copy = _copy(tensor)
-        start = partial(Group.broadcast, self, copy, source)
+        start = partial(self.inner.broadcast, copy, source)
         if source == self.index:
             return _InFlight(self, "broadcast", start, input=tensor)
         return _InFlight(self, "broadcast", start, output=(tensor, copy))
 
     def send(self, tensor: Tensor, to: int) -> Work:
-        return _InFlight(self, "send", partial(Group.send, self, _copy(tensor), to), input=tensor)
+        return _InFlight(self, "send", partial(self.inner.send, _copy(tensor), to), input=tensor)
 
     def receive(self, tensor: Tensor, source: int) -> Work:
         copy = _copy(tensor)
-        start = partial(Group.receive, self, copy, source)
+        start = partial(self.inner.receive, copy, source)
         return _InFlight(self, "receive", start, output=(tensor, copy))
 
 
@@ -124,7 +137,7 @@ class _InFlight:
         output: tuple[Tensor, Tensor] | None = None,
         input: Tensor | None = None,
     ) -> None:
-        self.chaos, self.done = group.chaos, False
+        self.group, self.chaos, self.done = group, group.chaos, False
         self.name = f"{name} among ranks {group.ranks} started at {_caller()}"
         self.key = next(self.chaos.numbers)
         self.chaos.in_flight[self.key] = self.name
@@ -141,7 +154,10 @@ class _InFlight:
         if self.done:
             return
         self.chaos.delay()
-        self.work.wait()
+        began = time.perf_counter()
+        with self.group.observe_wait():
+            self.work.wait()
+        self.group.waited_seconds += time.perf_counter() - began
         self.done = True
         del self.chaos.in_flight[self.key]
         if self.input and not torch.equal(_bytes(self.input[0]), _bytes(self.input[1])):
@@ -188,5 +204,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 def _caller() -> str:
     """File and line, outside this file, that started the operation."""
-    frame = next(frame for frame in reversed(traceback.extract_stack()) if frame.filename != __file__)
-    return f"{frame.filename}:{frame.lineno}"
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "nowhere"

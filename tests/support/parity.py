@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -278,10 +279,12 @@ def pieces_of_gradients(trainer: Trainer) -> list[Piece]:
     ]
 
 
-def train_rank(rank: int, case: Case, world: int, chaos: bool, make_group: GroupFactory = create_group) -> RankOutcome:
-    """Train on this rank: gradients of the first step, then all steps, then an evaluation."""
+def train_rank(
+    rank: int, case: Case, world: int, chaos: bool, make_group: GroupFactory = create_group, **options: Any
+) -> RankOutcome:
+    """Train on this rank: gradients of the first step, then all steps, then an evaluation. `options` are chaos's."""
     config = case.config(world)
-    groups = ChaosGroups(seed=rank + 1, sums_up_the_tree=config.train.invariant > 0)
+    groups = ChaosGroups(rank + 1, make_group, sums_up_the_tree=config.train.invariant > 0, **options)
     make_group = groups if chaos else make_group
     trainer = build_trainer(config, rank, world, make_group, objective=case.objective)
 
@@ -333,17 +336,18 @@ def assemble(ranks: list[list[Piece]], copies: int, of_experts: int = 1) -> dict
     return whole
 
 
-def train_virtually(case: Case, layout: Layout) -> Outcome:
-    """The same with all ranks in this process, one after the other."""
+def train_virtually(case: Case, layout: Layout, chaos: bool = False) -> Outcome:
+    """The same with all ranks in this process, one after the other; with `chaos` in any order, and interrupted."""
     case = case.having(layout.fields)
-    ranks = World(layout.world).run(lambda rank, make: train_rank(rank, case, layout.world, False, make))
+    world = World(layout.world, random.Random(layout.name) if chaos else None)
+    ranks = world.run(lambda rank, make: train_rank(rank, case, layout.world, chaos, make, pause=world.pause))
     return combine(ranks, layout)
 
 
-def train(pool: Pool, case: Case, layout: Layout, chaos: bool = False, timeout: float | None = None) -> Outcome:
+def train(pool: Pool, case: Case, layout: Layout, chaos: bool = False) -> Outcome:
     case = case.having(layout.fields)
     case.config(layout.world)
-    ranks = pool.run(train_rank, layout.world, case, layout.world, chaos, timeout=timeout)
+    ranks = pool.run(train_rank, layout.world, case, layout.world, chaos)
     return combine(ranks, layout)
 
 

@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.support.patience import PATIENCE_SECONDS
+
 PRELOADED = ["torch", "torch.distributed", "numpy", "megalite.mesh", "megalite.config", "tests.support.pool"]
 
 GRACE_SECONDS = 1.0
@@ -53,7 +55,7 @@ class _Report:
 class Pool:
     """`size` workers; `run` uses the first `world_size` of them."""
 
-    def __init__(self, size: int = 4, timeout: float = 120.0) -> None:
+    def __init__(self, size: int = 4, timeout: float = PATIENCE_SECONDS) -> None:
         self.size = size
         self.timeout = timeout
         self._context = multiprocessing.get_context("forkserver")

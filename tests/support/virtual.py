@@ -3,7 +3,7 @@
 Each rank is a thread, and exactly one thread runs at a time: a rank runs until it waits for something that others have
 not sent yet, then the next one goes on. So a job is deterministic, and ranks that wait for each other for ever are
 found at once and named with what they wait for, as are ranks that call different collectives or pass other shapes.
-Sums are taken in the order of the ranks.
+Sums are taken in the order of the ranks. Ranks take turns in their order, or in that of a `random.Random`.
 
     world = World(8)
     results = world.run(function)      # function(rank, make_group); Mesh(..., make_group=make_group)
@@ -12,6 +12,7 @@ Sums are taken in the order of the ranks.
 from __future__ import annotations
 
 import functools
+import random
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -45,8 +46,8 @@ class _Deposit:
 class World:
     """`size` ranks."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, chance: random.Random | None = None) -> None:
+        self.size, self._chance = size, chance
         self.deposits: dict[tuple[Any, ...], _Deposit] = {}
         self.messages: dict[tuple[Any, ...], deque[Tensor]] = defaultdict(deque)
         self._turns = [threading.Semaphore(0) for _ in range(size)]
@@ -82,6 +83,8 @@ class World:
                 waits = {rank: self._waiting[rank][0] for rank in range(self.size) if rank not in done}
                 self._failure = Stuck(f"no rank can go on: {waits}")
                 able = list(waits)
+            if self._chance is not None:
+                self._chance.shuffle(able)
             for rank in able:
                 self._turns[rank].release()
                 self._back.acquire()
@@ -104,6 +107,11 @@ class World:
             self._waiting.pop(rank, None)
             if self._failure is not None:
                 raise _Ended
+
+    def pause(self, _chance: random.Random) -> None:
+        """Let every other rank that can take a turn."""
+        looks = iter((False,))
+        self.wait_for("its turn", lambda: next(looks, True))
 
     def _factory(self) -> GroupFactory:
         made: dict[tuple[int, ...], int] = defaultdict(int)
