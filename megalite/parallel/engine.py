@@ -126,7 +126,7 @@ class PipelineEngine:
         key = (op.stage, op.micro)
         hidden, edge = self._edges.pop(key, (None, None))
         if op.stage == self.last_stage:
-            gradient = torch.ones((), dtype=torch.float64, device=self.activation.device)
+            gradient = None  # of a scalar: 1; given as a tensor, torch would load its symbolic mathematics to check it
         else:
             gradient, work = self._gradients.pop(key)
             if work is not None:

@@ -26,7 +26,14 @@ from typing import Any
 
 from tests.support.patience import PATIENCE_SECONDS
 
-PRELOADED = ["torch", "torch.distributed", "numpy", "megalite.mesh", "megalite.config", "tests.support.pool"]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "torch.fx.experimental.symbolic_shapes",
+    "numpy",
+    "megalite.train.trainer",
+    "tests.support.pool",
+]
 
 GRACE_SECONDS = 1.0
 """What the ranks that have not reported yet get once another has failed."""
