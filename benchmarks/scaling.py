@@ -37,7 +37,7 @@ from megalite.planning.architecture import Architecture
 from megalite.planning.hardware import link, product_rate
 from megalite.planning.job import MEGALITE, Practice
 from megalite.planning.memory import worst_rank
-from megalite.planning.stage_time import TimeParts, pipeline_costs, stage_work
+from megalite.planning.stage_time import TimeParts, pipeline_costs, stage_works
 from megalite.planning.step_time import step_time
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
@@ -88,7 +88,7 @@ def layers_that_fit(device: Device, hidden: int) -> int:
 
 def layer(job: Job) -> TimeParts:
     """Seconds of one layer and micro-batch by kind: the middle of three stages has neither embedding nor output."""
-    work = stage_work(replace(job, pipeline=3), 1)
+    work = stage_works(replace(job, pipeline=3))[1]
     return work.forward.plus(work.backward)
 
 

@@ -224,13 +224,16 @@ def _with_launch(work: TimeParts, floor: float) -> TimeParts:
     return work._replace(launch=max(0.0, floor - work.seconds))
 
 
-def stage_work(job: Job, stage: int) -> StageWork:
-    """One stage and micro-batch, what ZeRO moves for each micro-batch included."""
+def stage_work(job: Job, stage: int, of_layers: dict[bool, StageWork]) -> StageWork:
+    """One stage and micro-batch, what ZeRO moves for each micro-batch included. `of_layers` keeps the work of a layer
+    of each kind, which is the same in all stages."""
     layers = job.layers[stage]
     overhead, recomputes = job.device.layer_overhead * layers, job.recompute == "full"
     forward = inputs = weights = TimeParts()
     for kind, count in job.kinds(stage):
-        work = layer_work(kind)
+        if kind.dense not in of_layers:
+            of_layers[kind.dense] = layer_work(kind)
+        work = of_layers[kind.dense]
         forward, inputs = forward.plus(work.forward.times(count)), inputs.plus(work.input_gradient.times(count))
         weights = weights.plus(work.weight_gradient.times(count))
     forward = _with_launch(forward, overhead)
@@ -257,10 +260,14 @@ def stage_work(job: Job, stage: int) -> StageWork:
 def stage_works(job: Job) -> list[StageWork]:
     """The work of every stage; of stages that are alike, once computed."""
     known: dict[object, StageWork] = {}
+    of_layers: dict[bool, StageWork] = {}
+    works = []
     for stage in range(job.stages):
-        if job.alike(stage) not in known:
-            known[job.alike(stage)] = stage_work(job, stage)
-    return [known[job.alike(stage)] for stage in range(job.stages)]
+        kind = job.alike(stage)
+        if kind not in known:
+            known[kind] = stage_work(job, stage, of_layers)
+        works.append(known[kind])
+    return works
 
 
 def _data_link(job: Job, expert: int = 1) -> Link:

@@ -13,7 +13,7 @@ from megalite.model.decoder import Stage
 from megalite.placement import placed_parameters
 from tests.fixtures import golden
 from tests.fixtures.make_huggingface import probe_signs
-from tests.support.pool import Pool
+from tests.support.virtual import World
 
 TOLERANCE = 2e-5
 """Absolute, on logits with a standard deviation of 1 to 2; two attention forms of transformers differ by as much."""
@@ -162,17 +162,17 @@ def _names(layout: str) -> list[str]:
     return [name for name in golden.NAMES if layout != "expert 2" or name.endswith("_experts")]
 
 
-def _train(rank: int, world_size: int, layout: str, name: str) -> list[tuple[float, float]]:
-    return golden.train(rank, world_size, name, **LAYOUTS[layout])
+def _train(name: str, layout: str) -> list[list[tuple[float, float]]]:
+    size = WORLD_SIZES.get(layout, 2)
+    return World(size).run(lambda rank, make: golden.train(rank, size, name, make, **LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_follows_transformers(pool: Pool, layout: str) -> None:
+def test_training_follows_transformers(layout: str) -> None:
     """Eight clipped AdamW steps from the same weights on the same tokens, in any layout."""
-    world_size = WORLD_SIZES.get(layout, 2)
     for name in _names(layout):
         expected = golden.golden(name)
-        for steps in pool.run(_train, world_size, world_size, layout, name):
+        for steps in _train(name, layout):
             losses, norms = zip(*steps)
             torch.testing.assert_close(torch.tensor(losses), expected["train_loss"].float(), rtol=2e-5, atol=0)
             torch.testing.assert_close(torch.tensor(norms), expected["train_norm"].float(), rtol=2e-4, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from tests.support.parity import (
     train_virtually,
 )
 from tests.support.pool import Pool
+from tests.support.virtual import World
 
 MUON: dict[str, Any] = {"optimizer.kind": "muon", "train.global_batch_size": 8}
 EXPERTS: dict[str, Any] = {"model.experts": 6, "model.expert_ffn_hidden_size": 12, "model.shared_experts": 1}
@@ -139,10 +141,12 @@ def test_buckets_hold_one_role_in_the_order_of_backward(kind: str) -> None:
 Steps = list[tuple[list[Piece], list[Piece], list[Piece]]]
 
 
-def updated(rank: int, case: Case, world: int, steps: int) -> tuple[Steps, dict[str, set[str]], list[str], int]:
+def updated(
+    rank: int, case: Case, world: int, steps: int, **options: Any
+) -> tuple[Steps, dict[str, set[str]], list[str], int]:
     """(gradients, weights before, weights after) of some steps on this rank; the state of what by name; the matrices
     that it works on; the elements that it sends to workers."""
-    config, groups = case.config(world), ChaosGroups(seed=rank + 1)
+    config, groups = case.config(world), ChaosGroups(seed=rank + 1, **options)
     trainer = build_trainer(config, rank, world, groups)
     found: Steps = []
     for step in range(steps):
@@ -166,10 +170,11 @@ RATE, SCALE, STEPS = 0.3, 0.7, 3
 """So large a rate that the rounding of the weights does not hide that of the updates."""
 
 
-def compare_updates(pool: Pool, fields: dict[str, Any], layout: Layout) -> None:
+def compare_updates(fields: dict[str, Any], layout: Layout) -> None:
     case = Case.of(MUON | fields).having(layout.fields)
     config = case.config(layout.world).optimizer
-    ranks = pool.run(updated, layout.world, case, layout.world, STEPS)
+    world = World(layout.world, random.Random(layout.name))
+    ranks = world.run(lambda rank, make: updated(rank, case, layout.world, STEPS, make=make, pause=world.pause))
     copies = layout.data * layout.context
     momentum: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -236,25 +241,25 @@ by_name = {"ids": lambda layout: layout.name}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, **by_name)
-def test_updates_are_those_of_whole_matrices(pool: Pool, layout: Layout) -> None:
-    compare_updates(pool, {}, layout)
+def test_updates_are_those_of_whole_matrices(layout: Layout) -> None:
+    compare_updates({}, layout)
 
 
 @pytest.mark.parametrize("layout", [SPLIT[2], SPLIT[4]], **by_name)
-def test_every_expert_is_a_matrix(pool: Pool, layout: Layout) -> None:
-    compare_updates(pool, EXPERTS, layout)
+def test_every_expert_is_a_matrix(layout: Layout) -> None:
+    compare_updates(EXPERTS, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", WIDE, **by_name)
-def test_updates_are_those_of_whole_matrices_in_all_layouts(pool: Pool, layout: Layout) -> None:
-    compare_updates(pool, {"model.tie_embeddings": True, "model.qk_norm": True}, layout)
+def test_updates_are_those_of_whole_matrices_in_all_layouts(layout: Layout) -> None:
+    compare_updates({"model.tie_embeddings": True, "model.qk_norm": True}, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [*LAYOUTS, *SPLIT], **by_name)
-def test_every_expert_is_a_matrix_in_all_layouts(pool: Pool, layout: Layout) -> None:
-    compare_updates(pool, EXPERTS | {"model.dense_layers": (0,)}, layout)
+def test_every_expert_is_a_matrix_in_all_layouts(layout: Layout) -> None:
+    compare_updates(EXPERTS | {"model.dense_layers": (0,)}, layout)
 
 
 def agree(fields: dict[str, Any], layout: Layout) -> None:

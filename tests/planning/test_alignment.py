@@ -19,7 +19,7 @@ from megalite.objective.work import flops_per_token, passes_of
 from megalite.planning import DEVICES, Job, estimate
 from megalite.planning.alignment import bytes_beside, critic_job, forward_seconds, rollout_bytes, token_seconds
 from megalite.planning.memory import rank_memory
-from megalite.planning.stage_time import stage_work
+from megalite.planning.stage_time import stage_works
 from megalite.planning.states import frozen_bytes, rank_parameters
 from megalite.planning.step_time import least_step_seconds, step_time
 from megalite.train.start import build_task as task_of
@@ -207,13 +207,13 @@ def test_the_parts_of_a_step():
     assert time.parts["rollout: writing answers"] == pytest.approx(written)
     # four micro-batches of two answers are scored, two of them are a mini-batch
     assert job.micro_batches == 2
-    assert time.parts["scores: policy"] == pytest.approx(4 * stage_work(job, 0).forward.seconds)
+    assert time.parts["scores: policy"] == pytest.approx(4 * stage_works(job)[0].forward.seconds)
 
 
 def test_a_reference_scores_every_pair_first():
     job = job_of("dpo")
     time = step_time(job)
-    assert time.parts["reference"] == pytest.approx(2 * stage_work(job, 0).forward.seconds)
+    assert time.parts["reference"] == pytest.approx(2 * stage_works(job)[0].forward.seconds)
     assert time.parts["reference"] == pytest.approx(forward_seconds(job))
     assert step_time(job_of("sft")).parts.keys() == time.parts.keys() - {"reference"}
 
