@@ -135,21 +135,20 @@ def read_state(trainer: Checkpointable, source: TensorSource, *, optimizer: bool
             found = {name: shape for name, shape in found.items() if name in whole}
     compare_shapes(expected, found, str(getattr(source, "directory", "the source")))
     trainer.wait_for_all_gather()
-    targets = [target for target in _targets(trainer, WEIGHT) if target.name in expected]
-    if isinstance(source, CheckpointReader):
-        source.read_into(WEIGHT, targets)
-    else:
-        for target in targets:
-            target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
+    weights = [target for target in _targets(trainer, WEIGHT) if target.name in expected]
     for segment in trainer.saved_segments:
         for values in segment.state.values():
             values.zero_()
+    if not isinstance(source, CheckpointReader):
+        for target in weights:
+            target.destination.copy_(source.read(target.name, target.region.offset, target.region.size))
+        return
+    targets = {WEIGHT: weights}  # read in one pass: a file holds the state of a tensor beside its weight
     for kind in trainer.optimizer.state_names if optimizer else ():
         if _has_state(source, kind):
-            assert isinstance(source, CheckpointReader)
-            targets = list(_targets(trainer, kind))
-            _require_state(source, kind, targets)
-            source.read_into(kind, targets)
+            targets[kind] = list(_targets(trainer, kind))
+            _require_state(source, kind, targets[kind])
+    source.read_into(targets)
 
 
 def _require_state(source: CheckpointReader, kind: str, targets: Sequence[Target]) -> None:

@@ -7,8 +7,9 @@ global: it knows nothing about layouts. `load_weights` fills the boxes of a mode
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,8 +27,9 @@ from megalite.model.shapes import local_shapes
 from megalite.model.sharded import ShardedModel
 from megalite.placement import PlacedParameter, Region, placed_parameters
 
-_READERS = 4
-"""Reader threads: while one waits for the disk, others compute checksums and copy."""
+_AHEAD = 4
+"""Pieces that are read before they are checked. One thread reads, for disks and page caches are fastest from beginning
+to end; ranks read beside each other."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -109,19 +111,20 @@ class CheckpointReader:
         if name not in entries:
             raise UserError(f"{self.directory} holds no {kind} of {name}")
         box = torch.empty(tuple(size), dtype=DTYPES[entries[name].dtype])
-        self.read_into(kind, [Target(name, Region(tuple(offset), tuple(size)), box)])
+        self.read_into({kind: [Target(name, Region(tuple(offset), tuple(size)), box)]})
         return box
 
-    def read_into(self, kind: str, targets: Iterable[Target]) -> None:
-        """Fill many boxes; every piece is read and verified once, roughly in file order.
+    def read_into(self, targets: Mapping[str, Iterable[Target]]) -> None:
+        """Fill many boxes, given by kind; every piece is read and verified once, roughly in file order.
 
         After an error the boxes are partly filled.
         """
-        by_name: dict[str, list[Target]] = {}
-        for target in targets:
-            by_name.setdefault(target.name, []).append(target)
-        jobs: list[tuple[str, int, str, Piece, list[Target]]] = []
-        for name, wanted in by_name.items():
+        by_key: dict[tuple[str, str], list[Target]] = {}
+        for kind, boxes in targets.items():
+            for target in boxes:
+                by_key.setdefault((kind, target.name), []).append(target)
+        jobs: list[tuple[str, int, str, str, Piece, list[Target]]] = []
+        for (kind, name), wanted in by_key.items():
             entry = self.manifest.index.get(kind, {}).get(name)
             if entry is None:
                 raise UserError(f"{self.directory} holds no {kind} of {name}")
@@ -131,18 +134,25 @@ class CheckpointReader:
                 touched = [target for target in wanted if target.region.overlap(_region(piece)) is not None]
                 if touched:
                     stored = self._file(piece.file).entry(piece_key(kind, name, piece.offset))
-                    jobs.append((piece.file, stored.begin, name, piece, touched))
+                    jobs.append((piece.file, stored.begin, kind, name, piece, touched))
         jobs.sort(key=lambda job: job[:2])
-        with ThreadPoolExecutor(_READERS) as readers:
-            for _ in readers.map(lambda job: self._deliver(kind, *job[2:]), jobs):
-                pass
+        under_way: deque[Future[None]] = deque()
+        with ThreadPoolExecutor(1) as beside:  # one reads the files from their beginnings on, the other checks
+            for _, _, kind, name, piece, touched in jobs:
+                # In the common case a whole piece goes into one target and can be read in place.
+                room = _room_for(piece, touched[0], DTYPES[self.manifest.index[kind][name].dtype])
+                content = self._read(kind, name, piece, room)
+                left = touched if room is None else touched[1:]
+                under_way.append(beside.submit(self._deliver, kind, name, piece, content, left))
+                if len(under_way) > _AHEAD:
+                    under_way.popleft().result()
+            for delivered in under_way:
+                delivered.result()
 
-    def _deliver(self, kind: str, name: str, piece: Piece, touched: list[Target]) -> None:
-        """Read and verify one piece and copy it to its targets."""
-        # In the common case a whole piece goes into one target and can be read in place.
-        direct = _room_for(piece, touched[0], DTYPES[self.manifest.index[kind][name].dtype])
-        content = self._verified(kind, name, piece, direct)
-        for target in touched[0 if direct is None else 1 :]:
+    def _deliver(self, kind: str, name: str, piece: Piece, content: Tensor, targets: Sequence[Target]) -> None:
+        """Verify one piece and copy it to its targets."""
+        self._check(kind, name, piece, content)
+        for target in targets:
             _copy_overlap(content, piece, target)
 
     def verify(self) -> list[str]:
@@ -151,7 +161,7 @@ class CheckpointReader:
         for kind, entries in self.manifest.index.items():
             for name, entry in entries.items():
                 for piece in entry.pieces:
-                    _collect(faults, functools.partial(self._verified, kind, name, piece))
+                    _collect(faults, functools.partial(self._verify, kind, name, piece))
         for name in self.manifest.extras:
             _collect(faults, functools.partial(self.extra, name))
         return list(dict.fromkeys(faults))
@@ -179,8 +189,8 @@ class CheckpointReader:
             self._files[name] = file
         return self._files[name]
 
-    def _verified(self, kind: str, name: str, piece: Piece, room: Tensor | None = None) -> Tensor:
-        """The content of a piece, verified against its checksum; read into `room` if given."""
+    def _read(self, kind: str, name: str, piece: Piece, room: Tensor | None = None) -> Tensor:
+        """The content of a piece, not verified yet; read into `room` if given."""
         file, key = self._file(piece.file), piece_key(kind, name, piece.offset)
         stored, dtype = file.entry(key), DTYPES[self.manifest.index[kind][name].dtype]
         if stored.shape != piece.size or stored.dtype != dtype:
@@ -190,9 +200,15 @@ class CheckpointReader:
             )
         content = torch.empty(piece.size, dtype=dtype) if room is None else room
         file.read_bytes(stored.begin, content)
-        if self.manifest.checksum(tensor_bytes(content)) != piece.checksum:
-            raise DamagedFile(f"{file.path}: {key} does not match its checksum: damaged")
         return content
+
+    def _check(self, kind: str, name: str, piece: Piece, content: Tensor) -> None:
+        if self.manifest.checksum(tensor_bytes(content)) != piece.checksum:
+            key = piece_key(kind, name, piece.offset)
+            raise DamagedFile(f"{self._file(piece.file).path}: {key} does not match its checksum: damaged")
+
+    def _verify(self, kind: str, name: str, piece: Piece) -> None:
+        self._check(kind, name, piece, self._read(kind, name, piece))
 
     def close(self) -> None:
         for file in self._files.values():
