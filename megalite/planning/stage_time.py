@@ -224,7 +224,7 @@ def _with_launch(work: TimeParts, floor: float) -> TimeParts:
     return work._replace(launch=max(0.0, floor - work.seconds))
 
 
-def stage_work(job: Job, stage: int, of_layers: dict[bool, StageWork]) -> StageWork:
+def _stage_work(job: Job, stage: int, of_layers: dict[bool, StageWork]) -> StageWork:
     """One stage and micro-batch, what ZeRO moves for each micro-batch included. `of_layers` keeps the work of a layer
     of each kind, which is the same in all stages."""
     layers = job.layers[stage]
@@ -265,7 +265,7 @@ def stage_works(job: Job) -> list[StageWork]:
     for stage in range(job.stages):
         kind = job.alike(stage)
         if kind not in known:
-            known[kind] = stage_work(job, stage, of_layers)
+            known[kind] = _stage_work(job, stage, of_layers)
         works.append(known[kind])
     return works
 

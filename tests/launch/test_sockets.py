@@ -39,15 +39,19 @@ def sockets(recipe, *command):
     return seen
 
 
+def train(recipe, number=0):
+    return [*LOCAL, recipe, "--run.dir", recipe.parent / f"run{number}"]
+
+
 def programs(recipe):
     """The programs over a trained model, and their layout on two ranks."""
     checkpoint = ["--checkpoint", recipe.parent / "run", "--parallel.tensor", "2"]
     data = ["--data", recipe.parent / "tokens", "--seq-length", "16", "--max-samples", "8"]
-    return [
-        ["tools/doctor.py", "--preflight", recipe],
-        ["tools/generate.py", *checkpoint, "--prompt-ids", "[1,2,3]", "--max-new-tokens", "4"],
-        ["tools/evaluate.py", "loss", *checkpoint, *data],
-    ]
+    return {
+        "doctor": ["tools/doctor.py", "--preflight", recipe],
+        "generate": ["tools/generate.py", *checkpoint, "--prompt-ids", "[1,2,3]", "--max-new-tokens", "4"],
+        "evaluate": ["tools/evaluate.py", "loss", *checkpoint, *data],
+    }
 
 
 def assert_loopback_only(seen):
@@ -57,8 +61,8 @@ def assert_loopback_only(seen):
 
 def test_local_training_and_programs(recipe):
     assert_loopback_only(sockets(recipe, *LOCAL, recipe))
-    for words in programs(recipe):
-        assert_loopback_only(sockets(recipe, *LOCAL, *words, "--processes", "2"))
+    for name in ("doctor", "generate"):
+        assert_loopback_only(sockets(recipe, *LOCAL, *programs(recipe)[name], "--processes", "2"))
 
 
 def test_one_process_listens_nowhere(recipe):
@@ -74,9 +78,20 @@ def test_under_torchrun_only_its_agent_listens_elsewhere(recipe):
 
 
 @pytest.mark.slow
-def test_quickstart(recipe):
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("name", ["train", "doctor", "generate", "evaluate"])
+def test_every_start(recipe, name, number):
+    if not (recipe.parent / "run").exists():
+        assert_loopback_only(sockets(recipe, *LOCAL, recipe))
+    words = train(recipe, number) if name == "train" else [*LOCAL, *programs(recipe)[name], "--processes", "2"]
+    assert_loopback_only(sockets(recipe, *words))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(2))
+def test_quickstart(recipe, number):
     source = Path(subprocess.__file__).parent
     small = ["--model.layers", "2", "--model.hidden_size", "64", "--train.seq_length", "64", "--steps", "2"]
     files = [source / name for name in ("subprocess.py", "argparse.py", "typing.py", "inspect.py")]
-    out = ["--out", recipe.parent / "quickstart", "--device", "cpu"]
+    out = ["--out", recipe.parent / f"quickstart{number}", "--device", "cpu"]
     assert_loopback_only(sockets(recipe, sys.executable, "launch/quickstart.py", *out, *small, "--input", *files))

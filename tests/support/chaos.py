@@ -37,21 +37,16 @@ class RaceError(AssertionError):
     """Code touched a buffer in flight, or left an operation without `wait()`."""
 
 
-def sleep_a_while(chance: random.Random) -> None:
-    """Long enough for other processes to go on."""
-    time.sleep(chance.random() * LONGEST_DELAY_SECONDS)
-
-
 @dataclass
 class ChaosGroups:
     """Makes chaos groups around those of `make`; pass it as `Mesh(make_group=...)`. Give every rank its own seed.
 
-    `pause` is how a rank falls behind the others.
+    `pause`, called with seconds, lets the other ranks go on.
     """
 
     seed: int = 0
     make: GroupFactory = create_group
-    pause: Callable[[random.Random], None] = sleep_a_while
+    pause: Callable[[float], None] = time.sleep
     in_flight: dict[int, str] = field(default_factory=dict)
     sums_up_the_tree: bool = False
 
@@ -71,7 +66,7 @@ class ChaosGroups:
     def delay(self) -> None:
         """Pause, in one call of three."""
         if self.random.random() < 1 / 3:
-            self.pause(self.random)
+            self.pause(self.random.random() * LONGEST_DELAY_SECONDS)
 
 
 class ChaosGroup(Group):

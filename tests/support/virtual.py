@@ -108,7 +108,7 @@ class World:
             if self._failure is not None:
                 raise _Ended
 
-    def pause(self, _chance: random.Random) -> None:
+    def pause(self, _seconds: float) -> None:
         """Let every other rank that can take a turn."""
         looks = iter((False,))
         self.wait_for("its turn", lambda: next(looks, True))
