@@ -191,7 +191,7 @@ JOB: dict[str, dict[str, Any]] = {
     "log": {"tensorboard": False},
 }
 
-RESIZED = [(5, (1, 1, 2)), (15, (2, 2, 2)), (20, (2, 1, 1))]
+RESIZED = [(5, (1, 1, 2)), (10, (2, 2, 2)), (15, (2, 1, 4)), (20, (2, 1, 1))]
 """[(last step, (tensor, pipeline, data))]; layouts of up to four ranks are above."""
 
 
