@@ -243,11 +243,14 @@ def _check_split(config: Config) -> None:
 
 
 def _check_overlap(config: Config) -> None:
-    """Whether there is a sequence to cut for `parallel.tensor_overlap_splits`."""
+    """Whether there is a sequence to cut for `parallel.tensor_overlap_splits`, or to keep for `keep_gathered`."""
     parallel, length = config.parallel, config.train.seq_length
     if parallel.tensor_overlap_splits > 1 and not parallel.sequence:
         problem = "cuts what parallel.sequence sends, and that is off"
         _refuse(config, "parallel.tensor_overlap_splits", problem, "use 0, or parallel.tensor > 1 with sequence")
+    if parallel.keep_gathered and not parallel.sequence:
+        problem = "keeps what parallel.sequence gathers, and that is off"
+        _refuse(config, "parallel.keep_gathered", problem, "leave it out, or use parallel.tensor > 1 with sequence")
     rows = padded_length(length, parallel.context, parallel.tensor) // (parallel.context * parallel.tensor)
     if parallel.tensor_overlap_splits > max(1, rows):
         problem = f"exceeds the {rows} tokens of a sequence that each rank has of train.seq_length = {length}"

@@ -61,6 +61,9 @@ class ParallelConfig:
     tensor_overlap_splits: Annotated[int, AtLeast(0, 4)] = 0
     """Pieces of the sequence in which tensor-parallel ranks send activations, each while another is being multiplied;
     1: whole, 0: 2 on GPUs with `sequence` and else 1."""
+    keep_gathered: bool = False
+    """With `sequence`, keep the gathered inputs of a layer's matrices for backward rather than gather them again: less
+    to send, and memory for two activations of the whole sequence a layer."""
     zero: Annotated[int, AtLeast(0, 3)] = 1
     """What the data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 and the gradients, 3 and the parameters."""
     schedule: Annotated[str, Named(tuple(SCHEDULES))] = "1f1b"

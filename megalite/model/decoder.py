@@ -40,10 +40,10 @@ class Stage(nn.Module):
     `embedding` is the first stage's, if it is in this process, for a tied output layer. Parameters are allocated but
     not initialised: fill them with `megalite.model.init.initialise` or from a checkpoint. `recompute` is `none`,
     `selective` (core attention and SwiGLU are recomputed in backward) or `full` (whole layers are); `fp8` is `none`,
-    `tensor`, `row` or `block` (see `megalite.parallel.fp8`). `pieces` cut what sequence parallelism sends
-    (`TensorRegion`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to all global names; `adapter` wraps
-    linear layers. With `view_of`, the parameters are shared with that stage. With a `context`, attention sees the
-    sequence of all its ranks. `make_build` makes the layers' context.
+    `tensor`, `row` or `block` (see `megalite.parallel.fp8`). `pieces` cut what sequence parallelism sends, and `keeps`
+    is whether what it gathers is kept (`TensorRegion`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to
+    all global names; `adapter` wraps linear layers. With `view_of`, the parameters are shared with that stage. With a
+    `context`, attention sees the sequence of all its ranks. `make_build` makes the layers' context.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Stage(nn.Module):
         embedding: VocabParallelEmbedding | None = None,
         sequence: bool = False,
         pieces: int = 1,
+        keeps: bool = False,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
         fp8: str = "none",
@@ -72,7 +73,7 @@ class Stage(nn.Module):
         stages = len(owners)
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
         self.recompute, self.owners = recompute, tuple(owners)
-        self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1, pieces)
+        self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1, pieces, keeps)
         if model.experts:  # on every rank, whatever layers it holds: groups must be as many everywhere
             mesh.group("ep")
             mesh.group(*EXPERT_DATA_AXES)
@@ -147,6 +148,7 @@ class Stage(nn.Module):
             embedding=self.embedding,
             sequence=sequence,
             pieces=self.region.pieces,
+            keeps=self.region.keeps,
             head="vocabulary" if self.scalar is None else "scalar",
             adapter=adapter,
             view_of=self,

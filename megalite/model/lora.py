@@ -240,7 +240,7 @@ class LoRAColumn(nn.Module):
         layer = self.layer
         u_sNR = functional.linear(x_sNI, self.down.gathered())
         u_SNR, gathered = layer.region.gather_start(u_sNR)
-        y_SNo = gathered_output(layer.region, layer.products, x_sNI, layer.weight.gathered(), layer.bias)
+        y_SNo, _ = gathered_output(layer.region, layer.products, x_sNI, layer.weight.gathered(), layer.bias)
         gathered.wait()
         return add_up(y_SNo, u_SNR, self.up, self.parts, self.scale), u_sNR
 

@@ -98,6 +98,7 @@ class ShardedModel:
                 embedding=self.stages[0].embedding if 0 in self.stages else None,
                 sequence=bool(config.parallel.sequence),
                 pieces=config.parallel.overlap_splits(gpu=mesh.device.type == "cuda"),
+                keeps=config.parallel.keep_gathered,
                 dtype=self.dtype,
                 recompute=config.train.recompute,
                 fp8=config.train.fp8,

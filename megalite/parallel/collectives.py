@@ -51,12 +51,13 @@ class TensorRegion:
     """The tensor-parallel group, and whether activations outside the region are split along the sequence.
 
     `pieces` is the number of pieces in which gathers and sums along the sequence run; a sequence of fewer rows a rank
-    has as many as rows.
+    has as many as rows. `keeps`: layers keep what they have gathered for backward.
     """
 
     group: Group
     sequence: bool
     pieces: int = 1
+    keeps: bool = False
     size: int = field(init=False)
     """Ranks of the group."""
     split: int = field(init=False)

@@ -5,7 +5,8 @@ and output features of the whole layer, i / o this rank's share of them.
 
 Sequence parallelism saves memory here: a column-parallel layer saves its input split along the sequence and gathers it
 again in backward, overlapped with the input-gradient GEMM; the reduction of that gradient then overlaps with the
-weight-gradient GEMM. Weight gradients are accumulated straight into the parameter's fp32 `main_grad`.
+weight-gradient GEMM. `parallel.keep_gathered` saves the gathered input instead. Weight gradients are accumulated
+straight into the parameter's fp32 `main_grad`.
 
 Where the region has pieces (`parallel.tensor_overlap_splits`), every collective runs beside some product:
 
@@ -123,10 +124,12 @@ class _ColumnLinear(Function):
         region: TensorRegion,
         products: Products,
     ) -> Any:
-        ctx.save_for_backward(*((x,) if weight.requires_grad else ()))  # for the weight's gradient alone
+        y_SBo, x_SBI = gathered_output(region, products, x, weight.gathered(), bias)
+        kept = x_SBI if region.keeps else x
+        ctx.save_for_backward(*((kept,) if weight.requires_grad else ()))  # for the weight's gradient alone
         ctx.weight, ctx.bias, ctx.region, ctx.products = weight, bias, region, products
         ctx.gathering = None
-        return gathered_output(region, products, x, weight.gathered(), bias)
+        return y_SBo
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -146,9 +149,9 @@ class _ColumnLinear(Function):
                 return add_weight_gradient(weight, grad_SBo, x_SBI, products)
 
             grad_weight = _beside_the_next(weight, region, add)
-        elif weight.requires_grad:  # put off: the saved input stays split along the sequence until then
+        elif weight.requires_grad:  # put off: what is gathered again stays split along the sequence until then
             (x,) = ctx.saved_tensors
-            weight.delay(lambda: add_weight_gradient(weight, grad_SBo, region.gather(x), products))
+            weight.delay(lambda: add_weight_gradient(weight, grad_SBo, _whole(region, x), products))
         grad_bias = add_bias_gradient(ctx.bias, grad_SBo, products)
         summed.wait()
         return grad_x, grad_weight, grad_bias, None, None
@@ -157,7 +160,13 @@ class _ColumnLinear(Function):
 def _start_gathering(node: Any) -> None:
     """Start to gather the saved input of a `_ColumnLinear`, if its backward pass is going to need the whole."""
     if node.gathering is None and node.weight.requires_grad and node.weight.delay is None:
-        node.gathering = node.region.gather_start(*node.saved_tensors)
+        (x,) = node.saved_tensors
+        node.gathering = (x, DONE) if node.region.keeps else node.region.gather_start(x)
+
+
+def _whole(region: TensorRegion, x: Tensor) -> Tensor:
+    """The whole input [S, B, I] of a `_ColumnLinear`, out of what it saved."""
+    return x if region.keeps else region.gather(x)
 
 
 class _GatherAhead(Function):
@@ -267,7 +276,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # a token's time in generation is mostly what autograd would add to it
-            return gathered_output(self.region, self.products, x, self.weight.gathered(), self.bias)
+            return gathered_output(self.region, self.products, x, self.weight.gathered(), self.bias)[0]
         return _ColumnLinear.apply(x, self.weight, self.bias, self.region, self.products)
 
 

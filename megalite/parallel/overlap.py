@@ -30,16 +30,17 @@ Multiply = Callable[..., Tensor]
 
 def gathered_output(
     region: TensorRegion, products: Products, x_sBI: Tensor, weight_oI: Tensor, bias_o: Tensor | None
-) -> Tensor:
-    """gather(x) @ weight^T + bias: [S, B, o]."""
+) -> tuple[Tensor, Tensor]:
+    """(gather(x) @ weight^T + bias, gather(x)): [S, B, o] and [S, B, I]."""
     if region.pieces == 1:
-        return products.output(region.gather(x_sBI), weight_oI, bias_o)
+        whole_SBI = region.gather(x_sBI)
+        return products.output(whole_SBI, weight_oI, bias_o), whole_SBI
     whole_SBI, pieces = region.gather_pieces(x_sBI)
     y_SBo = x_sBI.new_empty((*whole_SBI.shape[:-1], weight_oI.shape[0]))
     for piece, arrived in pieces:
         arrived.wait()
         products.output(whole_SBI[piece.whole], weight_oI, bias_o, out=y_SBo[piece.whole])
-    return y_SBo
+    return y_SBo, whole_SBI
 
 
 def summed_output(region: TensorRegion, products: Products, x_SBi: Tensor, weight_Oi: Tensor) -> Tensor:

@@ -156,7 +156,18 @@ def _inside_kept(job: Job, layer: LayerShare) -> float:
     norms += _norm_factors_kept(job, layer) / job.tokens
     feed_forward = layer.ffn * (2 if job.recompute == "selective" else 3)
     kept = norms + size * (2 * hidden + feed_forward) + _attention_kept(job, layer) + _experts_kept(job, layer)
+    kept += size * _gathered_kept(job, layer)
     return kept + (_adapter_kept(job, layer) if job.architecture.frozen else 0.0)
+
+
+def _gathered_kept(job: Job, layer: LayerShare) -> float:
+    """Elements a token of the inputs of column-parallel matrices that are kept whole, beyond this rank's own. Where a
+    replicated matrix or a router has the same input, it keeps the rank's own beside it."""
+    if not job.keep_gathered or job.split == 1 or job.architecture.frozen:
+        return 0.0
+    columns = [matrix for matrix in layer.sizes.matrices if matrix.split and not matrix.rows and matrix.used == 1]
+    own = sum((layer.latent is not None and not layer.latent.queries, layer.copies and layer.ffn > 0)) * layer.hidden
+    return sum(matrix.inputs for matrix in columns) * (1 - 1 / job.split) + own / job.split
 
 
 def _adapter_kept(job: Job, layer: LayerShare) -> float:

@@ -116,6 +116,7 @@ class Job:
     context_mode: str = "gather"
     sequence: bool = False
     overlap_splits: int = 1
+    keep_gathered: bool = False
     zero: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
@@ -164,6 +165,7 @@ class Job:
             context_mode=parallel.context_mode,
             sequence=bool(parallel.sequence),
             overlap_splits=parallel.overlap_splits(gpu=device.is_gpu),
+            keep_gathered=parallel.keep_gathered,
             zero=parallel.zero,
             schedule=parallel.schedule,
             virtual_stages=parallel.virtual_stages,

@@ -151,6 +151,7 @@ class LayerCommunication:
         self.job, self.attention_backward = job, attention_backward
         self.matrices = [_Exchanged.of(job, matrix) for matrix in job.layer.sizes.matrices if matrix.split]
         self.cuts, self.hides = job.split > 1, job.practice.overlaps_tensor
+        self.gathers = self.cuts and not job.splits_backward and not job.keep_gathered  # inputs, again in backward
         self.deferred: list[tuple[int, float]] = []
 
     def _start(self, queues: Queues, matrix: _Exchanged) -> list[int]:
@@ -214,15 +215,14 @@ class LayerCommunication:
     def _gathered_ahead(self, queues: Queues) -> int:
         """The gather of the input of queries, keys and values under the backward pass of attention."""
         first = self.matrices[0]
-        if self.job.layer.latent is not None or self.job.splits_backward or first.splits == 1:
+        if not self.gathers or self.job.layer.latent is not None or first.splits == 1:
             return 0
         ahead = self._start(queues, first)[-1]
         queues.compute(self.attention_backward)
         return ahead
 
     def _column_backward(self, queues: Queues, matrix: _Exchanged, ahead: int) -> None:
-        gathers = self.cuts and not self.job.splits_backward
-        if gathers and not ahead:
+        if self.gathers and not ahead:
             ahead = self._start(queues, matrix)[-1]
         if self.hides == "none":
             queues.wait(ahead)
@@ -258,5 +258,6 @@ def tensor_talk(job: Job, attention_backward: float) -> tuple[float, float, floa
         return 0.0, 0.0, 0.0
     layer = LayerCommunication(job, attention_backward)
     apart = job.split > 1 and job.splits_backward
-    gathers = sum(matrix.splits * matrix.sent for matrix in layer.matrices) if apart else 0.0
+    again = [matrix for matrix in layer.matrices if matrix.rows or not job.keep_gathered]
+    gathers = sum(matrix.splits * matrix.sent for matrix in again) if apart else 0.0
     return layer.forward(), layer.backward(), gathers

@@ -30,7 +30,7 @@ from tests.support.parity import (
 from tests.support.recording import NotingProducts, Product, Start, Wait
 
 fast = pytest.mark.fast
-SPLITS = "parallel.tensor_overlap_splits"
+SPLITS, KEEPS = "parallel.tensor_overlap_splits", "parallel.keep_gathered"
 
 
 class Alone:
@@ -102,6 +102,16 @@ def test_every_kind_of_backward_trains_the_same_in_pieces(kind):
     assert_equal_but_for_norms(train_virtually(case.having({SPLITS: pieces}), layout), whole(case, layout))
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kept_inputs_are_those_gathered_again(kind, pieces):
+    layout, _, fields = KINDS[kind]
+    case = PLAIN.having(fields | {SPLITS: pieces})
+    kept, again = train_virtually(case.having({KEEPS: True}), layout), whole(case, layout)
+    assert kept.losses == again.losses
+    assert all(torch.equal(kept.gradients[name], gradient) for name, gradient in again.gradients.items())
+
+
 OTHERS = ("experts", "biased", "log-probabilities", "values", "lora", "norm of all heads")
 
 
@@ -109,7 +119,7 @@ OTHERS = ("experts", "biased", "log-probabilities", "values", "lora", "norm of a
 def test_other_layers_know_which_tokens_a_rank_has(name):
     """Routers, adapters, heads of objectives: against one rank alone."""
     case, layout = CASES[name], Layout(tensor=2, sequence=True)
-    pieces = case.having({SPLITS: 3})
+    pieces = case.having({SPLITS: 3, KEEPS: True})
     assert_close(train_virtually(pieces, layout), train_alone(case))
 
 
@@ -176,6 +186,16 @@ def test_the_order_of_a_layer_in_two_pieces():
 
 
 @fast
+def test_what_is_kept_is_not_gathered_again():
+    layout = Layout(tensor=2, sequence=True, pipeline=3)
+    events = events_of(layout, 2, **MIDDLE, **{SPLITS: 2, KEEPS: True})
+    gradient, summed = "GG" + "{}" + "wPwP", "PSPS" + "P" + "ww"
+    feed_forward = gradient.format("") + summed
+    attention = gradient.format("P") + ATTENTION_BACKWARD + summed + "P"
+    assert trace(events, (2, 3), Op("B", 1, 1)) == feed_forward + attention
+
+
+@fast
 @pytest.mark.parametrize(("pieces", "recompute"), [(2, "none"), (3, "selective")])
 def test_no_backward_collective_of_a_layer_stands_alone(pieces, recompute):
     """Of those of a stage with two layers, the first gather alone has nothing beside it: the pass has only begun."""
@@ -199,6 +219,7 @@ def test_nccl_runs_the_pieces_of_all_ranks_to_the_end():
     ("fields", "message"),
     [
         ({SPLITS: 2}, "parallel.tensor_overlap_splits = 2 cuts what parallel.sequence sends, and that is off"),
+        ({KEEPS: True}, "parallel.keep_gathered = true keeps what parallel.sequence gathers, and that is off"),
         ({SPLITS: 4, "parallel.tensor": 4, "train.seq_length": 12}, "= 4 exceeds the 3 tokens of a sequence"),
     ],
 )

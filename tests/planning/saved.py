@@ -107,13 +107,14 @@ def saved_bytes(
     recompute: str,
     dtype: torch.dtype,
     mode: str = "gather",
+    keeps: bool = False,
     adapter: AdapterConfig = NO_ADAPTER,
 ) -> int:
     """Bytes that the middle one of three stages keeps of a micro-batch of `tokens` = (sequence, samples)."""
     sequence = mesh.tp > 1
     owners = (0, 1, 2)
     context = ContextRegion.of(mesh, mode, mesh.tp)
-    layout = {"stage": 1, "owners": owners, "sequence": sequence, "context": context}
+    layout = {"stage": 1, "owners": owners, "sequence": sequence, "keeps": keeps, "context": context}
     stage = Stage(model, mesh, kernels, dtype=dtype, recompute=recompute, adapter=make_adapter(adapter), **layout)
     if adapter.kind != "none":
         for parameter in placed_parameters(stage):

@@ -49,6 +49,7 @@ def some_job(draw: random.Random, device: str, recompute: str, size: int, tensor
         micro_batches=1,
         tensor=tensor,
         sequence=tensor > 1,
+        keep_gathered=tensor > 1 and draw.random() < 0.5,
         recompute=recompute,
         element_bytes=size,
         **context,
@@ -70,6 +71,7 @@ def test_a_layer_keeps_what_autograd_saves(kernels, tensor, size, recompute, mon
         plain_kernels() if kernels == "plain" else fused_kernels(),
         tokens=(job.seq_length, job.micro_batch_size),
         recompute=recompute,
+        keeps=job.keep_gathered,
         dtype=torch.bfloat16 if size == 2 else torch.float32,
     )
     assert saved == pytest.approx(layer_kept(job), rel=1e-9), dataclasses.asdict(job.architecture.model)
@@ -110,6 +112,7 @@ def test_latent_attention_keeps_what_autograd_saves(kernels, tensor, context, re
         plain_kernels() if kernels == "plain" else fused_kernels(),
         tokens=(job.seq_length, job.micro_batch_size),
         recompute=recompute,
+        keeps=job.keep_gathered,
         dtype=torch.bfloat16 if size == 2 else torch.float32,
         mode=job.context_mode,
         adapter=job.architecture.adapter,
@@ -145,6 +148,7 @@ def test_a_layer_of_a_split_sequence_keeps_what_autograd_saves(kernels, tensor, 
         plain_kernels() if kernels == "plain" else fused_kernels(),
         tokens=(job.seq_length, job.micro_batch_size),
         recompute=recompute,
+        keeps=job.keep_gathered,
         dtype=torch.bfloat16 if size == 2 else torch.float32,
         mode=mode,
     )
@@ -167,6 +171,7 @@ def test_a_layer_with_an_adapter_keeps_what_autograd_saves(kernels, tensor, reco
         plain_kernels() if kernels == "plain" else fused_kernels(),
         tokens=(job.seq_length, job.micro_batch_size),
         recompute=recompute,
+        keeps=job.keep_gathered,
         dtype=torch.bfloat16,
         adapter=adapter,
     )

@@ -14,7 +14,7 @@ from megalite.planning.job import MEGALITE
 from megalite.planning.stage_time import layer_work
 from megalite.planning.tensor_time import LayerCommunication, Queues, exposed
 from megalite.schedule.ops import Op
-from tests.parallel.test_overlap import SPLITS, events_of
+from tests.parallel.test_overlap import KEEPS, SPLITS, events_of
 from tests.support.parity import Layout
 from tests.support.recording import Product, Start
 
@@ -46,10 +46,10 @@ def test_a_wait_is_for_all_before_it_and_for_none_after():
     assert (queues.now, queues.exposed) == (8.0, 7.0)
 
 
-def replayed(operation, layers, pieces, product, sent, attention):
+def replayed(operation, layers, kept, pieces, product, sent, attention):
     """Exposed seconds of an operation of a middle stage as the trainer runs it."""
     layout = Layout(tensor=2, sequence=True, pipeline=3)
-    fields = {"model.layers": 3 * layers, "train.global_batch_size": 8, SPLITS: pieces}
+    fields = {"model.layers": 3 * layers, "train.global_batch_size": 8, SPLITS: pieces, KEEPS: kept}
     queues, numbers = Queues(MEGALITE.hiding_cost), {}
     part = 2 * 32 // pieces  # rows of a piece: of two samples of 32 tokens
     backward = operation.kind == "B"
@@ -69,16 +69,17 @@ def replayed(operation, layers, pieces, product, sent, attention):
     return queues.exposed
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("pieces", [2, 4])
 @pytest.mark.parametrize("sent", [0.3, 1.0, 4.0])
-def test_a_layer_is_played_as_the_trainer_runs_it(monkeypatch, pieces, sent):
+def test_a_layer_is_played_as_the_trainer_runs_it(monkeypatch, pieces, sent, kept):
     """All products alike and all collectives alike; a layer in the midst of others is the difference of two stages."""
     product, attention = random.uniform(0.5, 2.0), random.uniform(0.5, 5.0)
-    job = scaling.tensor_job(H100, 4096, 2, splits=pieces)
+    job = dataclasses.replace(scaling.tensor_job(H100, 4096, 2, splits=pieces), keep_gathered=kept)
     monkeypatch.setattr(tensor_time, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
     monkeypatch.setattr(tensor_time, "stream_exchange", lambda job, width=0, splits=1: sent)
     layer = LayerCommunication(job, attention)
-    times = pieces, product, sent, attention
+    times = kept, pieces, product, sent, attention
     assert layer.forward() == pytest.approx(replayed(Op("F", 1, 1), 1, *times))
     three, two = (replayed(Op("B", 1, 1), layers, *times) for layers in (3, 2))
     assert layer.backward() == pytest.approx(three - two)
