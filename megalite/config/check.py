@@ -243,7 +243,8 @@ def _check_split(config: Config) -> None:
 
 
 def _check_overlap(config: Config) -> None:
-    """Whether there is a sequence to cut for `parallel.tensor_overlap_splits`, or to keep for `keep_gathered`."""
+    """Whether there is a sequence to cut for `parallel.tensor_overlap_splits` or to keep for `keep_gathered`, and
+    something to hide for `two_batch_overlap`."""
     parallel, length = config.parallel, config.train.seq_length
     if parallel.tensor_overlap_splits > 1 and not parallel.sequence:
         problem = "cuts what parallel.sequence sends, and that is off"
@@ -251,10 +252,23 @@ def _check_overlap(config: Config) -> None:
     if parallel.keep_gathered and not parallel.sequence:
         problem = "keeps what parallel.sequence gathers, and that is off"
         _refuse(config, "parallel.keep_gathered", problem, "leave it out, or use parallel.tensor > 1 with sequence")
+    if parallel.two_batch_overlap:
+        _check_two_batches(config)
     rows = padded_length(length, parallel.context, parallel.tensor) // (parallel.context * parallel.tensor)
     if parallel.tensor_overlap_splits > max(1, rows):
         problem = f"exceeds the {rows} tokens of a sequence that each rank has of train.seq_length = {length}"
         _refuse(config, "parallel.tensor_overlap_splits", problem, f"use at most {rows}, or longer sequences")
+
+
+def _check_two_batches(config: Config) -> None:
+    parallel, field, off = config.parallel, "parallel.two_batch_overlap", "parallel.two_batch_overlap = false"
+    if parallel.tensor == parallel.expert == 1:
+        problem = "hides what tensor or expert ranks send, and there are none"
+        _refuse(config, field, problem, "use false, or parallel.tensor or expert > 1")
+    for path, most in (("parallel.pipeline", 1), ("parallel.zero", 2), ("train.invariant", 0)):
+        if _value(config, path) > most:
+            remedy = f"use {most}{' or less' if path == 'parallel.zero' else ''}, or {off}"
+            _refuse(config, path, "is not covered by parallel.two_batch_overlap = true", remedy)
 
 
 def _check_context(config: Config) -> None:

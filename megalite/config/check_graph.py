@@ -12,6 +12,7 @@ _COVERED = {
     "parallel.pipeline": (1,),
     "parallel.context": (1,),
     "parallel.zero": (0, 1),
+    "parallel.two_batch_overlap": (False,),
     "model.experts": (0,),
     "train.invariant": (0,),
     "train.fp8": ("none",),

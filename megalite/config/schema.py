@@ -64,6 +64,9 @@ class ParallelConfig:
     keep_gathered: bool = False
     """With `sequence`, keep the gathered inputs of a layer's matrices for backward rather than gather them again: less
     to send, and memory for two activations of the whole sequence a layer."""
+    two_batch_overlap: bool = False
+    """Run the forward passes of two micro-batches in turns, so that what one sends to other tensor or expert ranks is
+    hidden by the other; holds the activations of both."""
     zero: Annotated[int, AtLeast(0, 3)] = 1
     """What the data-parallel ranks share out: 0 nothing, 1 the optimizer, 2 and the gradients, 3 and the parameters."""
     schedule: Annotated[str, Named(tuple(SCHEDULES))] = "1f1b"

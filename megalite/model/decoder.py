@@ -26,6 +26,7 @@ from megalite.parallel.context import ContextRegion
 from megalite.parallel.context_attention import ContextAttention
 from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.fp8 import products_of
+from megalite.parallel.turns import Turns
 
 EMBEDDING, OUTPUT, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
 
@@ -41,9 +42,10 @@ class Stage(nn.Module):
     not initialised: fill them with `megalite.model.init.initialise` or from a checkpoint. `recompute` is `none`,
     `selective` (core attention and SwiGLU are recomputed in backward) or `full` (whole layers are); `fp8` is `none`,
     `tensor`, `row` or `block` (see `megalite.parallel.fp8`). `pieces` cut what sequence parallelism sends, and `keeps`
-    is whether what it gathers is kept (`TensorRegion`). `head` is `vocabulary` or `scalar`; `prefix` is prepended to
-    all global names; `adapter` wraps linear layers. With `view_of`, the parameters are shared with that stage. With a
-    `context`, attention sees the sequence of all its ranks. `make_build` makes the layers' context.
+    is whether what it gathers is kept (`TensorRegion`); `turns` are those of two forward passes at once. `head` is
+    `vocabulary` or `scalar`; `prefix` is prepended to all global names; `adapter` wraps linear layers. With `view_of`,
+    the parameters are shared with that stage. With a `context`, attention sees the sequence of all its ranks.
+    `make_build` makes the layers' context.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Stage(nn.Module):
         sequence: bool = False,
         pieces: int = 1,
         keeps: bool = False,
+        turns: Turns | None = None,
         dtype: torch.dtype = torch.float32,
         recompute: str = "none",
         fp8: str = "none",
@@ -73,7 +76,7 @@ class Stage(nn.Module):
         stages = len(owners)
         self.stage, self.first, self.last = stage, stage == 0, stage == stages - 1
         self.recompute, self.owners = recompute, tuple(owners)
-        self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1, pieces, keeps)
+        self.region = TensorRegion(mesh.group("tp"), sequence and mesh.tp > 1, pieces, keeps, turns or Turns())
         if model.experts:  # on every rank, whatever layers it holds: groups must be as many everywhere
             mesh.group("ep")
             mesh.group(*EXPERT_DATA_AXES)
@@ -149,6 +152,7 @@ class Stage(nn.Module):
             sequence=sequence,
             pieces=self.region.pieces,
             keeps=self.region.keeps,
+            turns=self.region.turns,
             head="vocabulary" if self.scalar is None else "scalar",
             adapter=adapter,
             view_of=self,

@@ -78,6 +78,7 @@ class MixtureOfExperts(nn.Module):
         rows, weights = (Exchange(self.group, leaving, arriving) for _ in range(2))
         x_buffer, weights_buffer = rows.start(x_NH), weights.start(weights_N1)
         beside_sBH = beside()
+        self.region.turns.give()
         x_MH, weights_M1 = rows.finish(x_buffer), weights.finish(weights_buffer)
         # Rows come sorted by the rank they come from, and then by expert.
         here_G = torch.arange(arriving_RG.shape[1], device=x_NH.device)
@@ -90,7 +91,9 @@ class MixtureOfExperts(nn.Module):
         )
         out_MH = collect(out_MH, by_expert, 1, self.alone, tuple(out_MH.shape))
         back = Exchange(self.group, arriving, leaving)
-        return back.finish(back.start(out_MH)), beside_sBH
+        out_buffer = back.start(out_MH)
+        self.region.turns.give()
+        return back.finish(out_buffer), beside_sBH
 
 
 def _expert_matrices(build: Build, prefix: str, experts: range) -> tuple[GroupedLinear, GroupedLinear]:

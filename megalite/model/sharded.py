@@ -34,10 +34,11 @@ from megalite.model.shapes import model_shapes
 from megalite.optim.shard import Segment, segments_of
 from megalite.parallel.context import PADDING, ContextRegion
 from megalite.parallel.engine import Activation, Observer, PipelineEngine, unobserved
+from megalite.parallel.turns import Turns
 from megalite.parallel.zero import StageBuckets, gather_parameters
 from megalite.placement import PlacedParameter, placed_parameters
 from megalite.schedule.lowering import lower
-from megalite.schedule.schedules import build_schedule, forward_only, place_stages
+from megalite.schedule.schedules import build_schedule, forward_only, in_pairs, place_stages
 
 MicroBatches = Sequence[Batch | None]
 """The micro-batches of a step on one rank; None on ranks that need neither tokens nor labels."""
@@ -87,6 +88,7 @@ class ShardedModel:
         split = mesh.tp if config.parallel.sequence else 1
         self.context = ContextRegion.of(mesh, config.parallel.context_mode, split)
         self.tied = config.model.tie_embeddings and head == "vocabulary"
+        self.turns = Turns() if config.parallel.two_batch_overlap else None
         self.stages: dict[int, Stage] = {}
         for number in (number for number, owner in enumerate(self.owners) if owner == mesh.index("pp")):
             self.stages[number] = Stage(
@@ -99,6 +101,7 @@ class ShardedModel:
                 sequence=bool(config.parallel.sequence),
                 pieces=config.parallel.overlap_splits(gpu=mesh.device.type == "cuda"),
                 keeps=config.parallel.keep_gathered,
+                turns=self.turns,
                 dtype=self.dtype,
                 recompute=config.train.recompute,
                 fp8=config.train.fp8,
@@ -231,11 +234,14 @@ class ShardedModel:
                 plan = build_schedule(parallel.schedule, self.mesh.pp, micro_batches, parallel.virtual_stages)
             else:
                 plan = forward_only(self.owners, micro_batches)
+            if parallel.two_batch_overlap:
+                plan = in_pairs(plan)
             lowered = lower(plan, tied=self.tied)
             context = self.context
             hidden = (context.part_length(length) // context.split, batch, self.config.model.hidden_size)
             activation = Activation(hidden, self.dtype, self.mesh.device)
-            self._engines[key] = PipelineEngine(lowered[self.mesh.index("pp")], self.owners, self.mesh, activation)
+            operations = lowered[self.mesh.index("pp")]
+            self._engines[key] = PipelineEngine(operations, self.owners, self.mesh, activation, self.turns)
         return self._engines[key]
 
     def run(

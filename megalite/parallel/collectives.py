@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megalite.mesh import DONE, Group, Work
 from megalite.parallel.deferred import Deferred
+from megalite.parallel.turns import Turns
 
 
 class Piece(NamedTuple):
@@ -51,13 +52,15 @@ class TensorRegion:
     """The tensor-parallel group, and whether activations outside the region are split along the sequence.
 
     `pieces` is the number of pieces in which gathers and sums along the sequence run; a sequence of fewer rows a rank
-    has as many as rows. `keeps`: layers keep what they have gathered for backward.
+    has as many as rows. `keeps`: layers keep what they have gathered for backward. `turns` are
+    those of two forward passes at once.
     """
 
     group: Group
     sequence: bool
     pieces: int = 1
     keeps: bool = False
+    turns: Turns = field(repr=False, compare=False, default_factory=Turns)
     size: int = field(init=False)
     """Ranks of the group."""
     split: int = field(init=False)

@@ -6,6 +6,8 @@ of a micro-batch (fp64 scalar, gradient 1); in forward-only runs it may output a
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalite.mesh import Mesh, Work
+from megalite.parallel.turns import Turns
 from megalite.parallel.zero import StageBuckets
 from megalite.schedule.ops import Op
 
@@ -51,10 +54,18 @@ class PipelineEngine:
     """Runs this rank's operations of one step; built once for a plan, used every step.
 
     `owners[stage]` is the pipeline rank that holds the stage. An output is freed as soon as it has been sent and a
-    few others have followed: backward needs only the edge of the graph that it left behind.
+    few others have followed: backward needs only the edge of the graph that it left behind. With `turns`, two forwards
+    in a row run at once; what is observed of the first is then both.
     """
 
-    def __init__(self, ops: tuple[Op, ...], owners: Sequence[int], mesh: Mesh, activation: Activation) -> None:
+    def __init__(
+        self,
+        ops: tuple[Op, ...],
+        owners: Sequence[int],
+        mesh: Mesh,
+        activation: Activation,
+        turns: Turns | None = None,
+    ) -> None:
         self.ops, self.owners, self.mesh, self.activation = ops, owners, mesh, activation
         self.last_stage = len(owners) - 1
         self._group = mesh.group("pp")
@@ -63,6 +74,8 @@ class PipelineEngine:
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
         self._sending: deque[tuple[Tensor, Work]] = deque()
+        self._turns = turns
+        self._beside = _neighbours(ops) if turns is not None else {}
 
     def run(
         self,
@@ -78,7 +91,7 @@ class PipelineEngine:
         for op in self.ops:
             with observe(op):
                 if op.kind == "F":
-                    self._forward(op, forward, losses)
+                    self._forward_or_two(op, forward, losses)
                 elif op.kind == "B":
                     self._backward(op)
                 elif op.kind == "I":
@@ -103,6 +116,14 @@ class PipelineEngine:
             buckets[op.stage].sum_tied()
         else:
             buckets[op.stage].finish()
+
+    def _forward_or_two(self, op: Op, forward: StageForward, losses: dict[int, Tensor]) -> None:
+        """A forward pass, with the one that takes turns with it; nothing is left to do when that one comes up."""
+        if self._turns is not None and op in self._beside:
+            one, other = (functools.partial(self._forward, each, forward, losses) for each in (op, self._beside[op]))
+            self._turns.run(one, other)
+        elif op not in self._beside.values():
+            self._forward(op, forward, losses)
 
     def _forward(self, op: Op, forward: StageForward, losses: dict[int, Tensor]) -> None:
         key = (op.stage, op.micro)
@@ -160,3 +181,12 @@ class PipelineEngine:
         """Wait for sends, the oldest first, until at most so many are under way; their tensors are dropped."""
         while len(self._sending) > most:
             self._sending.popleft()[1].wait()
+
+
+def _neighbours(ops: Sequence[Op]) -> dict[Op, Op]:
+    """Forwards of one stage in a row, two by two."""
+    beside: dict[Op, Op] = {}
+    for op, after in itertools.pairwise(ops):
+        if op.kind == after.kind == "F" and op.stage == after.stage and op not in beside.values():
+            beside[op] = after
+    return beside

@@ -5,7 +5,8 @@
 
 With one piece (`TensorRegion.pieces`) each is one product and one collective. Rows of a product do not depend on each
 other, and products are written to the places of their rows in one tensor, so that what follows sees no pieces: weight
-gradients are single products over the whole sequence.
+gradients are single products over the whole sequence. Where two forward passes take turns (`megalite.parallel.turns`),
+their products are whole, and their collectives run beside the other pass.
 
 Shapes: S full sequence of the micro-batch, s = S / tp under sequence parallelism, else S, B micro-batch, I / O input
 and output features of the whole layer, i / o this rank's share of them.
@@ -32,8 +33,11 @@ def gathered_output(
     region: TensorRegion, products: Products, x_sBI: Tensor, weight_oI: Tensor, bias_o: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(gather(x) @ weight^T + bias, gather(x)): [S, B, o] and [S, B, I]."""
-    if region.pieces == 1:
-        whole_SBI = region.gather(x_sBI)
+    if region.pieces == 1 or region.turns.taken:
+        whole_SBI, gathered = region.gather_start(x_sBI)
+        if region.split > 1:
+            region.turns.give()
+        gathered.wait()
         return products.output(whole_SBI, weight_oI, bias_o), whole_SBI
     whole_SBI, pieces = region.gather_pieces(x_sBI)
     y_SBo = x_sBI.new_empty((*whole_SBI.shape[:-1], weight_oI.shape[0]))
@@ -45,7 +49,12 @@ def gathered_output(
 
 def summed_output(region: TensorRegion, products: Products, x_SBi: Tensor, weight_Oi: Tensor) -> Tensor:
     """The sum over the ranks of x @ weight^T: [s, B, O]."""
-    total_sBO, summed = _summed(region, lambda rows: products.output(rows, weight_Oi, None), x_SBi)
+    if region.size > 1 and region.turns.taken:
+        region.turns.give()
+        total_sBO, summed = region.sum_start(products.output(x_SBi, weight_Oi, None))
+        region.turns.give()
+    else:
+        total_sBO, summed = _summed(region, lambda rows: products.output(rows, weight_Oi, None), x_SBi)
     summed.wait()
     return total_sBO
 

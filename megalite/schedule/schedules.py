@@ -140,6 +140,22 @@ def forward_only(owners: Sequence[int], micro_batches: int) -> Plan:
     return tuple(tuple(Op("F", held[rank][chunk], micro) for chunk, micro in way) for rank in range(ranks))
 
 
+def in_pairs(plan: Plan) -> Plan:
+    """A plan of one rank and one stage, with two forwards in a row and then what followed each of them.
+
+    Two forwards that take turns hide each other's collectives (`megalite.parallel.turns`). One micro-batch more is in
+    flight.
+    """
+    (operations,) = plan
+    forwards = [op for op in operations if op.kind == "F"]
+    early = dict(zip(forwards[::2], forwards[1::2]))
+    paired: list[Op] = []
+    for op in operations:
+        if op not in early.values():
+            paired += [op, early[op]] if op in early else [op]
+    return (tuple(paired),)
+
+
 def _grouped(ranks: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
     """(chunk, micro-batch) in a rank's order: groups of `ranks` micro-batches go through all chunks.
 

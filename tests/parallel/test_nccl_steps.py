@@ -127,6 +127,11 @@ def test_no_step_with_experts_hangs(name):
     assert "all_to_all" in play_job(EXPERTS[name], MOE)
 
 
+@pytest.mark.parametrize("name", ["experts, zero 2", "experts, tensor"])
+def test_no_step_of_two_passes_at_once_hangs(name):
+    assert "all_to_all" in play_job(EXPERTS[name], MOE | {"parallel.two_batch_overlap": True})
+
+
 def turn_gathers(trainer):
     order = trainer.buckets[0]._by_use
     order.insert(0, order.pop())

@@ -11,6 +11,7 @@ Sums are taken in the order of the ranks. Ranks take turns in their order, or in
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import random
 import threading
@@ -54,14 +55,14 @@ class World:
         self._back = threading.Semaphore(0)
         self._waiting: dict[int, tuple[str, Callable[[], bool]]] = {}
         self._failure: BaseException | None = None
-        self._rank = threading.local()
+        self._rank: contextvars.ContextVar[int] = contextvars.ContextVar("rank")
 
     def run(self, function: Callable[[int, GroupFactory], Any]) -> list[Any]:
         """The results of `function(rank, make_group)` in the order of the ranks."""
         results: list[Any] = [None] * self.size
 
         def live(rank: int) -> None:
-            self._rank.value = rank
+            self._rank.set(rank)
             self._turns[rank].acquire()
             try:
                 if self._failure is None:
@@ -99,7 +100,7 @@ class World:
 
     def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
         """Let other ranks run until `ready`."""
-        rank = self._rank.value
+        rank = self._rank.get()
         while not ready():
             self._waiting[rank] = (what, ready)
             self._back.release()
