@@ -74,10 +74,12 @@ def tensor_job(
     practice: Practice = MEGALITE,
     layers: int = 3,
     splits: int = AUTO_OVERLAP_SPLITS,
+    **fields: bool,
 ) -> Job:
-    """One sequence of 8192 a micro-batch, four micro-batches for each GPU."""
+    """One sequence of 8192 a micro-batch, four micro-batches for each GPU; `fields` where the layer is split."""
     job = Job(Architecture(replace(MODELS[hidden].model, layers=layers)), device, 8192, 1, 4 * tensor, tensor=tensor)
-    return replace(job, sequence=tensor > 1, practice=practice, overlap_splits=splits)
+    job = replace(job, sequence=tensor > 1, practice=practice, overlap_splits=splits)
+    return replace(job, **fields) if tensor > 1 else job
 
 
 def layers_that_fit(device: Device, hidden: int) -> int:
@@ -93,10 +95,15 @@ def layer(job: Job) -> TimeParts:
 
 
 def tensor_share(
-    device: Device, hidden: int, tensor: int, practice: Practice = MEGALITE, splits: int = AUTO_OVERLAP_SPLITS
+    device: Device,
+    hidden: int,
+    tensor: int,
+    practice: Practice = MEGALITE,
+    splits: int = AUTO_OVERLAP_SPLITS,
+    **fields: bool,
 ) -> Row:
     """Share of one GPU's tokens/s in a layer, and the shares of a GPU's time that are lost: all together 1."""
-    alone, work = (layer(tensor_job(device, hidden, size, practice, splits=splits)) for size in (1, tensor))
+    alone, work = (layer(tensor_job(device, hidden, size, practice, splits=splits, **fields)) for size in (1, tensor))
     lost = TimeParts(*((tensor * mine - own) / (tensor * work.seconds) for mine, own in zip(work, alone)))
     row = {"share": alone.seconds / (tensor * work.seconds), "products": lost.products + lost.attention}
     return row | {"communication": lost.tensor, "elementwise": lost.elementwise, "host": lost.launch}

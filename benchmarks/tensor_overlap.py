@@ -3,8 +3,9 @@
     python benchmarks/tensor_overlap.py [--output benchmarks/results/tensor_overlap.json]
 
 For each number of pieces (1: whole, as before there were any): tokens/s a GPU in a layer as a share of one GPU's, and
-the milliseconds of a layer and micro-batch by kind. Then what the share would be if one input were another. All inputs
-are the planner's own (benchmarks/scaling.py prints them, with sources); sequences are of 8192 tokens.
+the milliseconds of a layer and micro-batch by kind. Then the share with `parallel.keep_gathered` and
+`parallel.two_batch_overlap`, and what it would be if one input were another. All inputs are the planner's own
+(benchmarks/scaling.py prints them, with sources); sequences are of 8192 tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megalite.cli import program
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
 from megalite.files import write_atomically
 from megalite.planning import DEVICES, Device
-from megalite.planning.job import MEGALITE
+from megalite.planning.job import MEGALITE, Practice
 from megalite.planning.tensor_time import LayerCommunication
 
 Row = dict[str, Any]
@@ -39,13 +40,31 @@ def pieces(device: Device) -> list[Row]:
         for splits in SPLITS:
             job = tensor_job(device, hidden, TENSOR, splits=splits)
             work = layer(job)
-            talk = LayerCommunication(job, attention_backward=0.0)
+            talk = LayerCommunication(job, (0.0, 0.0))
             share = tensor_share(device, hidden, TENSOR, splits=splits)["share"]
             row: Row = {"hidden": hidden, "pieces": splits, "share": share, "goal": TENSOR_GOALS[hidden]}
             row |= {"products_ms": 1e3 * work.products, "attention_ms": 1e3 * work.attention}
             row |= {"elementwise_ms": 1e3 * work.elementwise, "communication_ms": 1e3 * work.tensor}
             rows.append(row | {"of_it_forward_ms": 1e3 * talk.forward()})
     return rows
+
+
+def ways(device: Device) -> list[Row]:
+    """By what is kept and run at once."""
+    kept, paired = {"keep_gathered": True}, {"two_batch_overlap": True}
+    engines = replace(MEGALITE, hiding_cost=0.13)
+    cases: dict[str, tuple[Practice, dict[str, bool]]] = {
+        "the default": (MEGALITE, {}),
+        "keep_gathered": (MEGALITE, kept),
+        "two_batch_overlap": (MEGALITE, paired),
+        "both": (MEGALITE, kept | paired),
+        "both, were collectives on copy engines": (engines, kept | paired),
+    }
+    return [
+        {"case": name}
+        | {f"hidden {hidden}": tensor_share(device, hidden, TENSOR, habit, **fields)["share"] for hidden in MODELS}
+        for name, (habit, fields) in cases.items()
+    ]
 
 
 def remaining(device: Device) -> list[Row]:
@@ -68,6 +87,7 @@ def tables() -> dict[str, list[Row]]:
     for name in ("h100", "h200"):
         device = DEVICES[name]
         made[f"{device.name}: pieces"] = pieces(device)
+        made[f"{device.name}: ways"] = ways(device)
         made[f"{device.name}: {AUTO_OVERLAP_SPLITS} pieces, were one input another"] = remaining(device)
     return made
 

@@ -101,6 +101,8 @@ class Plan:
                 "data": job.data,
                 "expert": job.expert,
                 "sequence": job.sequence,
+                "keep_gathered": job.keep_gathered,
+                "two_batch_overlap": job.two_batch_overlap,
                 "zero": job.zero,
                 "schedule": job.schedule,
                 "virtual_stages": job.virtual_stages,

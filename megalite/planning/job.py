@@ -18,7 +18,7 @@ from megalite.objective.work import Passes, has_critic, has_reference, passes_of
 from megalite.planning.architecture import Architecture, LayerShare, layers_on
 from megalite.planning.hardware import Device
 from megalite.schedule.ops import Plan, stage_owners
-from megalite.schedule.schedules import build_schedule
+from megalite.schedule.schedules import build_schedule, in_pairs
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ class Job:
     sequence: bool = False
     overlap_splits: int = 1
     keep_gathered: bool = False
+    two_batch_overlap: bool = False
     zero: int = 1
     schedule: str = "1f1b"
     virtual_stages: int = 1
@@ -166,6 +167,7 @@ class Job:
             sequence=bool(parallel.sequence),
             overlap_splits=parallel.overlap_splits(gpu=device.is_gpu),
             keep_gathered=parallel.keep_gathered,
+            two_batch_overlap=parallel.two_batch_overlap,
             zero=parallel.zero,
             schedule=parallel.schedule,
             virtual_stages=parallel.virtual_stages,
@@ -213,7 +215,8 @@ class Job:
     def plan(self, micro_batches: int | None = None) -> Plan:
         """The schedule's own operations."""
         micro_batches = self.micro_batches if micro_batches is None else micro_batches
-        return _plan(self.schedule, self.pipeline, micro_batches, self.virtual_stages)
+        plan = _plan(self.schedule, self.pipeline, micro_batches, self.virtual_stages)
+        return in_pairs(plan) if self.two_batch_overlap else plan
 
     @functools.cached_property
     def layer(self) -> LayerShare:

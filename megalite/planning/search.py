@@ -2,7 +2,8 @@
 
 What is tried: tensor sizes within a node, pipeline sizes, context sizes for long sequences, shares of the experts,
 schedules with their virtual stages, ZeRO levels, micro-batch sizes and recomputation. The model, the global batch, the
-sequence and the number of devices stay. Whether a layout is allowed is asked of `check_combinations`, the trainer's own
+sequence and the number of devices stay. `keep_gathered` and `two_batch_overlap` are the recipe's where a layout allows
+them. Whether a layout is allowed is asked of `check_combinations`, the trainer's own
 rules.
 """
 
@@ -44,7 +45,7 @@ class Ranking:
 
 def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]:
     """Configurations to try, allowed or not, none of them twice over."""
-    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    own, sizes = config.parallel, [size for size in range(1, devices + 1) if devices % size == 0]
     tensors = [size for size in sizes if size <= device.per_node]
     contexts = [size for size in sizes if size == 1 or config.train.seq_length // size >= LEAST_PART]
     for tensor, pipeline, context in itertools.product(tensors, sizes, contexts):
@@ -64,6 +65,8 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
                     "pipeline": pipeline,
                     "context": context,
                     "sequence": tensor > 1,
+                    "keep_gathered": own.keep_gathered and tensor > 1,
+                    "two_batch_overlap": own.two_batch_overlap and pipeline == 1 < max(tensor, expert) and zero < 3,
                     "schedule": schedule,
                     "virtual_stages": virtual,
                     "zero": zero,

@@ -178,7 +178,7 @@ def layer_work(job: Job) -> StageWork:
     total = sum(matrix_seconds(job, matrix, job.tokens) for matrix in matrices)
     pieced = sum(pieced_seconds(job, matrix) for matrix in matrices)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
-    talk_forward, talk_input, talk_weight = tensor_talk(job, attention[1])
+    talk_forward, talk_input, talk_weight = tensor_talk(job, attention)
     context = _context_talk(job, attention)
     added = _adapter_work(job, layer)
     trained, weights = layer.sizes.elements, total
@@ -186,7 +186,8 @@ def layer_work(job: Job) -> StageWork:
         trained, weights = layer.sizes.adapter_elements, added.products
     weight_sum = trained * job.practice.gradient_bytes / job.device.memory_bandwidth
     moved = _expert_exchange(job, layer)
-    forward = TimeParts(pieced, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
+    multiplied = total if job.two_batch_overlap else pieced
+    forward = TimeParts(multiplied, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
     input_gradient = TimeParts(pieced, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
     forward, input_gradient = forward.plus(added), input_gradient.plus(added)
     weight_gradient = TimeParts(weights, 0.0, weight_sum, talk_weight)

@@ -16,8 +16,11 @@ from megalite.planning.search import Ranking
 
 
 def layout_words(job: Job) -> str:
-    """`tensor 8, pipeline 4 (interleaved, 5 stages a rank), 8 copies, ZeRO-1`."""
-    words = [f"tensor {job.tensor}"] if job.tensor > 1 else []
+    """`tensor 8 (inputs kept), pipeline 4 (interleaved, 5 stages a rank), 8 copies, ZeRO-1`."""
+    ways = ["inputs kept"] if job.keep_gathered else []
+    ways += ["two batches at once"] if job.two_batch_overlap else []
+    how = f" ({', '.join(ways)})" if ways else ""
+    words = [f"tensor {job.tensor}{how}"] if job.tensor > 1 else []
     if job.pipeline > 1:
         virtual = f", {job.virtual_stages} stages a rank" if job.virtual_stages > 1 else ""
         words.append(f"pipeline {job.pipeline} ({job.schedule}{virtual})")
@@ -160,6 +163,8 @@ def overrides_toml(job: Job) -> str:
         "context": job.context,
         **({"expert": job.expert} if job.architecture.model.experts else {}),
         "sequence": job.sequence,
+        "keep_gathered": job.keep_gathered,
+        "two_batch_overlap": job.two_batch_overlap,
         "zero": job.zero,
         "schedule": job.schedule,
         "virtual_stages": job.virtual_stages,

@@ -9,12 +9,14 @@ import pytest
 
 from benchmarks import scaling, tensor_overlap
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
+from megalite.parallel.turns import Turns
 from megalite.planning import DEVICES, tensor_time
 from megalite.planning.job import MEGALITE
 from megalite.planning.stage_time import layer_work
 from megalite.planning.tensor_time import LayerCommunication, Queues, exposed
 from megalite.schedule.ops import Op
 from tests.parallel.test_overlap import KEEPS, SPLITS, events_of
+from tests.parallel.test_two_batch_overlap import PAIR, watched
 from tests.support.parity import Layout
 from tests.support.recording import Product, Start
 
@@ -46,27 +48,32 @@ def test_a_wait_is_for_all_before_it_and_for_none_after():
     assert (queues.now, queues.exposed) == (8.0, 7.0)
 
 
-def replayed(operation, layers, kept, pieces, product, sent, attention):
-    """Exposed seconds of an operation of a middle stage as the trainer runs it."""
-    layout = Layout(tensor=2, sequence=True, pipeline=3)
-    fields = {"model.layers": 3 * layers, "train.global_batch_size": 8, SPLITS: pieces, KEEPS: kept}
+def replayed(operation, layout, fields, pieces, product, sent, attention):
+    """Exposed seconds of an operation as the trainer runs it; all products take alike, and all collectives."""
     queues, numbers = Queues(MEGALITE.hiding_cost), {}
-    part = 2 * 32 // pieces  # rows of a piece: of two samples of 32 tokens
-    backward = operation.kind == "B"
-    for event in events_of(layout, 2, **fields):
+    rank = layout.tensor if layout.pipeline > 1 else 0  # of the middle stage, if there are several
+    along, part = (rank, rank + 1), 2 * 32 // pieces  # rows of a piece: of two samples of 32 tokens
+    forward, backward = attention
+    for event in events_of(layout, rank, **fields, **{SPLITS: pieces}):
         if getattr(event, "during", None) != operation:
             continue
         if isinstance(event, Product):
             if len(event.shape) == 3:  # attention, written out in products
-                queues.compute(attention / 4 if backward else 0.0)
+                queues.compute(backward / 4 if operation.kind == "B" else forward / 2)
             else:  # weight gradients are whole
                 queues.compute(product / pieces if event.shape[0] == part else product)
         elif isinstance(event, Start):
-            if event.group == (2, 3):
+            if event.group == along:
                 numbers[event] = queues.start(sent)
         elif event.start in numbers:
             queues.wait(numbers[event.start])
     return queues.exposed
+
+
+def alike(monkeypatch, product, sent):
+    """The planner with such times."""
+    monkeypatch.setattr(tensor_time, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
+    monkeypatch.setattr(tensor_time, "stream_exchange", lambda job, width=0, splits=1: sent)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -74,15 +81,31 @@ def replayed(operation, layers, kept, pieces, product, sent, attention):
 @pytest.mark.parametrize("sent", [0.3, 1.0, 4.0])
 def test_a_layer_is_played_as_the_trainer_runs_it(monkeypatch, pieces, sent, kept):
     """All products alike and all collectives alike; a layer in the midst of others is the difference of two stages."""
-    product, attention = random.uniform(0.5, 2.0), random.uniform(0.5, 5.0)
+    product, attention = random.uniform(0.5, 2.0), (0.0, random.uniform(0.5, 5.0))
+    alike(monkeypatch, product, sent)
     job = dataclasses.replace(scaling.tensor_job(H100, 4096, 2, splits=pieces), keep_gathered=kept)
-    monkeypatch.setattr(tensor_time, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
-    monkeypatch.setattr(tensor_time, "stream_exchange", lambda job, width=0, splits=1: sent)
+    layout, times = Layout(tensor=2, sequence=True, pipeline=3), (pieces, product, sent, attention)
+
+    def of_stage(kind, layers):
+        fields = {"model.layers": 3 * layers, "train.global_batch_size": 8, KEEPS: kept}
+        return replayed(Op(kind, 1, 1), layout, fields, *times)
+
     layer = LayerCommunication(job, attention)
-    times = kept, pieces, product, sent, attention
-    assert layer.forward() == pytest.approx(replayed(Op("F", 1, 1), 1, *times))
-    three, two = (replayed(Op("B", 1, 1), layers, *times) for layers in (3, 2))
-    assert layer.backward() == pytest.approx(three - two)
+    assert layer.forward() == pytest.approx(of_stage("F", 1))
+    assert layer.backward() == pytest.approx(of_stage("B", 3) - of_stage("B", 2))
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("sent", [0.3, 1.0, 4.0])
+def test_two_passes_are_played_as_the_trainer_runs_them(monkeypatch, pieces, sent):
+    """A layer in the midst of others, of one of the two."""
+    monkeypatch.setattr(Turns, "run", watched(Turns.run))
+    product, attention = random.uniform(0.5, 2.0), (random.uniform(0.5, 5.0), 0.0)
+    alike(monkeypatch, product, sent)
+    job = dataclasses.replace(scaling.tensor_job(H100, 4096, 2, splits=pieces), two_batch_overlap=True)
+    layout, times = Layout(tensor=2, sequence=True), (pieces, product, sent, attention)
+    four, two = (replayed(Op("F", 0, 0), layout, PAIR | {"model.layers": layers}, *times) for layers in (4, 2))
+    assert LayerCommunication(job, attention).forward() == pytest.approx((four - two) / 4)
 
 
 @pytest.mark.parametrize("hidden", scaling.MODELS)
