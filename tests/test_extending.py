@@ -36,13 +36,12 @@ from tests.support import tiny
 from tests.support.parity import (
     Case,
     Layout,
-    assert_close,
     assert_same_bits,
+    assert_trains_as_alone,
     build_trainer,
     layouts,
     micro_batches,
     train_alone,
-    train_virtually,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -80,14 +79,6 @@ def case_of(example: str, **fields: Any) -> Case:
     return Case.of({"model.layers": 4, "train.global_batch_size": 8, **fields_of(example), **fields}, steps=3)
 
 
-def agree(case: Case, layout: Layout) -> None:
-    alone, together = train_alone(case), train_virtually(case, layout, chaos=True)
-    if layout.pure_pipeline:
-        assert_same_bits(together, alone)
-    else:
-        assert_close(together, alone)
-
-
 @pytest.mark.fast
 def test_examples_are_short_and_built_in_names_lead_somewhere() -> None:
     files = list(FOLDER.glob("*.py"))
@@ -105,7 +96,7 @@ def test_examples_are_short_and_built_in_names_lead_somewhere() -> None:
 @each_example
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_in_every_kind_of_layout(example: str, layout: Layout) -> None:
-    agree(case_of(example), layout)
+    assert_trains_as_alone(case_of(example), layout)
 
 
 @pytest.mark.slow
@@ -114,13 +105,13 @@ def test_in_all_layouts(example: str) -> None:
     for layout in layouts(4):
         stages = layout.pipeline * find_schedule(layout.schedule).least_chunks
         if stages <= 4 and 3 not in (layout.tensor, layout.pipeline, layout.data):  # 4 layers, 8 samples
-            agree(case_of(example), layout)
+            assert_trains_as_alone(case_of(example), layout)
 
 
 @pytest.mark.parametrize("layout", [Layout(pipeline=4), Layout(tensor=2, pipeline=2)], ids=lambda layout: layout.name)
 def test_the_schedule(layout: Layout) -> None:
     case = Case.of({"model.layers": 4, "train.global_batch_size": 8}, steps=3)
-    agree(case, dataclasses.replace(layout, schedule=EAGER))
+    assert_trains_as_alone(case, dataclasses.replace(layout, schedule=EAGER))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

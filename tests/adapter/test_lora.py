@@ -23,6 +23,7 @@ from tests.support.parity import (
     assemble,
     assert_close,
     assert_same_bits,
+    assert_trains_as_alone,
     build_trainer,
     micro_batches,
     pieces_of_weights,
@@ -63,11 +64,7 @@ def case_of(**fields: Any) -> Case:
 def test_gradients_and_updates_in_every_kind_of_layout(layout: Layout) -> None:
     """4 ranks share 3 key/value heads; biases, norms of heads and tied embeddings lie beside."""
     case = case_of(**({"model.attention_bias": True, "model.tie_embeddings": True} if layout.tensor > 1 else {}))
-    together, alone = train_virtually(case, layout, chaos=True), train_alone(case)
-    if layout.pure_pipeline:
-        assert_same_bits(together, alone)
-    else:
-        assert_close(together, alone)
+    assert_trains_as_alone(case, layout)
 
 
 @pytest.mark.fast

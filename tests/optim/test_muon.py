@@ -25,16 +25,14 @@ from tests.support.parity import (
     Layout,
     Piece,
     assemble,
-    assert_close,
     assert_same_bits,
+    assert_trains_as_alone,
     build_trainer,
     distance,
     micro_batches,
     pieces_of_gradients,
     pieces_of_weights,
     train,
-    train_alone,
-    train_virtually,
 )
 from tests.support.pool import Pool
 from tests.support.virtual import World
@@ -263,9 +261,7 @@ def test_every_expert_is_a_matrix_in_all_layouts(layout: Layout) -> None:
 
 
 def agree(fields: dict[str, Any], layout: Layout) -> None:
-    case = Case.of(MUON | {"model.layers": 4} | fields)
-    ours, alone = train_virtually(case, layout, chaos=True), train_alone(case)
-    (assert_same_bits if layout.pure_pipeline else assert_close)(ours, alone)
+    assert_trains_as_alone(Case.of(MUON | {"model.layers": 4} | fields), layout)
 
 
 @pytest.mark.parametrize(

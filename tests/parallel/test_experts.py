@@ -14,6 +14,7 @@ from tests.support.parity import (
     assemble,
     assert_close,
     assert_same_bits,
+    assert_trains_as_alone,
     build_trainer,
     distance,
     layouts,
@@ -57,9 +58,7 @@ def case_for(layout, fields, **options):
 
 
 def check(fields, layout, **options):
-    case = case_for(layout, fields, **options)
-    ours, alone = train_virtually(case, layout, chaos=True), train_alone(case)
-    (assert_same_bits if layout.pure_pipeline else assert_close)(ours, alone)
+    assert_trains_as_alone(case_for(layout, fields, **options), layout)
 
 
 def with_experts(limit):

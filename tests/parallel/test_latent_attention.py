@@ -19,7 +19,14 @@ from megalite.model.cost import AdapterConfig
 from megalite.model.decoder import Stage
 from megalite.model.init import initialise
 from megalite.placement import placed_parameters
-from tests.support.parity import Case, Layout, assert_close, assert_same_bits, distance, train_alone, train_virtually
+from tests.support.parity import (
+    Case,
+    Layout,
+    assert_same_bits,
+    assert_trains_as_alone,
+    distance,
+    train_alone,
+)
 
 CPU = torch.device("cpu")
 LATENT: dict[str, Any] = {
@@ -85,8 +92,7 @@ def _named(fields: dict[str, Any], layout: Layout) -> str:
 def test_every_layout_trains_the_same(fields: dict[str, Any], layout: Layout) -> None:
     """With documents in the rows, among messages that arrive late."""
     case = Case.of(fields, steps=4, documents=layout.context == 1)
-    agree = assert_same_bits if layout.pure_pipeline else assert_close
-    agree(train_virtually(case, layout, chaos=True), train_alone(case))
+    assert_trains_as_alone(case, layout)
 
 
 @pytest.mark.fast

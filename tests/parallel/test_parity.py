@@ -12,7 +12,7 @@ from tests.support.parity import (
     EVERYTHING,
     Case,
     Layout,
-    assert_close,
+    assert_agree,
     assert_same_bits,
     layouts,
     train,
@@ -64,10 +64,6 @@ def outcomes(pool):
     return outcome
 
 
-def compare(layout, ours, theirs):
-    (assert_same_bits if layout.pure_pipeline else assert_close)(ours, theirs)
-
-
 def test_all_layouts_are_here():
     assert len(ALL) == len({layout.name for layout in ALL}) == 69
     assert set(REPRESENTATIVE) <= set(ALL)
@@ -75,13 +71,13 @@ def test_all_layouts_are_here():
 
 @pytest.mark.parametrize("layout", marked(ALL))
 def test_every_layout_trains_as_one_process(outcomes, layout):
-    compare(layout, outcomes(layout, {}, False), train_alone(case_for(layout, {})))
+    assert_agree(layout, outcomes(layout, {}, False), train_alone(case_for(layout, {})))
 
 
 @pytest.mark.parametrize("layout", marked(ALL, REPRESENTATIVE))
 def test_every_layout_with_every_option_among_late_and_poisoned_messages(outcomes, layout):
     ours = outcomes(layout, EVERYTHING, True)
-    compare(layout, ours, train_alone(case_for(layout, EVERYTHING)))
+    assert_agree(layout, ours, train_alone(case_for(layout, EVERYTHING)))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.parity import Case, Layout, assert_close, assert_same_bits, train_alone, train_virtually
+from tests.support.parity import (
+    Case,
+    Layout,
+    assert_trains_as_alone,
+)
 
 FIELDS: dict[str, Any] = {
     "model.block": "sandwich_norm",
@@ -47,5 +51,4 @@ LAYOUTS = [
 @pytest.mark.parametrize(("fields", "layout"), LAYOUTS, ids=[f"{f['model.block']}-{at.name}" for f, at in LAYOUTS])
 def test_every_layout_trains_the_same(fields: dict[str, Any], layout: Layout) -> None:
     case = Case.of(fields, steps=4)
-    agree = assert_same_bits if layout.pure_pipeline else assert_close
-    agree(train_virtually(case, layout, chaos=True), train_alone(case))
+    assert_trains_as_alone(case, layout)

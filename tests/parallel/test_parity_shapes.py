@@ -10,8 +10,8 @@ from tests.support.parity import (
     EVERYTHING,
     Case,
     Layout,
-    assert_close,
     assert_same_bits,
+    assert_trains_as_alone,
     distance,
     train_alone,
     train_virtually,
@@ -26,14 +26,6 @@ T2SP2, P2D2, T2SD2 = (
     Layout(tensor=2, sequence=True, data=2),
 )
 FOUR_STEPS = {"steps": 4}
-
-
-def check(case, layout, relative=1e-5):
-    ours, theirs = train_virtually(case, layout, chaos=True), train_alone(case)
-    if layout.pure_pipeline:
-        assert_same_bits(ours, theirs)
-    else:
-        assert_close(ours, theirs, relative)
 
 
 def grid(*rows):
@@ -56,7 +48,7 @@ HEADS = grid(
 
 @pytest.mark.parametrize(("fields", "layout"), HEADS)
 def test_heads_that_ranks_share(fields, layout):
-    check(Case.of(fields), layout)
+    assert_trains_as_alone(Case.of(fields), layout)
 
 
 TIED = {"model.tie_embeddings": True}
@@ -71,7 +63,7 @@ VOCABULARIES = grid(
 @pytest.mark.parametrize(("fields", "layout"), VOCABULARIES)
 def test_vocabularies_that_do_not_divide(fields, layout):
     """5 tokens on 4 ranks are 2, 2, 1 and 0; 3 tokens leave one rank of 4 none."""
-    check(Case.of(fields), layout)
+    assert_trains_as_alone(Case.of(fields), layout)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +75,7 @@ def test_vocabularies_that_do_not_divide(fields, layout):
     ),
 )
 def test_odd_sequences(fields, layout):
-    check(Case.of(fields, **FOUR_STEPS), layout)
+    assert_trains_as_alone(Case.of(fields, **FOUR_STEPS), layout)
 
 
 @pytest.mark.parametrize(
@@ -100,13 +92,13 @@ def test_odd_sequences(fields, layout):
     ),
 )
 def test_odd_depths_and_batches(fields, layout):
-    check(Case.of(fields, **FOUR_STEPS), layout)
+    assert_trains_as_alone(Case.of(fields, **FOUR_STEPS), layout)
 
 
 @pytest.mark.parametrize("layout", [T2SP2, P3, D2, INTERLEAVED], ids=lambda layout: layout.name)
 def test_documents_that_restart_positions(layout):
     case = Case.of({"model.layers": 5}, documents=True, steps=4)
-    check(case, layout)
+    assert_trains_as_alone(case, layout)
 
 
 def test_documents_matter():
@@ -132,14 +124,14 @@ def test_growing_batches(layout):
     """4, 8, then 12 samples a step: the number of micro-batches changes under way."""
     case = Case.of({"train.batch_ramp": (4, 4, 24), "train.global_batch_size": 12, "model.layers": 5})
     assert [case.config(1).batch_size_at(samples) for samples in (0, 11, 12, 23, 24)] == [4, 4, 8, 8, 12]
-    check(case, layout)
+    assert_trains_as_alone(case, layout)
 
 
 @pytest.mark.parametrize(
     "layout", [P2, Layout(pipeline=3, schedule="gpipe"), INTERLEAVED], ids=lambda layout: layout.name
 )
 def test_bf16_pipelines_give_the_same_bits(layout):
-    check(Case.of({**EVERYTHING, "model.layers": 5, "train.precision": "bf16"}, **FOUR_STEPS), layout)
+    assert_trains_as_alone(Case.of({**EVERYTHING, "model.layers": 5, "train.precision": "bf16"}, **FOUR_STEPS), layout)
 
 
 @pytest.mark.parametrize("layout", [T2, T2S, D2, T2SP2], ids=lambda layout: layout.name)

@@ -23,11 +23,10 @@ from tests.support.parity import (
     Case,
     Layout,
     assert_close,
-    assert_same_bits,
+    assert_trains_as_alone,
     build_trainer,
     pieces_of_weights,
     train_alone,
-    train_virtually,
 )
 
 LAYOUTS = [
@@ -107,19 +106,10 @@ def case_of(fields: Mapping[str, Any] | None = None, **options: Any) -> Case:
     return Case.of({"model.layers": 4, "train.global_batch_size": 8} | dict(fields or {}), **options)
 
 
-def agree(case: Case, layout: Layout) -> None:
-    alone = train_alone(case)
-    together = train_virtually(case, layout, chaos=True)
-    if layout.pure_pipeline:
-        assert_same_bits(together, alone)
-    else:
-        assert_close(together, alone)
-
-
 @in_layouts
 def test_a_weight_that_is_used_twice(layout):
     case = case_of({"model.feed_forward": f"{__name__}:Twice"}, steps=4)
-    agree(case, layout)
+    assert_trains_as_alone(case, layout)
 
 
 def initial_weights(case: Case) -> dict[str, Tensor]:
@@ -130,7 +120,7 @@ def initial_weights(case: Case) -> dict[str, Tensor]:
 @in_layouts
 def test_a_frozen_weight_stays_and_has_no_gradient(layout):
     case = case_of({"model.feed_forward": f"{__name__}:HalfFrozen"}, steps=4)
-    agree(case, layout)
+    assert_trains_as_alone(case, layout)
     untouched = initial_weights(case)
     trained = train_alone(case)
     for name, weight in trained.weights.items():
@@ -141,12 +131,12 @@ def test_a_frozen_weight_stays_and_has_no_gradient(layout):
 
 @in_layouts
 def test_an_objective_of_log_probabilities(layout):
-    agree(case_of(steps=4, objective=FOCAL), layout)
+    assert_trains_as_alone(case_of(steps=4, objective=FOCAL), layout)
 
 
 @in_layouts
 def test_a_scalar_head(layout):
-    agree(case_of({"model.tie_embeddings": True}, steps=4, objective=REGRESSION), layout)
+    assert_trains_as_alone(case_of({"model.tie_embeddings": True}, steps=4, objective=REGRESSION), layout)
 
 
 @pytest.mark.fast

@@ -351,6 +351,19 @@ def train(pool: Pool, case: Case, layout: Layout, chaos: bool = False) -> Outcom
     return combine(ranks, layout)
 
 
+def assert_agree(layout: Layout, ours: Outcome, alone: Outcome, relative: float = 1e-5) -> None:
+    """A pipeline without other axes computes what one process does; the others sum in another order."""
+    if layout.pure_pipeline:
+        assert_same_bits(ours, alone)
+    else:
+        assert_close(ours, alone, relative)
+
+
+def assert_trains_as_alone(case: Case, layout: Layout, relative: float = 1e-5) -> None:
+    """The layout, with messages late and in any order, against one process."""
+    assert_agree(layout, train_virtually(case, layout, chaos=True), train_alone(case), relative)
+
+
 @functools.cache
 def train_alone(case: Case) -> Outcome:
     """The reference: one process, this one, without any communication."""
