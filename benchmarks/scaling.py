@@ -74,7 +74,7 @@ def tensor_job(
     practice: Practice = MEGALITE,
     layers: int = 3,
     splits: int = AUTO_OVERLAP_SPLITS,
-    **fields: bool,
+    **fields: Any,
 ) -> Job:
     """One sequence of 8192 a micro-batch, four micro-batches for each GPU; `fields` where the layer is split."""
     job = Job(Architecture(replace(MODELS[hidden].model, layers=layers)), device, 8192, 1, 4 * tensor, tensor=tensor)
@@ -100,7 +100,7 @@ def tensor_share(
     tensor: int,
     practice: Practice = MEGALITE,
     splits: int = AUTO_OVERLAP_SPLITS,
-    **fields: bool,
+    **fields: Any,
 ) -> Row:
     """Share of one GPU's tokens/s in a layer, and the shares of a GPU's time that are lost: all together 1."""
     alone, work = (layer(tensor_job(device, hidden, size, practice, splits=splits, **fields)) for size in (1, tensor))

@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalite.mesh import Mesh, Work
@@ -73,6 +75,7 @@ class PipelineEngine:
         self._gradients: dict[tuple[int, int], tuple[Tensor, Work | None]] = {}
         self._outputs: dict[tuple[int, int], Tensor] = {}
         self._edges: dict[tuple[int, int], tuple[Tensor | None, GradientEdge | None]] = {}
+        self._slopes: dict[tuple[int, int], list[Tensor]] = {}
         self._sending: deque[tuple[Tensor, Work]] = deque()
         self._turns = turns
         self._beside = _neighbours(ops) if turns is not None else {}
@@ -135,7 +138,10 @@ class PipelineEngine:
             hidden.requires_grad_(torch.is_grad_enabled())
         output = forward(op.stage, op.micro, hidden)
         if output.requires_grad:
-            self._edges[key] = (hidden, get_gradient_edge(output))
+            seed = output
+            if op.stage < self.last_stage:
+                seed = _Seed.apply(output, self._slopes.setdefault(key, []))
+            self._edges[key] = (hidden, get_gradient_edge(seed))
         if op.stage == self.last_stage:
             losses[op.micro] = output.detach()
         elif self.owners[op.stage + 1] == self.mesh.index("pp"):
@@ -146,14 +152,14 @@ class PipelineEngine:
     def _backward(self, op: Op) -> None:
         key = (op.stage, op.micro)
         hidden, edge = self._edges.pop(key, (None, None))
-        if op.stage == self.last_stage:
-            gradient = None  # of a scalar: 1; given as a tensor, torch would load its symbolic mathematics to check it
-        else:
+        if op.stage < self.last_stage:
             gradient, work = self._gradients.pop(key)
             if work is not None:
                 work.wait()
+            self._slopes.pop(key, []).append(gradient)
+            del gradient
         if edge is not None:  # the first stage has none where nothing in it is trained
-            torch.autograd.backward(edge, gradient)
+            torch.autograd.backward(edge)
         if hidden is None:
             return
         slope, hidden.grad = hidden.grad, None  # a postponed product may keep the input, which must not keep this
@@ -181,6 +187,25 @@ class PipelineEngine:
         """Wait for sends, the oldest first, until at most so many are under way; their tensors are dropped."""
         while len(self._sending) > most:
             self._sending.popleft()[1].wait()
+
+
+class _Seed(Function):
+    """A scalar in place of a stage's output, whose gradient is what will have been put into `slope` by backward.
+
+    Given a gradient that is not a scalar's, torch would load its symbolic mathematics to check the shape: a second of
+    every rank's start.
+    """
+
+    spmd = "local"
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, slope: list[Tensor]) -> Tensor:
+        ctx.slope = slope
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.slope.pop(), None
 
 
 def _neighbours(ops: Sequence[Op]) -> dict[Op, Op]:
