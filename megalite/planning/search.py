@@ -2,8 +2,8 @@
 
 What is tried: tensor sizes within a node, pipeline sizes, context sizes for long sequences, shares of the experts,
 schedules with their virtual stages, ZeRO levels, micro-batch sizes and recomputation. The model, the global batch, the
-sequence and the number of devices stay. `keep_gathered` and `two_batch_overlap` are the recipe's where a layout allows
-them. Whether a layout is allowed is asked of `check_combinations`, the trainer's own
+sequence and the number of devices stay; `keep_gathered` and `two_batch_overlap` are tried where the recipe has them on.
+Whether a layout is allowed is asked of `check_combinations`, the trainer's own
 rules.
 """
 
@@ -58,15 +58,19 @@ def candidates(config: Config, devices: int, device: Device) -> Iterator[Config]
         ]
         levels = (0, 1, 2, 3) if devices // (tensor * pipeline) > 1 else (1,)  # context ranks are copies, too
         experts = [size for size in sizes if config.model.experts % size == 0] if config.model.experts else [1]
+        keeps = (False, True) if own.keep_gathered and tensor > 1 else (False,)
+        pairs = (False, True) if own.two_batch_overlap and pipeline == 1 else (False,)
         for schedule, virtual in schedules:
-            for zero, micro, recompute, expert in itertools.product(levels, MICRO_BATCHES, RECOMPUTE, experts):
+            for zero, micro, recompute, expert, kept, paired in itertools.product(
+                levels, MICRO_BATCHES, RECOMPUTE, experts, keeps, pairs
+            ):
                 layout: dict[str, Any] = {
                     "tensor": tensor,
                     "pipeline": pipeline,
                     "context": context,
                     "sequence": tensor > 1,
-                    "keep_gathered": own.keep_gathered and tensor > 1,
-                    "two_batch_overlap": own.two_batch_overlap and pipeline == 1 < max(tensor, expert) and zero < 3,
+                    "keep_gathered": kept,
+                    "two_batch_overlap": paired,
                     "schedule": schedule,
                     "virtual_stages": virtual,
                     "zero": zero,
