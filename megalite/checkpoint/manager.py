@@ -15,7 +15,8 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,7 @@ from megalite.checkpoint.weights import begin_from, open_checkpoint, open_weight
 from megalite.config import Config, to_toml
 from megalite.errors import UserError
 from megalite.mesh import Mesh
+from megalite.placement import Box
 from megalite.text.tokenizers import TEMPLATE_FILE, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,13 @@ def _attempt(action: Callable[[], Any]) -> str | None:
     except (OSError, UserError, ValueError) as error:
         return str(error)
     return None
+
+
+def _require_finite(pieces: Iterable[tuple[str, Box, str, Tensor]]) -> None:
+    for kind, box, _, values in pieces:
+        low, high = torch.aminmax(values)
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise ValueError(f"{kind} of {box.name} is not finite")
 
 
 class CheckpointManager:
@@ -222,15 +231,14 @@ class CheckpointManager:
             raise FileNotFoundError(
                 f"{partial} is not visible here; run.dir must be on a file system that all ranks share"
             )
-        for kind, box, _, values in pieces:
-            low, high = torch.aminmax(values)
-            if not bool(torch.isfinite(low) & torch.isfinite(high)):
-                raise ValueError(f"{kind} of {box.name} is not finite")
         path = partial / f"rank_{self._peers.rank:05d}.safetensors"
         metadata = {"format": "pt", "step": str(snapshot.manifest.step)}
-        written = write_tensor_file(
-            path, [(key, values) for _, _, key, values in pieces], metadata, snapshot.manifest.checksum
-        )
+        with ThreadPoolExecutor(1) as beside:  # a disk takes longer; nothing is committed before both have ended
+            checking = beside.submit(_require_finite, pieces)
+            written = write_tensor_file(
+                path, [(key, values) for _, _, key, values in pieces], metadata, snapshot.manifest.checksum
+            )
+            checking.result()
         entries = [
             (kind, box.name, box.shape, box.offset, box.size, checksum)
             for (kind, box, _, _), checksum in zip(pieces, written.tensor_checksums)
