@@ -347,6 +347,9 @@ def _check_batches(config: Config, world_size: int) -> None:
     if train.invariant:
         copies, of_what = train.invariant, "parts of train.invariant"
     unit = train.micro_batch_size * copies
+    if parallel.two_batch_overlap and train.global_batch_size == unit:
+        problem = "needs two micro-batches of every step, and train.global_batch_size gives each rank one"
+        _refuse(config, "parallel.two_batch_overlap", problem, "use false, or a smaller train.micro_batch_size")
     for size in config.batch_sizes:
         path = "train.global_batch_size" if size == train.global_batch_size else "train.batch_ramp"
         what = "" if size == train.global_batch_size else f"goes through {size}, which "

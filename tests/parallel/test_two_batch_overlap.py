@@ -167,6 +167,10 @@ def test_every_collective_of_a_layer_is_beside_the_other_pass(monkeypatch):
         ({}, "two_batch_overlap = true hides what tensor or expert ranks send, and there are none"),
         ({"parallel.tensor": 2, "parallel.pipeline": 2}, "parallel.pipeline = 2 is not covered by"),
         ({"parallel.tensor": 2, "parallel.zero": 3}, "parallel.zero = 3 is not covered by"),
+        (
+            {"parallel.tensor": 2, "train.micro_batch_size": 2, "train.global_batch_size": 4},
+            "needs two micro-batches of every step",
+        ),
         ({"parallel.tensor": 2, "train.invariant": 2}, "train.invariant = 2 is not covered by"),
     ],
 )
