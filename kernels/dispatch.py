@@ -54,7 +54,7 @@ logger = logging.getLogger("megalite.kernels")
 @dataclass(frozen=True)
 class Kernels:
     """One callable per operation, with the signatures of the plain PyTorch forms in the module of the operation's
-    name, and the form of attention over a part of the keys."""
+    name, and two forms of attention besides: over a part of the keys, and of one query to a buffer."""
 
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
@@ -62,6 +62,7 @@ class Kernels:
     rope_qkv: Callable[..., Any]
     attention: Callable[..., Any]
     attention_parts: AttentionParts
+    decode_attention: Callable[..., Any]
     swiglu: Callable[..., Any]
     swiglu_again: Callable[..., Any]
     geglu: Callable[..., Any]
@@ -108,6 +109,7 @@ def select_kernels(choices: Mapping[str, str], device: torch.device, *, determin
             taken, why = _take_attention(wanted, device, deterministic)
             functions["attention"] = _attention(taken, device)
             functions["attention_parts"] = _attention_parts(taken, device)
+            functions["decode_attention"] = _decode_attention(taken, device)
         else:
             taken, why = _take(operation, wanted, device)
             functions |= {name: _function(operation, name, taken) for name in names}
@@ -222,6 +224,15 @@ def _attention_parts(taken: str, device: torch.device) -> AttentionParts:
     if taken == "cpu" and _missing_extension(device) is None:
         return import_module(f"{__package__}.native").NativeParts()  # type: ignore[no-any-return]
     return PLAIN_PARTS
+
+
+def _decode_attention(taken: str, device: torch.device) -> Callable[..., Any]:
+    """Triton's where the choice allows it: nothing is measured, since a graph is made of one form."""
+    plain = import_module(f"{__package__}.attention.decode").decode_attention
+    if taken not in ("triton", "measured") or _triton_obstacle(device) is not None:
+        return plain  # type: ignore[no-any-return]
+    form = import_module(f"{__package__}.attention.decode_triton")
+    return _with_fallback("attention", "triton", form.decode_attention, form.unsupported, plain)
 
 
 def _with_fallback(

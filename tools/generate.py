@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bos", choices=("auto", "yes", "no"), default="auto", help="begin with the beginning-of-text token")
     add("--tokenizer", default="", metavar="FILE", help="use this tokenizer instead of the checkpoint's own")
     add("--json", action="store_true", help="print one JSON object a prompt, with ids, log-probabilities and reason")
+    add("--cuda-graph", action="store_true", help="record a token's kernels as a CUDA graph and replay it")
     options = parser.parse_args(argv)
     if (options.prompt is None) == (options.prompt_ids is None):
         raise UserError('give either --prompt TEXT or --prompt-ids "[1,2,3]"')
@@ -133,7 +134,7 @@ def generate(options: argparse.Namespace, opened: Opened, loaded: Loaded) -> Non
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     tokenizer = opened.tokenizer if options.prompt_ids is None or limits.stop_strings else None
     with loaded.model.generating() as stages:
-        generator = Generator(stages, loaded.model.owners, loaded.mesh, loaded.config.model)
+        generator = Generator(stages, loaded.model.owners, loaded.mesh, loaded.config.model, graph=loaded.recorder)
         generator.check(prompts, limits, tokenizer)
         streams = loaded.speaks and options.prompt is not None and len(prompts) == 1 and not options.json
         listener = stream_to_terminal(options.prompt[0]) if streams else None
@@ -148,7 +149,7 @@ def main() -> None:
     options = parse()
     with (
         open_checkpoint(options.checkpoint, options.tokenizer) as opened,
-        load_model(opened, options.overrides) as loaded,
+        load_model(opened, options.overrides, cuda_graph=options.cuda_graph) as loaded,
     ):
         generate(options, opened, loaded)
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
-from megalite.config.check_graph import check_graph
+from megalite.config.check_graph import TOKENS, check_covered, check_graph
 from megalite.config.check_invariant import check_batch_invariant, check_invariant
 from megalite.config.check_latent import check_latent
 from megalite.config.check_layers import check_layers
@@ -66,6 +66,11 @@ def check_combinations(config: Config, world_size: int) -> None:
     check_graph(config, _refuse)
     _check_batches(config, world_size)
     _check_schedule_of_training(config)
+
+
+def check_token_graph(config: Config, option: str) -> None:
+    """Raise UserError for the first field with which a program's option to record tokens as a CUDA graph cannot be."""
+    check_covered(config, TOKENS, option, f"leave {option} out", _refuse)
 
 
 def check_machine(config: Config) -> None:

@@ -279,6 +279,8 @@ class RolloutConfig:
     """Always write max_new_tokens tokens."""
     batch_size: CountOrNone = 0
     """Answers that one copy of the model writes at a time; 0: all of its part."""
+    cuda_graph: bool = False
+    """Record the kernels of one token as a CUDA graph, and replay it for every token (docs/generation.md)."""
     reward: str = ""
     """`module:function` that scores answers (docs/post-training.md)."""
     reward_model: str = ""

@@ -16,13 +16,23 @@ class DecoderCache:
 
     Memory in elements, for keys and values: 2 * layers of this rank * capacity * B * k * D. In memory a row's positions
     are neighbours, [B, k, capacity, D], since one query reads all of them. While `keeps` is False, new positions are
-    left to another rank of the sequence, and only those so far are returned.
+    left to another rank of the sequence, and only those so far are returned. `buffers` are those of an earlier cache,
+    to be written anew.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, buffers: Mapping[int, tuple[Tensor, ...]] | None = None) -> None:
         self.capacity, self.keeps = capacity, True
-        self._buffers: dict[int, tuple[Tensor, ...]] = {}
+        self._buffers: dict[int, tuple[Tensor, ...]] = dict(buffers or {})
         self._lengths: dict[int, int] = {}
+
+    @property
+    def buffers(self) -> Mapping[int, tuple[Tensor, ...]]:
+        """By layer, [capacity, B, ...] each."""
+        return self._buffers
+
+    def written(self, length: int) -> None:
+        """So many positions of the buffers have been written by now, the latest of them not through this cache."""
+        self._lengths = dict.fromkeys(self._buffers, length)
 
     def extend(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Append a layer's new tensors [S, B, ...]; all of them so far, [T, B, ...], as views of the buffers."""

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megalite.config import ModelConfig
+from megalite.config.check_graph import TOKENS
+from megalite.cuda_graph import GraphRecorder
 from megalite.errors import RunFailed, UserError
 from megalite.generation.cache import Memory
 from megalite.generation.flow import Flow
 from megalite.generation.row_group import RowGroup
 from megalite.generation.sampling import Sampling, sample
 from megalite.generation.stopping import TextStream
+from megalite.generation.token_graph import TokenGraph
 from megalite.mesh import Mesh
 from megalite.model.decoder import Stage
+from megalite.model.head import VocabParallelHead
 from megalite.text.tokenizers import Tokenizer
 
 Listener = Callable[[int, str], None]
@@ -66,7 +71,9 @@ class Generator:
 
     `stages` are those of `ShardedModel.generating()`, by number, and `owners` says for each stage of the model which
     pipeline rank holds it. Copies along the data axes need not generate the same rows, or at the same time. With
-    `trainer_logprobs`, the log-probabilities of completions are computed as in training, at temperature 1.
+    `trainer_logprobs`, the log-probabilities of completions are computed as in training, at temperature 1. With a
+    `graph`, the loop of tokens is recorded by it and replayed (`TokenGraph`), where one pipeline and one context rank
+    hold the whole model.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Generator:
         model: ModelConfig,
         *,
         trainer_logprobs: bool = False,
+        graph: GraphRecorder | None = None,
     ) -> None:
         if any(stage.region.sequence for stage in stages.values()):
             raise ValueError("generation needs whole sequences: use the stages of ShardedModel.generating()")
@@ -86,6 +94,9 @@ class Generator:
         self.look_every = _LOOK_EVERY if mesh.device.type == "cuda" else 1
         self._context = next(iter(stages.values())).context
         mesh.group("pp", "cp", "tp")  # made now, on every rank
+        if graph is not None and (wrong := _uncovered(model, mesh)):
+            raise ValueError(f"no graph of a token is made with {wrong}; see megalite.config.check_graph")
+        self._tokens = None if graph is None else TokenGraph(stages[0], mesh, graph)
 
     @torch.no_grad()
     def run(
@@ -108,27 +119,32 @@ class Generator:
         those of the distribution drawn from (its temperature, top-k and top-p), otherwise those of the model.
         `memory`, for one prompt at a time, keeps what is cached for the next run. `interrupt` is asked after every
         token, on every rank; where it says yes, on all alike, all rows end, for the reason `interrupted`.
-        Raises UserError for a prompt that does not fit, RunFailed if the model's outputs are not finite.
+        Raises UserError for a prompt that does not fit, or a sampling that a graph cannot record; RunFailed if the
+        model's outputs are not finite.
         """
         own = _each(limits, prompts)
         self.check(prompts, own, tokenizer)
         if memory is not None and len(prompts) != 1:
             raise ValueError(f"a memory is of one prompt, not of {len(prompts)}")
+        if self._tokens is not None:
+            sampling.check_fixed_shapes()
+            if memory is not None:
+                raise ValueError("a graph has a cache of its own, which no other run may keep")
         results = _Results(prompts, own, tokenizer, listener)
         numbers = range(len(prompts)) if rows is None else rows
         groups = []
         for part in self._parts(prompts, [row for row in range(len(prompts)) if own[row].max_new_tokens > 0]):
             most_new = max(own[row].max_new_tokens for row in part)
-            texts = {row: prompts[row] for row in part}
-            groups.append(RowGroup(texts, numbers, most_new, self._context, memory))
+            texts, cache = {row: prompts[row] for row in part}, None
+            if self._tokens is not None:
+                cache = self._tokens.cache(len(texts), max(map(len, texts.values())) + most_new)
+            groups.append(RowGroup(texts, numbers, most_new, self._context, memory, cache))
         unread: list[list[Tensor]] = [[] for _ in groups]
 
-        def draw(group: RowGroup, logits_BV: Tensor) -> Tensor:
-            numbers_B = group.uniforms(sampling.seed)
-            tokens_B, logprobs_B = sample(logits_BV, sampling, numbers_B, sampler_logprobs=sampler_logprobs)
-            if self._trainer_head is not None:
-                logprobs_B = self._trainer_head.token_logprobs(logits_BV, tokens_B)
-            return torch.stack((tokens_B.double(), logprobs_B.double()))  # float64 holds every id
+        draw, seed = _Draw(replace(sampling, seed=0), sampler_logprobs, self._trainer_head), sampling.seed
+
+        def drawn(group: RowGroup, logits_BV: Tensor) -> Tensor:
+            return draw(logits_BV, group.uniforms(seed))
 
         def told(number: int, drawn_2B: Tensor) -> None:
             group = groups[number]
@@ -141,8 +157,11 @@ class Generator:
                     results.interrupt()
                 group.drop({member for member in group.members if results.completions[member].reason})
 
-        if groups:
-            Flow(self.stages, self.owners, self.mesh, groups, draw, told).run()
+        if self._tokens is not None:
+            for number, group in enumerate(groups):
+                self._tokens.run(group, seed, draw, partial(told, number))
+        elif groups:
+            Flow(self.stages, self.owners, self.mesh, groups, drawn, told).run()
             if memory is not None:
                 (completion,) = results.completions
                 memory.ids = (completion.prompt_ids + completion.new_ids)[:-1]
@@ -204,6 +223,29 @@ class Generator:
         order = sorted(rows, key=lambda row: -len(prompts[row]))
         count = min(self.mesh.pp, len(rows))
         return [order[len(order) * part // count : len(order) * (part + 1) // count] for part in range(count)]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How tokens are drawn of their logits [B, V] and of a number for each row, whatever its seed: ids and
+    log-probabilities, float64 [2, B]."""
+
+    sampling: Sampling
+    sampler_logprobs: bool
+    trainer_head: VocabParallelHead | None
+
+    def __call__(self, logits_BV: Tensor, numbers_B: Tensor) -> Tensor:
+        tokens_B, logprobs_B = sample(logits_BV, self.sampling, numbers_B, sampler_logprobs=self.sampler_logprobs)
+        if self.trainer_head is not None:
+            logprobs_B = self.trainer_head.token_logprobs(logits_BV, tokens_B)
+        return torch.stack((tokens_B.double(), logprobs_B.double()))  # float64 holds every id
+
+
+def _uncovered(model: ModelConfig, mesh: Mesh) -> str:
+    """The first field, with its value, that a graph of a token does not cover; empty without one."""
+    known = {"parallel.pipeline": mesh.pp, "parallel.context": mesh.cp}
+    known |= {f"model.{name}": getattr(model, name) for name in ("attention", "experts")}
+    return next((f"{path} = {value}" for path, value in known.items() if value not in TOKENS[path]), "")
 
 
 def _each(limits: Limits | Sequence[Limits], prompts: Sequence[Sequence[int]]) -> list[Limits]:

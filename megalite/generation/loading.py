@@ -20,8 +20,9 @@ from megalite.checkpoint.source import CheckpointReader, TensorSource, fill_mode
 from megalite.checkpoint.weights import Source, open_weights
 from megalite.cli import Parser, nonempty
 from megalite.config import Config, build_config
-from megalite.config.check import check_layout
+from megalite.config.check import check_layout, check_token_graph
 from megalite.config.load import parse_overrides
+from megalite.cuda_graph import GraphRecorder, recorder_for
 from megalite.errors import RunFailed, UserError
 from megalite.kernels import select_kernels
 from megalite.mesh import Mesh
@@ -171,6 +172,8 @@ class Loaded:
     config: Config
     mesh: Mesh
     model: ShardedModel
+    recorder: GraphRecorder | None = None
+    """What records the loop of tokens as a CUDA graph, if that was asked for."""
 
     @property
     def speaks(self) -> bool:
@@ -180,13 +183,18 @@ class Loaded:
 
 @contextmanager
 def load_model(
-    opened: Opened, overrides: Sequence[str], *, seq_length: int | None = None, data_parallel: bool = False
+    opened: Opened,
+    overrides: Sequence[str],
+    *,
+    seq_length: int | None = None,
+    data_parallel: bool = False,
+    cuda_graph: bool = False,
 ) -> Iterator[Loaded]:
     """Join the other ranks, build this rank's stage and fill it. Raises UserError, the same on every rank.
 
     `overrides` are those of `_OVERRIDES`, as for the trainer. `seq_length`: of the sequences to be scored. Only with
     `data_parallel` may there be more ranks than one copy of the model takes; without it, ranks that share the experts
-    do the same work on the rest.
+    do the same work on the rest. `cuda_graph`: tokens shall be recorded as a graph (`--cuda-graph`).
     """
     world = World.from_environment()
     config = _inference_config(opened, overrides, seq_length, world.size)
@@ -198,12 +206,15 @@ def load_model(
             "make them equal, as in --parallel.tensor 2 with torchrun --nproc-per-node 2"
         )
     check_layout(config, world.size)
+    if cuda_graph:
+        check_token_graph(config, "--cuda-graph")
     device = choose_device(config, world)
+    recorder = recorder_for(device, "--cuda-graph") if cuda_graph else None
     mesh = connect(config, world, device)
     kernels = select_kernels(dataclasses.asdict(config.kernels), device)
     model = ShardedModel(config, mesh, kernels, trained=False)
     fill_model(model, opened.source)
-    yield Loaded(config, mesh, model)
+    yield Loaded(config, mesh, model, recorder)
     mesh.world.all_reduce(torch.zeros(1, device=device)).wait()  # nobody leaves while another still talks
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -44,10 +44,11 @@ class RowGroup:
         most_new: int,
         context: ContextRegion,
         memory: Memory | None = None,
+        cache: DecoderCache | None = None,
     ) -> None:
         """`prompts` by the caller's name; `numbers[name]` is the row's global number, which its draws depend on; no row
         gets more than `most_new` tokens. With `memory`, for a single prompt, only the part of it that is not there is
-        computed; a split prompt is computed whole."""
+        computed; a split prompt is computed whole. `cache` is an empty one with room for all, to be used."""
         device = context.device
         self.members = list(prompts)
         self.start = self.drawn = 0
@@ -56,7 +57,9 @@ class RowGroup:
         capacity = longest + most_new
         self._padding = [longest - len(prompt) for prompt in prompts.values()]
         padded = [[0] * pad + list(prompt) for pad, prompt in zip(self._padding, prompts.values())]
-        if memory is None or context.size > 1:
+        if cache is not None:
+            self.cache = cache
+        elif memory is None or context.size > 1:
             self.cache = DecoderCache(longest // context.size + -(-most_new // context.size))
         else:
             self.start, self.cache = memory.recall(padded[0], capacity), memory.cache
@@ -75,6 +78,11 @@ class RowGroup:
     def size(self) -> int:
         return len(self.members)
 
+    @property
+    def first_B(self) -> Tensor:
+        """The position of every row's first token, behind its padding."""
+        return -self._places_BC[:, 0]
+
     def positions(self, stage: Stage) -> Positions:
         """Of the tokens in `tokens_BS`."""
         length, rows_t, stop = self._length, self._rows_t, self.start + self._length
@@ -89,11 +97,17 @@ class RowGroup:
 
     def uniforms(self, seed: int) -> Tensor:
         """The rows' numbers for the token that is due, float64 [B]."""
+        numbers_BU, first = self.table(seed)
+        return numbers_BU[:, self.drawn - first]
+
+    def table(self, seed: int) -> tuple[Tensor, int]:
+        """(the rows' numbers for the token that is due, some before and some after it, float64 [B, U]; whose the first
+        is)."""
         if not 0 <= self.drawn - self._uniforms_from < _NUMBERS_AT_ONCE:
             rows = [self._numbers[member] for member in self.members]
             table = uniforms(seed, rows, self.drawn, _NUMBERS_AT_ONCE)
             self._uniforms_BU, self._uniforms_from = torch.from_numpy(table).to(self.tokens_BS.device), self.drawn
-        return self._uniforms_BU[:, self.drawn - self._uniforms_from]
+        return self._uniforms_BU, self._uniforms_from
 
     def append(self, tokens_B: Tensor) -> None:
         """The tokens that have been drawn are those of the next forward pass."""

@@ -54,6 +54,14 @@ class Sampling:
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed = {shown(self.seed)} is not a number from 0 to 2^64 - 1")
 
+    def check_fixed_shapes(self) -> None:
+        """Raise UserError where more may have to be sorted than is known before, which no CUDA graph can record."""
+        if self.top_p < 1 and not self.top_k and not self.greedy:
+            raise UserError(
+                f"top-p = {self.top_p} alone sorts as many tokens as it turns out to need, which a CUDA graph cannot "
+                "record; give top-k as well, or generate without a graph"
+            )
+
     @property
     def greedy(self) -> bool:
         return self.temperature < _COLDEST

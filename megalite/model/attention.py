@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import ModelConfig
 from megalite.kernels.attention import Documents
+from megalite.kernels.attention.decode import Filled
 from megalite.kernels.rope import split_qkv
 from megalite.mesh import Mesh
 from megalite.model.all_heads_norm import AllHeadsNorm
@@ -31,12 +32,14 @@ from megalite.placement import Box, row_box
 @dataclass(frozen=True)
 class Positions:
     """Positions of a micro-batch's tokens: rotary tables [S, D] or [S, B, D], and document numbers [S, B] or None;
-    `local` are the tables of layers with a window, where they have others."""
+    `local` are the tables of layers with a window, where they have others. `filled` is what a cache of buffers holds
+    with the only token of each row, whose count the host does not know."""
 
     cos: Tensor
     sin: Tensor
     documents_SB: Tensor | Documents | None = None
     local: tuple[Tensor, Tensor] | None = None
+    filled: Filled | None = None
 
     def tables(self, local: bool) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a layer with or without a window."""
@@ -143,7 +146,9 @@ class GroupedQueryAttention(nn.Module):
             k_SBkD, v_SBkD = cache.extend(self.layer, k_SBkD, v_SBkD)
         if self.kv_index is not None:
             k_SBkD, v_SBkD = k_SBkD.index_select(2, self.kv_index), v_SBkD.index_select(2, self.kv_index)
-        mixed_SBqD = self.kernels.attention(
-            q_SBqD, k_SBkD, v_SBkD, causal=True, window=self.window, documents=positions.documents, **self.scores
-        )
+        qkv, seen = (q_SBqD, k_SBkD, v_SBkD), {"window": self.window, **self.scores}
+        if positions.filled is not None:
+            mixed_SBqD = self.kernels.decode_attention(*qkv, positions.filled, **seen)
+        else:
+            mixed_SBqD = self.kernels.attention(*qkv, causal=True, documents=positions.documents, **seen)
         return mixed_SBqD.flatten(2)

@@ -31,6 +31,7 @@ from megalite.checkpoint.manager import CheckpointManager
 from megalite.checkpoint.peers import Peers
 from megalite.checkpoint.state import Checkpointable
 from megalite.config import Config
+from megalite.cuda_graph import recorder_for
 from megalite.data.batch import Batch
 from megalite.errors import CommonError, UserError
 from megalite.generation.generator import Generator, Limits
@@ -65,6 +66,8 @@ class PolicyTask:
 
     def __init__(self, config: Config, mesh: Mesh, kernels: Kernels) -> None:
         self.config, self.mesh, self.kernels = config, mesh, kernels
+        asked = config.rollout.cuda_graph
+        self._recorder = recorder_for(mesh.device, "rollout.cuda_graph = true") if asked else None
         self.trainer = Trainer(config, mesh, kernels)
         self.critic: Trainer | None = None
         if has_critic(config):
@@ -182,7 +185,9 @@ class PolicyTask:
         asked = [prompts[row // each].ids for row in rows]
         with self.trainer.generating() as stages:
             exact = config.train.batch_invariant
-            generator = Generator(stages, self.trainer.owners, mesh, config.model, trainer_logprobs=exact)
+            generator = Generator(
+                stages, self.trainer.owners, mesh, config.model, trainer_logprobs=exact, graph=self._recorder
+            )
             completions = generator.run_all(
                 asked,
                 sampling,

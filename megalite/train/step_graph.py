@@ -1,30 +1,21 @@
 """Forward and backward passes of a training step, recorded once as a graph and replayed (`train.cuda_graph`).
 
-A replay costs the host one call instead of some forty launches a layer. What is replayed are kernels with the addresses
-and the numbers that they were given when they were recorded, so a step may only be recorded if it
-
-- reads tensors that outlive it: weights, gradients, tables, and copies of the batch that are filled before each replay;
-- never waits for the device, and copies nothing between host and device;
-- starts the same communications in the same order every time, and waits for each that it starts;
-- depends on no number that changes from step to step but through a tensor.
-
-`tests/train/test_step_graph.py` holds the trainer to these rules on a CPU and on the meta device. Agreement among the
-ranks and the update are not recorded: they come after. Source: NVIDIA, CUDA C++ programming guide, "CUDA Graphs".
+A replay costs the host one call instead of some forty launches a layer. A recorded step keeps to the rules of
+`megalite.cuda_graph`; what outlives it are weights, gradients, tables, and copies of the batch that are filled before
+each replay. `tests/train/test_step_graph.py` holds the trainer to these rules on a CPU and on the meta device.
+Agreement among the ranks and the update are not recorded: they come after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from megalite.cuda_graph import GraphRecorder
 from megalite.data.batch import Batch
-from megalite.errors import UserError
 
-Outputs = TypeVar("Outputs")
 Batches = Sequence[Batch | None]
 
 WARM_UP = 3
@@ -32,53 +23,8 @@ WARM_UP = 3
 know from the second on when they are complete."""
 
 
-class GraphRecorder(Protocol):
-    """How a step is recorded; both methods are called with the same function on the same tensors."""
-
-    def warm_up(self, run: Callable[[], Outputs]) -> Outputs:
-        """What `run` returns, computed now where it will be recorded."""
-        ...
-
-    def record(self, run: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        """(what `run` returned, whose tensors have values once it is replayed; what replays it)."""
-        ...
-
-
-class CudaRecorder:
-    """Records on a stream of its own, with memory of its own, as torch.cuda.graph wants it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-
-    @contextmanager
-    def _ordered(self) -> Iterator[None]:
-        """The stream begins after all work so far, and all later work after the stream's."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        yield
-        current.wait_stream(self._stream)
-
-    def warm_up(self, run: Callable[[], Outputs]) -> Outputs:
-        with self._ordered(), torch.cuda.stream(self._stream):
-            return run()
-
-    def record(self, run: Callable[[], Outputs]) -> tuple[Outputs, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads write checkpoints, pin batches and watch communications meanwhile: their calls are their own.
-        with self._ordered(), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = run()
-        return outputs, graph.replay
-
-
-def recorder_for(device: torch.device) -> GraphRecorder:
-    """The recorder of a GPU; UserError elsewhere."""
-    if device.type != "cuda":
-        raise UserError(f"train.cuda_graph = true needs a GPU, and this run's device is {device.type}; use false")
-    return CudaRecorder(device)
-
-
 class StepGraph:
-    """Runs `accumulate(batches, shape)`, which must follow the rules above, and from the fourth step of a kind on
+    """Runs `accumulate(batches, shape)`, which must follow those rules, and from the fourth step of a kind on
     replays it.
 
     `settle` makes that nothing of an earlier step is on its way any more. `held` are the tensors whose addresses a

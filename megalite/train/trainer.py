@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.cuda_graph import GraphRecorder, recorder_for
 from megalite.data.batch import Batch
 from megalite.kernels import Kernels
 from megalite.mesh import Group, Mesh, Work
@@ -27,7 +28,7 @@ from megalite.objective.next_token import NEXT_TOKEN
 from megalite.optim.grad_norm import GradientNorm
 from megalite.optim.optimizer import Optimizer, build_rule
 from megalite.parallel.engine import Observer, unobserved
-from megalite.train.step_graph import GraphRecorder, StepGraph, recorder_for
+from megalite.train.step_graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Trainer(ShardedModel):
         self.norm = self.make_norm()
         self.observe: Observer = unobserved
         self._world = mesh.world
-        self.graph = self.make_graph(recorder_for(mesh.device)) if config.train.cuda_graph else None
+        recorder = recorder_for(mesh.device, "train.cuda_graph = true") if config.train.cuda_graph else None
+        self.graph = self.make_graph(recorder) if recorder is not None else None
 
     def make_norm(self) -> GradientNorm:
         return GradientNorm(list(self.buckets.values()), self.mesh.rank, self.kernels)

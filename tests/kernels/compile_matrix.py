@@ -39,6 +39,7 @@ from megalite.kernels import (
     swiglu_triton,
     symmetric_triton,
 )
+from megalite.kernels.attention import decode_triton as decode
 from megalite.kernels.attention import flash_gluon as gluon
 from megalite.kernels.attention import flash_gluon_kernels as gluon_kernels
 from megalite.kernels.attention import flash_triton as launches
@@ -269,6 +270,31 @@ def attention_cases(target: int) -> Iterator[Case]:
             yield attention_case(what, 64, target, "causal", "queries", "keys", "heads", "group")
 
 
+def decode_cases() -> Iterator[Case]:
+    """One query: every head width, in parts and whole; window and soft cap; a key/value head to each query head."""
+    types = {"first_ptr": "*i64", "count_ptr": "*i64"}
+    shared = {"WINDOW": False, "SOFTCAP": False, "PRECISION": "tf32", "BLOCK_G": decode.LEAST_ROWS}
+    kinds: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("", {}, "*fp32"),
+        (" whole", {}, "*bf16"),
+        (" window", {"WINDOW": True}, "*fp32"),
+        (" softcap", {"SOFTCAP": True}, "*fp32"),
+        (f" {decode.MOST_ROWS} heads", {"BLOCK_G": decode.MOST_ROWS}, "*fp32"),
+        (" one head", ones("group"), "*fp32"),
+    )
+    for width in (16, 32, 64, 80, 128, 256):
+        block = {"WIDTH": width, "BLOCK_D": launches.head_block(width)}
+        for name, special, out in kinds if width in (128, 256) else kinds[:1]:
+            constants = {**shared, "BLOCK_N": decode.tile_keys(width, 2), **block, **special}
+            here = {**types, "out_ptr": out}
+            yield Case(f"decode d{width}{name}", decode.decode_kernel, constants, decode.WARPS, decode.STAGES, here)
+        warps = warps_for(decode.MOST_PARTS * block["BLOCK_D"])
+        here = {"part_ptr": "*fp32"}
+        yield Case(
+            f"decode combine d{width}", decode.combine_kernel, {"PARTS": decode.MOST_PARTS, **block}, warps, types=here
+        )
+
+
 def specialised_cases() -> Iterator[Case]:
     """The attention with specialised warps: every head width, and every mask at the usual one."""
     for width, mask in (*((width, "causal") for width in gluon.TILES), (128, "causal window"), (128, "documents")):
@@ -290,11 +316,13 @@ def cases(target: int, quick: bool) -> list[Case]:
         wanted = [case for case in norm_cases() if "h4096" in case.name]
         return [*wanted, attention_case("forward", 128, target, "causal")]
     products = [*grouped_cases(), *symmetric_cases(), *(fp8_cases() if target >= 89 else ())]  # 8-bit floats
-    made = [*norm_cases(), *pointwise_cases(), *loss_cases(), *products, *attention_cases(target)]
+    attention = [*attention_cases(target), *decode_cases()]
+    made = [*norm_cases(), *pointwise_cases(), *loss_cases(), *products, *attention]
     if target == 90:
         made += specialised_cases()
     # sm_86 is sm_89 without 8-bit floats, and what needs little shared memory is compiled for the others already.
-    return [case for case in made if case.products or "fp8" in case.name] if target in (86, 89, 120) else made
+    needed = ("fp8", "decode")
+    return [case for case in made if case.products or case.name.startswith(needed)] if target in (86, 89, 120) else made
 
 
 def measured(target: int, quick: bool, index: int) -> dict[str, Any]:

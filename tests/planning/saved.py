@@ -63,7 +63,7 @@ def fused_kernels() -> Kernels:
         swiglu_triton,
         symmetric,
     )
-    from megalite.kernels.attention import flash_triton
+    from megalite.kernels.attention import decode_triton, flash_triton
     from megalite.kernels.attention.widths import at_one_width
 
     return Kernels(
@@ -73,6 +73,7 @@ def fused_kernels() -> Kernels:
         rope_qkv=rope_triton.rope_qkv,
         attention=at_one_width(flash_triton.attention),
         attention_parts=flash_triton.FlashParts(),
+        decode_attention=decode_triton.decode_attention,
         swiglu=swiglu_triton.swiglu,
         swiglu_again=swiglu_triton.swiglu_again,
         geglu=swiglu.geglu,

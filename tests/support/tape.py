@@ -64,13 +64,16 @@ class Tape(TorchDispatchMode):
                 if func.name().split(".")[0].removeprefix("aten::") in _NO_VALUES:
                     continue
                 again = func(*args, **kwargs)
+                for started in again if func.namespace == "c10d" else ():  # a recorded wait has no operation
+                    if isinstance(started, torch.ScriptObject):
+                        torch._C._distributed_c10d.Work.unbox(started).wait()
                 for old, new in zip(tensors(result), tensors(again), strict=True):
                     if old.untyped_storage()._cdata not in given:  # neither a view nor changed in place
                         old.copy_(new)
 
 
 class TapeRecorder:
-    """A `megalite.train.step_graph.GraphRecorder` that counts the steps that it ran, recorded and replayed."""
+    """A `megalite.cuda_graph.GraphRecorder` that counts the steps that it ran, recorded and replayed."""
 
     def __init__(self) -> None:
         self.tapes: list[Tape] = []

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from megalite.cuda_graph import recorder_for
 from megalite.data.batch import Batch
 from megalite.errors import UserError
 from megalite.kernels.cross_entropy import cross_entropy_grad_, cross_entropy_stats
 from megalite.placement import placed_parameters
-from megalite.train.step_graph import WARM_UP, StepGraph, recorder_for
+from megalite.train.step_graph import WARM_UP, StepGraph
 from tests.parallel.test_meta_step import batches as meta_batches
 from tests.parallel.test_meta_step import build as meta_trainer
 from tests.support.parity import EVERYTHING, Case, Layout, build_trainer, micro_batches
@@ -146,8 +147,8 @@ def test_the_tape_refuses_what_no_graph_holds(rule):
 
 @pytest.mark.fast
 def test_only_a_gpu_records():
-    with pytest.raises(UserError, match="needs a GPU"):
-        recorder_for(torch.device("cpu"))
+    with pytest.raises(UserError, match="--cuda-graph needs a GPU"):
+        recorder_for(torch.device("cpu"), "--cuda-graph")
     config = Case.of({"train.cuda_graph": True}).config(1)
     with pytest.raises(UserError, match=r"train.cuda_graph = true needs a GPU.*cpu"):
         build_trainer(config, 0, 1)
