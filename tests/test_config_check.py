@@ -210,6 +210,12 @@ def layout(*overrides, world_size=1):
         ),
         (2, "--train.cuda_graph true --parallel.zero 3", "use 0 or 1, or train.cuda_graph = false"),
         (1, "--train.cuda_graph true --objective.kind dpo", "objective.kind = dpo is not covered by train.cuda_graph"),
+        (1, "--rollout.cuda_graph true --run.device cpu", "rollout.cuda_graph = true needs a GPU, and run.device is cpu"),
+        (
+            2,
+            "--rollout.cuda_graph true --parallel.pipeline 2",
+            "parallel.pipeline = 2 is not covered by rollout.cuda_graph = true; use 1, or rollout.cuda_graph = false",
+        ),
         (1, "--train.profile [3]", "train.profile = [3] is not a range of steps"),
         (1, "--checkpoint.keep_every 1500", "checkpoint.keep_every = 1500 is not a multiple of checkpoint.interval"),
         (1, "--data.split [0,1]", "data.split = [0.0, 1.0] is out of range"),

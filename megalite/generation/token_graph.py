@@ -154,18 +154,14 @@ class TokenGraph:
 
     def _graph(self, rows: int, draw: Draw) -> Callable[[], None]:
         if rows not in self._graphs:
-            step, begun = partial(self._step, rows, draw), self._buffers
-            kept = [tensor.clone() for tensor in (begun.tokens_R, begun.length_1, begun.count_1)]
-
-            def again() -> None:  # what a rehearsal or a recording may have computed will be computed once more
-                for tensor, value in zip((begun.tokens_R, begun.length_1, begun.count_1), kept):
-                    tensor.copy_(value)
-
+            buffers, step = self._buffers, partial(self._step, rows, draw)
+            advanced = buffers.tokens_R, buffers.length_1, buffers.count_1
+            kept = [tensor.clone() for tensor in advanced]
             with self._mesh.waits_unobserved():
                 self._recorder.warm_up(step)
-                again()
                 _, self._graphs[rows] = self._recorder.record(step)
-                again()
+            for tensor, value in zip(advanced, kept):  # the tokens computed meanwhile will be computed again
+                tensor.copy_(value)
         return self._graphs[rows]
 
     def _step(self, rows: int, draw: Draw) -> None:

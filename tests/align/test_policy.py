@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from tests.align.tiny import average, build_task, config_of, optimum
 from tests.support.chaos import ChaosGroups
 from tests.support.parity import Layout, assemble, distance, pieces_of_weights
 from tests.support.pool import Pool
+from tests.support.tape import TapeRecorder
 
 LAYOUTS = (
     Layout(tensor=2, sequence=True, pipeline=2),
@@ -128,6 +130,25 @@ def test_the_same_answers_and_weights_in_every_kind_of_layout(layout: Layout, ki
         for name in ("kl", "entropy", "clip_fraction"):
             assert ours[name] == pytest.approx(theirs.metrics[name], rel=1e-4, abs=1e-6)
     assert not far(found["weights"], expected["weights"])
+
+
+def test_rollouts_by_a_graph_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rollout.cuda_graph`: two steps' answers, recorded anew for each."""
+    recorder = TapeRecorder()
+    monkeypatch.setattr(policy_task, "recorder_for", lambda device, switch: recorder)
+    plain = tiny.select_kernels({"default": "reference"}, torch.device("cpu"))  # whose every operation a tape sees
+    monkeypatch.setattr(tiny, "select_kernels", lambda choices, device: plain)
+    prompts = [SimpleNamespace(ids=[3, 1, 4, 1, 5][:length]) for length in (5, 2, 3)]
+    both = []
+    for cuda_graph in (False, True):
+        task = build_task(small(Layout(), "grpo", rollout={"cuda_graph": cuda_graph}), Layout(), 0, shortest=3)
+        assert recorder.replays == 0
+        both.append([answer for step in range(2) for answer in task._answer(prompts, 2, step, 7)])
+    usual, graphed = both
+    assert [answer.ids for answer in graphed] == [answer.ids for answer in usual]
+    for mine, theirs in zip(graphed, usual):
+        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
+    assert (len(recorder.tapes), recorder.replays) == (2, 12)
 
 
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))

@@ -60,6 +60,15 @@ def test_token_ids_in_and_out(run: Program) -> None:
 
 
 @pytest.mark.fast
+def test_a_graph_is_refused_where_there_is_none(run: Program) -> None:
+    options = ("--prompt-ids", "[1]", "--cuda-graph", "--run.device", "cpu")
+    code, _, error = run("generate.py", "--checkpoint", golden.folder("mistral_swa"), *options)
+    assert (code, error) == (2, "error: --cuda-graph needs a GPU, and this run's device is cpu; leave it off\n")
+    code, _, error = run("generate.py", "--checkpoint", golden.folder("mixtral_experts"), *options)
+    assert code == 2 and "model.experts = 4 is not covered by --cuda-graph; " in error
+
+
+@pytest.mark.fast
 def test_text_in_and_out(run: Program, talker: Path) -> None:
     """A stream shows the prompt and the text; JSON has the same text; the seed decides."""
     options = ("--checkpoint", talker, "--max-new-tokens", 20, "--seed", 4)

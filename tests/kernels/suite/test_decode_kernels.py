@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megalite.kernels import select_kernels
 from megalite.kernels.attention import attention_reference, decode_triton
 from megalite.kernels.attention.decode import Filled, decode_attention
 from tests.kernels.suite.kernel_checks import close
@@ -47,8 +48,10 @@ def test_options(device, room, options):
     check(*buffers(device, 384, 2, 4, 2, 32, torch.float32, 300, [0, 250]), factor=2, **options)
 
 
-def test_a_row_that_sees_nothing_gives_zeros(device, room):
-    tensors = buffers(device, 300, 2, 2, 1, 32, torch.float32, 40, [0, 60])
+@pytest.mark.parametrize("capacity", [300, 70])
+def test_a_row_that_sees_nothing_gives_zeros(device, room, capacity):
+    """In several parts, and in one."""
+    tensors = buffers(device, capacity, 2, 2, 1, 32, torch.float32, 40, [0, 60])
     assert (check(*tensors)[:, 1] == 0).all()
 
 
@@ -72,6 +75,17 @@ def test_a_row_has_the_same_bits_twice(device, room):
     tensors = buffers(device, 500, 3, 4, 2, 64, torch.bfloat16, 400, [0, 9, 301])
     results = [decode_triton.decode_attention(*tensors) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_the_form_of_attention_decides(device):
+    """`triton` has this kernel, and the plain form for what it does not support; every other choice has the plain form
+    alone."""
+    chosen = select_kernels({"attention": "triton"}, device).decode_attention
+    assert chosen.__wrapped__ is decode_triton.decode_attention
+    assert select_kernels({"attention": "sdpa"}, device).decode_attention is decode_attention
+    for heads, width in ((2, 300), (130, 16)):
+        tensors = buffers(device, 70, 2, heads, 1, width, torch.float32, 40, [0, 7])
+        assert torch.equal(chosen(*tensors), decode_attention(*tensors))
 
 
 @pytest.mark.parametrize(
