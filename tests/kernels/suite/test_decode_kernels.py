@@ -71,7 +71,7 @@ def test_nan_that_is_seen_is_not_lost(device, room):
     assert decode_triton.decode_attention(q, k, v, filled).isnan().all()
 
 
-def test_a_row_has_the_same_bits_twice(device, room):
+def test_a_row_repeats_bitwise(device, room):
     tensors = buffers(device, 500, 3, 4, 2, 64, torch.bfloat16, 400, [0, 9, 301])
     results = [decode_triton.decode_attention(*tensors) for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)
