@@ -59,7 +59,7 @@ def test_the_way_of_a_gpu_session(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "kernels_rehearsal.json").read_text())
     check(document)
     results = {result["case"]: result for result in document["results"]}
-    assert len(results) == len(document["results"]) == 35
+    assert len(results) == len(document["results"]) == 37
     assert all(result["ours"].startswith("megalite triton") and "peak_bytes" in result for result in results.values())
     assert "Liger-Kernel" in results["rms_norm backward"]["times_faster_than"]
     assert "Liger-Kernel (RuntimeError: no such kernel on this device)" in results["add_rms_norm forward"]["absent"]
