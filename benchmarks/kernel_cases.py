@@ -360,9 +360,11 @@ def attention_cases(at: Setting) -> Iterator[Case]:
 def decode_cases(at: Setting) -> Iterator[Case]:
     """One query a row to a full buffer, as in generation: few rows, and many."""
     heads, kv_heads, width, length = at.sizes.heads, at.sizes.kv_heads, at.sizes.width, at.sizes.lengths[-1]
-    name, other = f"megalite {'triton' if at.gpu else 'reference'}", optional("flash_attn") if at.gpu else None
+    name = f"megalite {'triton' if at.gpu else 'reference'}"
+    theirs = getattr(optional("flash_attn"), "flash_attn_with_kvcache", None) if at.gpu else None
     for rows in (1, 64):
-        q_1BHD, k_BKTD, v_BKTD = at.randn(1, rows, heads, width), *at.randn(2, rows, kv_heads, length, width)
+        q_1BHD = at.randn(1, rows, heads, width)
+        k_BKTD, v_BKTD = at.randn(2, rows, kv_heads, length, width)
         filled = Filled(*(torch.full((n,), x, device=at.device) for n, x in ((rows, 0), (1, length))))
         k_TBKD, v_TBKD = (x.permute(2, 0, 1, 3) for x in (k_BKTD, v_BKTD))
         q_BKGD = q_1BHD.view(rows, kv_heads, -1, width)
@@ -370,14 +372,11 @@ def decode_cases(at: Setting) -> Iterator[Case]:
             name: partial(at.kernels.decode_attention, q_1BHD, k_TBKD, v_TBKD, filled),
             "SDPA default": partial(F.scaled_dot_product_attention, q_BKGD, k_BKTD, v_BKTD),
         }
-        if other is not None:
-            cache = (x.transpose(1, 2).contiguous() for x in (k_BKTD, v_BKTD))
+        if theirs is not None:
+            cache = [x.transpose(1, 2).contiguous() for x in (k_BKTD, v_BKTD)]
             lengths = torch.full((rows,), length, dtype=torch.int32, device=at.device)
-            calls["flash-attn"] = partial(
-                lambda *tensors: other.flash_attn_with_kvcache(*tensors, cache_seqlens=lengths),
-                *(q_1BHD.transpose(0, 1), *cache),
-            )
-        absent = ["flash-attn"] if at.gpu and other is None else []
+            calls["flash-attn"] = partial(theirs, q_1BHD.transpose(0, 1), *cache, cache_seqlens=lengths)
+        absent = ["flash-attn"] if at.gpu and theirs is None else []
         moved = 2.0 * k_BKTD.numel() * k_BKTD.element_size()
         yield Case(f"decode s{length} rows {rows}", moved, 0, working(calls, absent), None, absent)
 

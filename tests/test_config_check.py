@@ -210,7 +210,11 @@ def layout(*overrides, world_size=1):
         ),
         (2, "--train.cuda_graph true --parallel.zero 3", "use 0 or 1, or train.cuda_graph = false"),
         (1, "--train.cuda_graph true --objective.kind dpo", "objective.kind = dpo is not covered by train.cuda_graph"),
-        (1, "--rollout.cuda_graph true --run.device cpu", "rollout.cuda_graph = true needs a GPU, and run.device is cpu"),
+        (
+            1,
+            "--rollout.cuda_graph true --run.device cpu",
+            "rollout.cuda_graph = true needs a GPU, and run.device is cpu",
+        ),
         (
             2,
             "--rollout.cuda_graph true --parallel.pipeline 2",

@@ -1,4 +1,4 @@
-"""The committed counts of memory passes and of launches are those of the code, and stay below their goal."""
+"""The committed counts of memory passes and of launches are those of the code; a layer's stay below their goal."""
 
 import json
 import subprocess
@@ -27,6 +27,12 @@ def test_a_layers_launches_are_the_committed_ones(tmp_path):
             now = committed["now"][recompute][field]
             assert layer[field] == now, f"{field}: run benchmarks/launches.py again, and see docs/throughput.md"
         assert layer["launches"] <= committed["before"][recompute]["launches"] - 6
+
+
+def test_a_tokens_launches_are_the_committed_ones(tmp_path):
+    counted, committed = counts("token_launches", tmp_path)
+    for kind, token in counted["now"].items():
+        assert token == committed["now"][kind], "run benchmarks/token_launches.py again, and see docs/generation.md"
 
 
 def test_a_layers_bytes_outside_products_are_the_committed_ones(tmp_path):

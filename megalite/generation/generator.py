@@ -141,7 +141,7 @@ class Generator:
             groups.append(RowGroup(texts, numbers, most_new, self._context, memory, cache))
         unread: list[list[Tensor]] = [[] for _ in groups]
 
-        draw, seed = _Draw(replace(sampling, seed=0), sampler_logprobs, self._trainer_head), sampling.seed
+        draw, seed = Drawing(replace(sampling, seed=0), sampler_logprobs, self._trainer_head), sampling.seed
 
         def drawn(group: RowGroup, logits_BV: Tensor) -> Tensor:
             return draw(logits_BV, group.uniforms(seed))
@@ -226,7 +226,7 @@ class Generator:
 
 
 @dataclass(frozen=True)
-class _Draw:
+class Drawing:
     """How tokens are drawn of their logits [B, V] and of a number for each row, whatever its seed: ids and
     log-probabilities, float64 [2, B]."""
 

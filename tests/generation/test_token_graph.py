@@ -15,7 +15,7 @@ from megalite.cuda_graph import GraphRecorder
 from megalite.errors import UserError
 from megalite.generation import token_graph
 from megalite.generation.cache import Memory
-from megalite.generation.generator import Completion, Generator, Limits, _Draw
+from megalite.generation.generator import Completion, Drawing, Generator, Limits
 from megalite.generation.row_group import RowGroup
 from megalite.generation.sampling import Sampling
 from megalite.generation.token_graph import TokenGraph
@@ -207,7 +207,7 @@ def test_a_recorded_token_never_waits_for_the_device(layout: Layout, sampling: S
             group.drop(_ENDS.get(group.drawn, ()))
 
         with torch.no_grad():
-            graph.run(group, 0, _Draw(sampling, True, None), told)
+            graph.run(group, 0, Drawing(sampling, True, None), told)
         assert len(watch.steps) == 3  # 5, 4 and 2 rows
         names = []
         for events in watch.steps:
