@@ -93,7 +93,8 @@ class TokenGraph:
 
     def cache(self, rows: int, positions: int) -> DecoderCache:
         """An empty cache in the buffers for so many rows; others are made where these have no room for it."""
-        if rows > self._buffers.rows or positions > self._buffers.capacity:
+        fits = rows <= self._buffers.rows and positions <= self._buffers.capacity
+        if not fits or not self._layers.buffers:
             self._graphs.clear()  # before more is allocated
             self._buffers, self._layers = _Buffers.of(0, 0, self._mesh.device), DecoderCache(0)
             capacity = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
