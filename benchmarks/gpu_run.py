@@ -141,7 +141,10 @@ class Session:
         scored = ("--data", tokens, "--seq-length", "128", "--max-samples", "8")
         self.stage(f"{name}: evaluate", tool / "evaluate.py", "loss", *inference, *scored, ranks=ranks, check=evaluated)
         prompt = ("--prompt-ids", "[1, 2, 3]", "--max-new-tokens", "16", "--temperature", "0")
-        self.stage(f"{name}: generate", tool / "generate.py", *inference, *prompt, ranks=ranks, check=generated)
+        for how, switch in (("", ()), (" by a graph", ("--cuda-graph",))):
+            if self.device == "cuda" or not switch:
+                command = (tool / "generate.py", *inference, *prompt, *switch)
+                self.stage(f"{name}: generate{how}", *command, ranks=ranks, check=generated)
 
 
 def main() -> int:

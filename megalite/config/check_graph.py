@@ -23,6 +23,7 @@ _COVERED = {
 
 TOKENS: Mapping[str, tuple[object, ...]] = {
     "parallel.pipeline": (1,),
+    "parallel.virtual_stages": (1,),
     "parallel.context": (1,),
     "model.attention": ("gqa",),
     "model.experts": (0,),

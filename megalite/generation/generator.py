@@ -94,7 +94,7 @@ class Generator:
         self.look_every = _LOOK_EVERY if mesh.device.type == "cuda" else 1
         self._context = next(iter(stages.values())).context
         mesh.group("pp", "cp", "tp")  # made now, on every rank
-        if graph is not None and (wrong := _uncovered(model, mesh)):
+        if graph is not None and (wrong := _uncovered(model, mesh, len(self.owners) // mesh.pp)):
             raise ValueError(f"no graph of a token is made with {wrong}; see megalite.config.check_graph")
         self._tokens = None if graph is None else TokenGraph(stages[0], mesh, graph)
 
@@ -241,9 +241,9 @@ class Drawing:
         return torch.stack((tokens_B.double(), logprobs_B.double()))  # float64 holds every id
 
 
-def _uncovered(model: ModelConfig, mesh: Mesh) -> str:
+def _uncovered(model: ModelConfig, mesh: Mesh, virtual_stages: int) -> str:
     """The first field, with its value, that a graph of a token does not cover; empty without one."""
-    known = {"parallel.pipeline": mesh.pp, "parallel.context": mesh.cp}
+    known = {"parallel.pipeline": mesh.pp, "parallel.virtual_stages": virtual_stages, "parallel.context": mesh.cp}
     known |= {f"model.{name}": getattr(model, name) for name in ("attention", "experts")}
     return next((f"{path} = {value}" for path, value in known.items() if value not in TOKENS[path]), "")
 

@@ -235,4 +235,6 @@ def test_what_a_graph_cannot_do_is_refused() -> None:
     for axis, what in (("pp", "parallel.pipeline = 2"), ("cp", "parallel.context = 2")):
         with pytest.raises(ValueError, match=what):
             split = Mesh(rank=0, device=recorder.device, make_group=recorder, **{axis: 2})
-            Generator({0: stage}, (0,), split, model, graph=TapeRecorder())
+            Generator({0: stage}, range(split.pp), split, model, graph=TapeRecorder())
+    with pytest.raises(ValueError, match="parallel.virtual_stages = 2"):
+        Generator({0: stage, 1: stage}, (0, 0), mesh, model, graph=TapeRecorder())
