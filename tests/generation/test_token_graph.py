@@ -153,6 +153,27 @@ def test_listeners_and_interrupts_are_served_after_every_token() -> None:
     assert (row.reason, len(row.new_ids)) == ("interrupted", 5)
 
 
+@pytest.mark.fast
+def test_a_run_that_failed_leaves_nothing_behind() -> None:
+    """Before its buffers were made, and between two tokens."""
+    stage, mesh = stage_of("llama3_gqa")
+    graphed, usual = generator_of(stage, mesh, TapeRecorder()), generator_of(stage, mesh)
+    prompts, sampling = ragged("llama3_gqa", (6, 4, 5)), SAMPLINGS["whole"]
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    failing = stage.layers[1].attention.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        graphed.run(prompts, sampling, Limits(5))
+    failing.remove()
+    for part in (prompts[:2], prompts):
+        answers = iter([False] * 4)
+        with pytest.raises(StopIteration):
+            graphed.run(part, sampling, Limits(9), interrupt=lambda answers=answers: next(answers))
+        agree(*(each.run(part, sampling, Limits(9)) for each in (graphed, usual)))
+
+
 def _on_two_ranks(rank: int, name: str) -> list[Any]:
     stage, mesh = stage_of(name, rank, tp=2)
     recorder = TapeRecorder()
