@@ -40,7 +40,7 @@ def pieces(device: Device) -> list[Row]:
         for splits in SPLITS:
             job = tensor_job(device, hidden, TENSOR, splits=splits)
             work = layer(job)
-            talk = LayerCommunication(job, (0.0, 0.0))
+            talk = LayerCommunication(job, attention_backward=0.0)
             share = tensor_share(device, hidden, TENSOR, splits=splits)["share"]
             row: Row = {"hidden": hidden, "pieces": splits, "share": share, "goal": TENSOR_GOALS[hidden]}
             row |= {"products_ms": 1e3 * work.products, "attention_ms": 1e3 * work.attention}

@@ -32,10 +32,12 @@ from megalite.planning.tensor_time import (
     matrix_seconds,
     pieced_seconds,
     product_seconds,
+    rows_seconds,
     stream_exchange,
     tensor_link,
     tensor_talk,
 )
+from megalite.planning.two_batches import two_batch_talk
 from megalite.schedule.ops import Plan
 from megalite.schedule.simulate import simulate
 
@@ -117,10 +119,7 @@ def _elementwise(job: Job, layer: LayerShare) -> tuple[float, float]:
 def _expert_exchange(job: Job, layer: LayerShare) -> float:
     """Exposed seconds in which a sparse layer's rows travel to their experts and back, in one direction of the pass;
     shared experts hide the way there."""
-    if not layer.copies or job.expert == 1:
-        return 0.0
-    size = job.tokens * layer.copies * layer.hidden * job.element_bytes
-    once = gather_seconds(size, job.expert, link(job.device, job.expert, job.tensor * job.context))
+    once = rows_seconds(job)
     shared = 3 * product_seconds(job, job.tokens, layer.hidden, layer.ffn) if layer.ffn else 0.0
     return exposed(once, shared) + once
 
@@ -178,16 +177,20 @@ def layer_work(job: Job) -> StageWork:
     total = sum(matrix_seconds(job, matrix, job.tokens) for matrix in matrices)
     pieced = sum(pieced_seconds(job, matrix) for matrix in matrices)
     attention, elementwise = _attention(job, layer), _elementwise(job, layer)
-    talk_forward, talk_input, talk_weight = tensor_talk(job, attention)
+    talk_forward, talk_input, talk_weight = tensor_talk(job, attention[1])
     context = _context_talk(job, attention)
     added = _adapter_work(job, layer)
     trained, weights = layer.sizes.elements, total
     if job.architecture.frozen:
         trained, weights = layer.sizes.adapter_elements, added.products
     weight_sum = trained * job.practice.gradient_bytes / job.device.memory_bandwidth
-    moved = _expert_exchange(job, layer)
+    moved = moved_forward = _expert_exchange(job, layer)
+    if job.two_batch_overlap:
+        talk_forward, moved_forward = two_batch_talk(job, attention[0])
     multiplied = total if job.two_batch_overlap else pieced
-    forward = TimeParts(multiplied, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved)
+    forward = TimeParts(
+        multiplied, attention[0], elementwise[0], talk_forward, context=context[0], experts=moved_forward
+    )
     input_gradient = TimeParts(pieced, attention[1], elementwise[1], talk_input, context=context[1], experts=moved)
     forward, input_gradient = forward.plus(added), input_gradient.plus(added)
     weight_gradient = TimeParts(weights, 0.0, weight_sum, talk_weight)

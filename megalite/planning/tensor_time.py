@@ -8,7 +8,6 @@ computation stands still until it has come. Beside each other, both are slower (
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from megalite.model.cost import Matrix
@@ -63,6 +62,15 @@ def stream_exchange(job: Job, width: int = 0, splits: int = 1) -> float:
     activation."""
     size = job.tokens * (width or job.architecture.model.hidden_size) * job.element_bytes
     return gather_seconds(size / splits, job.tensor, tensor_link(job))
+
+
+def rows_seconds(job: Job) -> float:
+    """Seconds in which a sparse layer's rows travel to the ranks of their experts, or back; 0 if they are here."""
+    layer = job.layer
+    if not layer.copies or job.expert == 1:
+        return 0.0
+    size = job.tokens * layer.copies * layer.hidden * job.element_bytes
+    return gather_seconds(size, job.expert, link(job.device, job.expert, job.tensor * job.context))
 
 
 class Queues:
@@ -145,11 +153,11 @@ class _Exchanged(NamedTuple):
 class LayerCommunication:
     """A layer's matrices and collectives, played through in forward and backward.
 
-    `attention` are the seconds of attention in both.
+    `attention_backward` are the seconds of attention in backward.
     """
 
-    def __init__(self, job: Job, attention: tuple[float, float]) -> None:
-        self.job, self.attention = job, attention
+    def __init__(self, job: Job, attention_backward: float) -> None:
+        self.job, self.attention_backward = job, attention_backward
         self.matrices = [_Exchanged.of(job, matrix) for matrix in job.layer.sizes.matrices if matrix.split]
         self.attention_out = next((matrix for matrix in self.matrices if matrix.rows), None)
         self.cuts, self.hides = job.split > 1, job.practice.overlaps_tensor
@@ -181,8 +189,6 @@ class LayerCommunication:
 
     def forward(self) -> float:
         """Exposed seconds."""
-        if self.job.two_batch_overlap:
-            return (self._two_passes(4) - self._two_passes(2)) / 4
         queues = Queues(self.job.practice.hiding_cost)
         for matrix in self.matrices:
             if not matrix.rows:
@@ -194,30 +200,6 @@ class LayerCommunication:
             else:
                 queues.wait(self._product_summed(queues, matrix))
         return queues.exposed
-
-    def _two_passes(self, layers: int) -> float:
-        """Exposed seconds of two forward passes of so many layers that take turns (`megalite.parallel.turns`)."""
-        queues = Queues(self.job.practice.hiding_cost)
-        passes = [self._pass(queues, layers) for _ in range(2)]
-        next(passes[0], None)  # the first one leads
-        while passes:
-            passes = [one for one in passes if next(one, "ended") != "ended"]
-        return queues.exposed
-
-    def _pass(self, queues: Queues, layers: int) -> Iterator[None]:
-        """One of them, from turn to turn; it sends pieces, and multiplies whole."""
-        for matrix in layers * self.matrices:
-            if matrix.rows:
-                if matrix is self.attention_out:
-                    queues.compute(self.attention[0])
-                yield
-                queues.compute(matrix.whole)
-            if matrix.rows or self.cuts:
-                last = self._start(queues, matrix)[-1]
-                yield
-                queues.wait(last)
-            if not matrix.rows:
-                queues.compute(matrix.whole)
 
     def backward(self) -> float:
         """Exposed seconds of the gradients of inputs and weights; where the latter are put off, of the former."""
@@ -245,7 +227,7 @@ class LayerCommunication:
         if not self.gathers or self.job.layer.latent is not None or first.splits == 1:
             return 0
         ahead = self._start(queues, first)[-1]
-        queues.compute(self.attention[1])
+        queues.compute(self.attention_backward)
         return ahead
 
     def _column_backward(self, queues: Queues, matrix: _Exchanged, ahead: int) -> None:
@@ -275,15 +257,15 @@ class LayerCommunication:
         self.deferred.clear()
 
 
-def tensor_talk(job: Job, attention: tuple[float, float]) -> tuple[float, float, float]:
+def tensor_talk(job: Job, attention_backward: float) -> tuple[float, float, float]:
     """Exposed seconds of tensor-parallel communication in a layer: forward, input gradient, weight gradient.
 
-    `attention` are the seconds of attention, forward and backward. Of weight gradients that the schedule puts off, each
+    `attention_backward` are the seconds of attention in backward. Of weight gradients that the schedule puts off, each
     gathers on its own, with nothing beside; of others, what is exposed counts with the input gradients.
     """
     if job.tensor == 1:
         return 0.0, 0.0, 0.0
-    layer = LayerCommunication(job, attention)
+    layer = LayerCommunication(job, attention_backward)
     apart = job.split > 1 and job.splits_backward
     again = [matrix for matrix in layer.matrices if matrix.rows or not job.keep_gathered]
     gathers = sum(matrix.splits * matrix.sent for matrix in again) if apart else 0.0

@@ -14,6 +14,7 @@ from megalite.data.batch import Batch
 from megalite.mesh import Mesh
 from megalite.objective.next_token import NEXT_TOKEN
 from megalite.objective.preference import DPO, REFERENCE, BradleyTerry
+from megalite.schedule.ops import Op
 from tests.parallel.test_meta_step import build
 from tests.support.nccl import Hang, play
 from tests.support.parity import Layout
@@ -125,6 +126,33 @@ def test_no_step_of_whole_matrices_hangs(zero):
 @pytest.mark.parametrize("name", EXPERTS)
 def test_no_step_with_experts_hangs(name):
     assert "all_to_all" in play_job(EXPERTS[name], MOE)
+
+
+def exchanges_alone(layers, two):
+    """How many times rows travel to experts or back while nothing of the other forward pass begins."""
+    fields = MOE | {"model.layers": layers, "parallel.two_batch_overlap": two}
+
+    def of_rank(rank, make_group):
+        events, _ = record(rank, Layout(data=2, expert=2), fields, make_group=make_group)
+        return [event for event in events if getattr(event, "during", None) == Op("F", 0, 0)]
+
+    events = World(2).run(of_rank)[0]
+    waits = {event.start: place for place, event in enumerate(events) if isinstance(event, Wait)}
+    sent = [event for event in events if isinstance(event, Start) and event.name == "all_to_all"]
+    rows = [event for event in sent if event.elements > 1000]
+    others = [event for event in sent if event.elements <= MOE["model.experts"]]  # each pass counts rows first
+
+    def begins(event):
+        return events.index(event)
+
+    alone = [not any(begins(row) < begins(other) < waits[row] for other in others + rows) for row in rows]
+    return sum(alone), len(rows)
+
+
+def test_rows_travel_under_the_other_pass():
+    assert exchanges_alone(2, two=False) == (8, 8)  # two steps
+    (few, rows), (more, further) = (exchanges_alone(layers, two=True) for layers in (2, 4))
+    assert few == more and (rows, further) == (16, 32)  # alone are the last ones of a pass
 
 
 @pytest.mark.parametrize("name", ["experts, zero 2", "experts, tensor"])

@@ -10,10 +10,11 @@ import pytest
 from benchmarks import scaling, tensor_overlap
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
 from megalite.parallel.turns import Turns
-from megalite.planning import DEVICES, tensor_time
+from megalite.planning import DEVICES, tensor_time, two_batches
 from megalite.planning.job import MEGALITE
 from megalite.planning.stage_time import layer_work
 from megalite.planning.tensor_time import LayerCommunication, Queues, exposed
+from megalite.planning.two_batches import two_batch_talk
 from megalite.schedule.ops import Op
 from tests.parallel.test_overlap import KEEPS, SPLITS, events_of
 from tests.parallel.test_two_batch_overlap import PAIR, watched
@@ -72,8 +73,9 @@ def replayed(operation, layout, fields, pieces, product, sent, attention):
 
 def alike(monkeypatch, product, sent):
     """The planner with such times."""
-    monkeypatch.setattr(tensor_time, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
-    monkeypatch.setattr(tensor_time, "stream_exchange", lambda job, width=0, splits=1: sent)
+    for module in (tensor_time, two_batches):
+        monkeypatch.setattr(module, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
+        monkeypatch.setattr(module, "stream_exchange", lambda job, width=0, splits=1: sent)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -90,7 +92,7 @@ def test_a_layer_is_played_as_the_trainer_runs_it(monkeypatch, pieces, sent, kep
         fields = {"model.layers": 3 * layers, "train.global_batch_size": 8, KEEPS: kept}
         return replayed(Op(kind, 1, 1), layout, fields, *times)
 
-    layer = LayerCommunication(job, attention)
+    layer = LayerCommunication(job, attention[1])
     assert layer.forward() == pytest.approx(of_stage("F", 1))
     assert layer.backward() == pytest.approx(of_stage("B", 3) - of_stage("B", 2))
 
@@ -105,7 +107,7 @@ def test_two_passes_are_played_as_the_trainer_runs_them(monkeypatch, pieces, sen
     job = dataclasses.replace(scaling.tensor_job(H100, 4096, 2, splits=pieces), two_batch_overlap=True)
     layout, times = Layout(tensor=2, sequence=True), (pieces, product, sent, attention)
     four, two = (replayed(Op("F", 0, 0), layout, PAIR | {"model.layers": layers}, *times) for layers in (4, 2))
-    assert LayerCommunication(job, attention).forward() == pytest.approx((four - two) / 4)
+    assert two_batch_talk(job, attention[0]) == pytest.approx(((four - two) / 4, 0.0))
 
 
 @pytest.mark.parametrize("hidden", scaling.MODELS)
