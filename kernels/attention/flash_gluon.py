@@ -1,8 +1,9 @@
 """Flash attention with specialised warps for Hopper: launch, limits, autograd. Specification: `reference.py`.
 
-The forward is `flash_gluon_kernels.py`; the backward is Triton's (`flash_triton.py`), which needs the output and the
-log-sum-exp alone. Covers bf16 and fp16, heads of 64, 128 and 256, grouped heads, 64 queries and more, causal or not,
-windows and documents; no soft cap. It can only be imported where Triton has Gluon (3.6).
+Forward in `flash_gluon_kernels.py`, backward in `flash_gluon_backward_kernels.py`: bf16 and fp16, heads of 64, 128 and
+256, grouped heads, 64 queries and more, causal or not, windows and documents; no soft cap. Accumulators of dK and dV
+do not fit for heads of 256: their backward is Triton's (`flash_triton.py`), which needs the output and the log-sum-exp
+alone, as ours does. It can only be imported where Triton has Gluon (3.6).
 
 Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim.
 """
@@ -12,14 +13,18 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import flash_triton
+from .flash_gluon_backward_kernels import dkdv_kernel, dq_kernel
 from .flash_gluon_kernels import ROWS, forward_kernel
 
 TILES: dict[int, tuple[int, int]] = {64: (128, 3), 128: (128, 2), 256: (64, 2)}
 """Head dim -> (keys of a tile, slots of the ring), from the compiled report; a program has 128 queries."""
+BACKWARD_TILES: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {64: ((64, 4), (128, 3)), 128: ((64, 3), (128, 2))}
+"""Head dim -> for dK/dV (queries of a tile, slots of the ring), its program has 128 keys; for dQ as `TILES`."""
 FEWEST_QUERIES = ROWS.value
 ELEMENTS: dict[torch.dtype, Any] = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -49,12 +54,17 @@ def readable(x_SBHD: Tensor) -> bool:
     return aligned and x_SBHD.stride(-1) == 1 and min(x_SBHD.stride()) > 0 and step >= row_length(x_SBHD)
 
 
+def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or copies of those for which no descriptor can stand."""
+    return tuple(x if readable(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors)
+
+
 @torch.library.custom_op("megalite::flash_attention_forward_specialised", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, window: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_fake(q, k, v, seen, causal, window, scale)
-    q, k, v = (x if readable(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v = _readable(q, k, v)
     queries, batch, heads, width = q.shape
     keys, kv_heads = k.shape[0], k.shape[2]
     block_n, stages = TILES[width]
@@ -77,12 +87,57 @@ def _forward_fake(
     return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
+@torch.library.custom_op("megalite::flash_attention_backward_specialised", mutates_args=())
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor | None,
+    seeing: Tensor | None, causal: bool, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = _backward_fake(dout, dlse, q, k, v, out, lse, seen, seeing, causal, window, scale)
+    dout, q, k, v = _readable(dout, q, k, v)
+    delta = flash_triton.deltas(out, dout, dlse, lse)
+    queries, batch, heads, width = q.shape
+    keys, kv_heads = k.shape[0], k.shape[2]
+    (block_m, dkdv_stages), (block_n, dq_stages) = BACKWARD_TILES[width]
+    rows = ROWS.value
+    numbers = (
+        *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *dout.stride()[1:3],
+        queries, keys, heads // kv_heads, window, scale,
+    )  # fmt: skip
+    constants = {"CAUSAL": causal, "WINDOW": window > 0, "TABLE": seen is not None, "WIDTH": width, "num_warps": 4}
+    dkdv_kernel[(triton.cdiv(keys, 2 * rows), kv_heads, batch)](
+        _descriptor(q, block_m), _descriptor(k, rows), _descriptor(v, rows), _descriptor(dout, block_m),
+        _descriptor(dk, rows), _descriptor(dv, rows), lse, delta, seeing, *numbers,
+        **constants, STAGES=dkdv_stages, BLOCK_M=block_m,
+    )  # fmt: skip
+    dq_kernel[(triton.cdiv(queries, 2 * rows), heads, batch)](
+        _descriptor(q, rows), _descriptor(k, block_n), _descriptor(v, block_n), _descriptor(dout, rows),
+        _descriptor(dq, rows), lse, delta, seen, *numbers,
+        **constants, STAGES=dq_stages, BLOCK_N=block_n,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward.register_fake
+def _backward_fake(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor | None,
+    seeing: Tensor | None, causal: bool, window: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 class Attention(flash_triton.Attention):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Any, seeing: Any, *options: Any) -> Any:
         causal, window, scale, _ = options
         out, lse = _forward(q, k, v, seen, causal, window, scale)
         return flash_triton.keep_for_backward(ctx, (q, k, v, out, lse, seen, seeing), options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        if ctx.saved_tensors[0].shape[-1] not in BACKWARD_TILES:
+            return flash_triton.gradients(ctx, dout, dlse, flash_triton._backward)
+        return flash_triton.gradients(ctx, dout, dlse, lambda *given: _backward(*given[:-1]))  # there is no soft cap
 
 
 def unsupported(q_SBHD: Tensor, k_SBKD: Tensor, *rest: Any, **options: Any) -> str | None:

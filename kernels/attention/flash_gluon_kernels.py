@@ -32,7 +32,7 @@ ROWS = gl.constexpr(64)  # queries of a consumer: what one group of four warps m
 
 
 @gluon.jit
-def _seen_keys(i, table, batch, batches, queries, keys, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+def seen_keys(i, table, batch, batches, queries, keys, window, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
                TABLE: gl.constexpr):  # fmt: skip
     """[lo, hi) of the keys that query i sees; table: int32 [2, B, S]."""
     if TABLE:
@@ -116,7 +116,7 @@ def _consume(q, out, table, lse_ptr, q_tiles, k_tiles, v_tiles, q_filled, filled
     PROBABILITIES: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     start = tile * (2 * ROWS) + PART * ROWS
     i = start + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    lo, hi = _seen_keys(i, table, batch, batches, queries, keys, window, CAUSAL, WINDOW, TABLE)
+    lo, hi = seen_keys(i, table, batch, batches, queries, keys, window, CAUSAL, WINDOW, TABLE)
     q_tile = q_tiles.index(PART)
     mbarrier.wait(q_filled, 0)
     mbarrier.wait(filled.index(0), 0)
@@ -167,7 +167,7 @@ def forward_kernel(
     kv_head = head // group
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     i = tile * (2 * ROWS) + gl.arange(0, 2 * ROWS, LINE)
-    lo, hi = _seen_keys(i, table, batch, batches, queries, keys, window, CAUSAL, WINDOW, TABLE)
+    lo, hi = seen_keys(i, table, batch, batches, queries, keys, window, CAUSAL, WINDOW, TABLE)
     inside = i < queries
     begin = gl.min(gl.where(inside, lo, keys), 0) // BLOCK_N * BLOCK_N
     end = gl.maximum(gl.max(gl.where(inside, hi, 0), 0), begin + 1)  # a tile that sees nothing takes one masked turn

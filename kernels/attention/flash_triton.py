@@ -7,6 +7,7 @@ when causal. Memory beyond inputs and output is the log-sum-exp and, in the back
 Shapes: S queries, T keys, B batch, H query heads, K kv heads, D head dim.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -173,6 +174,17 @@ def _forward_fake(
     return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
+def deltas(out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor) -> Tensor:
+    """The backward's preparation: what all dS of a row have in common, [B, H, S]."""
+    (queries, batch, heads, width), delta = out.shape, torch.empty_like(lse)
+    block_m, warps = DELTA
+    delta_kernel[(triton.cdiv(queries, block_m), heads, batch)](
+        out, dout, dlse, delta, *dout.stride()[:3], queries, heads,
+        HAS_DLSE=dlse is not None, BLOCK_M=block_m, WIDTH=width, BLOCK_D=head_block(width), num_warps=warps,
+    )  # fmt: skip
+    return delta
+
+
 @torch.library.custom_op("megalite::flash_attention_backward", mutates_args=())
 def _backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Tensor | None,
@@ -184,12 +196,7 @@ def _backward(
     dout, q, k, v = (_unit_stride(x) for x in (dout, q, k, v))
     queries, batch, heads, width = q.shape
     keys, kv_heads = k.shape[0], k.shape[2]
-    delta = torch.empty_like(lse)
-    block_m, warps = DELTA
-    delta_kernel[(triton.cdiv(queries, block_m), heads, batch)](
-        out, dout, dlse, delta, *dout.stride()[:3], queries, heads,
-        HAS_DLSE=dlse is not None, BLOCK_M=block_m, WIDTH=width, BLOCK_D=head_block(width), num_warps=warps,
-    )  # fmt: skip
+    delta = deltas(out, dout, dlse, lse)
     use = descriptors_fit(q, k, v, dout)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     sizes = (queries, keys, heads, heads // kv_heads, window, scale, softcap)
@@ -229,11 +236,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse, seen, seeing = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        dlse = dlse if dlse is None else dlse.float().contiguous()
-        grads = _backward(dout, dlse, q, k, v, out, lse, seen, seeing, *ctx.options)
-        return (*grads, None, None, None, None, None, None)
+        return gradients(ctx, dout, dlse, _backward)
 
 
 def keep_for_backward(ctx: Any, saved: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -242,6 +245,15 @@ def keep_for_backward(ctx: Any, saved: tuple[Any, ...], options: tuple[Any, ...]
     ctx.options = options
     ctx.set_materialize_grads(False)
     return saved[3], saved[4]
+
+
+def gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None, backward: Callable[..., Any]) -> tuple[Any, ...]:
+    """What `Attention.backward` returns, by a backward that takes the arguments of `_backward`."""
+    q, k, v, out, lse, seen, seeing = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = dlse if dlse is None else dlse.float().contiguous()
+    grads = backward(dout, dlse, q, k, v, out, lse, seen, seeing, *ctx.options)
+    return (*grads, None, None, None, None, None, None)
 
 
 def unsupported(q_SBHD: Tensor, *rest: Any, **options: Any) -> str | None:

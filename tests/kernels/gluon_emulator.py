@@ -2,9 +2,10 @@
 
 The kernels' own functions are executed as Python with torch tensors for tiles, one thread for each partition of warps
 and one for the copies of the tensor memory accelerator. What is asynchronous on the device is so here, at the worst
-time: a copy's target is NaN until it lands, after a random delay; a product of `warpgroup_mma` takes its operands when
-it is issued and again when it is waited for, and has to find the same. Barriers count arrivals and bytes as the
-hardware does, and one that nobody reaches ends in an error. Layouts of tiles over threads are not emulated: the
+time: a copy's target is NaN until it lands, after a random delay, and not in the order of the orders; a product of
+`warpgroup_mma` takes its operands when it is issued and again when it is waited for, and has to find the same. Barriers
+count arrivals and bytes as the hardware does, and one that nobody reaches ends in an error. What a partition has stored
+may be copied away only after its fence, by whichever partition. Layouts of tiles over threads are not emulated: the
 compiler checks those.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-LATENCY = 5e-4  # seconds at most that a copy takes
+LATENCY = 5e-4  # seconds that a copy takes at most, and that a partition rests where it has let others go on
 WAIT = 20.0  # seconds after which a barrier counts as never reached
 
 
@@ -51,7 +52,7 @@ class Shared:
     """A tile in shared memory, or an array of them."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        self.tensor, self.dtype = tensor, tensor.dtype
 
     def index(self, position: int) -> "Shared":
         return Shared(self.tensor[position])
@@ -59,10 +60,16 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.tensor.permute(order))
 
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.tensor[start : start + length])
+
+    def load(self, layout: Any) -> torch.Tensor:
+        return self.tensor.clone()
+
     def store(self, value: torch.Tensor) -> None:
-        assert value.dtype == self.tensor.dtype
+        assert value.dtype == self.dtype or self.dtype == torch.int32  # Python's numbers make int64 of it
         self.tensor.copy_(value)
-        MINE.unfenced = True
+        UNFENCED.add((threading.get_ident(), self.tensor.data_ptr()))
 
 
 class Descriptor:
@@ -101,7 +108,8 @@ class Product:
         return self.early
 
 
-MINE = threading.local()  # of a partition: the products under way, and whether a store awaits its fence
+MINE = threading.local()  # of a partition: the products under way
+UNFENCED: set[tuple[int, int]] = set()  # threads, and tiles in which they stored since their last fence
 
 
 def _running() -> list[Product]:
@@ -157,11 +165,12 @@ class Machine:
 
         def allocate(dtype: Any, shape: list[int], layout: Any) -> Any:
             if layout != "barrier":
-                return Shared(torch.full(shape, torch.nan, dtype=dtype))
+                unknown = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+                return Shared(torch.full(shape, unknown, dtype=dtype))
             return Barrier() if len(shape) == 1 else Barriers(Barrier() for _ in range(shape[0]))
 
         return types.SimpleNamespace(
-            int64=torch.int64, float32=torch.float32, constexpr=None, load=load, store=store,
+            int32=torch.int32, int64=torch.int64, float32=torch.float32, constexpr=None, load=load, store=store,
             program_id=lambda axis: scalar(self.place[axis]), num_programs=lambda axis: scalar(self.grid[axis]),
             num_warps=lambda: 4, minimum=pairwise(torch.minimum), maximum=pairwise(torch.maximum),
             where=lambda mask, a, b: torch.where(mask, a, b), exp2=torch.exp2, log2=torch.log2,
@@ -191,9 +200,17 @@ class Machine:
             thread.join(WAIT * 2)
 
     def copy_engine(self) -> None:
-        while (order := self.copies.get()) is not None:
+        """Lands what was ordered one after the other, but a program's first order when no other is left."""
+        waiting: list[Any] = []
+        first_landed = False
+        while True:
+            while not waiting or not self.copies.empty():
+                if (order := self.copies.get()) is None:
+                    return
+                waiting.append(order)
             time.sleep(LATENCY * random.uniform(0.5, 1.0))
-            source, coordinates, barrier, target = order
+            first_landed = first_landed or len(waiting) == 1
+            source, coordinates, barrier, target = waiting.pop(0 if first_landed else 1)
             part = source.part(coordinates)
             target.tensor.zero_()
             target.tensor[: part.shape[0], : part.shape[1]] = part
@@ -207,7 +224,8 @@ class Machine:
         self.copies.put((source, coordinates, barrier, target))
 
     def save(self, target: Descriptor, coordinates: list[int], source: Shared) -> None:
-        assert not getattr(MINE, "unfenced", False), "the copy may not see the stores before it"
+        stored = {tile for _, tile in list(UNFENCED)}
+        assert source.tensor.data_ptr() not in stored, "the copy may not see the stores before it"
         part = target.part(coordinates)
         part.copy_(source.tensor[: part.shape[0], : part.shape[1]])
 
@@ -222,8 +240,14 @@ def _initialise(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.left = count
 
 
+def _arrive(barrier: Barrier) -> None:
+    barrier.update(1, 0)
+    time.sleep(LATENCY)  # whoever waits for it goes on first
+
+
 def _fence() -> None:
-    MINE.unfenced = False
+    mine = threading.get_ident()
+    UNFENCED.difference_update([entry for entry in list(UNFENCED) if entry[0] == mine])
 
 
 BARRIERS = types.SimpleNamespace(
@@ -231,7 +255,7 @@ BARRIERS = types.SimpleNamespace(
     wait=_wait,
     MBarrierLayout=lambda: "barrier",
     expect=lambda barrier, size: barrier.update(1, size),
-    arrive=lambda barrier: barrier.update(1, 0),
+    arrive=_arrive,
 )
 
 
@@ -249,6 +273,7 @@ class Emulated:
         places = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
         for place in random.sample(places, len(places)):
             machine = Machine(place, grid)
+            UNFENCED.clear()
             engine = threading.Thread(target=machine.copy_engine, daemon=True)
             engine.start()
             try:
