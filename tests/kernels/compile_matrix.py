@@ -41,6 +41,7 @@ from megalite.kernels import (
 )
 from megalite.kernels.attention import decode_triton as decode
 from megalite.kernels.attention import flash_gluon as gluon
+from megalite.kernels.attention import flash_gluon_backward_kernels as gluon_backward
 from megalite.kernels.attention import flash_gluon_kernels as gluon_kernels
 from megalite.kernels.attention import flash_triton as launches
 from megalite.kernels.attention import flash_triton_kernels as flash
@@ -295,20 +296,34 @@ def decode_cases() -> Iterator[Case]:
         )
 
 
+def specialised_case(what: str, width: int, mask: str) -> Case:
+    """A kernel of the attention with specialised warps; what is not in the ring has tiles of 64 rows."""
+    if what == "forward":
+        kernel, ring, own = gluon_kernels.forward_kernel, "k v", "q out"
+        rows, stages = gluon.TILES[width]
+    elif what == "dkdv":
+        kernel, ring, own = gluon_backward.dkdv_kernel, "q dout", "k v dk dv"
+        rows, stages = gluon.BACKWARD_TILES[width][0]
+    else:
+        kernel, ring, own = gluon_backward.dq_kernel, "k v", "q dout dq"
+        rows, stages = gluon.BACKWARD_TILES[width][1]
+    block = "BLOCK_M" if what == "dkdv" else "BLOCK_N"
+    constants: dict[str, Any] = {"STAGES": stages, block: rows, "WIDTH": width}
+    constants |= {**dict.fromkeys(("CAUSAL", "WINDOW", "TABLE"), False), **MASKS[mask]}
+    if mask != "documents":
+        constants["table"] = None
+    types = {"table": "*i32"}
+    for names, height in ((own, 64), (ring, rows)):
+        layout = gluon.shared_layout(height, width, torch.bfloat16)
+        types |= dict.fromkeys(names.split(), f"tensordesc<bf16[{height}, {width}],{layout!r}>")
+    return Case(f"attention specialised {what} d{width} {mask}", kernel, constants, 4, 0, types, products=True)
+
+
 def specialised_cases() -> Iterator[Case]:
-    """The attention with specialised warps: every head width, and every mask at the usual one."""
-    for width, mask in (*((width, "causal") for width in gluon.TILES), (128, "causal window"), (128, "documents")):
-        block_n, stages = gluon.TILES[width]
-        names = {"STAGES": stages, "BLOCK_N": block_n, "WIDTH": width}
-        constants = {**dict.fromkeys(("CAUSAL", "WINDOW", "TABLE"), False), **MASKS[mask], **names}
-        if mask != "documents":
-            constants["table"] = None
-        types = {"table": "*i32"}
-        for name, rows in (("q", 64), ("out", 64), ("k", block_n), ("v", block_n)):
-            layout = gluon.shared_layout(rows, width, torch.bfloat16)
-            types[name] = f"tensordesc<bf16[{rows}, {width}],{layout!r}>"
-        name = f"attention specialised forward d{width} {mask}"
-        yield Case(name, gluon_kernels.forward_kernel, constants, 4, 0, types, products=True)
+    """Every head width, and every mask at the usual one."""
+    for what, widths in (("forward", gluon.TILES), ("dkdv", gluon.BACKWARD_TILES), ("dq", gluon.BACKWARD_TILES)):
+        yield from (specialised_case(what, width, "causal") for width in widths)
+        yield from (specialised_case(what, 128, mask) for mask in ("causal window", "documents"))
 
 
 def cases(target: int, quick: bool) -> list[Case]:

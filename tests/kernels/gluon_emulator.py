@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-LATENCY = 5e-4  # seconds that a copy takes at most, and that a partition rests where it has let others go on
+LATENCY = 5e-4  # seconds at most that a copy takes
+REST = 5e-4  # seconds that a partition waits where it has let others go on
+OVERTAKING = 5  # copies that land before the one ordered first: all that a consumer needs to begin, but for that one
 WAIT = 20.0  # seconds after which a barrier counts as never reached
 
 
@@ -200,17 +202,16 @@ class Machine:
             thread.join(WAIT * 2)
 
     def copy_engine(self) -> None:
-        """Lands what was ordered one after the other, but a program's first order when no other is left."""
         waiting: list[Any] = []
-        first_landed = False
+        landed = 0
         while True:
             while not waiting or not self.copies.empty():
                 if (order := self.copies.get()) is None:
                     return
                 waiting.append(order)
             time.sleep(LATENCY * random.uniform(0.5, 1.0))
-            first_landed = first_landed or len(waiting) == 1
-            source, coordinates, barrier, target = waiting.pop(0 if first_landed else 1)
+            source, coordinates, barrier, target = waiting.pop(1 if landed < OVERTAKING and len(waiting) > 1 else 0)
+            landed = max(landed + 1, OVERTAKING if not waiting else 0)
             part = source.part(coordinates)
             target.tensor.zero_()
             target.tensor[: part.shape[0], : part.shape[1]] = part
@@ -242,7 +243,7 @@ def _initialise(barrier: Barrier, count: int) -> None:
 
 def _arrive(barrier: Barrier) -> None:
     barrier.update(1, 0)
-    time.sleep(LATENCY)  # whoever waits for it goes on first
+    time.sleep(REST)
 
 
 def _fence() -> None:

@@ -156,7 +156,7 @@ def broken_copy(module, function, old, new, tmp_path, monkeypatch):
     broken = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "broken_kernels", broken)
     spec.loader.exec_module(broken)
-    monkeypatch.setattr(gluon_emulator, "WAIT", 2.0)
+    monkeypatch.setattr(gluon_emulator, "WAIT", 1.0)
     return broken
 
 
@@ -217,6 +217,10 @@ def test_a_broken_backward_is_caught(function, old, new, tmp_path, monkeypatch):
     broken = broken_copy(BACKWARD, function, old, new, tmp_path, monkeypatch)
     monkeypatch.setattr(gluon_emulator, "LATENCY", 0.003)
     assert any(wrong_gradients(broken, *sizes, monkeypatch) for sizes in ((200, 450), (200, 90))), "nobody noticed"
+
+
+def test_the_backward_as_it_is_passes_for_whole(monkeypatch):
+    assert not any(wrong_gradients(BACKWARD, *sizes, monkeypatch) for sizes in ((200, 450), (200, 90)))
 
 
 def wrong_gradients(broken, queries, keys, monkeypatch):
