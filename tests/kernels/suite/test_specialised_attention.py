@@ -12,6 +12,7 @@ from tests.kernels.suite.test_attention_kernels import check_the_rule
 
 ours = pytest.importorskip("megalite.kernels.attention.flash_gluon", reason="this triton has another Gluon")
 kernels = pytest.importorskip("megalite.kernels.attention.flash_gluon_kernels")
+backward = pytest.importorskip("megalite.kernels.attention.flash_gluon_backward_kernels")
 
 TRAINED = Call(1024, 1024, 1, 8, 2, 128, torch.bfloat16, gradients=True)
 
@@ -25,7 +26,8 @@ def trusted() -> bool:
 @pytest.fixture(autouse=True)
 def specialised(device, trusted, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(ours, "forward_kernel", Emulated(kernels, "forward_kernel"))
+        for module, name in ((kernels, "forward_kernel"), (backward, "dkdv_kernel"), (backward, "dq_kernel")):
+            monkeypatch.setattr(ours, name, Emulated(module, name))
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("made for compute capability 9.0")
     else:
@@ -49,7 +51,12 @@ def check(tensors, **options):
 
 @pytest.mark.parametrize(
     ("sizes", "options"),
-    [((150, 150, 2, 1, 64), {}), ((70, 200, 1, 1, 128), {"window": 50, "return_lse": True})],
+    [
+        ((150, 150, 2, 1, 64), {}),
+        ((70, 200, 1, 1, 128), {"window": 50, "return_lse": True}),
+        ((150, 70, 2, 2, 128), {}),  # rows that see nothing
+        ((64, 70, 1, 1, 256), {"causal": False}),  # whose backward is Triton's
+    ],
 )
 def test_values_and_gradients(device, sizes, options):
     check(inputs(device, *sizes), **options)
@@ -77,10 +84,16 @@ def test_error_is_at_most_twice_torchs(device, width, length, options, record_pr
 
 
 @pytest.mark.gpu
-def test_outputs_repeat_bitwise(device):
+@pytest.mark.parametrize("width", [64, 128])
+def test_outputs_and_gradients_repeat_bitwise(device, width):
     if device.type == "cpu":
         pytest.skip("the emulator adds in one order")
-    tensors = inputs(device, 2048, 2048, 8, 2, 128)
-    with torch.no_grad():
-        results = [ours.attention(*tensors) for _ in range(30)]
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    tensors = [x.requires_grad_() for x in inputs(device, 2048, 2048, 8, 2, width)]
+    upstream = torch.randn_like(tensors[0])
+
+    def once():
+        out = ours.attention(*tensors)
+        return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+
+    first, *others = (once() for _ in range(30))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
