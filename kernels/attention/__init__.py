@@ -11,9 +11,10 @@ A query that sees no key gives 0, and log-sum-exp -inf. Query head h reads kv he
     sdpa.py           torch.nn.functional.scaled_dot_product_attention
     cpu.py            for CPUs, by a fixed rule: compiled (`native.py`), blocked.py, explicit products, or torch's
     flash_triton.py   FlashAttention (Dao et al. 2022 and 2023) in Triton; its kernels in flash_triton_kernels.py
+    flash_gluon.py    the same with specialised warps for Hopper, in Gluon; kernels in flash_gluon_kernels.py and
+                      flash_gluon_backward_kernels.py
     decode.py         one query a row to a buffer of which only the device knows how far it is filled, for graphs
     decode_triton.py  the same in Triton, the keys split over programs
-    flash_gluon.py    its forward with specialised warps for Hopper, in Gluon; kernel in flash_gluon_kernels.py
     choice.py         `auto` on a GPU: one of these or of torch's backends, whichever was measured fastest
     agreement.py      the comparison with the reference that a candidate must pass before it is measured
     trial.py          the same in a process of its own, for candidates that were never proven on a device
