@@ -105,7 +105,8 @@ class Product:
     def finish(self) -> torch.Tensor:
         if not self.done:
             late = self.compute()
-            assert torch.equal(self.early, late), "an operand changed, or was not there yet, while it was read"
+            same = (self.early == late) | (self.early.isnan() & late.isnan())  # rows that nobody stores may overflow
+            assert same.all(), "an operand changed, or was not there yet, while it was read"
             self.done = True
         return self.early
 
