@@ -79,6 +79,7 @@ class PipelineEngine:
         self._sending: deque[tuple[Tensor, Work]] = deque()
         self._turns = turns
         self._beside = _neighbours(ops) if turns is not None else {}
+        self._second = frozenset(self._beside.values())
 
     def run(
         self,
@@ -125,7 +126,7 @@ class PipelineEngine:
         if self._turns is not None and op in self._beside:
             one, other = (functools.partial(self._forward, each, forward, losses) for each in (op, self._beside[op]))
             self._turns.run(one, other)
-        elif op not in self._beside.values():
+        elif op not in self._second:
             self._forward(op, forward, losses)
 
     def _forward(self, op: Op, forward: StageForward, losses: dict[int, Tensor]) -> None:

@@ -132,22 +132,28 @@ def head_exchange(job: Job, product: float) -> float:
     return queues.exposed
 
 
-class _Exchanged(NamedTuple):
-    """A matrix whose activations are sent: its pieces, the seconds of one piece of its product and of the whole, and of
-    sending one piece."""
+class Exchanged(NamedTuple):
+    """A matrix whose activations are sent, if it is split: its pieces, the seconds of one piece of its product and of
+    the whole, and of sending one piece, which without sequence parallelism is an all-reduce: two."""
 
     rows: bool
+    split: bool
     splits: int
     piece: float
     whole: float
     sent: float
 
     @staticmethod
-    def of(job: Job, matrix: Matrix) -> _Exchanged:
+    def of(job: Job, matrix: Matrix) -> Exchanged:
         splits, width = splits_of(job, matrix), matrix.outputs if matrix.rows else matrix.inputs
         whole = matrix_seconds(job, matrix, job.tokens)
         piece = whole if splits == 1 else matrix_seconds(job, matrix, job.tokens / splits)
-        return _Exchanged(matrix.rows, splits, piece, whole, stream_exchange(job, width, splits))
+        sent = (1 if job.split > 1 else 2) * stream_exchange(job, width, splits)
+        return Exchanged(matrix.rows, matrix.split, splits, piece, whole, sent)
+
+    def start(self, queues: Queues) -> list[int]:
+        """Start the collectives of all pieces."""
+        return [queues.start(self.sent) for _ in range(self.splits)]
 
 
 class LayerCommunication:
@@ -158,20 +164,15 @@ class LayerCommunication:
 
     def __init__(self, job: Job, attention_backward: float) -> None:
         self.job, self.attention_backward = job, attention_backward
-        self.matrices = [_Exchanged.of(job, matrix) for matrix in job.layer.sizes.matrices if matrix.split]
+        self.matrices = [Exchanged.of(job, matrix) for matrix in job.layer.sizes.matrices if matrix.split]
         self.attention_out = next((matrix for matrix in self.matrices if matrix.rows), None)
         self.cuts, self.hides = job.split > 1, job.practice.overlaps_tensor
         self.gathers = self.cuts and not job.splits_backward and not job.keep_gathered  # inputs, again in backward
         self.deferred: list[tuple[int, float]] = []
 
-    def _start(self, queues: Queues, matrix: _Exchanged) -> list[int]:
-        """Start the collectives of all pieces; without sequence parallelism an all-reduce, which is two."""
-        seconds = matrix.sent if self.cuts else 2 * matrix.sent
-        return [queues.start(seconds) for _ in range(matrix.splits)]
-
-    def _gathered_product(self, queues: Queues, matrix: _Exchanged) -> None:
+    def _gathered_product(self, queues: Queues, matrix: Exchanged) -> None:
         """A gather, piece by piece under the product of what it brings, and under all that was put off."""
-        arriving = self._start(queues, matrix) if self.cuts else [0] * matrix.splits
+        arriving = matrix.start(queues) if self.cuts else [0] * matrix.splits
         self._run_deferred(queues)
         for number in arriving:
             if self.hides != "all":
@@ -179,12 +180,12 @@ class LayerCommunication:
             queues.compute(matrix.piece)
         queues.wait(arriving[-1])
 
-    def _product_summed(self, queues: Queues, matrix: _Exchanged) -> int:
+    def _product_summed(self, queues: Queues, matrix: Exchanged) -> int:
         """A product, the sum of each piece started after it; the number of the last one."""
         last = 0
         for _ in range(matrix.splits):
             queues.compute(matrix.piece)
-            last = queues.start(matrix.sent if self.cuts else 2 * matrix.sent)
+            last = queues.start(matrix.sent)
         return last
 
     def forward(self) -> float:
@@ -194,7 +195,7 @@ class LayerCommunication:
             if not matrix.rows:
                 self._gathered_product(queues, matrix)
             elif self.hides == "all":  # as if under the product itself
-                last = self._start(queues, matrix)[-1]
+                last = matrix.start(queues)[-1]
                 queues.compute(matrix.whole)
                 queues.wait(last)
             else:
@@ -226,13 +227,13 @@ class LayerCommunication:
         first = self.matrices[0]
         if not self.gathers or self.job.layer.latent is not None or first.splits == 1:
             return 0
-        ahead = self._start(queues, first)[-1]
+        ahead = first.start(queues)[-1]
         queues.compute(self.attention_backward)
         return ahead
 
-    def _column_backward(self, queues: Queues, matrix: _Exchanged, ahead: int) -> None:
+    def _column_backward(self, queues: Queues, matrix: Exchanged, ahead: int) -> None:
         if self.gathers and not ahead:
-            ahead = self._start(queues, matrix)[-1]
+            ahead = matrix.start(queues)[-1]
         if self.hides == "none":
             queues.wait(ahead)
         summed = self._product_summed(queues, matrix)
@@ -242,7 +243,7 @@ class LayerCommunication:
         self._weight_gradient(queues, matrix, ahead)
         queues.wait(summed)
 
-    def _weight_gradient(self, queues: Queues, matrix: _Exchanged, needs: int) -> None:
+    def _weight_gradient(self, queues: Queues, matrix: Exchanged, needs: int) -> None:
         """Now, or under the next collective; not at all where the schedule puts it off."""
         if self.job.splits_backward:
             return

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megalite.model.cost import Matrix
 from megalite.planning.job import Job
-from megalite.planning.tensor_time import Queues, matrix_seconds, rows_seconds, splits_of, stream_exchange
+from megalite.planning.tensor_time import Exchanged, Queues, rows_seconds
 
 
 def two_batch_talk(job: Job, attention: float) -> tuple[float, float]:
@@ -30,28 +29,19 @@ def two_batch_talk(job: Job, attention: float) -> tuple[float, float]:
 class _Layer:
     def __init__(self, job: Job, attention: float) -> None:
         self.job, self.attention, self.rows = job, attention, rows_seconds(job)
-        matrices = job.layer.sizes.matrices
-        of_experts = [matrix.count * matrix.used > 1 for matrix in matrices]
+        of_experts = [matrix.count * matrix.used > 1 for matrix in job.layer.sizes.matrices]
+        matrices = [Exchanged.of(job, matrix) for matrix in job.layer.sizes.matrices]
         first = of_experts.index(True) if any(of_experts) else len(matrices)
         self.before, after = matrices[:first], list(zip(matrices[first:], of_experts[first:]))
         self.experts = [matrix for matrix, of_expert in after if of_expert]
         self.shared = [matrix for matrix, of_expert in after if not of_expert]
         self.attention_out = next((matrix for matrix in matrices if matrix.rows), None)
         self.sent_to_experts = 2 * self.rows
-        self.sent_to_tensor_ranks = sum(sum(self._sent(matrix)) for matrix in matrices if self._exchanges(matrix))
+        self.sent_to_tensor_ranks = sum(matrix.splits * matrix.sent for matrix in matrices if self._exchanges(matrix))
 
-    def _exchanges(self, matrix: Matrix) -> bool:
+    def _exchanges(self, matrix: Exchanged) -> bool:
         """Whether tensor ranks send each other what goes into it, or sum what comes out."""
         return self.job.tensor > 1 and matrix.split and (matrix.rows or self.job.split > 1)
-
-    def _sent(self, matrix: Matrix) -> list[float]:
-        """Seconds of each piece; an all-reduce is two."""
-        splits, width = splits_of(self.job, matrix), matrix.outputs if matrix.rows else matrix.inputs
-        once = stream_exchange(self.job, width, splits)
-        return splits * [once if self.job.split > 1 else 2 * once]
-
-    def _start(self, queues: Queues, matrix: Matrix) -> int:
-        return [queues.start(seconds) for seconds in self._sent(matrix)][-1]
 
     def play(self, layers: int) -> float:
         """Exposed seconds of two passes through so many layers."""
@@ -69,22 +59,21 @@ class _Layer:
             if self.experts:
                 yield from self._sparse(queues)
 
-    def _products(self, queues: Queues, matrices: Sequence[Matrix]) -> Iterator[None]:
+    def _products(self, queues: Queues, matrices: Sequence[Exchanged]) -> Iterator[None]:
         for matrix in matrices:
             if matrix is self.attention_out:
                 queues.compute(self.attention)
-            exchanges, product = self._exchanges(matrix), matrix_seconds(self.job, matrix, self.job.tokens)
-            if not exchanges:
-                queues.compute(product)
+            if not self._exchanges(matrix):
+                queues.compute(matrix.whole)
                 continue
             if matrix.rows:
                 yield
-                queues.compute(product)
-            sent = self._start(queues, matrix)
+                queues.compute(matrix.whole)
+            sent = matrix.start(queues)[-1]
             yield
             queues.wait(sent)
             if not matrix.rows:
-                queues.compute(product)
+                queues.compute(matrix.whole)
 
     def _sparse(self, queues: Queues) -> Iterator[None]:
         """Rows to the experts beside the shared ones, their products, and rows back; tensor ranks wait in between."""
@@ -94,12 +83,11 @@ class _Layer:
             yield
         queues.wait(there)
         for matrix in self.experts:
-            product = matrix_seconds(self.job, matrix, self.job.tokens)
             if self._exchanges(matrix) and not matrix.rows:
-                queues.wait(self._start(queues, matrix))
-            queues.compute(product)
+                queues.wait(matrix.start(queues)[-1])
+            queues.compute(matrix.whole)
             if self._exchanges(matrix) and matrix.rows:
-                queues.wait(self._start(queues, matrix))
+                queues.wait(matrix.start(queues)[-1])
         back = queues.start(self.rows)
         if self.rows:
             yield

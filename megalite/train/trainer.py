@@ -128,8 +128,9 @@ class Trainer(ShardedModel):
         self.norm = self.make_norm()
         self.observe: Observer = unobserved
         self._world = mesh.world
-        recorder = recorder_for(mesh.device, "train.cuda_graph = true") if config.train.cuda_graph else None
-        self.graph = self.make_graph(recorder) if recorder is not None else None
+        self.graph: StepGraph | None = None
+        if config.train.cuda_graph:
+            self.graph = self.make_graph(recorder_for(mesh.device, "train.cuda_graph = true"))
 
     def make_norm(self) -> GradientNorm:
         return GradientNorm(list(self.buckets.values()), self.mesh.rank, self.kernels)

@@ -13,7 +13,7 @@ from megalite.errors import UserError
 from megalite.parallel.turns import Turns
 from megalite.schedule.ops import Op
 from megalite.schedule.schedules import build_schedule, forward_only, in_pairs
-from tests.parallel.test_overlap import KEEPS, PLAIN, SPLITS, beside, events_of, trace
+from tests.parallel.test_overlap import KEEPS, PLAIN, SPLITS, beside, events_of, trace, whole
 from tests.spmd.test_virtual import CASES
 from tests.support.parity import EVERYTHING, Case, Layout, assert_same_bits, train, train_virtually
 
@@ -81,11 +81,6 @@ def test_pairs_of_a_plan():
     assert (in_pairs(gpipe), in_pairs(validation)) == (gpipe, validation)
 
 
-@functools.cache
-def in_a_row(case, layout):
-    return train_virtually(case, layout)
-
-
 ODD = {"train.global_batch_size": 6, "train.micro_batch_size": 2}
 """Three micro-batches: the last forward is alone."""
 KINDS = {
@@ -109,21 +104,21 @@ KINDS = {
 def test_two_at_once_train_the_same_as_one_after_the_other(kind):
     layout, fields = KINDS[kind]
     case = PLAIN.having(fields)
-    assert_same_bits(train_virtually(case.having({TWO: True}), layout, chaos=True), in_a_row(case, layout))
+    assert_same_bits(train_virtually(case.having({TWO: True}), layout, chaos=True), whole(case, layout))
 
 
 @pytest.mark.parametrize("name", ["experts", "lora", "log-probabilities"])
 def test_other_layers_take_turns(name):
     layout = Layout(data=2, expert=2, tensor=2, sequence=True) if name == "experts" else Layout(tensor=2, sequence=True)
     case = CASES[name]
-    assert_same_bits(train_virtually(case.having({TWO: True}), layout, chaos=True), in_a_row(case, layout))
+    assert_same_bits(train_virtually(case.having({TWO: True}), layout, chaos=True), whole(case, layout))
 
 
 @fast
 def test_gloo_runs_two_at_once(pool):
     layout = Layout(tensor=2, sequence=True)
     case = PLAIN.having({"train.global_batch_size": 8} | EVERYTHING)
-    ours, theirs = train(pool, case.having({TWO: True}), layout, chaos=True), in_a_row(case, layout)
+    ours, theirs = train(pool, case.having({TWO: True}), layout, chaos=True), whole(case, layout)
     assert_same_bits(ours, theirs)
 
 

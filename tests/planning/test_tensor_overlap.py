@@ -10,7 +10,7 @@ import pytest
 from benchmarks import scaling, tensor_overlap
 from megalite.config.schema import AUTO_OVERLAP_SPLITS
 from megalite.parallel.turns import Turns
-from megalite.planning import DEVICES, tensor_time, two_batches
+from megalite.planning import DEVICES, tensor_time
 from megalite.planning.job import MEGALITE
 from megalite.planning.stage_time import layer_work
 from megalite.planning.tensor_time import LayerCommunication, Queues, exposed
@@ -73,9 +73,8 @@ def replayed(operation, layout, fields, pieces, product, sent, attention):
 
 def alike(monkeypatch, product, sent):
     """The planner with such times."""
-    for module in (tensor_time, two_batches):
-        monkeypatch.setattr(module, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
-        monkeypatch.setattr(module, "stream_exchange", lambda job, width=0, splits=1: sent)
+    monkeypatch.setattr(tensor_time, "matrix_seconds", lambda job, matrix, rows: product * rows / job.tokens)
+    monkeypatch.setattr(tensor_time, "stream_exchange", lambda job, width=0, splits=1: sent)
 
 
 @pytest.mark.parametrize("kept", [False, True])
